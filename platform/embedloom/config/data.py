@@ -1,0 +1,124 @@
+"""Sections about texts: corpus, synthesis, mining."""
+
+from typing import Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from embedloom.config.base import FrozenConfig
+from embedloom.instructions import DEFAULT_INSTRUCTIONS
+
+SourceFormat = Literal["python_docs", "parquet", "jsonl", "csv", "text", "beir", "huggingface"]
+
+
+class CorpusSource(FrozenConfig):
+    """One place documents come from.
+
+    ``path`` is a file, glob or folder (``text``, ``beir``, ``parquet``, ``jsonl``, ``csv``) or a dataset name
+    (``huggingface``); ``packages`` are installed Python packages (``python_docs``).
+    """
+
+    format: SourceFormat
+    path: str | None = None
+    packages: tuple[str, ...] = ()
+    name: str | None = None  # what the documents' ``source`` column starts with; default: the path or package
+    text_column: str = "text"
+    title_column: str | None = None
+    id_column: str | None = None
+    lang: str | None = None
+    limit: int | None = Field(default=None, ge=1)
+
+    @model_validator(mode="after")
+    def _has_its_place(self) -> "CorpusSource":
+        if self.format == "python_docs":
+            if not self.packages or self.path:
+                raise ValueError("format python_docs takes packages: [..] and no path")
+        elif not self.path or self.packages:
+            raise ValueError(f"format {self.format} takes a path and no packages")
+        return self
+
+
+class SplitConfig(FrozenConfig):
+    """Held-out shares, drawn by group (a module, a file) before anything is generated."""
+
+    dev: float = Field(default=0.05, ge=0, lt=1)
+    test: float = Field(default=0.15, ge=0, lt=1)
+
+    @model_validator(mode="after")
+    def _leaves_training_data(self) -> "SplitConfig":
+        if self.dev + self.test >= 1:
+            raise ValueError(f"split.dev + split.test is {self.dev + self.test:g}; it must stay below 1")
+        return self
+
+
+class CorpusConfig(FrozenConfig):
+    """Reading, cleaning, deduplicating, chunking and splitting documents."""
+
+    sources: tuple[CorpusSource, ...] = Field(min_length=1)
+    min_characters: int = Field(default=50, ge=1)
+    near_duplicate_threshold: float | None = Field(
+        default=0.8, gt=0, le=1
+    )  # Jaccard of word 5-grams; null: off
+    chunk_tokens: int | None = Field(default=512, ge=16)  # null: documents stay whole
+    chunk_overlap_tokens: int = Field(default=0, ge=0)
+    split: SplitConfig = SplitConfig()
+
+    @model_validator(mode="after")
+    def _overlap_is_smaller(self) -> "CorpusConfig":
+        if self.chunk_tokens is not None and self.chunk_overlap_tokens >= self.chunk_tokens:
+            raise ValueError(
+                f"chunk_overlap_tokens is {self.chunk_overlap_tokens}, not below chunk_tokens {self.chunk_tokens}"
+            )
+        return self
+
+
+class Generator(FrozenConfig):
+    """One LLM of the mix and its share of the rows."""
+
+    model: str
+    weight: float = Field(default=1.0, gt=0)
+
+
+class SynthesisConfig(FrozenConfig):
+    """Queries written by LLMs for seed documents (arXiv 2511.07025 §4.3, strategy S2)."""
+
+    generators: tuple[Generator, ...] = Field(min_length=1)
+    documents: int = Field(ge=1)  # seed documents, sampled by hash from the train split
+    queries_per_document: int = Field(default=1, ge=1, le=16)
+    prompt: str = "seed_query"  # a file of embedloom/synthesis/prompts
+    max_document_characters: int = Field(default=600, ge=50)
+    max_query_characters: int = Field(default=120, ge=10)
+    sampling_temperature: float = Field(default=0.7, ge=0)
+    top_p: float = Field(default=0.95, gt=0, le=1)
+    max_new_tokens: int = Field(default=64, ge=8)
+    max_model_tokens: int = Field(default=1024, ge=128)
+    shard_rows: int = Field(default=128, ge=1)  # documents per exactly-once shard
+    max_reject_share: float = Field(default=0.5, gt=0, le=1)  # above it the stage fails instead of going on
+    task_type: Literal["retrieval"] = "retrieval"
+
+
+class MiningConfig(FrozenConfig):
+    """Hard negatives by a teacher, positive-aware (NV-Retriever, arXiv 2407.15831, TopK-PercPos)."""
+
+    teacher: str
+    top_k: int = Field(default=50, ge=1)  # candidates kept per query, all with their scores
+    negatives: int = Field(default=4, ge=1)  # selected per example
+    margin_ratio: float = Field(
+        default=0.95, gt=0, le=1
+    )  # keep a negative iff score < ratio x positive's score
+    max_query_tokens: int = Field(default=64, ge=8)
+    max_document_tokens: int = Field(default=256, ge=8)
+    shard_rows: int = Field(default=2048, ge=1)
+    instructions: dict[str, str] = Field(default_factory=lambda: dict(DEFAULT_INSTRUCTIONS))
+
+    @field_validator("top_k")
+    @classmethod
+    def _top_k_is_bounded(cls, value: int) -> int:
+        if value > 2048:
+            raise ValueError("top_k above 2048 is beyond what FAISS selects on a GPU; allowed: 1 to 2048")
+        return value
+
+    @model_validator(mode="after")
+    def _candidates_cover_negatives(self) -> "MiningConfig":
+        if self.top_k <= self.negatives:
+            raise ValueError(f"top_k is {self.top_k}, it must be above negatives ({self.negatives})")
+        return self

@@ -1,0 +1,64 @@
+"""One run: the sections of ``jobs/configs/*.yaml``, in pipeline order."""
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from embedloom.config.base import FrozenConfig, apply_overrides, read_yaml, validate
+from embedloom.config.data import CorpusConfig, MiningConfig, SynthesisConfig
+from embedloom.config.model import EncoderConfig, MergingConfig, TrainingConfig
+from embedloom.config.use import EmbeddingConfig, EvaluationConfig, ServingConfig
+
+
+class RunSection(FrozenConfig):
+    """Identity of the run and where its artefacts go."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    seed: int = 42
+    output_dir: str = "runs"  # a local path, s3://... or gs://...
+    description: str = ""
+
+
+class RunConfig(FrozenConfig):
+    """A whole run; every section but ``run``, ``corpus``, ``encoder`` and ``training`` has defaults."""
+
+    run: RunSection
+    corpus: CorpusConfig
+    synthesis: SynthesisConfig | None = None
+    mining: MiningConfig
+    encoder: EncoderConfig
+    training: TrainingConfig
+    merging: MergingConfig = MergingConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    embedding: EmbeddingConfig = EmbeddingConfig()
+    serving: ServingConfig = ServingConfig()
+
+    @model_validator(mode="after")
+    def _mix_has_its_sources(self) -> "RunConfig":
+        if self.synthesis is None and self.training.mix.get("synthetic", 0.0) > 0:
+            raise ValueError("training.mix.synthetic is above 0, but the config has no synthesis section")
+        most = max(stage.negatives for stage in self.training.stages)
+        if most > self.mining.negatives:
+            raise ValueError(
+                f"training.stages use up to {most} negatives, but mining.negatives keeps {self.mining.negatives}"
+            )
+        return self
+
+    @property
+    def folder(self) -> str:
+        """Root of this run's artefacts."""
+        return f"{self.run.output_dir.rstrip('/')}/{self.run.name}"
+
+
+def load_run(path: Path, overrides: list[str] | None = None) -> RunConfig:
+    """Read, override and check a run config.
+
+    Raises:
+        ConfigError: naming the file, the key, the value seen and what is allowed.
+    """
+    content = apply_overrides(read_yaml(path), overrides or [])
+    return validate(RunConfig, content, str(path))
+
+
+StageName = Literal["corpus", "synthesize", "mine", "train", "merge", "evaluate", "embed", "serve"]

@@ -1,0 +1,50 @@
+"""The exception tree. Every message names the thing, the value seen and what is allowed.
+
+EmbedloomError            exit 1
+├── UserError             exit 2: the config, the data or the machine must change
+│   ├── ConfigError       a key or value of a YAML file or ``--set``
+│   ├── DataError         a corpus, a table, a model folder, a manifest
+│   └── MissingDependency an engine that an extra would install
+├── StageError            a stage failed while running
+└── ServeError            the endpoint could not be started or did not answer
+"""
+
+
+class EmbedloomError(Exception):
+    """Base of every error this package raises on purpose."""
+
+    exit_code = 1
+
+
+class UserError(EmbedloomError):
+    """Something the user gave is wrong; running again unchanged cannot help."""
+
+    exit_code = 2
+
+
+class ConfigError(UserError):
+    """A config key or value is not allowed."""
+
+
+class DataError(UserError):
+    """A file, table, model folder or manifest is missing, empty or malformed."""
+
+
+class MissingDependency(UserError):
+    """A Python package is missing; the message names the extra that installs it."""
+
+    def __init__(self, package: str, extra: str, needed_for: str) -> None:
+        super().__init__(
+            f"{needed_for} needs the package {package!r}, which is not installed; "
+            f"install it with: pip install 'embedloom[{extra}]'"
+        )
+        self.package = package
+        self.extra = extra
+
+
+class StageError(EmbedloomError):
+    """A pipeline stage failed while running."""
+
+
+class ServeError(EmbedloomError):
+    """The endpoint could not be started, or did not answer in time."""

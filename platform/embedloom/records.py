@@ -1,0 +1,187 @@
+"""The tables that pass between stages: column names, types, and the check every reader and writer runs.
+
+Ids are strings. An id made here is a content hash, so the same text has the same id in every run.
+"""
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import pyarrow as pa
+
+from embedloom.errors import DataError
+
+TASK_TYPES = (
+    "retrieval",
+    "reranking",
+    "instruction_reranking",
+    "classification",
+    "multilabel_classification",
+    "clustering",
+    "sts",
+    "pair_classification",
+    "bitext",
+)
+ORIGINS = ("public", "synthetic", "in_domain")
+ID_HEX_DIGITS = 24  # 96 bits: a collision among 10^10 rows has a chance of about 10^-9
+
+
+@dataclass(frozen=True, slots=True)
+class Schema:
+    """Columns of one kind of table; ``optional`` may be absent, every other must be there without nulls."""
+
+    kind: str
+    columns: dict[str, pa.DataType]
+    optional: frozenset[str] = frozenset()
+
+    def arrow(self) -> pa.Schema:
+        """All columns, optional ones nullable, in the order they are written."""
+        return pa.schema(
+            [pa.field(name, dtype, nullable=name in self.optional) for name, dtype in self.columns.items()]
+        )
+
+
+_TEXTS = pa.list_(pa.string())
+_SCORES = pa.list_(pa.float32())
+
+SCHEMAS: dict[str, Schema] = {
+    schema.kind: schema
+    for schema in (
+        Schema(
+            "documents",
+            {
+                "id": pa.string(),
+                "text": pa.string(),
+                "title": pa.string(),
+                "lang": pa.string(),
+                "source": pa.string(),
+            },
+            frozenset({"title", "lang"}),
+        ),
+        Schema(
+            "pairs",
+            {
+                "id": pa.string(),
+                "query": pa.string(),
+                "document_id": pa.string(),
+                "positive": pa.string(),
+                "negatives": _TEXTS,
+                "task_type": pa.string(),
+                "instruction": pa.string(),
+                "lang": pa.string(),
+                "document_lang": pa.string(),
+                "origin": pa.string(),
+                "generator": pa.string(),
+                "prompt_hash": pa.string(),
+            },
+            frozenset({"positive", "negatives", "generator", "prompt_hash"}),
+        ),
+        Schema(
+            "candidates",
+            {
+                "query_id": pa.string(),
+                "document_ids": _TEXTS,
+                "scores": _SCORES,
+                "teacher": pa.string(),
+                "contract_hash": pa.string(),
+            },
+        ),
+        Schema(
+            "examples",
+            {
+                "id": pa.string(),
+                "query": pa.string(),
+                "query_instruction": pa.string(),
+                "positive": pa.string(),
+                "positive_score": pa.float32(),
+                "negatives": _TEXTS,
+                "negative_scores": _SCORES,
+                "document_instruction": pa.string(),
+                "task_type": pa.string(),
+                "dataset": pa.string(),
+            },
+            frozenset({"document_instruction"}),
+        ),
+        Schema(
+            "rejects",
+            {"id": pa.string(), "reason": pa.string(), "detail": pa.string()},
+        ),
+    )
+}
+
+
+def content_id(*parts: str) -> str:
+    """Hash the parts into an id; ``("ab", "c")`` and ``("a", "bc")`` differ."""
+    digest = hashlib.sha256()
+    for part in parts:
+        data = part.encode()
+        digest.update(len(data).to_bytes(8, "little"))
+        digest.update(data)
+    return digest.hexdigest()[:ID_HEX_DIGITS]
+
+
+def table_from_rows(kind: str, rows: Iterable[dict[str, object]]) -> pa.Table:
+    """Build a checked table of ``kind``; absent optional columns become nulls.
+
+    Raises:
+        DataError: a row lacks a required column, or a value does not fit its type.
+    """
+    schema = SCHEMAS[kind].arrow()
+    listed = list(rows)
+    unknown = {key for row in listed for key in row} - set(schema.names)
+    if unknown:
+        raise DataError(f"{kind} row has unknown column {sorted(unknown)[0]!r}; columns are {schema.names}")
+    try:
+        table = pa.Table.from_pylist(listed, schema=schema)
+    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+        raise DataError(f"{kind} row does not fit its schema: {error}") from error
+    return check_table(kind, table, source=f"new {kind} rows")
+
+
+def check_table(kind: str, table: pa.Table, source: str) -> pa.Table:
+    """Return ``table`` with exactly the columns of ``kind``, cast and ordered; extra columns are dropped.
+
+    Args:
+        kind: one of ``SCHEMAS``.
+        table: any Arrow table.
+        source: the file or stage, named in the error.
+
+    Raises:
+        DataError: a required column is missing, holds nulls, or cannot be cast.
+    """
+    schema = SCHEMAS[kind]
+    columns = []
+    for name, dtype in schema.columns.items():
+        if name not in table.column_names:
+            if name not in schema.optional:
+                raise DataError(
+                    f"{source}: no column {name!r}; a {kind} table needs {required(kind)}, found {table.column_names}"
+                )
+            columns.append(pa.nulls(table.num_rows, dtype))
+            continue
+        column = table.column(name)
+        if name not in schema.optional and column.null_count:
+            raise DataError(
+                f"{source}: column {name!r} has {column.null_count} nulls; a {kind} table allows none there"
+            )
+        try:
+            columns.append(column.cast(dtype))
+        except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+            raise DataError(f"{source}: column {name!r} is {column.type}, expected {dtype}") from error
+    return pa.table(columns, schema=schema.arrow())
+
+
+def required(kind: str) -> list[str]:
+    """Names of the columns a table of ``kind`` must have."""
+    schema = SCHEMAS[kind]
+    return [name for name in schema.columns if name not in schema.optional]
+
+
+def check_unique_ids(table: pa.Table, source: str, column: str = "id") -> None:
+    """Raise DataError naming the first id that stands twice in ``column``."""
+    counts = table.column(column).value_counts()
+    for entry in counts.to_pylist():
+        if entry["counts"] > 1:
+            raise DataError(
+                f"{source}: {column} {entry['values']!r} stands {entry['counts']} times; ids must be unique"
+            )

@@ -1,0 +1,77 @@
+from pathlib import Path
+
+import pytest
+from embedloom.cluster.config import load_cluster
+from embedloom.config.base import apply_overrides
+from embedloom.config.run import load_run
+from embedloom.errors import ConfigError
+
+ROOT = Path(__file__).parents[2]
+QUICKSTART = ROOT / "jobs" / "configs" / "quickstart.yaml"
+CONFIGS = sorted((ROOT / "jobs" / "configs").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+def test_every_shipped_config_loads(path):
+    assert load_run(path).run.name
+
+
+def test_shipped_cluster_config_loads_and_describes_64_gpus():
+    cluster = load_cluster(ROOT / "cluster" / "cluster.yaml")
+    assert cluster.profile("a100x64").total_gpus == 64
+    assert cluster.profile("local").total_gpus == 0
+    with pytest.raises(
+        ConfigError, match=r"'h100x9' is not in the cluster config; allowed: a100x64, .*local"
+    ):
+        cluster.profile("h100x9")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        (
+            "mining.marginratio=0.9",
+            r"mining\.marginratio: unknown key; the nearest valid key is 'margin_ratio'",
+        ),
+        (
+            "training.stages.0.negativs=2",
+            r"training\.stages\.0\.negativs: unknown key; the nearest valid key is 'negatives'",
+        ),
+        ("mining.margin_ratio=1.5", r"mining\.margin_ratio: .*less than or equal to 1 \(seen: 1\.5\)"),
+        (
+            "training.mix={public: 0.5, web: 0.5}",
+            r"unknown origin 'web' in mix; allowed: \['public', 'synthetic', 'in_domain'\]",
+        ),
+        ("mining.negatives=1", "training.stages use up to 4 negatives, but mining.negatives keeps 1"),
+        ("synthesis=null", "training.mix.synthetic is above 0, but the config has no synthesis section"),
+        ("encoder.template=hello", r"encoder\.template: template must contain \{text\}"),
+        ("corpus.sources=[]", r"corpus\.sources: .*at least 1"),
+        ("serving.port=70000", r"serving\.port: .*65535.*70000"),
+        ("training.candidates.1.name=alpha", "candidates must have different names"),
+        ("nonsense", r"--set 'nonsense': expected section\.key=value"),
+        ("training.stages.7.negatives=1", "'7' is not an index of a list of 2"),
+        ("run.name.deeper=1", "'run.name' is a value, not a section"),
+    ],
+)
+def test_bad_values_name_the_key_the_value_and_the_allowed(override, message):
+    with pytest.raises(ConfigError, match=message):
+        load_run(QUICKSTART, [override])
+
+
+def test_missing_and_malformed_files_are_named(tmp_path):
+    with pytest.raises(ConfigError, match=r"nowhere\.yaml: no such config file"):
+        load_run(tmp_path / "nowhere.yaml")
+    broken = tmp_path / "broken.yaml"
+    broken.write_text("run: [")
+    with pytest.raises(ConfigError, match=r"broken\.yaml: not readable as YAML"):
+        load_run(broken)
+    broken.write_text("- a list")
+    with pytest.raises(ConfigError, match="expected a mapping of sections, found list"):
+        load_run(broken)
+
+
+def test_overrides_parse_yaml_values():
+    content = {"a": {"b": 1}, "list": [{"x": 1}]}
+    assert apply_overrides(content, ["a.b=[1, 2]", "list.0.x=null", "new.key=true"]) == {
+        "a": {"b": [1, 2]}, "list": [{"x": None}], "new": {"key": True},
+    }  # fmt: skip
