@@ -1,0 +1,45 @@
+"""What this process can compute with."""
+
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from embedloom.errors import ConfigError
+
+DTypeName = Literal["auto", "float32", "bfloat16"]
+_BF16_CPU_FLAGS = {"avx512_bf16", "amx_bf16"}
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    """``auto``: the GPU Ray gave this process, else the CPU.
+
+    Raises:
+        ConfigError: a CUDA device is asked for where there is none.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(name)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(
+            f"device: {name!r} is asked for, but torch sees no CUDA device; allowed here: 'auto', 'cpu'"
+        )
+    return device
+
+
+def has_fast_bf16(device: torch.device) -> bool:
+    """Whether bfloat16 matrix products run in hardware; emulated ones are slower than float32."""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    cpuinfo = Path("/proc/cpuinfo")
+    if not cpuinfo.is_file():
+        return False
+    flags = next((line for line in cpuinfo.read_text().splitlines() if line.startswith("flags")), "")
+    return bool(_BF16_CPU_FLAGS & set(flags.split()))
+
+
+def pick_dtype(name: DTypeName, device: torch.device) -> torch.dtype:
+    """``auto``: bfloat16 where it is fast, else float32."""
+    if name == "auto":
+        return torch.bfloat16 if has_fast_bf16(device) else torch.float32
+    return torch.bfloat16 if name == "bfloat16" else torch.float32

