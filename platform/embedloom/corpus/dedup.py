@@ -1,0 +1,172 @@
+"""Duplicates: exact by a hash of the normalised text, near by MinHash in bands, checked by true Jaccard.
+
+Two documents are near-duplicates when the sets of their word 5-grams have a Jaccard similarity of at least
+the threshold. MinHash (Broder 1997) only proposes pairs; every proposed pair is decided on its sets, so
+nothing is dropped by an estimate, and the bands are chosen so that a pair at the threshold is missed with a
+chance below one in a million. Signatures and bands are arrays, and only documents that share a band get an
+entry in a table: about 0.5 KB a document beside its hashes.
+"""
+
+import hashlib
+import re
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+WORDS_PER_SHINGLE = 5
+_PERMUTATIONS = 128
+_MISS_CHANCE = 1e-6  # of a pair whose similarity is exactly the threshold
+_ROWS_PER_BATCH = 8192  # 5-grams permuted at once: 4 MiB, which stays in the cache
+
+# Scripts that set no blanks count each character as a word; elsewhere a word is a run of letters and digits.
+_SINGLE = r"\u2e80-\u9fff\uac00-\ud7af\uf900-\ufaff\U00020000-\U0003ffff"
+_WORD = re.compile(rf"[{_SINGLE}]|[^\W{_SINGLE}]+")
+
+Hashes = npt.NDArray[np.uint64]
+
+
+def exact_duplicates(texts: Sequence[str]) -> dict[int, int]:
+    """Position of every text that repeats an earlier one but for case and blanks → that one's position."""
+    first: dict[bytes, int] = {}
+    found: dict[int, int] = {}
+    for position, text in enumerate(texts):
+        digest = hashlib.sha256(" ".join(text.casefold().split()).encode()).digest()
+        earlier = first.setdefault(digest, position)
+        if earlier != position:
+            found[position] = earlier
+    return found
+
+
+def near_duplicates(texts: Sequence[str], threshold: float) -> dict[int, tuple[int, float]]:
+    """Position of every text to drop → (position of the kept text it repeats, their Jaccard similarity).
+
+    Texts are taken in order and each is held against the kept ones before it, so the first stays, and a chain
+    of small changes does not swallow a text unlike the one that is kept.
+
+    Args:
+        texts: documents in the order in which they have precedence.
+        threshold: smallest Jaccard similarity of a near-duplicate, above 0 and at most 1.
+    """
+    shingles = list(_shingles(texts))
+    permutations, band_rows = choose_bands(threshold)
+    buckets = _shared_buckets(_signatures(shingles, permutations), band_rows)
+    kept_in: dict[int, list[int]] = {}
+    found: dict[int, tuple[int, float]] = {}
+    for position in range(len(texts)):
+        own = buckets.get(position, ())
+        candidates = sorted({kept for bucket in own for kept in kept_in.get(bucket, ())})
+        match = _first_match(shingles, position, candidates, threshold)
+        if match is not None:
+            found[position] = match
+            continue
+        for bucket in own:
+            kept_in.setdefault(bucket, []).append(position)
+    return found
+
+
+def choose_bands(threshold: float) -> tuple[int, int]:
+    """(permutations, rows a band): the longest bands, so the fewest proposals, with an allowed miss chance.
+
+    Bands of r rows in b = permutations / r miss a pair of similarity s with chance (1 - s**r)**b.
+    """
+    permutations = _PERMUTATIONS
+    while True:
+        for rows in range(permutations // 2, 0, -1):
+            if (1 - threshold**rows) ** (permutations // rows) <= _MISS_CHANCE:
+                return permutations, rows
+        permutations *= 2  # only below a threshold of about 0.1
+
+
+def jaccard(left: Hashes, right: Hashes) -> float:
+    """Similarity of two sorted sets of hashes; 0 if both are empty."""
+    shared = len(np.intersect1d(left, right, assume_unique=True))
+    union = len(left) + len(right) - shared
+    return shared / union if union else 0.0
+
+
+def _shingles(texts: Sequence[str]) -> Iterator[Hashes]:
+    """Sorted distinct 64-bit hashes of each text's word 5-grams; a shorter text is one shingle, if any."""
+    vocabulary: dict[str, int] = {}
+    weights = np.array(
+        [pow(0x9E3779B97F4A7C15, power, 2**64) for power in range(WORDS_PER_SHINGLE)], dtype=np.uint64
+    )
+    for text in texts:
+        words = _WORD.findall(text.casefold())
+        codes = np.array([_word_code(word, vocabulary) for word in words], dtype=np.uint64)
+        if not len(codes):
+            yield codes
+            continue
+        size = min(WORDS_PER_SHINGLE, len(codes))
+        windows = np.lib.stride_tricks.sliding_window_view(codes, size)
+        yield np.unique(_mix((windows * weights[:size]).sum(axis=1, dtype=np.uint64) + np.uint64(size)))
+
+
+def _word_code(word: str, vocabulary: dict[str, int]) -> int:
+    code = vocabulary.get(word)
+    if code is None:
+        code = int.from_bytes(hashlib.blake2b(word.encode(), digest_size=8).digest(), "little")
+        vocabulary[word] = code
+    return code
+
+
+def _mix(values: Hashes) -> Hashes:
+    """The 64-bit finaliser of MurmurHash3 (public domain): a bijection that spreads close values."""
+    values = (values ^ (values >> np.uint64(33))) * np.uint64(0xFF51AFD7ED558CCD)
+    values = (values ^ (values >> np.uint64(33))) * np.uint64(0xC4CEB9FE1A85EC53)
+    return values ^ (values >> np.uint64(33))
+
+
+def _signatures(shingles: Sequence[Hashes], permutations: int) -> npt.NDArray[np.uint32]:
+    """MinHash signatures, shape [documents, permutations]; a document without words gets zeros.
+
+    A permutation is a * x + b modulo 2**32 with odd a: the hardware's wrap-around, and one-to-one.
+    """
+    random = np.random.Generator(np.random.PCG64(1))  # fixed: signatures must not differ between runs
+    factor = random.integers(0, 2**31, permutations, dtype=np.uint32) * np.uint32(2) + np.uint32(1)
+    offset = random.integers(0, 2**32, permutations, dtype=np.uint32)
+    signatures = np.zeros((len(shingles), permutations), dtype=np.uint32)
+    filled = [position for position, hashes in enumerate(shingles) if len(hashes)]
+    start = 0
+    while start < len(filled):
+        stop, size = start, 0
+        while stop < len(filled) and (size == 0 or size + len(shingles[filled[stop]]) <= _ROWS_PER_BATCH):
+            size += len(shingles[filled[stop]])
+            stop += 1
+        batch = [shingles[position] for position in filled[start:stop]]
+        values = (np.concatenate(batch) >> np.uint64(32)).astype(np.uint32)
+        begins = np.cumsum([0, *(len(hashes) for hashes in batch[:-1])])
+        permuted = values[:, None] * factor + offset
+        signatures[filled[start:stop]] = np.minimum.reduceat(permuted, begins, axis=0)
+        start = stop
+    return signatures
+
+
+def _shared_buckets(signatures: npt.NDArray[np.uint32], band_rows: int) -> dict[int, list[int]]:
+    """Position → the buckets it shares with others; most documents share none and have no entry."""
+    shared: dict[int, list[int]] = {}
+    bucket = 0
+    for band in range(signatures.shape[1] // band_rows):
+        keys = np.zeros(len(signatures), dtype=np.uint64)
+        for column in range(band * band_rows, (band + 1) * band_rows):
+            keys = _mix(keys ^ signatures[:, column])  # a collision of keys only proposes one pair more
+        _, numbers, sizes = np.unique(keys, return_inverse=True, return_counts=True)
+        for position in np.flatnonzero(sizes[numbers] > 1).tolist():
+            shared.setdefault(position, []).append(bucket + int(numbers[position]))
+        bucket += len(sizes)
+    return shared
+
+
+def _first_match(
+    shingles: Sequence[Hashes], position: int, candidates: Sequence[int], threshold: float
+) -> tuple[int, float] | None:
+    own = shingles[position]
+    for candidate in candidates:
+        other = shingles[candidate]
+        # Sets of unlike sizes cannot be that similar; cheap, and most proposals of short texts end here.
+        if min(len(own), len(other)) < threshold * max(len(own), len(other)):
+            continue
+        similarity = jaccard(own, other)
+        if similarity >= threshold:
+            return candidate, similarity
+    return None

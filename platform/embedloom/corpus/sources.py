@@ -1,0 +1,42 @@
+"""Sources: one reader a format, all giving the same rows; a reader streams, it never holds a whole file."""
+
+from collections.abc import Callable, Iterator
+from itertools import islice
+
+from embedloom.config.data import CorpusSource
+from embedloom.corpus.beir import read_beir
+from embedloom.corpus.hub import read_hub_dataset
+from embedloom.corpus.python_docs import read_python_docs
+from embedloom.corpus.rows import SourceRow
+from embedloom.corpus.tabular import read_csv, read_jsonl, read_parquet
+from embedloom.corpus.text_files import read_text_files
+from embedloom.errors import DataError
+
+Reader = Callable[[CorpusSource], Iterator[SourceRow]]
+
+READERS: dict[str, Reader] = {
+    "python_docs": read_python_docs,
+    "parquet": read_parquet,
+    "jsonl": read_jsonl,
+    "csv": read_csv,
+    "text": read_text_files,
+    "beir": read_beir,
+    "huggingface": read_hub_dataset,
+}
+
+
+def read_source(source: CorpusSource) -> Iterator[SourceRow]:
+    """Stream the rows of a source, at most ``source.limit`` of them, always in the same order.
+
+    Raises:
+        DataError: nothing there, not readable, a column that is not there, or no row at all.
+    """
+    count = 0
+    for row in islice(READERS[source.format](source), source.limit):
+        count += 1
+        yield row
+    if count == 0:
+        place = source.path or f"packages {list(source.packages)}"
+        raise DataError(
+            f"corpus.sources: {place} ({source.format}) holds no document; give a source with at least one"
+        )

@@ -1,0 +1,207 @@
+"""The corpus stage: read, clean, deduplicate, split by group, cut into chunks, write.
+
+Documents are held once in memory, cleaned: about 2 KB each beside their text, so a million documents of 1,000
+characters take some 3 GB. Everything is a function of the sources, the config and the seed: a rerun after a
+kill starts over and writes the same files.
+"""
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+
+from embedloom.artefacts import Artefact, ArtefactWriter
+from embedloom.config.data import CorpusConfig
+from embedloom.corpus.chunk import Chunk, Chunker
+from embedloom.corpus.clean import clean_row, reject_reason
+from embedloom.corpus.dedup import exact_duplicates, near_duplicates
+from embedloom.corpus.parts import PartWriter
+from embedloom.corpus.rejects import Rejects
+from embedloom.corpus.rows import SourceRow
+from embedloom.corpus.sources import read_source
+from embedloom.corpus.split import SPLITS, split_of
+from embedloom.errors import DataError
+from embedloom.instructions import document_text
+from embedloom.progress import Progress, note
+from embedloom.records import content_id
+
+_FOLDERS = ("documents", "pairs", "rejects")
+_UNKNOWN_LANGUAGE = "und"  # ISO 639-3: undetermined
+_ROWS_PER_BATCH = 512
+
+
+def build_corpus(config: CorpusConfig, seed: int, tokenizer_folder: Path, out: ArtefactWriter) -> Artefact:
+    """Build the corpus artefact: documents and natural pairs by split, and the rejects.
+
+    Args:
+        config: the corpus section.
+        seed: the run's seed; decides which groups are held out.
+        tokenizer_folder: model folder whose tokenizer measures chunks.
+        out: writer of a ``corpus`` artefact.
+
+    Raises:
+        DataError: an unreadable source, ids that repeat, nothing left after cleaning, or nothing to train on.
+    """
+    for folder in _FOLDERS:  # an interrupted build may have left parts of its own
+        out.place.child(folder).remove()
+    # Before the reading, which takes minutes: a folder without a tokenizer should say so at once.
+    size = config.chunk_tokens
+    chunker = Chunker(tokenizer_folder, size, config.chunk_overlap_tokens) if size is not None else None
+    rejects = Rejects()
+    rows, read = _clean(config, rejects)
+    rows = _drop_duplicates(rows, config.near_duplicate_threshold, rejects)
+    if not rows:
+        raise DataError(
+            f"corpus: no document is left of {read} read; rejects: {rejects.counts}; "
+            f"corpus.min_characters is {config.min_characters}"
+        )
+    rows = _drop_repeated_queries(rows, rejects)
+    splits = _assign(rows, config, seed)
+    counts = _write(rows, splits, chunker, out)
+    _write_rejects(rejects, out)
+    return out.commit({"read": read, **counts, "rejects": rejects.counts})
+
+
+def _clean(config: CorpusConfig, rejects: Rejects) -> tuple[list[SourceRow], int]:
+    """Cleaned rows of all sources in id order, and the number read."""
+    progress = Progress("corpus", None, "documents read")
+    rows = []
+    for source in config.sources:
+        for raw in read_source(source):
+            row = clean_row(raw)
+            reason = reject_reason(row, config.min_characters)
+            if reason is None:
+                rows.append(row)
+            else:
+                rejects.add(row.id, reason, f"{row.source}: {len(row.text)} characters")
+            progress.advance(1)
+    rows.sort(key=lambda row: row.id)  # stable: rows of one id stay in reading order
+    note("corpus", f"{progress.done:,} documents read, {len(rows):,} after cleaning")
+    return rows, progress.done
+
+
+def _drop_duplicates(rows: list[SourceRow], threshold: float | None, rejects: Rejects) -> list[SourceRow]:
+    """Rows without exact and near-duplicates; of each set the first in id order stays."""
+    repeated = exact_duplicates([_full_text(row) for row in rows])
+    for position, first in repeated.items():
+        rejects.add(rows[position].id, "duplicate", f"{rows[position].source} repeats {rows[first].source}")
+    rows = [row for position, row in enumerate(rows) if position not in repeated]
+    for row, following in pairwise(rows):
+        if row.id == following.id:
+            raise DataError(
+                f"corpus.sources: id {row.id!r} stands for two texts ({row.source} and {following.source}); "
+                "ids must be unique, or leave out id_column and ids are made from the content"
+            )
+    if threshold is None:
+        return rows
+    near = near_duplicates([_full_text(row) for row in rows], threshold)
+    for position, (first, similarity) in near.items():
+        detail = f"{rows[position].source} repeats {rows[first].source}, Jaccard {similarity:.3f}"
+        rejects.add(rows[position].id, "near_duplicate", detail)
+    return [row for position, row in enumerate(rows) if position not in near]
+
+
+def _drop_repeated_queries(rows: list[SourceRow], rejects: Rejects) -> list[SourceRow]:
+    """Rows whose queries are unique over the corpus, case aside: in two splits they would leak the answer."""
+    seen: dict[str, str] = {}
+    kept = []
+    for row in rows:
+        own = []
+        for query in row.queries:
+            owner = seen.setdefault(query.casefold(), row.source)
+            if owner is row.source and query not in own:
+                own.append(query)
+            else:
+                rejects.add(row.id, "duplicate_query", f"{query!r} of {row.source} is taken by {owner}")
+        kept.append(replace(row, queries=tuple(own)))
+    return kept
+
+
+def _assign(rows: Sequence[SourceRow], config: CorpusConfig, seed: int) -> dict[str, str]:
+    """Split of every group.
+
+    Raises:
+        DataError: no group falls to train.
+    """
+    splits = {row.group: split_of(row.group, config.split, seed) for row in rows}
+    shares = {"dev": config.split.dev, "test": config.split.test}
+    if "train" not in splits.values():
+        raise DataError(
+            f"corpus.split: none of the {len(splits)} groups falls to train (dev {shares['dev']:g}, "
+            f"test {shares['test']:g}, seed {seed}); give more documents, smaller shares or another run.seed"
+        )
+    for split, share in shares.items():
+        if share > 0 and split not in splits.values():
+            note(
+                "corpus",
+                f"the {split} split is empty: none of the {len(splits)} groups falls to its share {share:g}",
+            )
+    return splits
+
+
+def _write(
+    rows: list[SourceRow], splits: dict[str, str], chunker: Chunker | None, out: ArtefactWriter
+) -> dict[str, object]:
+    """Write documents and pairs, and count them."""
+    documents = {split: PartWriter(out.place, f"documents/{split}", "documents") for split in SPLITS}
+    pairs = {split: PartWriter(out.place, f"pairs/{split}", "pairs") for split in SPLITS}
+    progress = Progress("corpus", len(rows), "documents written")
+    tokens = 0
+    for chunks in _chunked(rows, chunker):
+        split = splits[chunks[0].row.group]
+        for chunk in chunks:
+            documents[split].add(_document(chunk.row))
+            for query in chunk.row.queries:
+                pairs[split].add(_pair(chunk.row, query))
+            tokens += chunk.tokens
+        progress.advance(1)
+    for writer in (*documents.values(), *pairs.values()):
+        writer.close()
+    groups = Counter(splits.values())
+    by_split = {split: documents[split].count for split in SPLITS}
+    return {
+        "rows": sum(by_split.values()),
+        **by_split,
+        "pairs": sum(writer.count for writer in pairs.values()),
+        "pairs_by_split": {split: pairs[split].count for split in SPLITS},
+        "groups": {split: groups[split] for split in SPLITS},
+        **({"tokens": tokens} if chunker is not None else {}),
+    }
+
+
+def _chunked(rows: list[SourceRow], chunker: Chunker | None) -> Iterator[list[Chunk]]:
+    if chunker is None:
+        yield from ([Chunk(row, 0)] for row in rows)
+        return
+    for start in range(0, len(rows), _ROWS_PER_BATCH):
+        yield from chunker.cut(rows[start : start + _ROWS_PER_BATCH])
+
+
+def _write_rejects(rejects: Rejects, out: ArtefactWriter) -> None:
+    writer = PartWriter(out.place, "rejects", "rejects")
+    for row in rejects.rows:
+        writer.add(row)
+    writer.close()
+
+
+def _full_text(row: SourceRow) -> str:
+    return document_text(row.title, row.text)
+
+
+def _document(row: SourceRow) -> dict[str, object]:
+    return {"id": row.id, "text": row.text, "title": row.title, "lang": row.lang, "source": row.source}
+
+
+def _pair(row: SourceRow, query: str) -> dict[str, object]:
+    lang = row.lang or _UNKNOWN_LANGUAGE
+    return {
+        "id": content_id(query, row.id),
+        "query": query,
+        "document_id": row.id,
+        "task_type": "retrieval",
+        "instruction": row.instruction,
+        "lang": lang,
+        "document_lang": lang,
+        "origin": "public",
+    }

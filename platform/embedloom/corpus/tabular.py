@@ -1,0 +1,137 @@
+"""Readers of Parquet, JSON lines and CSV: one file, a glob, or every fitting file below a folder."""
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet
+
+from embedloom.config.data import CorpusSource
+from embedloom.corpus.columns import check_columns, files_of, label_of, rows_of, used_columns
+from embedloom.corpus.rows import SourceRow
+from embedloom.errors import DataError
+
+_PACKED = ("", ".gz", ".bz2", ".xz", ".zst")
+PARQUET_ENDINGS = (".parquet", ".pq")
+JSONL_ENDINGS = tuple(f"{ending}{packed}" for ending in (".jsonl", ".ndjson", ".json") for packed in _PACKED)
+CSV_ENDINGS = tuple(f"{ending}{packed}" for ending in (".csv", ".tsv") for packed in (".gz", ".bz2", ""))
+_BATCH_ROWS = 1024
+_CSV_BLOCK_BYTES = 16 * 2**20  # no row may be longer than a block
+
+
+def read_parquet(source: CorpusSource) -> Iterator[SourceRow]:
+    """Rows of Parquet files, a batch at a time.
+
+    Raises:
+        DataError: not Parquet, or a column that is not there.
+    """
+    for path in files_of(source, PARQUET_ENDINGS):
+        yield from rows_of(source, _parquet_records(path, source), str(path), label_of(source, path))
+
+
+def read_jsonl(source: CorpusSource) -> Iterator[SourceRow]:
+    """Rows of JSON-lines files, plain or compressed; empty lines are passed over.
+
+    A title that is absent from a line is no title; one absent from a whole file is an error.
+
+    Raises:
+        DataError: a line that is not a JSON object, or lacks a column.
+    """
+    for path in files_of(source, JSONL_ENDINGS):
+        yield from rows_of(source, _json_records(path, source), str(path), label_of(source, path))
+
+
+def read_csv(source: CorpusSource) -> Iterator[SourceRow]:
+    """Rows of CSV files with a header line (``.tsv``: separated by tabs); quoted cells may span lines.
+
+    Raises:
+        DataError: not CSV in UTF-8, or a column that is not there.
+    """
+    for path in files_of(source, CSV_ENDINGS):
+        yield from rows_of(source, _csv_records(path, source), str(path), label_of(source, path))
+
+
+def json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(line number, object) of every line that is not empty.
+
+    Raises:
+        DataError: not UTF-8, or a line that is not a JSON object.
+    """
+    number = 0
+    try:
+        with fsspec.open(str(path), "rt", encoding="utf-8-sig", compression="infer") as stream:
+            for number, line in enumerate(stream, start=1):
+                if not line.strip():
+                    continue
+                record = json.loads(line)
+                if not isinstance(record, dict):
+                    seen = f"line {number} holds a {type(record).__name__}"
+                    raise DataError(f"{path}: {seen}; allowed: one JSON object a line")
+                yield number, record
+    except json.JSONDecodeError as error:
+        raise DataError(
+            f"{path}: line {number} is not JSON ({error}); allowed: one JSON object a line"
+        ) from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not UTF-8 after line {number}: {error.reason}; allowed: UTF-8") from error
+    except (OSError, EOFError) as error:
+        raise DataError(f"{path}: not readable as JSON lines: {_line(error)}") from error
+
+
+def _json_records(path: Path, source: CorpusSource) -> Iterator[Mapping[str, Any]]:
+    title = source.title_column
+    empty = True
+    titled = title is None
+    for number, record in json_lines(path):
+        empty = False
+        if title is not None:
+            titled = titled or title in record
+            record.setdefault(title, None)
+        for key, column in used_columns(source).items():
+            if column not in record:
+                found = [name for name in record if name != title or record[name] is not None]
+                raise DataError(
+                    f"{path}: line {number} has no key {column!r} (corpus.sources.{key}); keys found: {found}"
+                )
+        yield record
+    if not titled and not empty:
+        raise DataError(f"{path}: no line has the key {title!r} (corpus.sources.title_column)")
+
+
+def _parquet_records(path: Path, source: CorpusSource) -> Iterator[Mapping[str, Any]]:
+    try:
+        with pa.parquet.ParquetFile(path) as file:
+            columns = check_columns(source, file.schema_arrow.names, str(path))
+            for batch in file.iter_batches(batch_size=_BATCH_ROWS, columns=columns):
+                yield from batch.to_pylist()
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{path}: not readable as Parquet: {_line(error)}") from error
+
+
+def _csv_records(path: Path, source: CorpusSource) -> Iterator[Mapping[str, Any]]:
+    delimiter = "\t" if ".tsv" in path.suffixes else ","
+    read = pa.csv.ReadOptions(block_size=_CSV_BLOCK_BYTES)
+    parse = pa.csv.ParseOptions(delimiter=delimiter, newlines_in_values=True)
+    try:
+        with pa.csv.open_csv(path, read, parse) as reader:
+            columns = check_columns(source, reader.schema.names, str(path))
+        # Every cell as text: "007" stays an id, and "NA" a word.
+        convert = pa.csv.ConvertOptions(
+            include_columns=columns,
+            column_types={column: pa.string() for column in columns},
+            strings_can_be_null=False,
+        )
+        with pa.csv.open_csv(path, read, parse, convert) as reader:
+            for batch in reader:
+                yield from batch.to_pylist()
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{path}: not readable as CSV: {_line(error)}") from error
+
+
+def _line(error: BaseException) -> str:
+    """An error's message on one line."""
+    return " ".join(str(error).split())

@@ -1,0 +1,210 @@
+"""The corpus stage from end to end (``corpus/stage.py``)."""
+
+from collections import Counter
+
+import pytest
+
+from embedloom.artefacts import Artefact, Place
+from embedloom.config.data import CorpusConfig, CorpusSource
+from embedloom.corpus.parts import PartWriter
+from embedloom.corpus.stage import build_corpus
+from embedloom.errors import DataError
+from embedloom.records import check_unique_ids
+from fakes_corpus import corpus_writer, jsonl_source, save_word_tokenizer, sentence, write_jsonl
+
+NO_SPLIT = {"dev": 0, "test": 0}
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    return save_word_tokenizer(tmp_path_factory.mktemp("words"))
+
+
+@pytest.fixture
+def packages(tmp_path, monkeypatch):
+    """Two packages of forty modules with two documented functions each."""
+    for package in ("firstdocs", "seconddocs"):
+        (tmp_path / package).mkdir()
+        for number in range(40):
+            functions = [
+                f'def f{index}():\n    """Summary of {package} {number} {index}.\n\n    {body(package, number, index)}\n    """\n'
+                for index in range(2)
+            ]
+            (tmp_path / package / f"m{number}.py").write_text("\n".join(functions))
+    monkeypatch.syspath_prepend(tmp_path)
+    return CorpusSource(format="python_docs", packages=("firstdocs", "seconddocs"))
+
+
+def key_of(package, number, index):
+    return (package == "firstdocs") * 1000 + number * 10 + index
+
+
+def body(package, number, index):
+    return sentence(key_of(package, number, index), 30)
+
+
+def files_of(folder):
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*.parquet"))
+    }
+
+
+def build(tmp_path, tokenizer, records, **settings):
+    source = jsonl_source(write_jsonl(tmp_path / "in.jsonl", records), **settings.pop("columns", {}))
+    config = CorpusConfig(sources=(source,), **{"split": NO_SPLIT, "min_characters": 10, **settings})
+    return build_corpus(config, 42, tokenizer, corpus_writer(tmp_path / "out"))
+
+
+def rejected(artefact):
+    return [
+        (row["id"], row["reason"]) for row in artefact.place.read_tables("rejects", "rejects").to_pylist()
+    ]
+
+
+def test_python_docs_end_to_end_twice_gives_the_same_bytes(tmp_path, tokenizer, packages):
+    config = CorpusConfig(sources=(packages,), chunk_tokens=16, split={"dev": 0.2, "test": 0.3})
+    for name in ("a", "b"):
+        artefact = build_corpus(config, 42, tokenizer, corpus_writer(tmp_path / name))
+    assert files_of(tmp_path / "a") == files_of(tmp_path / "b")
+    counts = artefact.counts
+    assert counts["read"] == counts["pairs"] == 160
+    assert (
+        counts["rows"] == 320 == counts["train"] + counts["dev"] + counts["test"]
+    )  # 30 words in chunks of 16
+    assert counts["tokens"] == 160 * 30
+    assert counts["rejects"] == {}
+    assert sum(counts["groups"].values()) == 80
+    modules: dict[str, set[str]] = {}
+    for split in ("train", "dev", "test"):
+        documents = artefact.place.read_tables(f"documents/{split}", "documents")
+        check_unique_ids(documents, split)
+        ids = set(documents["id"].to_pylist())
+        for row in documents.to_pylist():
+            modules.setdefault(row["source"].rsplit(".", 1)[0], set()).add(split)
+        pairs = artefact.place.read_tables(f"pairs/{split}", "pairs").to_pylist()
+        assert len(pairs) == counts["pairs_by_split"][split]
+        assert {pair["document_id"] for pair in pairs} <= ids
+        assert {(p["origin"], p["task_type"], p["lang"], p["document_lang"]) for p in pairs} == {
+            ("public", "retrieval", "eng", "eng")
+        }
+    assert len(modules) == 80 and all(len(splits) == 1 for splits in modules.values())
+
+
+def test_a_pair_points_to_the_first_chunk(tmp_path, tokenizer, packages):
+    config = CorpusConfig(sources=(packages,), chunk_tokens=16, split=NO_SPLIT)
+    artefact = build_corpus(config, 42, tokenizer, corpus_writer(tmp_path / "out"))
+    documents = {row["id"]: row for row in artefact.place.read_tables("documents/train").to_pylist()}
+    for pair in artefact.place.read_tables("pairs/train", "pairs").to_pylist():
+        package, number, index = pair["query"].removesuffix(".").split()[2:]
+        text = documents[pair["document_id"]]["text"]
+        assert text.startswith(f"word{key_of(package, int(number), int(index))}x0 ")
+
+
+def test_another_seed_holds_out_other_groups(tmp_path, tokenizer, packages):
+    config = CorpusConfig(sources=(packages,))
+    held_out = [
+        build_corpus(config, seed, tokenizer, corpus_writer(tmp_path / str(seed))).place.read_tables(
+            "documents/test"
+        )
+        for seed in (1, 2)
+    ]
+    assert set(held_out[0]["id"].to_pylist()) != set(held_out[1]["id"].to_pylist())
+
+
+def test_rejects_are_counted_with_their_reasons(tmp_path, tokenizer):
+    long = sentence(1, 60)
+    records = [
+        {"text": long, "key": "b"},
+        {"text": f"{long} more", "key": "c"},
+        {"text": long.upper(), "key": "a"},
+        {"text": None, "key": "d"},
+        {"text": "short", "key": "e"},
+        {"text": sentence(2), "key": "f"},
+    ]
+    artefact = build(tmp_path, tokenizer, records, columns={"id_column": "key"})
+    assert artefact.counts["rejects"] == {"duplicate": 1, "empty": 1, "near_duplicate": 1, "too_short": 1}
+    assert rejected(artefact) == [
+        ("d", "empty"),
+        ("e", "too_short"),
+        ("b", "duplicate"),
+        ("c", "near_duplicate"),
+    ]
+    # The first in id order stays, and keeps the id the source gave it.
+    assert artefact.place.read_tables("documents/train")["id"].to_pylist() == ["a", "f"]
+    assert not artefact.place.exists("pairs")
+
+
+def test_null_threshold_keeps_near_duplicates_and_null_chunk_keeps_documents_whole(tmp_path):
+    long = sentence(1, 60)
+    artefact = build(
+        tmp_path, tmp_path / "no-tokenizer-needed", [{"text": long}, {"text": f"{long} more"}],
+        near_duplicate_threshold=None, chunk_tokens=None,
+    )  # fmt: skip
+    assert artefact.counts["rows"] == 2 and "tokens" not in artefact.counts
+
+
+def test_repeated_queries_make_one_pair(tmp_path, tokenizer):
+    folder = tmp_path / "beir"
+    write_jsonl(
+        folder / "corpus.jsonl", [{"_id": f"d{n}", "title": "", "text": sentence(n)} for n in range(3)]
+    )
+    queries = ["same query", "Same  Query", "another", "another"]
+    write_jsonl(folder / "queries.jsonl", [{"_id": f"q{n}", "text": text} for n, text in enumerate(queries)])
+    (folder / "qrels").mkdir()
+    (folder / "qrels" / "train.tsv").write_text("q0\td1\t1\nq1\td0\t1\nq2\td2\t1\nq3\td2\t1\n")
+    config = CorpusConfig(sources=(CorpusSource(format="beir", path=str(folder)),), split=NO_SPLIT)
+    artefact = build_corpus(config, 42, tokenizer, corpus_writer(tmp_path / "out"))
+    pairs = artefact.place.read_tables("pairs/train", "pairs").to_pylist()
+    assert [(p["query"], p["document_id"], p["lang"]) for p in pairs] == [
+        ("Same Query", "d0", "und"),
+        ("another", "d2", "und"),
+    ]
+    assert artefact.counts["rejects"] == {"duplicate_query": 2}
+
+
+def test_nothing_left_after_cleaning_states_the_counts(tmp_path, tokenizer):
+    with pytest.raises(
+        DataError, match=r"no document is left of 2 read; rejects: {'empty': 1, 'too_short': 1}; .*is 10"
+    ):
+        build(tmp_path, tokenizer, [{"text": ""}, {"text": "x"}])
+
+
+def test_one_id_for_two_texts_is_refused(tmp_path, tokenizer):
+    records = [{"text": sentence(number), "key": "same"} for number in (1, 2)]
+    with pytest.raises(DataError, match=r"id 'same' stands for two texts \(.*in.jsonl:1 and .*in.jsonl:2\)"):
+        build(tmp_path, tokenizer, records, columns={"id_column": "key"})
+
+
+def test_no_training_group_is_refused_and_an_empty_test_split_is_noted(tmp_path, tokenizer, capsys):
+    records = [{"text": sentence(1), "key": "only"}]
+    columns = {"id_column": "key"}
+    with pytest.raises(
+        DataError, match=r"corpus.split: none of the 1 groups falls to train \(dev 0, test 0.99, seed 42"
+    ):
+        build(tmp_path, tokenizer, records, columns=columns, split={"dev": 0, "test": 0.99})
+    artefact = build(tmp_path, tokenizer, records, columns=columns, split={"dev": 0, "test": 0.01})
+    assert (artefact.counts["train"], artefact.counts["test"]) == (1, 0)
+    assert artefact.counts["groups"]["test"] == 0
+    assert "the test split is empty" in capsys.readouterr().err
+
+
+def test_an_interrupted_build_leaves_no_part_behind(tmp_path, tokenizer):
+    writer = corpus_writer(tmp_path / "out")
+    part = PartWriter(writer.place, "documents/test", "documents")
+    part.add({"id": "stale", "text": "t", "source": "s"})
+    part.close()
+    with pytest.raises(DataError, match="unfinished"):
+        Artefact.open(writer.place)
+    artefact = build(tmp_path, tokenizer, [{"text": sentence(1)}])
+    assert not artefact.place.exists("documents/test")
+    assert Artefact.open(artefact.place, "corpus").counts == artefact.counts
+
+
+def test_parts_have_a_fixed_size(tmp_path):
+    place = Place(str(tmp_path))
+    writer = PartWriter(place, "rejects", "rejects", part_rows=3)
+    for number in range(7):
+        writer.add({"id": str(number), "reason": "r", "detail": ""})
+    writer.close()
+    assert Counter(place.parquet_footer(name)[1] for name in place.names("rejects")) == {3: 2, 1: 1}
+    assert place.read_tables("rejects", "rejects")["id"].to_pylist() == list("0123456")
