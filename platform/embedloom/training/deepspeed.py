@@ -1,0 +1,68 @@
+"""DeepSpeed settings derived from the run config, in one place, and the engine built from them."""
+
+import os
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from embedloom.config.model import TrainingConfig
+
+
+def deepspeed_settings(config: TrainingConfig, bf16_weights: bool) -> dict[str, Any]:
+    """The DeepSpeed config document.
+
+    ``train_micro_batch_size_per_gpu`` is only DeepSpeed's bookkeeping here: our batches are cut by tokens and the
+    loop says itself where an accumulation ends.
+    """
+    zero: dict[str, Any] = {"stage": config.zero_stage}
+    if config.zero_stage == 3:
+        zero["stage3_gather_16bit_weights_on_model_save"] = True
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": config.gradient_clip_norm,
+        "zero_optimization": zero,
+        "bf16": {"enabled": bf16_weights},
+        # Our AdamW is torch's: no JIT compiler on the nodes, the same numbers on CPU and GPU.
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 2**31 - 1,
+        "wall_clock_breakdown": False,
+    }
+
+
+def parameter_groups(
+    parameters: Iterable[tuple[str, nn.Parameter]], weight_decay: float
+) -> list[dict[str, Any]]:
+    """Weight decay for matrices, none for norms and biases."""
+    decayed: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
+    for name, parameter in parameters:
+        if parameter.requires_grad:
+            (plain if parameter.ndim < 2 or "norm" in name.lower() else decayed).append(parameter)
+    return [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
+
+
+def build_engine(module: nn.Module, config: TrainingConfig, bf16_weights: bool) -> Any:
+    """A DeepSpeed engine around ``module``, in the process group Ray Train has set up."""
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+    import deepspeed
+
+    if not torch.cuda.is_available():
+        # Only used by inference_all_reduce, but its JIT build (a compiler, ninja, a minute) would run at start-up.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    optimizer = torch.optim.AdamW(
+        parameter_groups(module.named_parameters(), config.weight_decay),
+        lr=0.0,
+        betas=config.adam_betas,
+        fused=True,
+    )
+    engine, _, _, _ = deepspeed.initialize(
+        model=module,
+        optimizer=optimizer,
+        config=deepspeed_settings(config, bf16_weights),
+        dist_init_required=False,
+    )
+    return engine

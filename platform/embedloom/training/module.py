@@ -1,0 +1,40 @@
+"""The part that DeepSpeed wraps: groups of token ids in, per-query losses out."""
+
+import torch
+from torch import Tensor, nn
+
+from embedloom.encoder.batching import token_budget_batches
+from embedloom.encoder.model import Encoder
+from embedloom.training.examples import Group
+from embedloom.training.losses import Loss
+
+# A micro-batch goes through the backbone in this many length-sorted pieces or a few more: enough to lose most
+# padding, few enough to keep the matrix products large.
+_PIECES = 4
+
+
+class ContrastiveModule(nn.Module):
+    """Backbone + pooling + loss of one micro-batch, in one forward so ZeRO's hooks see it whole."""
+
+    def __init__(self, encoder: Encoder, loss: Loss, temperature: float) -> None:
+        super().__init__()
+        self.backbone = encoder.backbone
+        self._encoder = encoder
+        self._loss = loss
+        self._temperature = temperature
+
+    def forward(self, groups: list[Group]) -> Tensor:
+        """Per-query losses [len(groups)]; all groups have the same number of documents."""
+        texts = [group.query for group in groups] + [
+            document for group in groups for document in group.documents
+        ]
+        vectors = self._vectors(texts)
+        queries, documents = vectors[: len(groups)], vectors[len(groups) :]
+        return self._loss(queries, documents.view(len(groups), -1, vectors.shape[1]), self._temperature)
+
+    def _vectors(self, texts: list[list[int]]) -> Tensor:
+        lengths = [len(text) for text in texts]
+        batches = token_budget_batches(lengths, max(max(lengths), sum(lengths) // _PIECES))
+        parts = [self._encoder.forward([texts[position] for position in batch]) for batch in batches]
+        order = torch.tensor([position for batch in batches for position in batch], device=parts[0].device)
+        return torch.cat(parts)[torch.argsort(order)]

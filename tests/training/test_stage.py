@@ -1,0 +1,144 @@
+"""Real Ray Train + DeepSpeed on two CPU workers with a tiny Llama."""
+
+import json
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+from safetensors.numpy import load_file
+
+from embedloom.artefacts import Artefact, ArtefactWriter, Place
+from embedloom.config.model import Candidate, TrainingConfig, TrainingStage
+from embedloom.config.resources import TrainingGroup
+from embedloom.encoder.model import Encoder
+from embedloom.records import table_from_rows
+from embedloom.training import loop
+from embedloom.training.stage import train_stage
+
+STEPS = 24
+WORDS = ["red", "green", "blue", "grey", "pink", "gold"]
+
+
+def make_mining(folder: Path, rows: int = 48) -> Artefact:
+    """Examples in which the positive repeats the query's word and the negatives do not."""
+    writer = ArtefactWriter(Place(str(folder)), "mining", "test", {}, "local")
+    examples = []
+    for number in range(rows):
+        word = WORDS[number % len(WORDS)]
+        others = [other for other in WORDS if other != word][: 1 + number % 3]
+        examples.append(
+            {
+                "id": f"row-{number:03d}",
+                "query": f"{word} {number}",
+                "query_instruction": "Find the colour",
+                "positive": f"the colour {word} is number {number}",
+                "positive_score": 0.9,
+                "negatives": [f"nothing but {other}" for other in others],
+                "negative_scores": [0.3] * len(others),
+                "document_instruction": None,
+                "task_type": "retrieval",
+                "dataset": "public" if number % 4 else "synthetic",
+            }
+        )
+    writer.place.write_table("examples/part-000000.parquet", table_from_rows("examples", examples))
+    return writer.commit({"rows": rows})
+
+
+def make_config(**changes: object) -> TrainingConfig:
+    settings = {
+        "candidates": [Candidate(name="alpha", seed=3)],
+        "stages": [
+            TrainingStage(
+                name="pretrain",
+                negatives=2,
+                global_batch=8,
+                learning_rate=5e-3,
+                max_steps=STEPS,
+                warmup_steps=2,
+            )
+        ],
+        "mix": {"public": 0.75, "synthetic": 0.25},
+        "checkpoint_every_steps": 3,
+        "zero_stage": 1,
+        "temperature": 0.1,
+        "micro_batch_tokens": 256,
+    }
+    return TrainingConfig.model_validate({**settings, **changes})
+
+
+def run(folder: Path, mining: Artefact, model: Path, config: TrainingConfig, workers: int = 2) -> Artefact:
+    writer = ArtefactWriter(Place(str(folder)), "model", "test", {}, "local")
+    group = TrainingGroup(workers=workers, cpus=1, threads=1)
+    return train_stage(
+        config, config.stages[0], config.candidates[0], model, mining, group, "float32", writer
+    )
+
+
+def losses(artefact: Artefact) -> list[float]:
+    lines = (artefact.place.local / loop.METRICS_FILE).read_text().splitlines()
+    return [json.loads(line)["loss"] for line in lines]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(ray_local, tiny_model, tmp_path_factory):
+    root = tmp_path_factory.mktemp("train")
+    mining = make_mining(root / "mining")
+    return mining, run(root / "two", mining, tiny_model, make_config())
+
+
+@pytest.mark.ray
+def test_training_lowers_the_loss_and_leaves_a_loadable_model(undisturbed, tiny_model):
+    _, artefact = undisturbed
+    curve = losses(artefact)
+    assert len(curve) == STEPS
+    assert np.mean(curve[-3:]) < np.mean(curve[:3])
+    trained, base = (
+        Encoder.load(artefact.place.local, dtype="float32"),
+        Encoder.load(tiny_model, dtype="float32"),
+    )
+    assert trained.contract == base.contract
+    assert not np.allclose(trained.embed(["red 1"], "query"), base.embed(["red 1"], "query"))
+    assert not artefact.place.exists("_train")
+    assert artefact.counts["rows"] == 8 * STEPS and artefact.counts["repeated_negatives"] > 0
+
+
+@pytest.mark.ray
+def test_one_worker_and_zero_2_give_the_curve_of_two_workers(undisturbed, tiny_model, tmp_path):
+    mining, artefact = undisturbed
+    other = run(tmp_path / "one", mining, tiny_model, make_config(zero_stage=2), workers=1)
+    assert losses(other) == pytest.approx(losses(artefact), rel=1e-4)
+
+
+def kill_a_worker_after_a_checkpoint(storage: Path, killed: list[int]) -> None:
+    """Wait for the first checkpoint, then SIGKILL one process of the worker group."""
+    deadline = time.monotonic() + 240
+    while time.monotonic() < deadline and not killed:
+        if list(storage.glob("run/step-*/metrics.jsonl")):
+            for process in psutil.process_iter(["cmdline"]):
+                if "RayTrainWorker" in " ".join(process.info["cmdline"] or []):
+                    os.kill(process.pid, signal.SIGKILL)
+                    killed.append(process.pid)
+                    break
+        time.sleep(0.05)
+
+
+@pytest.mark.ray
+def test_a_killed_rank_resumes_and_ends_with_the_same_weights(undisturbed, tiny_model, tmp_path):
+    mining, artefact = undisturbed
+    killed: list[int] = []
+    killer = threading.Thread(
+        target=kill_a_worker_after_a_checkpoint, args=(tmp_path / "killed" / "_train", killed)
+    )
+    killer.start()
+    resumed = run(tmp_path / "killed", mining, tiny_model, make_config())
+    killer.join()
+    assert killed, "the training ended before a worker could be killed"
+    assert losses(resumed) == pytest.approx(losses(artefact), rel=1e-6)
+    same = load_file(artefact.place.local / "model.safetensors")
+    for name, tensor in load_file(resumed.place.local / "model.safetensors").items():
+        np.testing.assert_allclose(tensor, same[name], rtol=1e-5, atol=1e-6)
