@@ -1,0 +1,66 @@
+"""The run's own held-out split as retrieval data: documents are the corpus, natural pairs the queries."""
+
+from embedloom.artefacts import Artefact, fingerprint
+from embedloom.errors import DataError
+from embedloom.evaluation.retrieval_task import Query, RetrievalData
+from embedloom.records import check_unique_ids
+
+_SCORED_TASK_TYPES = ("retrieval",)
+
+
+def check_heldout(corpus: Artefact, split: str, where: str) -> None:
+    """Raise DataError if the corpus artefact has no held-out documents or pairs in ``split``."""
+    for folder in ("documents", "pairs"):
+        if not corpus.place.names(f"{folder}/{split}", ".parquet"):
+            raise DataError(
+                f"{where}: {corpus.place.uri}/{folder}/{split} has no Parquet file; a heldout task needs "
+                f"documents and natural pairs in its split (raise corpus.split.{split}, or use a source "
+                "that has pairs)"
+            )
+
+
+def read_heldout(corpus: Artefact, split: str, where: str) -> RetrievalData:
+    """Read one split; pairs with the same query text become one query with several positives.
+
+    Raises:
+        DataError: no pairs, a pair whose document is not in the split, or pairs of another task type.
+    """
+    check_heldout(corpus, split, where)
+    documents = corpus.place.read_tables(f"documents/{split}", "documents")
+    check_unique_ids(documents, f"{corpus.place.uri}/documents/{split}")
+    columns = documents.select(["id", "title", "text"]).to_pydict()
+    rows = [
+        (i, title or "", text)
+        for i, title, text in zip(columns["id"], columns["title"], columns["text"], strict=True)
+    ]
+    known = set(columns["id"])
+    pairs = corpus.place.read_tables(f"pairs/{split}", "pairs").to_pylist()
+    for pair in pairs:
+        _check_pair(pair, known, split, where)
+    groups: dict[tuple[str, str], list[dict[str, str]]] = {}
+    for pair in pairs:
+        groups.setdefault((pair["query"], pair["instruction"]), []).append(pair)
+    queries = {}
+    for (text, instruction), group in groups.items():
+        query = Query(min(pair["id"] for pair in group), text, instruction)
+        queries[query] = {pair["document_id"]: 1 for pair in group}
+    return RetrievalData(
+        documents=rows,
+        queries=sorted(queries, key=lambda query: query.id),
+        qrels={query.id: grades for query, grades in queries.items()},
+        languages=tuple(sorted({pair[key] for pair in pairs for key in ("lang", "document_lang")})),
+        revision=fingerprint(corpus.fingerprint, split),
+        description=f"Held-out {split} split of the run's own corpus",
+    )
+
+
+def _check_pair(pair: dict[str, str], documents: set[str], split: str, where: str) -> None:
+    if pair["document_id"] not in documents:
+        raise DataError(
+            f"{where}: pair {pair['id']!r} names document {pair['document_id']!r}, which is not in documents/{split}"
+        )
+    if pair["task_type"] not in _SCORED_TASK_TYPES:
+        raise DataError(
+            f"{where}: pair {pair['id']!r} has task_type {pair['task_type']!r}; "
+            f"allowed: {', '.join(_SCORED_TASK_TYPES)}"
+        )

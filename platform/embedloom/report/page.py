@@ -1,0 +1,194 @@
+"""``report.html``: one file without scripts or outside assets."""
+
+import string
+from collections.abc import Iterable, Sequence
+from html import escape
+from importlib import resources
+from typing import Any
+
+from embedloom.progress import duration
+from embedloom.report.charts import Bar, bar_chart, line_chart
+from embedloom.report.summary import Curve, Stage
+from embedloom.report.table import in_order, label_of, score_rows, task_names
+
+_METRIC_NAMES = {
+    "ndcg_at_10": "nDCG@10",
+    "recall_at_100": "Recall@100",
+    "mrr_at_10": "MRR@10",
+    "main_score": "main score",
+}
+# Shown in columns of their own, or not a number for people.
+_SHOWN_COUNTS = ("rows", "tokens", "rejects")
+
+
+def render_page(
+    summary: dict[str, Any], stages: list[Stage], curves: dict[str, Curve], scores: dict[str, Any]
+) -> str:
+    """The whole page.
+
+    Args:
+        summary: content of ``summary.json``.
+        stages: artefacts in pipeline order.
+        curves: training stage -> (step, loss) points.
+        scores: content of ``scores.json``, empty before the evaluation has finished.
+    """
+    sections = [
+        _overview(summary, stages),
+        _section("Scores", _scores(summary["scores"], scores, _described_tasks(stages))),
+        _section("Training loss", _losses(curves)),
+        _section("Stages", _stage_table(stages)),
+        _section("Rejects", _rejects(stages)),
+        _section("Time per stage", _times(stages)),
+        _section("Lineage", _lineage(stages)),
+    ]
+    template = string.Template(resources.files("embedloom.report").joinpath("template.html").read_text())
+    return template.substitute(
+        title=escape(f"embedloom run {summary['run']}"), content="\n".join(filter(None, sections))
+    )
+
+
+def _section(title: str, content: str) -> str:
+    return f"<section><h2>{escape(title)}</h2>\n{content}</section>" if content else ""
+
+
+def _overview(summary: dict[str, Any], stages: list[Stage]) -> str:
+    finished = [stage for stage in stages if stage.manifest is not None]
+    manifests = [stage.manifest for stage in finished if stage.manifest is not None]
+    seconds = sum(stage.seconds or 0.0 for stage in finished)
+    facts = {
+        "stages finished": f"{len(finished)} of {len(stages)}",
+        "time in stages": duration(seconds),
+        "last change": max((manifest["created"] for manifest in manifests), default="-"),
+        "profile": ", ".join(sorted({manifest["profile"] for manifest in manifests})) or "-",
+        "version": ", ".join(sorted({manifest["versions"]["embedloom"] for manifest in manifests})) or "-",
+        "gate": str(summary["gate"]["verdict"]).replace("_", " "),
+    }
+    items = "".join(
+        f"<div><dt>{escape(key)}</dt><dd>{escape(value)}</dd></div>" for key, value in facts.items()
+    )
+    return f"<header><h1>{escape(summary['run'])}</h1><dl>{items}</dl></header>"
+
+
+def _scores(summary_scores: dict[str, Any], content: dict[str, Any], described: dict[str, Any]) -> str:
+    rows = score_rows(summary_scores)
+    if not rows:
+        return "<p>The evaluation has not finished.</p>"
+    parts = []
+    for task in task_names(summary_scores):
+        bars = [
+            Bar(label, by_task[task], f"{by_task[task]:.4f}", kind)
+            for label, kind, by_task in rows
+            if task in by_task
+        ]
+        parts.append(f"<h3>{escape(_task_title(task, described.get(task, {})))}</h3>")
+        parts.append(bar_chart(f"Scores on {task}", bars, full=1.0) + _metric_table(task, content))
+    return "\n".join(parts)
+
+
+def _described_tasks(stages: list[Stage]) -> dict[str, Any]:
+    """What the evaluation recorded about its tasks, by name."""
+    details = [stage.manifest["details"] for stage in stages if stage.name == "evaluation" and stage.manifest]
+    return dict(details[0].get("tasks", {})) if details else {}
+
+
+def _task_title(task: str, described: dict[str, Any]) -> str:
+    """``heldout: nDCG@10, 1,200 queries, 1,500 documents``; what is not known is left out."""
+    facts = [_METRIC_NAMES.get(described["metric"], described["metric"])] if "metric" in described else []
+    facts += [f"{described[key]:,} {key}" for key in ("queries", "documents") if key in described]
+    return f"{task}: {', '.join(facts)}" if facts else task
+
+
+def _metric_table(task: str, content: dict[str, Any]) -> str:
+    """All shown metrics of one task, a row a model."""
+    by_model = []
+    for group in ("models", "baselines"):
+        values_of = content.get("metrics", {}).get(group, {})
+        names = in_order(values_of, content, group)
+        by_model += [(name, values_of[name][task]) for name in names if task in values_of[name]]
+    metrics = [metric for metric in _METRIC_NAMES if any(metric in values for _, values in by_model)]
+    if "ndcg_at_10" in metrics:
+        metrics.remove("main_score")  # the main score of a retrieval task is its nDCG@10
+    header = ["model", *(_METRIC_NAMES[metric] for metric in metrics)]
+    body = [
+        [
+            label_of(name, content),
+            *(f"{values[metric]:.5f}" if metric in values else "" for metric in metrics),
+        ]
+        for name, values in by_model
+    ]
+    return _table(header, body) if body else ""
+
+
+def _losses(curves: dict[str, Curve]) -> str:
+    """One chart per training stage name, one line a candidate."""
+    by_stage: dict[str, dict[str, Curve]] = {}
+    for name, points in curves.items():
+        _, candidate, stage = name.split("/", 2)
+        if points:
+            by_stage.setdefault(stage, {})[candidate] = points
+    return "\n".join(
+        f"<h3>{escape(stage)}</h3>{line_chart(f'Loss of {stage}', lines, 'step', 'loss')}"
+        for stage, lines in by_stage.items()
+    )
+
+
+def _stage_table(stages: list[Stage]) -> str:
+    body = []
+    for stage in stages:
+        counts = stage.counts
+        more = ", ".join(
+            f"{key.replace('_', ' ')} {_number(value)}"
+            for key, value in counts.items()
+            if key not in _SHOWN_COUNTS and not isinstance(value, dict)
+        )
+        time = "" if stage.seconds is None else duration(stage.seconds)
+        body.append(
+            [stage.name, stage.state, _number(counts.get("rows")), _number(counts.get("tokens")), time, more]
+        )
+    return _table(["stage", "state", "rows", "tokens", "time", "more"], body, words=(0, 1, 5))
+
+
+def _rejects(stages: list[Stage]) -> str:
+    body = []
+    for stage in stages:
+        rejects = stage.counts.get("rejects")
+        if isinstance(rejects, dict):
+            body += [[stage.name, str(reason), _number(count)] for reason, count in sorted(rejects.items())]
+    return _table(["stage", "reason", "rows"], body, words=(0, 1)) if body else ""
+
+
+def _times(stages: list[Stage]) -> str:
+    bars = [
+        Bar(stage.name, stage.seconds, duration(stage.seconds))
+        for stage in stages
+        if stage.seconds is not None
+    ]
+    return bar_chart("Time per stage", bars) if bars else ""
+
+
+def _lineage(stages: list[Stage]) -> str:
+    body = []
+    for stage in stages:
+        mark = stage.manifest["fingerprint"] if stage.manifest else "unfinished"
+        made_from = ", ".join(f"{name} {value}" for name, value in stage.inputs.items())
+        body.append([stage.name, mark, made_from or "-"])
+    return _table(["artefact", "fingerprint", "made from"], body, words=(0, 1, 2))
+
+
+def _table(header: Sequence[str], body: Iterable[Sequence[str]], words: Sequence[int] = (0,)) -> str:
+    """An HTML table; columns not in ``words`` hold numbers and are set flush right."""
+
+    def cells(tag: str, row: Sequence[str]) -> str:
+        kinds = ("" if index in words else ' class="number"' for index in range(len(row)))
+        return "".join(f"<{tag}{kind}>{escape(cell)}</{tag}>" for kind, cell in zip(kinds, row, strict=True))
+
+    rows = "".join(f"<tr>{cells('td', row)}</tr>\n" for row in body)
+    return f'<div class="scroll"><table><thead><tr>{cells("th", header)}</tr></thead><tbody>\n{rows}</tbody></table></div>'
+
+
+def _number(value: Any) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return str(value)
+    return f"{value:,}" if isinstance(value, int) else f"{value:,.4f}".rstrip("0").rstrip(".")

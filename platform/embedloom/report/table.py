@@ -1,0 +1,63 @@
+"""The scores of a run as text for the terminal."""
+
+import io
+from collections.abc import Iterable
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+_WIDTH = 110
+
+
+def score_rows(scores: dict[str, Any]) -> list[tuple[str, str, dict[str, float]]]:
+    """(label, kind, score by task) of base, candidates, merged model and baselines, in that order.
+
+    ``kind`` is base, candidate, merged or baseline.
+    """
+    rows = [("base", "base", scores.get("base", {}))]
+    candidates = in_order(scores.get("candidates", {}), scores, "models")
+    rows += [(name, "candidate", scores["candidates"][name]) for name in candidates]
+    rows.append(("merged", "merged", scores.get("merged", {})))
+    for name in in_order(scores.get("baselines", {}), scores, "baselines"):
+        rows.append((label_of(name, scores), "baseline", scores["baselines"][name]))
+    return [row for row in rows if row[2]]
+
+
+def label_of(name: str, scores: dict[str, Any]) -> str:
+    """A model's name in ``scores.json``, for people: the teacher with the model it is."""
+    return f"teacher {scores['teacher']}" if name == "teacher" and "teacher" in scores else name
+
+
+def task_names(scores: dict[str, Any]) -> list[str]:
+    """All tasks in the order of the config."""
+    return in_order({task for _, _, by_task in score_rows(scores) for task in by_task}, scores, "tasks")
+
+
+def in_order(names: Iterable[str], scores: dict[str, Any], kind: str) -> list[str]:
+    """Names of ``models``, ``baselines`` or ``tasks`` as the evaluation recorded them, then any others by name."""
+    order = scores.get("order", {}).get(kind, [])
+    return sorted(names, key=lambda name: (order.index(name) if name in order else len(order), name))
+
+
+def summary_table(summary: dict[str, Any]) -> str:
+    """Scores of base, candidates, merged model and baselines, one column a task; plain ASCII."""
+    rows = score_rows(summary["scores"])
+    if not rows:
+        return "no scores yet: the evaluation has not finished"
+    tasks = task_names(summary["scores"])
+    table = Table(box=box.MARKDOWN)
+    table.add_column("model", no_wrap=True)
+    table.add_column("kind", no_wrap=True)
+    for task in tasks:
+        table.add_column(task, justify="right", no_wrap=True)
+    for label, kind, by_task in rows:
+        table.add_row(label, kind, *(f"{by_task[task]:.5f}" if task in by_task else "-" for task in tasks))
+    stream = io.StringIO()
+    # Wide enough for every task, so that no column is cut in a narrow terminal's log.
+    width = max(_WIDTH, 40 + sum(len(task) + 3 for task in tasks))
+    Console(
+        file=stream, width=width, color_system=None, force_terminal=False, markup=False, emoji=False
+    ).print(table)
+    return "\n".join(line.rstrip() for line in stream.getvalue().splitlines() if line.strip())

@@ -1,0 +1,147 @@
+"""The evaluation stage on a real Ray: scores, resume, failures."""
+
+import json
+from pathlib import Path
+
+import pytest
+from mteb.cache import ResultCache
+
+from embedloom.artefacts import ArtefactWriter, Place
+from embedloom.config.resources import PoolConfig
+from embedloom.config.use import EvaluationConfig, EvaluationTask
+from embedloom.errors import ConfigError, DataError, StageError
+from embedloom.evaluation.pool import ScoringPool
+from embedloom.evaluation.results import Scorer, Unit
+from embedloom.evaluation.stage import evaluate, model_revision
+from fakes_evaluation import DyingActor, make_beir, make_corpus
+
+POOL = PoolConfig()
+
+
+def writer(folder: Path) -> ArtefactWriter:
+    return ArtefactWriter(Place(str(folder)), "evaluation", "config", {}, "local")
+
+
+def result_files(folder: Path) -> dict[str, int]:
+    found = [path for path in (folder / "results").rglob("*.json") if path.name != "model_meta.json"]
+    return {str(path.relative_to(folder / "results")): path.stat().st_mtime_ns for path in found}
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_local")
+def test_failed_task_is_named_the_rest_is_kept_and_a_rerun_computes_only_what_is_missing(
+    tmp_path, tiny_model
+):
+    corpus = make_corpus(tmp_path / "corpus")
+    beir = make_beir(tmp_path / "beir")
+    qrels = beir / "qrels" / "test.tsv"
+    good = qrels.read_text()
+    qrels.write_text("query-id\tcorpus-id\tscore\nnobody\tdoc-zip\t1\n")
+    config = EvaluationConfig(
+        tasks=(EvaluationTask(name="heldout"), EvaluationTask(name="folder", kind="beir", path=str(beir)))
+    )
+    models = {"merged": tiny_model, "base": tiny_model}
+    out = tmp_path / "evaluation"
+
+    with pytest.raises(
+        StageError, match=r"4 of 8 scores failed.*base/folder: DataError.*'nobody' is not in queries"
+    ):
+        evaluate(config, corpus, models, ("org/teacher", tiny_model), POOL, writer(out), "float32")
+    assert not (out / "manifest.json").exists()
+    kept = result_files(out)
+    assert {Path(name).name for name in kept} == {"heldout.json"}
+    assert len(kept) == 4
+
+    qrels.write_text(good)
+    artefact = evaluate(config, corpus, models, ("org/teacher", tiny_model), POOL, writer(out), "float32")
+    files = result_files(out)
+    assert len(files) == 8
+    assert {name: files[name] for name in kept} == kept  # untouched
+
+    scores = json.loads((out / "scores.json").read_text())
+    assert scores["order"] == {
+        "models": ["merged", "base"],
+        "baselines": ["bm25", "teacher"],
+        "tasks": ["heldout", "folder"],
+    }
+    assert scores["models"]["base"] == scores["models"]["merged"] == scores["baselines"]["teacher"]
+    assert scores["teacher"] == "org/teacher"
+    assert scores["baselines"]["bm25"]["heldout"] == 1.0
+    assert set(scores["metrics"]["models"]["base"]["heldout"]) == {
+        "main_score",
+        "ndcg_at_10",
+        "recall_at_100",
+        "mrr_at_10",
+    }
+    assert artefact.counts["rows"] == 12
+    assert artefact.counts["tasks"] == 2
+    assert artefact.counts["tokens"] > 0
+    assert artefact.manifest["details"]["tasks"]["folder"]["documents"] == 6
+
+    # mteb's own cache reads the folder as one it wrote itself.
+    stored = ResultCache(out).load_task_result("heldout", "embedloom/base", model_revision(tiny_model))
+    assert stored.get_score() == pytest.approx(scores["models"]["base"]["heldout"], abs=1e-6)
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_local")
+def test_unit_whose_actor_dies_is_tried_again_once(tmp_path):
+    units = [
+        Unit(Scorer(name, "models", f"x/{name}", "1"), EvaluationTask(name="task"))
+        for name in ("always", "once", "other")
+    ]
+    saved = []
+    actors = ScoringPool(DyingActor, (tmp_path / "died",), PoolConfig(max_actors=2), len(units))
+    try:
+        failures = actors.run(
+            units, lambda unit, outcome: saved.append((unit.label, outcome.figures["tokens"]))
+        )
+    finally:
+        actors.close()
+    assert sorted(saved) == [("once/task", 1), ("other/task", 1)]
+    assert [unit.label for unit in failures] == ["always/task"]
+
+
+@pytest.mark.parametrize(
+    ("config", "teacher", "error", "message"),
+    [
+        ({"baselines": ("teacher",)}, None, ConfigError, "evaluation.baselines: names 'teacher'"),
+        ({"tasks": (EvaluationTask(name="heldout", split="dev"),)}, None, DataError, "documents/dev"),
+        (
+            {"tasks": (EvaluationTask(name="gone", kind="beir", path="/nowhere"),)},
+            None,
+            DataError,
+            "/nowhere/corpus.jsonl is missing",
+        ),
+        ({"baselines": ("teacher",)}, ("t", Path("/nowhere")), DataError, "/nowhere: no .*safetensors"),
+    ],
+)
+def test_what_cannot_be_scored_is_refused_before_any_actor_starts(tmp_path, config, teacher, error, message):
+    with pytest.raises(error, match=message):
+        evaluate(
+            EvaluationConfig(**config),
+            make_corpus(tmp_path / "c"),
+            {},
+            teacher,
+            POOL,
+            writer(tmp_path / "e"),
+            "float32",
+        )
+
+
+def test_revision_follows_the_manifest_or_else_the_content(tmp_path, tiny_model):
+    plain = model_revision(tiny_model)
+    assert plain == model_revision(tiny_model)
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for path in tiny_model.iterdir():
+        if path.is_file():
+            (copy / path.name).write_bytes(path.read_bytes())
+    assert model_revision(copy) == plain
+    weights = copy / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    assert model_revision(copy) != plain
+    out = ArtefactWriter(Place(str(tmp_path / "model")), "model", "config", {}, "local")
+    assert out.commit({}).fingerprint == model_revision(tmp_path / "model")
