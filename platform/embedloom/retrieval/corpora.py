@@ -1,0 +1,55 @@
+"""``embedloom embed``: any corpus to Parquet vectors."""
+
+from pathlib import Path
+
+from embedloom.artefacts import Artefact, ArtefactWriter
+from embedloom.config.resources import PoolConfig
+from embedloom.config.use import EmbeddingConfig
+from embedloom.instructions import PromptContract
+from embedloom.retrieval.embed import embed_corpus
+
+VECTORS_FOLDER = "vectors"
+DOCUMENTS_FOLDER = "documents"
+_SPLITS = ("train", "dev", "test")
+
+
+def embed_artefact(
+    config: EmbeddingConfig,
+    corpus: Artefact,
+    model: Path,
+    model_id: str,
+    pool: PoolConfig,
+    out: ArtefactWriter,
+) -> Artefact:
+    """Embed every document of a corpus artefact, all splits, and commit the vectors.
+
+    Args:
+        config: the embedding section.
+        corpus: artefact with ``documents/{train,dev,test}``.
+        model: model folder.
+        model_id: fingerprint of the weights, stamped on the files.
+        pool: actors and what each reserves.
+        out: writer of the vectors artefact; gets ``vectors/<split>/part-*.parquet``.
+    """
+    counts = {"rows": 0, "tokens": 0}
+    for split in _SPLITS:
+        folder = f"{DOCUMENTS_FOLDER}/{split}"
+        if not corpus.place.names(folder, ".parquet"):
+            continue
+        done = embed_corpus(
+            stage="embed",
+            source=corpus.place,
+            source_folder=folder,
+            output=out.place,
+            done_folder=f"{VECTORS_FOLDER}/{split}",
+            model=model,
+            contract=None,
+            side="document",
+            pool=pool,
+            shard_rows=config.shard_rows,
+            dtype=config.compute_dtype,
+            vector_dtype=config.dtype,
+            model_id=model_id,
+        )
+        counts = {key: counts[key] + done[key] for key in counts}
+    return out.commit(counts, {"model_id": model_id, "contract_hash": PromptContract.load(model).hash})

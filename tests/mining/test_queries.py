@@ -1,0 +1,78 @@
+"""Pairs of several artefacts become one table of queries in equal parts."""
+
+import pytest
+
+from embedloom.artefacts import Place
+from embedloom.errors import DataError
+from embedloom.mining.queries import inline_id, pair_files, write_queries
+from fakes_mining import document_row, make_corpus, make_synthesis, pair_row
+
+DOCUMENTS = [document_row(f"d{n}", f"text {n}") for n in range(4)]
+
+
+def written(tmp_path, pairs, others=(), shard_rows=2):
+    corpus = make_corpus(tmp_path / "corpus", DOCUMENTS, pairs)
+    synthesis = [make_synthesis(tmp_path / "synthesis", others)] if others else []
+    out = Place(str(tmp_path / "out"))
+    counts = write_queries(pair_files(corpus, synthesis), (corpus.place, "documents/train"), out, shard_rows)
+    rows = [row for name in out.names("queries", ".parquet") for row in out.read_table(name).to_pylist()]
+    return out, counts, rows
+
+
+def test_parts_cross_artefacts_and_keep_order(tmp_path):
+    natural = [pair_row(f"n{n}", f"query {n}", f"d{n}") for n in range(3)]
+    synthetic = [pair_row(f"s{n}", f"other {n}", f"d{n}", origin="synthetic") for n in range(2)]
+    out, counts, rows = written(tmp_path, natural, synthetic)
+    assert [row["id"] for row in rows] == ["n0", "n1", "n2", "s0", "s1"]
+    assert [row["part"] for row in rows] == [f"part-00000{n}.parquet" for n in (0, 0, 1, 1, 2)]
+    assert counts == {"rows": 5, "inline": 0, "pairs": {"public": 3, "synthetic": 2}}
+    assert not out.exists("inline_documents")
+
+
+def test_one_query_text_knows_all_its_positives(tmp_path):
+    natural = [pair_row("n0", "shared", "d2"), pair_row("n1", "alone", "d1")]
+    _, _, rows = written(tmp_path, natural, [pair_row("s0", "shared", "d0", origin="synthetic")])
+    assert [row["known_positives"] for row in rows] == [["d0", "d2"], ["d1"], ["d0", "d2"]]
+
+
+def test_given_texts_the_corpus_lacks_are_listed_once(tmp_path):
+    pairs = [
+        pair_row("n0", "a", "d0", positive="known anyway"),
+        pair_row("n1", "b", "stranger", positive="label yes", negatives=["label no", "label maybe"]),
+        pair_row("n2", "c", "stranger", positive="label no", negatives=["label yes"]),
+    ]
+    out, counts, _ = written(tmp_path, pairs)
+    table = out.read_tables("inline_documents").to_pylist()
+    assert [row["text"] for row in table] == ["label yes", "label no", "label maybe"]
+    assert [row["id"] for row in table] == [inline_id(row["text"]) for row in table]
+    assert counts["inline"] == 3
+
+
+def test_finished_queries_are_not_written_again(tmp_path):
+    out, counts, _ = written(tmp_path, [pair_row("n0", "a", "d0")])
+    (out.local / "queries/part-000000.parquet").unlink()
+    assert write_queries([], (out, ""), out, 2) == counts
+    assert not out.exists("queries/part-000000.parquet")
+
+
+@pytest.mark.parametrize(
+    ("pairs", "message"),
+    [
+        ([pair_row("n0", "a", "d0"), pair_row("n0", "b", "d1")], "pair id 'n0' stands 2 times"),
+        ([pair_row("n0", "a", "d0", task_type="juggling")], "pair 'n0': task_type 'juggling' is unknown"),
+    ],
+)
+def test_bad_pairs_are_named(tmp_path, pairs, message):
+    with pytest.raises(DataError, match=message):
+        written(tmp_path, pairs)
+
+
+def test_no_pairs_at_all_is_refused(tmp_path):
+    corpus = make_corpus(tmp_path / "corpus", DOCUMENTS)
+    with pytest.raises(DataError, match="no pairs in"):
+        pair_files(corpus, [])
+    empty = make_synthesis(tmp_path / "synthesis", [])
+    with pytest.raises(DataError, match="no pair in"):
+        write_queries(
+            pair_files(corpus, [empty]), (corpus.place, "documents/train"), Place(str(tmp_path / "o")), 2
+        )
