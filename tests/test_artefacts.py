@@ -2,6 +2,7 @@ import json
 
 import pyarrow as pa
 import pytest
+
 from embedloom.artefacts import Artefact, ArtefactWriter, Place, fingerprint
 from embedloom.errors import DataError
 

@@ -1,6 +1,7 @@
 import json
 
 import pytest
+
 from embedloom.errors import DataError
 from embedloom.instructions import PromptContract, document_text
 

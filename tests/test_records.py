@@ -1,9 +1,10 @@
 import pyarrow as pa
 import pytest
-from embedloom.errors import DataError
-from embedloom.records import SCHEMAS, check_table, check_unique_ids, content_id, table_from_rows
 from hypothesis import given
 from hypothesis import strategies as st
+
+from embedloom.errors import DataError
+from embedloom.records import SCHEMAS, check_table, check_unique_ids, content_id, table_from_rows
 
 DOCUMENT = {"id": "a", "text": "hello", "source": "test"}
 

@@ -1,6 +1,7 @@
 from pathlib import Path
 
 import pytest
+
 from embedloom.cluster.config import load_cluster
 from embedloom.config.base import apply_overrides
 from embedloom.config.run import load_run

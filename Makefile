@@ -1,0 +1,44 @@
+# Everything runs from .venv, installed from full locks, so that it resolves the same next year.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+CONFIG ?= jobs/configs/quickstart.yaml
+QUESTION ?= How do I compute the shortest path between two nodes of a graph?
+
+.PHONY: demo test bench lint install install-dev clean
+
+install: $(VENV)/.installed
+install-dev: $(VENV)/.installed-dev
+
+# --no-deps: normal resolution adds CUDA builds of torchvision and torchaudio that break the CPU build of torch.
+# The lock is complete, so nothing is missing; `embedloom doctor` says what a machine has.
+$(VENV)/.installed: cluster/requirements-cpu.lock pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info[:2] == (3, 11) else "the CPU lock is for Python 3.11, found " + sys.version.split()[0] + "; set PYTHON=")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) --no-deps -r cluster/requirements-cpu.lock
+	$(PIP) --no-deps --no-build-isolation --editable .
+	touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed cluster/requirements-dev.lock
+	$(PIP) --no-deps -r cluster/requirements-dev.lock
+	touch $@
+
+demo: install
+	$(BIN)/embedloom run $(CONFIG)
+	$(BIN)/embedloom serve $(CONFIG) --ask "$(QUESTION)"
+
+test: install-dev
+	$(BIN)/python -m pytest
+
+lint: install-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+	$(BIN)/mypy
+
+bench: install-dev
+	$(BIN)/python benchmarks/run_all.py
+
+clean:
+	rm -rf $(VENV) .bench runs

@@ -1,0 +1,9 @@
+"""`embedloom embed` as a script: `ray job submit -- python jobs/embed_corpus.py CONFIG`."""
+
+import sys
+
+from embedloom.cli import main
+
+if __name__ == "__main__":
+    sys.argv.insert(1, "embed")
+    main()

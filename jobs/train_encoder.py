@@ -1,0 +1,9 @@
+"""`embedloom train` as a script: `ray job submit -- python jobs/train_encoder.py CONFIG`."""
+
+import sys
+
+from embedloom.cli import main
+
+if __name__ == "__main__":
+    sys.argv.insert(1, "train")
+    main()

@@ -1,0 +1,204 @@
+"""``embedloom``: parse, validate, call one function, print where the result is.
+
+The last line on stdout is the artefact's path; progress goes to stderr. Exit codes: 0 done, 1 failed while
+running, 2 bad config or data.
+"""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from embedloom import __version__
+from embedloom.errors import EmbedloomError
+
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None
+)
+cluster_app = typer.Typer(
+    no_args_is_help=True, help="Write or check the files that launchers, KubeRay and Serve read."
+)
+app.add_typer(cluster_app, name="cluster")
+
+Config = Annotated[
+    Path, typer.Argument(metavar="CONFIG", help="A run config, such as jobs/configs/quickstart.yaml.")
+]
+ProfileName = Annotated[str, typer.Option("--profile", help="A profile of the cluster config.")]
+ClusterFile = Annotated[Path, typer.Option("--cluster", help="The cluster config.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override a config value; repeatable."),
+]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")]
+
+LOCAL = "local"
+CLUSTER = Path("cluster/cluster.yaml")
+
+
+def _stage(
+    verb: str | None, config: Path, profile: str, cluster: Path, overrides: list[str] | None, dry_run: bool
+) -> None:
+    """Shared body of the pipeline verbs."""
+    from embedloom.launch import execute, load
+
+    run = load(config, profile, cluster, overrides or [])
+    print(execute(run, verb, dry_run))
+
+
+_STAGE_VERBS = {
+    "run": "The whole pipeline; finished stages are skipped by fingerprint.",
+    "synthesize": "LLMs write queries for seed documents (builds the corpus first if it is missing).",
+    "mine": "A teacher finds scored candidates and hard negatives for every pair.",
+    "train": "All candidates, all stages, on Ray Train and DeepSpeed.",
+    "merge": "Candidates become one model.",
+    "evaluate": "Base, candidates, merged model and baselines on the held-out tasks.",
+    "embed": "A corpus becomes Parquet vectors.",
+}
+
+
+def _add_stage_verb(verb: str, help_text: str) -> None:
+    """The pipeline verbs differ in name only."""
+
+    def command(
+        config: Config,
+        profile: ProfileName = LOCAL,
+        cluster: ClusterFile = CLUSTER,
+        overrides: Overrides = None,
+        dry_run: DryRun = False,
+    ) -> None:
+        _stage(None if verb == "run" else verb, config, profile, cluster, overrides, dry_run)
+
+    app.command(verb, help=help_text)(command)
+
+
+for _verb, _help in _STAGE_VERBS.items():
+    _add_stage_verb(_verb, _help)
+
+
+@app.command()
+def serve(
+    config: Config,
+    profile: ProfileName = LOCAL,
+    cluster: ClusterFile = CLUSTER,
+    overrides: Overrides = None,
+    dry_run: DryRun = False,
+    ask: Annotated[
+        list[str] | None,
+        typer.Option("--ask", help="Ask the endpoint, print the nearest documents, stop; repeatable."),
+    ] = None,
+) -> None:
+    """The OpenAI-compatible endpoint, until Ctrl-C."""
+    from embedloom.launch import load, serve_run
+
+    print(serve_run(load(config, profile, cluster, overrides or []), ask or [], dry_run))
+
+
+@app.command()
+def plan(
+    config: Config,
+    profile: ProfileName = LOCAL,
+    cluster: ClusterFile = CLUSTER,
+    overrides: Overrides = None,
+    dry_run: DryRun = False,
+) -> None:
+    """What would run where; starts nothing."""
+    from embedloom.launch import load
+    from embedloom.plan import plan_table
+
+    run = load(config, profile, cluster, overrides or [])
+    print(plan_table(run))
+    print(run.place.uri)
+
+
+@cluster_app.command("render")
+def cluster_render(
+    profile: ProfileName = LOCAL,
+    cluster: ClusterFile = CLUSTER,
+    out: Annotated[Path, typer.Option("--out", help="Folder for the files.")] = Path("cluster/rendered"),
+    dry_run: DryRun = False,
+) -> None:
+    """Write launcher, KubeRay and Serve files of a profile."""
+    from embedloom.cluster.config import load_cluster
+    from embedloom.cluster.render import render
+
+    config = load_cluster(cluster)
+    config.profile(profile)
+    if not dry_run:
+        for path in render(config, profile, out):
+            print(path)
+    print(out)
+
+
+@cluster_app.command("check")
+def cluster_check(profile: ProfileName = LOCAL, cluster: ClusterFile = CLUSTER) -> None:
+    """Validate what render would write with what Ray ships."""
+    from embedloom.cluster.config import load_cluster
+    from embedloom.cluster.render import check
+
+    for line in check(load_cluster(cluster), profile):
+        print(line)
+    print(cluster)
+
+
+@app.command()
+def submit(
+    config: Config,
+    profile: ProfileName = LOCAL,
+    cluster: ClusterFile = CLUSTER,
+    overrides: Overrides = None,
+    dry_run: DryRun = False,
+    stage: Annotated[str | None, typer.Option("--stage", help="One stage instead of the whole run.")] = None,
+    address: Annotated[
+        str | None, typer.Option("--address", help="Dashboard of a running cluster, http://host:8265.")
+    ] = None,
+) -> None:
+    """The same through Ray Jobs: log streamed, exit code kept."""
+    from embedloom.launch import load, submit_run
+
+    run = load(config, profile, cluster, overrides or [])
+    code = submit_run(run, config, cluster, overrides or [], stage, address, dry_run)
+    print(run.place.uri)
+    raise typer.Exit(code)
+
+
+@app.command()
+def explain(
+    run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, such as runs/quickstart.")],
+    row_id: Annotated[
+        str | None, typer.Argument(metavar="[ID]", help="Id of a document, pair or example.")
+    ] = None,
+) -> None:
+    """Lineage: from the model back to corpus, prompts and seeds."""
+    from embedloom.artefacts import Place
+    from embedloom.lineage import explain as explain_run
+
+    print(explain_run(Place(str(run_folder)), row_id))
+
+
+@app.command()
+def doctor() -> None:
+    """What is installed, which engines work here, what to install for more."""
+    from embedloom.cluster.doctor import diagnose, format_findings
+
+    print(format_findings(diagnose()))
+
+
+@app.command()
+def version() -> None:
+    """Print the version."""
+    print(__version__)
+
+
+def main() -> None:
+    """Entry point: our own errors are one line and an exit code, anything else keeps its traceback."""
+    try:
+        app()
+    except EmbedloomError as error:
+        sys.stdout.flush()
+        sys.stderr.write(f"error: {error}\n")
+        sys.exit(error.exit_code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,165 @@
+"""What the commands share: load a run, check that it can work here, execute it, serve it, submit it."""
+
+import importlib.util
+from pathlib import Path
+
+from embedloom.artefacts import Artefact
+from embedloom.cluster.config import load_cluster
+from embedloom.config.run import load_run
+from embedloom.encoder.registry import check_model_name
+from embedloom.errors import ConfigError, MissingDependency
+from embedloom.pipeline import Run, build_missing, graph, missing, model_folder
+
+_NEEDS = {
+    "mine": (("faiss", "cpu"),),
+    "train": (("deepspeed", "cpu"),),
+    "evaluate": (("mteb", "cpu"), ("bm25s", "cpu")),
+    "synthesize": (("vllm", "cpu"),),
+}
+
+
+def load(config: Path, profile: str, cluster: Path, overrides: list[str]) -> Run:
+    """Read run and cluster config and check the profile.
+
+    Raises:
+        ConfigError: naming the file, the key, the value seen and what is allowed.
+    """
+    run = Run(load_run(config, overrides), load_cluster(cluster), profile)
+    run.cluster.profile(profile)
+    return run
+
+
+def preflight(run: Run, verbs: set[str]) -> None:
+    """Fail before any actor starts if a model or an engine that these verbs need is missing.
+
+    Raises:
+        MissingDependency: naming the package and the extra.
+        DataError: a model that does not exist.
+    """
+    config = run.config
+    gpu = run.profile.stages.synthesis.gpus > 0
+    for verb in sorted(verbs):
+        for package, extra in _NEEDS.get(verb, ()):
+            if importlib.util.find_spec(package) is None:
+                raise MissingDependency(package, "gpu" if gpu else extra, f"`embedloom {verb}`")
+    if verbs & {"encoder", "corpus"}:
+        check_model_name(config.encoder.base, "encoder.base")
+    if verbs & {"mine", "evaluate"}:
+        check_model_name(config.mining.teacher, "mining.teacher")
+    if "synthesize" in verbs and config.synthesis is not None:
+        for index, generator in enumerate(config.synthesis.generators):
+            check_model_name(generator.model, f"synthesis.generators.{index}.model")
+
+
+def execute(run: Run, verb: str | None, dry_run: bool) -> str:
+    """Run a verb (None: everything) and return the artefact's path; a dry run only prints the plan."""
+    from embedloom.plan import plan_table
+
+    nodes = graph(run)
+    if verb is not None and all(node.verb != verb for node in nodes.values()):
+        raise ConfigError(f"{verb}: this run has no such stage (no section {verb!r} in its config)")
+    todo = missing(run, nodes, verb)
+    if dry_run:
+        return f"{plan_table(run)}\n{run.place.uri}"
+    preflight(run, {nodes[name].verb for name in todo})
+    if todo:
+        from embedloom.cluster.session import ray_session
+
+        with ray_session(run.profile, run.cluster.auth):
+            build_missing(run, verb)
+    else:
+        build_missing(run, verb)
+    if verb is None or verb == "evaluate":
+        from embedloom.report import summary_table, write_report
+
+        report = write_report(run.place)
+        summary = run.place.read_json("summary.json")
+        return f"{summary_table(summary)}\n{report if verb is None else run.place.child('evaluation').uri}"
+    own = [name for name, node in nodes.items() if node.verb == verb]
+    folder = own[0] if len(own) == 1 else own[0].split("/")[0]
+    return run.place.child(folder).uri
+
+
+def served_model(run: Run) -> tuple[Path, str]:
+    """Folder and fingerprint of the model that the config serves.
+
+    Raises:
+        DataError: it has not been built yet.
+    """
+    config = run.config
+    name = config.serving.model
+    last = config.training.stages[-1].name
+    folders = {"merged": "merged", "base": "encoder"} | {
+        c.name: f"training/{c.name}/{last}" for c in config.training.candidates
+    }
+    if name in folders:
+        artefact = Artefact.open(run.place.child(folders[name]), "model")
+        return model_folder(artefact), artefact.fingerprint
+    check_model_name(name, "serving.model")
+    return Path(name), name
+
+
+def serve_run(run: Run, questions: list[str], dry_run: bool) -> str:
+    """Serve the run's model until interrupted, or just long enough to answer ``questions``."""
+    model, model_id = served_model(run)
+    url = f"http://{run.config.serving.host}:{run.config.serving.port}/v1"
+    if dry_run:
+        return f"would serve {model} ({model_id}) at {url}\n{model}"
+    from embedloom.cluster.session import ray_session
+
+    with ray_session(run.profile, run.cluster.auth):
+        # Imports Ray, which reads how to authenticate on its first import: the session has said it by now.
+        from embedloom.serving.stage import start_endpoint
+
+        endpoint = start_endpoint(
+            run.config.serving, model, model_id, run.config.serving.served_name or run.config.run.name,
+            run.profile.serve, run.config.serving.compute_dtype,
+        )  # fmt: skip
+        try:
+            if not questions:
+                endpoint.wait()
+                return url
+            return f"{_answers(run, url, questions)}\n{url}"
+        finally:
+            endpoint.stop()
+
+
+def _answers(run: Run, url: str, questions: list[str]) -> str:
+    from embedloom.serving.ask import nearest_documents
+
+    corpus = Artefact.open(run.place.child("corpus"), "corpus")
+    vectors = Artefact.open(run.place.child("vectors"), "vectors")
+    name = run.config.serving.served_name or run.config.run.name
+    return "\n\n".join(nearest_documents(url, name, question, corpus, vectors) for question in questions)
+
+
+def submit_run(
+    run: Run,
+    config: Path,
+    cluster: Path,
+    overrides: list[str],
+    stage: str | None,
+    address: str | None,
+    dry_run: bool,
+) -> int:
+    """Send the run, or one stage, to a Ray cluster as a job; returns the driver's exit code."""
+    from embedloom.cluster.jobs import submit
+
+    verb = stage or "run"
+    allowed = {"run"} | {node.verb for node in graph(run).values()} - {"corpus", "encoder"}
+    if verb not in allowed:
+        raise ConfigError(
+            f"--stage: {verb!r} is not a stage of this run; allowed: {', '.join(sorted(allowed))}"
+        )
+    arguments = [verb, str(config), "--profile", run.profile_name, "--cluster", str(cluster)]
+    for item in overrides:
+        arguments += ["--set", item]
+    if run.place.is_local:
+        # The job's working directory is an unpacked copy; artefacts belong into the user's own folder.
+        arguments += ["--set", f"run.output_dir={Path(run.config.run.output_dir).absolute()}"]
+    if dry_run:
+        return 0
+    return submit(
+        arguments, profile_name=run.profile_name, cluster=run.cluster, address=address,
+        start_head=address is None and run.profile.backend == "local", working_dir=Path.cwd(),
+    )  # fmt: skip

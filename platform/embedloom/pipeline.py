@@ -1,0 +1,294 @@
+"""The spine: every artefact of a run, what it is made from, and how it is built.
+
+    corpus ─► synthesis ─► mining ─► training/<candidate>/<stage> ─► merged ─► evaluation, vectors
+                 encoder (the untrained base) ─┘
+
+A node's fingerprint follows from its config and its inputs' fingerprints alone, so what is finished, stale or
+missing is known before anything runs. Stage modules are imported when their node is built: they bring torch,
+Ray and vLLM, and ``plan`` answers without.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from embedloom.artefacts import Artefact, ArtefactWriter, Place, fingerprint
+from embedloom.cluster.config import ClusterConfig, Profile
+from embedloom.config.run import RunConfig
+from embedloom.corpus.state import source_state
+from embedloom.errors import DataError
+from embedloom.progress import duration, note
+
+Inputs = dict[str, Artefact]
+Build = Callable[["Run", Inputs, ArtefactWriter], Artefact]
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One run config on one profile."""
+
+    config: RunConfig
+    cluster: ClusterConfig
+    profile_name: str
+
+    @property
+    def profile(self) -> Profile:
+        """What the machines offer."""
+        return self.cluster.profile(self.profile_name)
+
+    @property
+    def place(self) -> Place:
+        """Root of the run's artefacts."""
+        return Place(self.config.folder)
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """One artefact of the graph."""
+
+    name: str  # its folder below the run
+    verb: str  # the command that builds it
+    settings: tuple[Any, ...]  # what of the config it depends on
+    inputs: tuple[str, ...]
+    build: Build
+
+
+def graph(run: Run) -> dict[str, Node]:
+    """All nodes in an order in which inputs come first."""
+    config = run.config
+    nodes = [
+        Node(
+            "corpus",
+            "corpus",
+            (
+                config.corpus,
+                config.run.seed,
+                config.encoder.base,
+                [source_state(s) for s in config.corpus.sources],
+            ),
+            (),
+            _corpus,
+        ),
+        Node("encoder", "encoder", (config.encoder,), (), _encoder),
+    ]
+    if config.synthesis is not None:
+        nodes.append(
+            Node("synthesis", "synthesize", (config.synthesis, config.run.seed), ("corpus",), _synthesis)
+        )
+    pairs = tuple(node.name for node in nodes if node.name in ("corpus", "synthesis"))
+    nodes.append(Node("mining", "mine", (config.mining,), pairs, _mining))
+    trained: list[str] = []
+    shared = config.training.model_dump(
+        mode="json", exclude={"candidates", "stages", "max_failures", "checkpoints_kept"}
+    )
+    for candidate in config.training.candidates:
+        start = "encoder"
+        for stage in config.training.stages:
+            name = f"training/{candidate.name}/{stage.name}"
+            nodes.append(Node(name, "train", (shared, candidate, stage), ("mining", start), _training))
+            start = name
+        trained.append(start)
+    nodes.append(Node("merged", "merge", (config.merging,), tuple(trained), _merged))
+    nodes.append(
+        Node(
+            "evaluation",
+            "evaluate",
+            (config.evaluation, config.mining.teacher),
+            ("corpus", "encoder", *trained, "merged"),
+            _evaluation,
+        )
+    )
+    model = config.embedding.model
+    source = {"merged": "merged", "base": "encoder"} | {
+        c.name: t for c, t in zip(config.training.candidates, trained, strict=True)
+    }
+    own_corpus = config.embedding.corpus is None
+    other = [] if own_corpus else [Artefact.open(Place(str(config.embedding.corpus)), "corpus").fingerprint]
+    parents = (["corpus"] if own_corpus else []) + ([source[model]] if model in source else [])
+    nodes.append(Node("vectors", "embed", (config.embedding, other), tuple(parents), _vectors))
+    return {node.name: node for node in nodes}
+
+
+def writer_for(run: Run, nodes: dict[str, Node], name: str, inputs: dict[str, str]) -> ArtefactWriter:
+    """Open the writer of a node; continues an interrupted build of the same fingerprint."""
+    return ArtefactWriter(
+        run.place.child(name), _kind(name), fingerprint(*nodes[name].settings), inputs, run.profile_name
+    )
+
+
+def fingerprints(nodes: dict[str, Node]) -> dict[str, str]:
+    """Fingerprint every node will have, without building any."""
+    known: dict[str, str] = {}
+    for name, node in nodes.items():
+        known[name] = fingerprint(
+            _kind(name), fingerprint(*node.settings), {i: known[i] for i in node.inputs}
+        )
+    return known
+
+
+def finished(run: Run, nodes: dict[str, Node]) -> Inputs:
+    """The nodes whose artefact is there with the fingerprint it should have."""
+    wanted = fingerprints(nodes)
+    found = {name: Artefact.find(run.place.child(name), wanted[name]) for name in nodes}
+    return {name: artefact for name, artefact in found.items() if artefact is not None}
+
+
+def needed_by(nodes: dict[str, Node], verb: str | None) -> list[str]:
+    """Names a command builds, in order: every node for the whole run, else the verb's own nodes and the two cheap
+    preparations (corpus, encoder) below them."""
+    if verb is None:
+        return list(nodes)
+    own = [name for name, node in nodes.items() if node.verb == verb]
+    direct = {i for name in own for i in nodes[name].inputs}
+    return [name for name in nodes if name in own or (name in ("corpus", "encoder") and name in direct)]
+
+
+def missing(run: Run, nodes: dict[str, Node], verb: str | None) -> list[str]:
+    """Names that a command has to build now.
+
+    Raises:
+        DataError: a single stage whose inputs other commands must build first.
+    """
+    done = finished(run, nodes)
+    targets = needed_by(nodes, verb)
+    for name in targets:
+        for parent in nodes[name].inputs if name not in done else ():
+            if parent not in done and parent not in targets:
+                raise DataError(
+                    f"{run.place.uri}/{parent}: missing or built from another config; run `embedloom {nodes[parent].verb}` first"
+                )
+    return [name for name in targets if name not in done]
+
+
+def build_missing(run: Run, verb: str | None = None) -> list[str]:
+    """Build what a command needs and is not there yet, inside a connected Ray; returns the names built."""
+    nodes = graph(run)
+    todo = missing(run, nodes, verb)
+    done = finished(run, nodes)
+    for name in needed_by(nodes, verb):
+        if name not in todo:
+            note(name, "finished, skipped")
+            continue
+        node = nodes[name]
+        inputs = {parent: done[parent] for parent in node.inputs}
+        writer = writer_for(
+            run, nodes, name, {parent: artefact.fingerprint for parent, artefact in inputs.items()}
+        )
+        note(name, "continuing an interrupted build" if writer.resumed else "building")
+        done[name] = node.build(run, inputs, writer)
+        note(name, f"done in {duration(done[name].manifest['seconds'])}: {_summary(done[name])}")
+    return todo
+
+
+def _summary(artefact: Artefact) -> str:
+    return ", ".join(
+        f"{key} {value}" for key, value in artefact.counts.items() if not isinstance(value, dict)
+    )
+
+
+def _kind(name: str) -> str:
+    first = name.split("/")[0]
+    return {"encoder": "model", "training": "model", "merged": "model"}.get(first, first)
+
+
+def model_folder(artefact: Artefact) -> Path:
+    """Local folder of a model artefact."""
+    return artefact.place.local
+
+
+def _corpus(run: Run, inputs: Inputs, out: ArtefactWriter) -> Artefact:
+    from embedloom.corpus.stage import build_corpus
+    from embedloom.encoder.registry import resolve_model
+
+    return build_corpus(run.config.corpus, run.config.run.seed, resolve_model(run.config.encoder.base), out)
+
+
+def _encoder(run: Run, inputs: Inputs, out: ArtefactWriter) -> Artefact:
+    from embedloom.encoder.export import prepare_base
+    from embedloom.encoder.registry import resolve_model
+
+    with out.local_folder() as folder:
+        counts = prepare_base(run.config.encoder, resolve_model(run.config.encoder.base), folder)
+    return out.commit(counts, {"base": run.config.encoder.base})
+
+
+def _synthesis(run: Run, inputs: Inputs, out: ArtefactWriter) -> Artefact:
+    from embedloom.encoder.registry import resolve_model
+    from embedloom.synthesis.stage import synthesize
+
+    config = run.config.synthesis
+    assert config is not None  # noqa: S101 - the node exists only with the section
+    folders = {generator.model: resolve_model(generator.model) for generator in config.generators}
+    return synthesize(
+        config, run.config.run.seed, inputs["corpus"], run.profile.stages.synthesis, out, folders
+    )
+
+
+def _mining(run: Run, inputs: Inputs, out: ArtefactWriter) -> Artefact:
+    from embedloom.encoder.registry import resolve_model
+    from embedloom.mining.stage import mine
+
+    others = [artefact for name, artefact in inputs.items() if name != "corpus"]
+    teacher = resolve_model(run.config.mining.teacher)
+    return mine(run.config.mining, inputs["corpus"], others, teacher, run.profile.stages.mining, out)
+
+
+def _training(run: Run, inputs: Inputs, out: ArtefactWriter) -> Artefact:
+    from embedloom.training.stage import train_stage
+
+    _, candidate_name, stage_name = out.place.uri.rsplit("/", 2)
+    config = run.config.training
+    candidate = next(c for c in config.candidates if c.name == candidate_name)
+    stage = next(s for s in config.stages if s.name == stage_name)
+    start = next(artefact for name, artefact in inputs.items() if name != "mining")
+    return train_stage(
+        config,
+        stage,
+        candidate,
+        model_folder(start),
+        inputs["mining"],
+        run.profile.stages.training,
+        run.config.encoder.dtype,
+        out,
+    )
+
+
+def _merged(run: Run, inputs: Inputs, out: ArtefactWriter) -> Artefact:
+    from embedloom.merging.stage import merge
+
+    return merge(run.config.merging, {name: model_folder(artefact) for name, artefact in inputs.items()}, out)
+
+
+def _evaluation(run: Run, inputs: Inputs, out: ArtefactWriter) -> Artefact:
+    from embedloom.encoder.registry import resolve_model
+    from embedloom.evaluation.stage import evaluate
+
+    config = run.config
+    last = config.training.stages[-1].name
+    models = {"base": model_folder(inputs["encoder"])}
+    models |= {c.name: model_folder(inputs[f"training/{c.name}/{last}"]) for c in config.training.candidates}
+    models["merged"] = model_folder(inputs["merged"])
+    teacher = config.mining.teacher
+    baseline = (teacher, resolve_model(teacher)) if "teacher" in config.evaluation.baselines else None
+    return evaluate(
+        config.evaluation,
+        inputs["corpus"],
+        models,
+        baseline,
+        run.profile.stages.evaluation,
+        out,
+        config.encoder.dtype,
+    )
+
+
+def _vectors(run: Run, inputs: Inputs, out: ArtefactWriter) -> Artefact:
+    from embedloom.encoder.registry import resolve_model
+    from embedloom.retrieval.corpora import embed_artefact
+
+    config = run.config.embedding
+    models = [artefact for name, artefact in inputs.items() if name != "corpus"]
+    folder = model_folder(models[0]) if models else resolve_model(config.model)
+    model_id = models[0].fingerprint if models else config.model
+    corpus = inputs["corpus"] if config.corpus is None else Artefact.open(Place(config.corpus), "corpus")
+    return embed_artefact(config, corpus, folder, model_id, run.profile.stages.embedding, out)

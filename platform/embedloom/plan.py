@@ -1,0 +1,74 @@
+"""``plan`` and ``--dry-run``: what would run where, without starting anything."""
+
+from embedloom.config.resources import PoolConfig
+from embedloom.pipeline import Run, finished, graph
+
+
+def plan_table(run: Run) -> str:
+    """One line an artefact: state, who works on it, how much work is known from the config."""
+    nodes = graph(run)
+    done = finished(run, nodes)
+    rows = [("artefact", "state", "resources", "work")]
+    for name, node in nodes.items():
+        state = "finished" if name in done else "to build"
+        work = _done_work(done[name].counts) if name in done else _planned_work(run, name)
+        rows.append((name, state, _resources(run, node.verb), work))
+    widths = [max(len(row[column]) for row in rows) for column in range(3)]
+    lines = [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, (*widths, 0), strict=True)).rstrip()
+        for row in rows
+    ]
+    head = (
+        f"{run.config.run.name} on profile {run.profile_name}: {len(done)} of {len(nodes)} artefacts finished"
+    )
+    return "\n".join([head, *lines])
+
+
+def _resources(run: Run, verb: str) -> str:
+    stages = run.profile.stages
+    pools = {
+        "synthesize": stages.synthesis,
+        "mine": stages.mining,
+        "evaluate": stages.evaluation,
+        "embed": stages.embedding,
+    }
+    if verb == "train":
+        group = stages.training
+        return f"{group.workers} workers x {group.cpus:g} CPU" + (
+            f" + {group.gpus:g} GPU" if group.gpus else ""
+        )
+    return _pool(pools[verb]) if verb in pools else "driver"
+
+
+def _pool(pool: PoolConfig) -> str:
+    count = (
+        f"{pool.min_actors}"
+        if pool.min_actors == pool.max_actors
+        else f"{pool.min_actors}..{pool.max_actors}"
+    )
+    gpus = f" + {pool.gpus:g} GPU" if pool.gpus else ""
+    return f"{count} actors x {pool.cpus:g} CPU{gpus}"
+
+
+def _done_work(counts: dict[str, object]) -> str:
+    shown = [f"{counts[key]:,} {key}" for key in ("rows", "tokens") if isinstance(counts.get(key), int)]
+    return ", ".join(shown)
+
+
+def _planned_work(run: Run, name: str) -> str:
+    config = run.config
+    if name == "synthesis" and config.synthesis is not None:
+        section = config.synthesis
+        models = ", ".join(f"{generator.model} x{generator.weight:g}" for generator in section.generators)
+        return f"{section.documents:,} documents x {section.queries_per_document} queries by {models}"
+    if name == "mining":
+        return f"teacher {config.mining.teacher}, top {config.mining.top_k}"
+    if name.startswith("training/"):
+        stage = next(s for s in config.training.stages if s.name == name.rsplit("/", 1)[1])
+        steps = f"{stage.max_steps:,} steps" if stage.max_steps else f"{stage.epochs:g} epochs"
+        return f"{steps} x {stage.global_batch:,} queries, {stage.negatives} negatives, ZeRO-{config.training.zero_stage}"
+    if name == "merged":
+        return f"{len(config.training.candidates)} models, {config.merging.method}"
+    if name == "evaluation":
+        return f"{len(config.evaluation.tasks)} tasks x {len(config.training.candidates) + 2} models"
+    return ""
