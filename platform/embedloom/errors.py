@@ -40,6 +40,11 @@ class MissingDependency(UserError):
         )
         self.package = package
         self.extra = extra
+        self._arguments = (package, extra, needed_for)
+
+    def __reduce__(self) -> tuple[type["MissingDependency"], tuple[str, str, str]]:
+        """Pickle the arguments instead of the message, so that the error survives a Ray actor."""
+        return MissingDependency, self._arguments
 
 
 class StageError(EmbedloomError):

@@ -1,0 +1,114 @@
+"""One job through the Ray Jobs API, from upload to exit code. Import it after ``set_ray_environment``."""
+
+import asyncio
+import contextlib
+import logging
+import re
+import sys
+import time
+from pathlib import Path
+
+import aiohttp
+from ray.exceptions import AuthenticationError
+from ray.job_submission import JobStatus, JobSubmissionClient
+
+from embedloom.cluster.runtime_env import job_runtime_env
+from embedloom.errors import ConfigError, EmbedloomError, StageError
+from embedloom.progress import note
+
+CONNECT_SECONDS = 60.0
+STOP_SECONDS = 15.0
+# Each sets its own level; what they tell (uploads, defaults, closed sockets) is of no use to who submits.
+_CHATTY = (
+    "ray.dashboard.modules.dashboard_sdk",
+    "ray.dashboard.modules.job.sdk",
+    "ray._private.runtime_env.packaging",
+    "ray._private.runtime_env.working_dir",
+)
+_EXIT_CODE = re.compile(r"failed with exit code (\d+)")
+
+
+def run_job(entrypoint: str, dashboard: str, working_dir: Path) -> int:
+    """Submit one shell command, stream its log to stdout and return its exit code; see ``submit``."""
+    for name in _CHATTY:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    client = _connect(dashboard)
+    job = _submit(client, entrypoint, working_dir)
+    note("submit", f"job {job} on {dashboard}")
+    try:
+        asyncio.run(_stream_log(client, job))
+        return _exit_code(client, job)
+    except (RuntimeError, OSError, aiohttp.ClientError) as error:
+        raise StageError(f"lost the connection to job {job}: {_first_line(error)}") from error
+    except KeyboardInterrupt:
+        note("submit", f"stopping job {job}")
+        with contextlib.suppress(RuntimeError, OSError):
+            client.stop_job(job)
+            _wait_until_over(client, job, STOP_SECONDS)
+        raise
+
+
+def _connect(dashboard: str) -> JobSubmissionClient:
+    """A client, as soon as the dashboard answers.
+
+    Raises:
+        ConfigError: nothing answers there, or it refuses the token.
+    """
+    deadline = time.monotonic() + CONNECT_SECONDS
+    while True:
+        try:
+            return JobSubmissionClient(dashboard)
+        except (OSError, RuntimeError, AuthenticationError) as error:
+            if isinstance(error, AuthenticationError) or time.monotonic() > deadline:
+                raise ConfigError(
+                    f"--address: no usable Ray dashboard at {dashboard}: {_first_line(error)}"
+                ) from error
+        time.sleep(0.5)
+
+
+def _submit(client: JobSubmissionClient, entrypoint: str, working_dir: Path) -> str:
+    deadline = time.monotonic() + CONNECT_SECONDS
+    while True:
+        try:
+            return str(client.submit_job(entrypoint=entrypoint, runtime_env=job_runtime_env(working_dir)))
+        except (RuntimeError, OSError) as error:  # requests' errors are OSErrors
+            # The dashboard answers before its agent on the head does.
+            waiting = isinstance(error, RuntimeError) and "agent" in str(error)
+            if not waiting or time.monotonic() > deadline:
+                raise StageError(f"the job could not be submitted: {_first_line(error)}") from error
+        time.sleep(0.5)
+
+
+async def _stream_log(client: JobSubmissionClient, job: str) -> None:
+    async for lines in client.tail_job_logs(job):
+        sys.stdout.write(lines)
+        sys.stdout.flush()
+
+
+def _exit_code(client: JobSubmissionClient, job: str) -> int:
+    """The driver's own code; Ray's status knows only success and failure."""
+    _wait_until_over(client, job, None)
+    info = client.get_job_info(job)
+    if info.status == JobStatus.SUCCEEDED:
+        return 0
+    if info.status == JobStatus.STOPPED:
+        raise StageError(f"job {job} was stopped by somebody else")
+    code = info.driver_exit_code
+    if code is None and (found := _EXIT_CODE.search(info.message or "")):
+        code = int(found.group(1))
+    if code is None or code < 0:
+        note("submit", f"job {job} failed: {_first_line(info.message or 'no message')}")
+        return EmbedloomError.exit_code
+    return int(code)
+
+
+def _wait_until_over(client: JobSubmissionClient, job: str, seconds: float | None) -> None:
+    deadline = None if seconds is None else time.monotonic() + seconds
+    while not client.get_job_status(job).is_terminal():
+        if deadline is not None and time.monotonic() > deadline:
+            return
+        time.sleep(0.2)
+
+
+def _first_line(error: object) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -1,0 +1,110 @@
+"""Connecting this process to Ray as the cluster config says."""
+
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from embedloom.cluster.config import AuthConfig, Profile
+from embedloom.errors import MissingDependency
+
+# Ray's workers import embedloom from here when it is not pip-installed in their image.
+PACKAGE_ROOT = Path(__file__).resolve().parents[2]
+
+
+def set_ray_environment(auth: AuthConfig) -> None:
+    """State the authentication mode for this process and its children before Ray is imported.
+
+    Ray 2.60 turns token auth on by itself for a local ``ray.init`` but leaves its clients without a token;
+    stating it for both sides is the only combination in which jobs and drivers agree.
+    """
+    os.environ.setdefault("RAY_AUTH_MODE", auth.mode)
+    if auth.mode == "token":
+        os.environ.setdefault("RAY_AUTH_TOKEN_PATH", str(Path(auth.token_path).expanduser()))
+    os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    # A worker process needs a minute to import torch on a busy node, and longer where nodes scale from zero.
+    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "1200")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # One progress line a stage is enough; the libraries' bars and reports drown it in every actor's log.
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+
+@contextmanager
+def ray_session(profile: Profile, auth: AuthConfig) -> Iterator[None]:
+    """A connected Ray for the ``with`` block.
+
+    A job started by ``ray job submit`` finds ``RAY_ADDRESS`` set and joins that cluster; otherwise the local
+    profile starts a private one ("local", so it never joins somebody else's cluster on this machine).
+    """
+    set_ray_environment(auth)
+    try:
+        import ray
+    except ImportError as error:
+        raise MissingDependency("ray", "cpu", "every stage") from error
+    if ray.is_initialized():
+        yield
+        return
+    runtime_env = {
+        "env_vars": {"PYTHONPATH": f"{PACKAGE_ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
+    }
+    arguments = init_arguments(profile, os.environ.get("RAY_ADDRESS"))
+    temporary: str | None = None
+    if arguments["address"] != "local":
+        ray.init(**arguments, log_to_driver=True, logging_level=logging.WARNING)
+    else:
+        ensure_token(auth)
+        # Unix socket paths are limited to 107 bytes, so the session folder must have a short name.
+        temporary = tempfile.mkdtemp(prefix="el-ray-", dir="/tmp")
+        ray.init(
+            **arguments,
+            runtime_env=runtime_env,
+            _temp_dir=temporary,
+            logging_level=logging.WARNING,
+        )
+    # Ray Data logs its plan and every start and end of a dataset; our progress lines say what users ask for.
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def init_arguments(profile: Profile, address: str | None = None) -> dict[str, Any]:
+    """The arguments of ``ray.init`` that a profile decides; ``address`` replaces the profile's own."""
+    address = address or profile.address
+    if address:
+        return {"address": address}
+    return {
+        "address": "local",
+        "num_cpus": profile.logical_cpus,
+        "object_store_memory": profile.object_store_mib * 2**20,
+        # Ray Train's cleaner of dead runs asks the dashboard's state API and fills the log without it. No
+        # port is named: Ray then takes the next free one, where a named one that is taken ends in a
+        # traceback.
+        "include_dashboard": True,
+        "dashboard_host": "127.0.0.1",
+    }
+
+
+def ensure_token(auth: AuthConfig) -> None:
+    """Create the token file, readable by its owner only, if token mode has none yet."""
+    if auth.mode != "token":
+        return
+    path = Path(os.environ["RAY_AUTH_TOKEN_PATH"])
+    if path.exists():
+        return
+    import secrets
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with os.fdopen(descriptor, "w") as stream:
+        stream.write(secrets.token_hex(32))

@@ -1,0 +1,82 @@
+"""Asking the endpoint as a client would, and ranking the run's documents by the answer."""
+
+import json
+import urllib.error
+import urllib.request
+
+import numpy as np
+import pyarrow.compute as pc
+
+from embedloom.artefacts import Artefact
+from embedloom.errors import ServeError
+from embedloom.records import check_table
+from embedloom.retrieval.embed import read_vectors
+
+_SHOWN_CHARACTERS = 160
+
+
+def nearest_documents(
+    url: str,
+    model: str,
+    question: str,
+    corpus: Artefact,
+    vectors: Artefact,
+    count: int = 3,
+    timeout_seconds: float = 60,
+) -> str:
+    """Embed a question over HTTP and list the nearest documents of the corpus.
+
+    Args:
+        url: the endpoint's ``…/v1``.
+        model: served model name.
+        question: the query.
+        corpus: artefact with the documents.
+        vectors: artefact with their vectors; its contract must be the endpoint's.
+        count: documents listed.
+        timeout_seconds: of the request.
+
+    Raises:
+        ServeError: the endpoint refused or did not answer.
+        DataError: the vectors are of another contract than recorded.
+    """
+    query = np.asarray(_embed(url, model, question, timeout_seconds), dtype=np.float32)
+    best: list[tuple[float, str, str]] = []
+    for split in ("train", "dev", "test"):
+        if not vectors.place.names(f"vectors/{split}", ".parquet"):
+            continue
+        ids, matrix = read_vectors(
+            vectors.place, f"vectors/{split}", vectors.manifest["details"]["contract_hash"]
+        )
+        scores = matrix @ query
+        top = np.argsort(-scores, kind="stable")[:count]
+        best.extend((float(scores[position]), ids[position], split) for position in top)
+    best.sort(key=lambda entry: (-entry[0], entry[1]))
+    lines = [f"? {question}"]
+    for score, document_id, split in best[:count]:
+        document = _document(corpus, split, document_id)
+        text = " ".join(str(document["text"]).split())[:_SHOWN_CHARACTERS]
+        lines.append(f"  {score:.3f}  {document['source']}\n         {text}")
+    return "\n".join(lines)
+
+
+def _embed(url: str, model: str, question: str, timeout_seconds: float) -> list[float]:
+    body = json.dumps({"model": model, "input": question, "input_type": "query"}).encode()
+    request = urllib.request.Request(f"{url}/embeddings", body, {"Content-Type": "application/json"})
+    try:
+        with urllib.request.urlopen(request, timeout=timeout_seconds) as response:
+            return list(json.loads(response.read())["data"][0]["embedding"])
+    except urllib.error.HTTPError as error:
+        raise ServeError(
+            f"{url}/embeddings answered {error.code}: {error.read().decode(errors='replace')[:200]}"
+        ) from error
+    except OSError as error:
+        raise ServeError(f"{url}/embeddings did not answer: {error}") from error
+
+
+def _document(corpus: Artefact, split: str, document_id: str) -> dict[str, object]:
+    for name in corpus.place.names(f"documents/{split}", ".parquet"):
+        table = check_table("documents", corpus.place.read_table(name), name)
+        found = table.filter(pc.equal(table.column("id"), document_id))
+        if found.num_rows:
+            return dict(found.to_pylist()[0])
+    raise ServeError(f"document {document_id} has a vector, but is not in the corpus")

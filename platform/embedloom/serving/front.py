@@ -1,0 +1,112 @@
+"""What happens to every request around its route: id, body limit, metrics, and no stack trace outside."""
+
+import logging
+import re
+import time
+import uuid
+from typing import Any
+
+from pydantic_core import to_json
+from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from embedloom.serving.metrics import EndpointMetrics
+from embedloom.serving.schemas import ApiError
+
+MAX_BODY_BYTES = 16 * 2**20  # 2,048 items of 8 kB; OpenAI's own limit of 300,000 tokens is far below
+REQUEST_ID_HEADER = b"x-request-id"
+_GIVEN_ID = re.compile(rb"[A-Za-z0-9._-]{1,128}")
+_MODEL_PATH = "/v1/models/{name}"
+
+logger = logging.getLogger("embedloom.serving")
+
+
+class BodyTooLarge(Exception):
+    """The body grew past the limit while it was read."""
+
+
+class Front:
+    """ASGI middleware; plain ASGI because Starlette's helper class copies every body through a queue."""
+
+    def __init__(self, app: ASGIApp, metrics: EndpointMetrics, paths: frozenset[str]) -> None:
+        self._app = app
+        self._metrics = metrics
+        self._paths = paths
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle one connection event."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers = dict(scope["headers"])
+        exchange = _Exchange(headers.get(REQUEST_ID_HEADER), receive, send)
+        started = time.perf_counter()
+        self._metrics.ongoing.inc()
+        try:
+            declared = headers.get(b"content-length", b"0")
+            if declared.isdigit() and int(declared) > MAX_BODY_BYTES:
+                raise BodyTooLarge
+            await self._app(scope, exchange.receive, exchange.send)
+        except BodyTooLarge:
+            await exchange.refuse(
+                ApiError(413, f"the body is larger than {MAX_BODY_BYTES} bytes", code="body_too_large")
+            )
+        except ClientDisconnect:
+            pass  # nobody is left to answer; counted as 499
+        except Exception:
+            logger.exception("request %s failed", exchange.id.decode())
+            await exchange.refuse(
+                ApiError(500, f"internal error; quote request {exchange.id.decode()} when you report it")
+            )
+        finally:
+            self._metrics.ongoing.dec()
+            self._metrics.answered(self._label(scope), exchange.status, time.perf_counter() - started)
+
+    def _label(self, scope: Scope) -> str:
+        """The path as metric label; all unknown ones share a label, or a scanner could fill the memory."""
+        prefix = scope.get("root_path", "")  # the route prefix the application is under
+        path: str = scope["path"].removeprefix(prefix)
+        if path in self._paths:
+            return path
+        return _MODEL_PATH if path.startswith("/v1/models/") else "other"
+
+
+class _Exchange:
+    """Counts the body coming in and stamps the reply going out."""
+
+    def __init__(self, given_id: bytes | None, receive: Receive, send: Send) -> None:
+        self.id = given_id if given_id and _GIVEN_ID.fullmatch(given_id) else uuid.uuid4().hex.encode()
+        # Serve's proxy gives every request an id and stamps the reply with it; a second stamp would double it.
+        self._stamp = given_id is None
+        self.status = 499  # the client left before an answer began
+        self._received = 0
+        self._receive = receive
+        self._send = send
+        self._begun = False
+
+    async def receive(self) -> Message:
+        message = await self._receive()
+        self._received += len(message.get("body", b""))
+        if self._received > MAX_BODY_BYTES:
+            raise BodyTooLarge
+        return message
+
+    async def send(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self._begun = True
+            self.status = int(message["status"])
+            if self._stamp:
+                message = {**message, "headers": [*message.get("headers", []), (REQUEST_ID_HEADER, self.id)]}
+        await self._send(message)
+
+    async def refuse(self, error: ApiError) -> None:
+        """Answer with an error, unless an answer has begun."""
+        if self._begun:
+            return
+        body = to_json(error.body())
+        headers: list[Any] = [
+            (b"content-type", b"application/json"),
+            (b"content-length", str(len(body)).encode()),
+        ]
+        await self.send({"type": "http.response.start", "status": error.status, "headers": headers})
+        await self.send({"type": "http.response.body", "body": body})

@@ -1,0 +1,72 @@
+"""What holds an encoder on Serve: one of several behind a gateway, or one with the HTTP side in its process.
+
+Plain classes; app.py makes deployments of them.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from fastapi import FastAPI
+
+from embedloom.config.base import validate
+from embedloom.encoder.device import DTypeName
+from embedloom.encoder.model import Encoder
+from embedloom.serving.api import EndpointSettings, create_api
+from embedloom.serving.messages import EncodeJob, EncodeResult, ModelInfo, Refusal
+from embedloom.serving.service import BatchSettings, EncoderService
+
+
+def load_service(
+    model_folder: str, threads: int, dtype: DTypeName, settings: BatchSettings
+) -> EncoderService:
+    """Load a model folder for serving and run it once.
+
+    Raises:
+        DataError: not a model folder, or a broken one.
+    """
+    encoder = Encoder.load(Path(model_folder), threads=threads, dtype=dtype)
+    # The first forward pass allocates and picks kernels; no client should pay for it.
+    encoder.embed_tokens([[0] * 8])
+    return EncoderService(encoder, settings)
+
+
+class EncoderReplica:
+    """One of several encoders behind a gateway."""
+
+    def __init__(self, model_folder: str, threads: int, dtype: DTypeName, settings: BatchSettings) -> None:
+        self._service = load_service(model_folder, threads, dtype, settings)
+
+    async def reconfigure(self, user_config: dict[str, Any]) -> None:
+        """Apply ``BatchSettings`` changed in the Serve config, without a restart."""
+        self._service.configure(validate(BatchSettings, user_config, "encoder.user_config"))
+
+    async def encode(self, job: EncodeJob) -> EncodeResult | Refusal:
+        """See ``EncoderService.encode``."""
+        return await self._service.encode(job)
+
+    async def describe(self) -> ModelInfo:
+        """See ``EncoderService.describe``."""
+        return await self._service.describe()
+
+
+class EncoderEndpoint:
+    """The only encoder of an endpoint, answering HTTP itself: one process and one hop less."""
+
+    def __init__(
+        self,
+        model_folder: str,
+        threads: int,
+        dtype: DTypeName,
+        batching: BatchSettings,
+        settings: EndpointSettings,
+    ) -> None:
+        self._service = load_service(model_folder, threads, dtype, batching)
+        self._settings = settings
+
+    async def reconfigure(self, user_config: dict[str, Any]) -> None:
+        """Apply ``BatchSettings`` changed in the Serve config, without a restart."""
+        self._service.configure(validate(BatchSettings, user_config, "endpoint.user_config"))
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        """The application; Serve calls this inside the replica."""
+        return create_api(self._service, self._settings)

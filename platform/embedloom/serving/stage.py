@@ -1,0 +1,189 @@
+"""Starting the endpoint in the connected Ray, waiting until it answers, and stopping it after a drain."""
+
+import errno
+import json
+import logging
+import signal
+import socket
+import threading
+import time
+import urllib.error
+import urllib.request
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import ray
+from ray import serve
+
+from embedloom.config.base import validate
+from embedloom.config.resources import ServeScaling
+from embedloom.config.use import ServingConfig
+from embedloom.encoder.device import DTypeName
+from embedloom.errors import ConfigError, ServeError
+from embedloom.progress import note
+from embedloom.serving.app import ApplicationArgs, build_application
+
+APPLICATION = "embedloom"
+READY_SECONDS = 60.0
+_QUIET = {"log_level": "WARNING", "enable_access_log": False}
+
+
+@dataclass(slots=True)
+class Endpoint:
+    """A running endpoint; leaving its ``with`` block stops it."""
+
+    url: str
+    served_name: str
+    owns_serve: bool
+
+    def wait(self) -> None:
+        """Block until SIGINT or SIGTERM; call from the main thread, then ``stop``."""
+        asked = threading.Event()
+        numbers = (signal.SIGINT, signal.SIGTERM)
+        previous = {number: signal.signal(number, lambda *_: asked.set()) for number in numbers}
+        try:
+            while not asked.wait(0.5):
+                pass
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+        note("serve", "stopping: running requests may finish")
+
+    def stop(self) -> None:
+        """Let running requests finish, then take the application down; safe to call twice."""
+        if not ray.is_initialized():
+            return
+        if APPLICATION in serve.status().applications:
+            serve.delete(APPLICATION)
+        if self.owns_serve:
+            serve.shutdown()
+
+    def __enter__(self) -> "Endpoint":
+        """The endpoint itself."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Stop it."""
+        self.stop()
+
+
+def start_endpoint(
+    config: ServingConfig,
+    model_folder: Path,
+    model_id: str,
+    served_name: str,
+    scaling: ServeScaling,
+    dtype: DTypeName | None = None,
+) -> Endpoint:
+    """Serve a model folder over HTTP from the Ray this process is connected to.
+
+    Args:
+        config: the serving section.
+        model_folder: Hugging Face layout, readable by every replica.
+        model_id: what identifies the weights; shown by ``/v1/models`` as fingerprint.
+        served_name: the name clients put into ``model``.
+        scaling: replicas and what each reserves.
+        dtype: compute type; None: the section's own.
+
+    Returns:
+        The endpoint, ready to answer.
+
+    Raises:
+        ConfigError: the port is in use, or the host cannot be listened on.
+        DataError: the folder is not a model folder.
+        ServeError: the application did not come up.
+    """
+    if dtype is not None:
+        config = config.model_copy(update={"compute_dtype": dtype})
+    content = {"model_folder": str(model_folder), "model_id": model_id, "served_name": served_name}
+    arguments = validate(ApplicationArgs, {**content, "serving": config, "scaling": scaling}, "serving")
+    application = build_application(arguments)
+    owns_serve = not _serve_is_running()
+    if owns_serve:
+        check_port_free(config.host, config.port)
+    host = "127.0.0.1" if config.host in ("0.0.0.0", "::") else config.host
+    endpoint = Endpoint(
+        f"http://{host}:{config.port}{config.route_prefix.rstrip('/')}", served_name, owns_serve
+    )
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    try:
+        serve.start(
+            proxy_location="HeadOnly",
+            http_options={"host": config.host, "port": config.port},
+            logging_config=_QUIET,
+        )
+        serve.run(application, name=APPLICATION, route_prefix=config.route_prefix, logging_config=_QUIET)
+        _wait_until_ready(endpoint, READY_SECONDS)
+    except ServeError:
+        endpoint.stop()
+        raise
+    except (RuntimeError, TimeoutError, ray.exceptions.RayError) as error:
+        endpoint.stop()
+        raise ServeError(f"the endpoint did not start: {_last_line(error)}") from error
+    except BaseException:
+        endpoint.stop()
+        raise
+    return endpoint
+
+
+def check_port_free(host: str, port: int) -> None:
+    """Raise ConfigError if nothing could listen on the address now."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE:
+                raise ConfigError(
+                    f"serving.port: {port} is in use on {host}; choose a free port, "
+                    f"e.g. --set serving.port={port + 1}"
+                ) from error
+            raise ConfigError(
+                f"serving.host: cannot listen on {host!r}, port {port}: {error.strerror or error}"
+            ) from error
+
+
+def _serve_is_running() -> bool:
+    """Whether this cluster already has a Serve controller (then its HTTP address is not ours to choose)."""
+    try:
+        ray.get_actor("SERVE_CONTROLLER_ACTOR", namespace="serve")
+    except ValueError:
+        return False
+    return True
+
+
+def _wait_until_ready(endpoint: Endpoint, seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    seen = "no answer"
+    while time.monotonic() < deadline:
+        status, reply = _get(f"{endpoint.url}/ready")
+        if status == 200 and reply.get("model") == endpoint.served_name:
+            return
+        seen = f"status {status}: {reply}" if status else "no connection"
+        time.sleep(0.2)
+    raise ServeError(f"{endpoint.url}/ready did not become ready within {seconds:g} s ({seen})")
+
+
+# No proxy: the endpoint is on this machine, whatever http_proxy says.
+_OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+
+
+def _get(url: str) -> tuple[int, dict[str, Any]]:
+    try:
+        with _OPENER.open(url, timeout=10) as reply:
+            return reply.status, json.loads(reply.read())
+    except urllib.error.HTTPError as error:
+        return error.code, {"body": error.read(200).decode(errors="replace")}
+    except (OSError, ValueError):
+        return 0, {}
+
+
+def _last_line(error: BaseException) -> str:
+    """The sentence that says why: Serve wraps a replica's whole traceback into its message."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__

@@ -1,0 +1,181 @@
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from embedloom.cluster.config import ClusterConfig, load_cluster
+from embedloom.cluster.documents import documents
+from embedloom.cluster.render import (
+    check,
+    check_launcher_config,
+    check_ray_cluster,
+    check_serve_config,
+    render,
+)
+from embedloom.cluster.runtime_env import job_runtime_env
+from embedloom.config.base import validate
+from embedloom.errors import ConfigError
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def cluster():
+    return load_cluster(ROOT / "cluster/cluster.yaml")
+
+
+def small_cluster(**pool) -> ClusterConfig:
+    """Two kinds of machine whose numbers are easy to follow through the files."""
+    worker = {
+        "instance": "g5.xlarge",
+        "cpus": 4,
+        "gpus": 1,
+        "accelerator": "A10G",
+        "memory_gib": 16,
+        "min_nodes": 1,
+        "max_nodes": 3,
+    }
+    content = {
+        "version": 1,
+        "ray": {"version": "2.60.0", "python": "3.11", "image": "registry.example/loom:1"},
+        "profiles": {
+            "small": {
+                "backend": "existing",
+                "region": "eu-west-1",
+                "object_store_mib": 2048,
+                "pools": {
+                    "head": {"instance": "m6i.large", "cpus": 2, "memory_gib": 4, "max_nodes": 1},
+                    "gpu": {**worker, **pool},
+                },
+                "serve": {"max_replicas": 2, "gpus": 0.5},
+            }
+        },
+    }
+    return validate(ClusterConfig, content, "test")
+
+
+def test_every_shipped_profile_renders_and_checks(cluster, tmp_path):
+    for name in cluster.profiles:
+        paths = render(cluster, name, tmp_path / name)
+        assert {path.name for path in paths} >= {"ray_init.json", "runtime_env.yaml", "serve.yaml"}
+        for path in paths:
+            content = (
+                json.loads(path.read_text()) if path.suffix == ".json" else yaml.safe_load(path.read_text())
+            )
+            assert content == documents(cluster, name)[path.name]
+        lines = check(cluster, name, ROOT / "serve/config.yaml")
+        assert len(lines) == len(paths) + 1
+
+
+def test_local_profile_needs_no_cluster_files(cluster):
+    files = documents(cluster, "local")
+    assert set(files) == {"ray_init.json", "runtime_env.yaml", "serve.yaml"}
+    assert files["ray_init.json"]["address"] == "local"
+    assert files["serve.yaml"]["http_options"]["host"] == "127.0.0.1"
+
+
+def test_launcher_says_what_the_pools_say():
+    launcher = documents(small_cluster(), "small")["launcher.yaml"]
+    assert launcher["max_workers"] == 3
+    assert launcher["provider"] == {"type": "aws", "region": "eu-west-1"}
+    assert launcher["available_node_types"] == {
+        "head": {
+            "resources": {"CPU": 2},
+            "min_workers": 0,
+            "max_workers": 0,
+            "node_config": {"InstanceType": "m6i.large"},
+        },
+        "gpu": {
+            "resources": {"CPU": 4, "GPU": 1, "accelerator_type:A10G": 1},
+            "min_workers": 1,
+            "max_workers": 3,
+            "node_config": {"InstanceType": "g5.xlarge"},
+        },
+    }
+    assert "--object-store-memory=1288490188 " in launcher["head_start_ray_commands"][-1]  # 30 % of 4 GiB
+    assert "--object-store-memory=2147483648 " in launcher["worker_start_ray_commands"][-1]
+    assert "--dashboard-host=127.0.0.1" in launcher["head_start_ray_commands"][-1]
+    assert all(
+        "RAY_AUTH_MODE=token" in launcher[key][-1]
+        for key in ("head_start_ray_commands", "worker_start_ray_commands")
+    )
+
+
+def test_ray_cluster_says_what_the_pools_say():
+    content = documents(small_cluster(), "small")["raycluster.yaml"]
+    (group,) = content["spec"]["workerGroupSpecs"]
+    assert (group["groupName"], group["minReplicas"], group["maxReplicas"]) == ("gpu", 1, 3)
+    limits = group["template"]["spec"]["containers"][0]["resources"]["limits"]
+    assert limits == {"cpu": "4", "memory": "16Gi", "nvidia.com/gpu": "1"}
+    assert "gpu 3 x 4 CPU, 1 GPU" in check_ray_cluster(content, "x")
+
+
+def test_serve_config_carries_the_scaling():
+    (application,) = documents(small_cluster(), "small")["serve.yaml"]["applications"]
+    assert application["args"]["scaling"]["max_replicas"] == 2
+    assert application["args"]["scaling"]["gpus"] == 0.5
+
+
+def test_pools_need_a_head():
+    cluster = small_cluster()
+    profile = cluster.profile("small")
+    without = profile.model_copy(update={"pools": {"gpu": profile.pools["gpu"]}})
+    with pytest.raises(ConfigError, match=r"profiles\.small\.pools: no pool named 'head', found gpu"):
+        documents(cluster.model_copy(update={"profiles": {"small": without}}), "small")
+
+
+def test_launcher_needs_instances():
+    with pytest.raises(ConfigError, match=r"pools\.gpu\.instance: required for the launcher"):
+        documents(small_cluster(instance=None), "small")
+
+
+@pytest.mark.parametrize(
+    ("path", "typo", "nearest"),
+    [
+        ((), "proxy_locaton", "proxy_location"),
+        (("http_options",), "prt", "port"),
+        (("applications", 0), "import_pth", "import_path"),
+        (("applications", 0, "logging_config"), "log_levl", "log_level"),
+        (("applications", 0, "deployments", 0), "max_queued_requets", "max_queued_requests"),
+        (("applications", 0, "deployments", 0, "autoscaling_config"), "min_replica", "min_replicas"),
+        (("applications", 0, "deployments", 0, "ray_actor_options"), "num_gpu", "num_gpus"),
+    ],
+)
+def test_serve_typos_are_refused_with_the_nearest_key(path, typo, nearest):
+    content = yaml.safe_load((ROOT / "serve/config.yaml").read_text())
+    content["applications"][0]["deployments"] = [
+        {"name": "endpoint", "autoscaling_config": {"max_replicas": 2}, "ray_actor_options": {"num_cpus": 1}}
+    ]
+    check_serve_config(content, "c.yaml")
+    node = content
+    for key in path:
+        node = node[key]
+    node[typo] = 1
+    where = ".".join(str(key) for key in (*path, typo))
+    with pytest.raises(ConfigError, match=rf"c\.yaml: {where}: unknown key.*nearest is '{nearest}'"):
+        check_serve_config(content, "c.yaml")
+
+
+def test_serves_own_rules_still_hold():
+    content = yaml.safe_load((ROOT / "serve/config.yaml").read_text())
+    content["http_options"]["port"] = "eighty"
+    with pytest.raises(ConfigError, match=r"c\.yaml: http_options\.port: .*seen: 'eighty'"):
+        check_serve_config(content, "c.yaml")
+
+
+def test_launcher_typos_are_refused():
+    launcher = documents(small_cluster(), "small")["launcher.yaml"]
+    launcher["available_node_types"]["gpu"]["min_worker"] = 1
+    with pytest.raises(ConfigError, match=r"available_node_types\.gpu: .*min_worker"):
+        check_launcher_config(launcher, "launcher.yaml")
+
+
+def test_shipped_runtime_env_is_the_one_submit_sends():
+    assert yaml.safe_load((ROOT / "cluster/runtime_env.yaml").read_text()) == job_runtime_env()
+    assert job_runtime_env(Path("/p"))["working_dir"] == "/p"
+
+
+def test_platform_folder_is_no_package():
+    # It would shadow the standard library's platform module in every Ray worker, silently.
+    assert not (ROOT / "platform/__init__.py").exists()

@@ -1,0 +1,102 @@
+import json
+import shutil
+import socket
+from pathlib import Path
+
+import pytest
+import yaml
+
+from embedloom.config.resources import ServeScaling
+from embedloom.config.use import ServingConfig
+from embedloom.errors import ConfigError, DataError
+from embedloom.serving.app import ApplicationArgs, build, build_application
+from embedloom.serving.stage import check_port_free
+
+ROOT = Path(__file__).parents[2]
+
+
+def names_of(application) -> list[str]:
+    """Deployment names of an application, ingress first."""
+    bound = application._bound_deployment
+    inner = [item._bound_deployment.name for item in bound.init_args if hasattr(item, "_bound_deployment")]
+    return [bound.name, *inner]
+
+
+def test_unknown_argument_names_the_nearest():
+    with pytest.raises(ConfigError, match="nearest valid key is 'model_folder'"):
+        build({"model_foldr": "x", "served_name": "t"})
+    with pytest.raises(
+        ConfigError, match=r"serving\.max_itms: unknown key; the nearest valid key is 'max_items'"
+    ):
+        build({"model_folder": "x", "served_name": "t", "serving": {"max_itms": 4}})
+
+
+def test_model_folder_must_hold_a_model(tmp_path):
+    with pytest.raises(DataError, match=r"no config\.json"):
+        build({"model_folder": str(tmp_path), "served_name": "t"})
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(DataError, match="no weights"):
+        build({"model_folder": str(tmp_path), "served_name": "t"})
+
+
+def test_broken_contract_is_found_before_anything_starts(tiny_model, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_model, folder)
+    contract = json.loads((folder / "contract.json").read_text())
+    (folder / "contract.json").write_text(json.dumps({**contract, "max_query_tokens": 128}))
+    with pytest.raises(DataError, match=r"contract\.json: hash is"):
+        build({"model_folder": str(folder), "served_name": "t"})
+
+
+def test_one_replica_answers_http_itself_and_several_stand_behind_a_gateway(tiny_model):
+    def of(**scaling):
+        args = ApplicationArgs(model_folder=str(tiny_model), served_name="t", scaling=ServeScaling(**scaling))
+        return names_of(build_application(args))
+
+    assert of() == ["endpoint"]
+    assert of(min_replicas=2, max_replicas=2) == ["gateway", "encoder"]
+    assert of(min_replicas=0, max_replicas=1) == ["gateway", "encoder"]
+
+
+def test_limits_reach_the_deployments(tiny_model):
+    serving = ServingConfig(max_ongoing_requests=8, max_queued_requests=20, max_batch_tokens=128)
+    scaling = ServeScaling(min_replicas=1, max_replicas=3, target_ongoing_requests=4, cpus=2, gpus=0.5)
+    application = build_application(
+        ApplicationArgs(model_folder=str(tiny_model), served_name="t", serving=serving, scaling=scaling)
+    )
+    gateway = application._bound_deployment
+    encoder = gateway.init_args[0]._bound_deployment
+    assert gateway.init_args[1].max_requests == 3 * 8 + 20
+    assert encoder.max_ongoing_requests == 8
+    assert encoder.user_config == {"max_batch_tokens": 128, "batch_wait_seconds": 0.005}
+    assert encoder.ray_actor_options == {"num_cpus": 2, "num_gpus": 0.5}
+    assert encoder._deployment_config.autoscaling_config.max_replicas == 3
+
+
+def test_scaling_target_must_be_reachable(tiny_model):
+    scaling = {"max_replicas": 2, "target_ongoing_requests": 65}
+    with pytest.raises(ConfigError, match="would never scale up"):
+        build({"model_folder": str(tiny_model), "served_name": "t", "scaling": scaling})
+
+
+def test_shipped_config_matches_the_arguments():
+    (application,) = yaml.safe_load((ROOT / "serve/config.yaml").read_text())["applications"]
+    assert application["import_path"] == "serve.app:build"
+    ApplicationArgs.model_validate(application["args"])
+
+
+def test_port_in_use_is_named():
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(
+            ConfigError, match=rf"serving\.port: {port} is in use on 127\.0\.0\.1; choose a free port"
+        ):
+            check_port_free("127.0.0.1", port)
+    check_port_free("127.0.0.1", port)
+
+
+def test_host_that_is_not_ours_is_named():
+    with pytest.raises(ConfigError, match=r"serving\.host: cannot listen on '192\.0\.2\.1'"):
+        check_port_free("192.0.2.1", 8000)

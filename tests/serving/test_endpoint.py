@@ -1,0 +1,173 @@
+"""The endpoint on Ray Serve, asked over HTTP by the official client."""
+
+import base64
+import concurrent.futures
+import os
+import signal
+import socket
+
+import httpx
+import numpy as np
+import openai
+import psutil
+import pytest
+
+from embedloom.config.resources import ServeScaling
+from embedloom.config.use import ServingConfig
+from embedloom.encoder.model import Encoder
+from embedloom.errors import ConfigError
+from embedloom.serving.stage import Endpoint, check_port_free, start_endpoint
+
+pytestmark = pytest.mark.ray
+TEXTS = ["open a file", "Returns the shortest path between two nodes.", "größer, 日本語"]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def start(model, port: int | None = None, scaling: ServeScaling | None = None, **serving) -> Endpoint:
+    config = ServingConfig(port=port or free_port(), compute_dtype="float32", **serving)
+    return start_endpoint(config, model, "f00d", "tiny", scaling or ServeScaling(threads=1))
+
+
+def client_of(endpoint: Endpoint) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{endpoint.url}/v1", api_key="unused", max_retries=0)
+
+
+def cosines(reply, expected: np.ndarray) -> np.ndarray:
+    got = np.array([item.embedding for item in reply.data])
+    return (got * expected).sum(axis=1) / np.linalg.norm(got, axis=1) / np.linalg.norm(expected, axis=1)
+
+
+@pytest.fixture(scope="module")
+def endpoint(ray_local, tiny_model):
+    with start(tiny_model) as endpoint:
+        yield endpoint
+
+
+def test_port_in_use_stops_before_anything_starts(ray_local, tiny_model):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(ConfigError, match=rf"serving\.port: {port} is in use"):
+            start(tiny_model, port)
+
+
+@pytest.mark.parametrize("encoding_format", ["float", "base64", None])
+def test_openai_client_gets_the_encoders_vectors(endpoint, tiny_model, encoding_format):
+    encoder = Encoder.load(tiny_model, dtype="float32")
+    options = {} if encoding_format is None else {"encoding_format": encoding_format}
+    for side in ("document", "query"):
+        reply = client_of(endpoint).embeddings.create(
+            model="tiny", input=TEXTS, extra_body={"input_type": side, "truncate": "end"}, **options
+        )
+        if encoding_format == "base64":
+            for item in reply.data:
+                item.embedding = np.frombuffer(base64.b64decode(item.embedding), "<f4").tolist()
+        assert (cosines(reply, encoder.embed(TEXTS, side)) >= 0.9999).all()
+        assert reply.usage.prompt_tokens == sum(map(len, encoder.tokenize(TEXTS, side)))
+
+
+def test_client_sees_openai_errors(endpoint):
+    client = client_of(endpoint)
+    with pytest.raises(openai.NotFoundError) as unknown:
+        client.embeddings.create(model="other", input="a")
+    assert unknown.value.code == "model_not_found"
+    with pytest.raises(openai.BadRequestError) as long:
+        client.embeddings.create(model="tiny", input="x" * 500)
+    assert long.value.code == "context_length_exceeded"
+    with pytest.raises(openai.BadRequestError) as empty:
+        client.embeddings.create(model="tiny", input="")
+    assert empty.value.param == "input"
+    assert len(empty.value.request_id) == 36  # one id, not two joined
+
+
+def test_client_lists_the_model(endpoint, tiny_model):
+    (card,) = client_of(endpoint).models.list().data
+    assert (card.id, card.fingerprint) == ("tiny", "f00d")
+    assert card.contract_hash == Encoder.load(tiny_model).contract.hash
+
+
+def test_many_clients_at_once_each_get_their_own(endpoint, tiny_model):
+    encoder = Encoder.load(tiny_model, dtype="float32")
+    texts = [f"function number {n} " * (1 + n % 3) for n in range(60)]
+    client = client_of(endpoint)
+    with concurrent.futures.ThreadPoolExecutor(16) as pool:
+        replies = list(
+            pool.map(
+                lambda text: client.embeddings.create(
+                    model="tiny", input=text, extra_body={"truncate": "end"}
+                ),
+                texts,
+            )
+        )
+    expected = encoder.embed(texts, "document")
+    for reply, vector in zip(replies, expected, strict=True):
+        assert cosines(reply, vector[None])[0] >= 0.9999
+
+
+@pytest.fixture(scope="module")
+def behind_gateway(ray_local, tiny_model, endpoint):
+    endpoint.stop()  # two Serve applications at once would be one too many for a small machine
+    scaling = ServeScaling(min_replicas=1, max_replicas=2, target_ongoing_requests=2, threads=1)
+    limits = {"max_ongoing_requests": 2, "max_queued_requests": 2}
+    with start(tiny_model, scaling=scaling, route_prefix="/embed", **limits) as endpoint:
+        yield endpoint
+
+
+@pytest.mark.slow
+def test_overload_is_answered_200_or_429(behind_gateway):
+    body = {"model": "tiny", "input": ["some text " * 6] * 256}
+    client = httpx.Client(trust_env=False, timeout=120)
+
+    def ask(_: int) -> httpx.Response:
+        return client.post(f"{behind_gateway.url}/v1/embeddings", json=body)
+
+    with concurrent.futures.ThreadPoolExecutor(24) as pool:
+        replies = list(pool.map(ask, range(48)))
+    assert {reply.status_code for reply in replies} == {200, 429}
+    for reply in replies:
+        if reply.status_code == 429:
+            assert reply.headers["retry-after"] == "1"
+            assert reply.json()["error"]["code"] == "overloaded"
+
+
+@pytest.mark.slow
+def test_killed_encoder_behind_the_gateway_loses_no_request(behind_gateway):
+    client = client_of(behind_gateway)
+
+    def ask(number: int) -> int:
+        if number == 20:
+            os.kill(_pid_of("ServeReplica:embedloom:encoder"), signal.SIGKILL)
+        return len(client.embeddings.create(model="tiny", input=f"text {number}").data)
+
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(ask, range(60))) == [1] * 60
+
+
+def _pid_of(name: str) -> int:
+    """Process of this test session's own Ray whose title holds ``name``."""
+    for process in psutil.Process().children(recursive=True):
+        if name in " ".join(process.cmdline()):
+            return process.pid
+    raise AssertionError(f"no process {name}")
+
+
+@pytest.mark.slow
+def test_stop_lets_a_running_request_finish_and_frees_the_port(behind_gateway):
+    client = client_of(behind_gateway)
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        running = pool.submit(client.embeddings.create, model="tiny", input=["some text " * 6] * 2048)
+        while "embedloom_requests_ongoing 2.0" not in _metrics(behind_gateway):  # it, and this scrape
+            assert not running.done(), running.result()
+        behind_gateway.stop()
+        assert len(running.result(60).data) == 2048
+    check_port_free("127.0.0.1", int(behind_gateway.url.split(":")[2].split("/")[0]))
+
+
+def _metrics(endpoint: Endpoint) -> str:
+    return httpx.get(f"{endpoint.url}/metrics", trust_env=False).text
