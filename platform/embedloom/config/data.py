@@ -85,7 +85,9 @@ class SynthesisConfig(FrozenConfig):
     documents: int = Field(ge=1)  # seed documents, sampled by hash from the train split
     queries_per_document: int = Field(default=1, ge=1, le=16)
     prompt: str = "seed_query"  # a file of embedloom/synthesis/prompts, or the path of a .yaml file
-    instruction: str | None = Field(default=None, min_length=1)  # the pairs' training instruction; null: the prompt's
+    instruction: str | None = Field(
+        default=None, min_length=1
+    )  # the pairs' training instruction; null: the prompt's
     max_document_characters: int = Field(default=600, ge=50)
     max_query_characters: int = Field(default=120, ge=10)
     sampling_temperature: float = Field(default=0.7, ge=0)

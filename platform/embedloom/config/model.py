@@ -80,6 +80,9 @@ class TrainingConfig(FrozenConfig):
     micro_batch_tokens: int = Field(default=4096, ge=64)  # padded tokens per forward on one worker
     zero_stage: Literal[0, 1, 2, 3] = 2
     gradient_checkpointing: bool = False
+    freeze_token_embeddings: bool = (
+        False  # in a cut-down model they are most of the weights, and of the traffic
+    )
     checkpoint_every_steps: int = Field(default=200, ge=1)
     checkpoints_kept: int = Field(default=2, ge=1)
     max_failures: int = Field(default=3, ge=0)  # worker-group restarts before the stage fails

@@ -87,6 +87,8 @@ class StageTrainer:
         self.encoder = Encoder.load(config.start_model, dtype=config.dtype)
         bf16_weights = cuda and self.encoder.dtype == torch.bfloat16
         self.encoder.backbone.train()
+        if config.training.freeze_token_embeddings:
+            self.encoder.backbone.get_input_embeddings().requires_grad_(False)
         if config.training.gradient_checkpointing:
             self.encoder.backbone.gradient_checkpointing_enable()
         self.store = ExampleStore.open(config.examples, self.encoder, config.stage.negatives)

@@ -1,0 +1,180 @@
+"""Streaming tables through a pool of Ray actors: read in tasks, compute in actors, write in tasks.
+
+Ray Data moves the items; this module hands it functions and brings errors back. Ray carries an exception of a
+task to the driver as text with its cause stripped, so an error of ours travels beside the data instead and is
+raised again here, whole: a bad row must end the command with its own message, not with Ray's.
+"""
+
+import pickle
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from typing import Any, Protocol
+
+import pyarrow as pa
+
+from embedloom.config.resources import PoolConfig
+from embedloom.errors import EmbedloomError, StageError
+
+# An actor that cannot be placed must say so, not wait for the half hour that is Ray's default.
+PLACEMENT_TIMEOUT_SECONDS = 600
+_TASK_CPUS = 0.25  # reading and writing wait for disks more than they compute
+
+Row = dict[str, Any]
+
+
+class ShardWorker(Protocol):
+    """What an actor of a pool does with one shard; built once per actor from keyword arguments."""
+
+    def __call__(self, rows: pa.Table) -> dict[str, pa.Table]:
+        """Turn one shard into tables by output folder; the last folder named marks the shard done."""
+        ...
+
+
+def stream(
+    *,
+    stage: str,
+    items: int,
+    read: Callable[[int], pa.Table],
+    write: Callable[[int, str, pa.Table], None],
+    worker: Callable[..., ShardWorker],
+    worker_arguments: dict[str, Any],
+    done_folder: str,
+    pool: PoolConfig,
+) -> Iterator[int]:
+    """Run items 0 to ``items`` - 1 through the pool and yield each number once its tables are written.
+
+    Args:
+        stage: named in errors.
+        items: how many; each is one table in.
+        read: the table of an item; runs in a task.
+        write: stores (item, folder, table); runs in a task, in the order the worker named the folders.
+        worker: class of the actors; called with ``worker_arguments``.
+        done_folder: what the worker must name last.
+        pool: actors and what each reserves.
+
+    Raises:
+        UserError: the worker, its constructor, ``read`` or ``write`` raised one.
+        StageError: anything else went wrong in them.
+    """
+    import ray
+    from ray.data import ActorPoolStrategy, DataContext
+
+    context = DataContext.get_current()
+    context.enable_progress_bars = False
+    context.wait_for_min_actors_s = PLACEMENT_TIMEOUT_SECONDS
+    dataset = (
+        ray.data.from_items(list(range(items)), override_num_blocks=items)
+        .map(_reading(read), num_cpus=_TASK_CPUS)
+        .map_batches(
+            _PoolActor,
+            fn_constructor_args=(worker, worker_arguments, done_folder, pool.compute_threads),
+            batch_size=1,
+            compute=ActorPoolStrategy(
+                min_size=min(pool.min_actors, items), max_size=min(pool.max_actors, items)
+            ),
+            num_cpus=pool.cpus,
+            num_gpus=pool.gpus or None,
+            memory=int(pool.memory_gib * 2**30) or None,
+        )
+        .map(_writing(write), num_cpus=_TASK_CPUS)
+    )
+    try:
+        with closing(iter(dataset.iter_rows())) as rows:
+            for row in rows:
+                if row["failure"]:
+                    raise pickle.loads(row["failure"])
+                yield int(row["position"])
+    except StageError as error:
+        raise StageError(f"{stage}: {error}") from error
+    except EmbedloomError:
+        raise
+    except Exception as error:
+        raise StageError(f"{stage}: a worker failed: {_cause(error)}") from error
+
+
+def _reading(read: Callable[[int], pa.Table]) -> Callable[[Row], Row]:
+    def task(row: Row) -> Row:
+        try:
+            return _row(row["item"], {"": read(row["item"])})
+        except EmbedloomError as error:
+            return _row(row["item"], {}, error)
+
+    return task
+
+
+def _writing(write: Callable[[int, str, pa.Table], None]) -> Callable[[Row], Row]:
+    def task(row: Row) -> Row:
+        failure = row["failure"]
+        if not failure:
+            try:
+                for folder, content in zip(row["folders"], row["tables"], strict=True):
+                    write(row["position"], folder, _from_ipc(content))
+            except EmbedloomError as error:
+                failure = pickle.dumps(error)
+        return {"position": row["position"], "failure": failure}
+
+    return task
+
+
+class _PoolActor:
+    """Adapts a ShardWorker to Ray Data: one row is one item."""
+
+    def __init__(
+        self, worker: Callable[..., ShardWorker], arguments: dict[str, Any], done_folder: str, threads: int
+    ) -> None:
+        import torch
+
+        torch.set_num_threads(threads)
+        self._done_folder = done_folder
+        self._failure: EmbedloomError | None = None
+        try:
+            self._worker = worker(**arguments)
+        except EmbedloomError as error:
+            # Raised here it would be one of Ray's actor deaths; it is reported with the first item instead.
+            self._failure = error
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        row = {column: values[0] for column, values in batch.items()}
+        done = row if row["failure"] else self._work(row)
+        return {column: [value] for column, value in done.items()}
+
+    def _work(self, row: Row) -> Row:
+        if self._failure is not None:
+            return _row(row["position"], {}, self._failure)
+        try:
+            tables = self._worker(_from_ipc(row["tables"][0]))
+            if list(tables)[-1:] != [self._done_folder]:
+                raise StageError(
+                    f"the worker returned folders {list(tables)}, expected {self._done_folder!r} last"
+                )
+            return _row(row["position"], tables)
+        except EmbedloomError as error:
+            return _row(row["position"], {}, error)
+
+
+def _row(position: int, tables: dict[str, pa.Table], error: EmbedloomError | None = None) -> Row:
+    """What passes between the steps; lists are never empty, so every block of rows has the same column types."""
+    return {
+        "position": position,
+        "folders": list(tables) or [""],
+        "tables": [_to_ipc(table) for table in tables.values()] or [b""],
+        "failure": b"" if error is None else pickle.dumps(error),
+    }
+
+
+def _to_ipc(table: pa.Table) -> bytes:
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    return bytes(sink.getvalue())
+
+
+def _from_ipc(content: bytes) -> pa.Table:
+    return pa.ipc.open_stream(content).read_all()
+
+
+def _cause(error: BaseException) -> str:
+    """The last line of the first traceback in Ray's text, which is the innermost error's own."""
+    innermost = str(error).split("The above exception was the direct cause")[0]
+    lines = innermost.strip().splitlines()
+    return lines[-1] if lines else type(error).__name__

@@ -1,0 +1,146 @@
+"""Exactly-once shards: the one way a data stage streams rows through an actor pool.
+
+A table on disk is cut into shards by row number alone, so the cut never depends on the number of actors.
+Ray Data reads a shard (a task), an actor turns it into one or more tables (the engine), a task writes them
+under the shard's number, each by rename. A shard is done when its file in the *last* output folder is
+there, so after ``kill -9`` of anything a rerun computes just the missing shards and ends with the same files.
+No id set is kept in memory and no finished shard is read again (Ray Data's own checkpointing does both).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+
+from embedloom.artefacts import Place
+from embedloom.config.resources import PoolConfig
+from embedloom.engines.pool import ShardWorker, stream
+from embedloom.errors import DataError
+from embedloom.progress import Progress
+
+PART_PATTERN = "part-{:06d}.parquet"
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Rows ``start`` to ``stop`` of one Parquet file."""
+
+    file: str
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """One unit of work: consecutive rows, possibly over several files."""
+
+    index: int
+    pieces: tuple[Piece, ...]
+
+    @property
+    def rows(self) -> int:
+        """Number of rows."""
+        return sum(piece.stop - piece.start for piece in self.pieces)
+
+    @property
+    def part(self) -> str:
+        """Name of its files."""
+        return PART_PATTERN.format(self.index)
+
+
+def plan_shards(files: list[tuple[str, int]], shard_rows: int, first_part: int = 0) -> list[Shard]:
+    """Cut files, given as (name, row count) in order, into shards of ``shard_rows`` (the last may be shorter).
+
+    Part numbers count up from ``first_part``.
+    """
+    shards: list[Shard] = []
+    pieces: list[Piece] = []
+    room = shard_rows
+    for name, rows in files:
+        start = 0
+        while start < rows:
+            stop = min(rows, start + room)
+            pieces.append(Piece(name, start, stop))
+            room -= stop - start
+            start = stop
+            if room == 0:
+                shards.append(Shard(first_part + len(shards), tuple(pieces)))
+                pieces, room = [], shard_rows
+    if pieces:
+        shards.append(Shard(first_part + len(shards), tuple(pieces)))
+    return shards
+
+
+def parquet_rows(place: Place, folder: str) -> list[tuple[str, int]]:
+    """(name, row count) of every Parquet file of a folder, read from the footers only."""
+    found = [(name, place.parquet_footer(name)[1]) for name in place.names(folder, ".parquet")]
+    if not found:
+        raise DataError(f"{place.uri}/{folder}: no Parquet file")
+    return found
+
+
+def read_shard(place: Place, shard: Shard) -> pa.Table:
+    """Rows of one shard."""
+    return pa.concat_tables(
+        [place.read_table(piece.file).slice(piece.start, piece.stop - piece.start) for piece in shard.pieces]
+    )
+
+
+def run_sharded(
+    *,
+    stage: str,
+    source: Place,
+    source_folder: str,
+    output: Place,
+    done_folder: str,
+    shard_rows: int,
+    worker: Callable[..., ShardWorker],
+    worker_arguments: dict[str, Any],
+    pool: PoolConfig,
+    unit: str = "rows",
+    first_part: int = 0,
+) -> list[str]:
+    """Stream every missing shard through an actor pool and return the names of all finished parts.
+
+    Args:
+        stage: name on the progress lines and in errors.
+        source: place whose ``source_folder`` holds the input Parquet files.
+        output: place the workers' tables are written to, ``<folder>/part-000000.parquet``.
+        done_folder: the output folder whose part marks a shard as done; workers return it last.
+        shard_rows: rows per shard.
+        worker: class of the actors; called with ``worker_arguments``.
+        pool: actors and what each reserves.
+        unit: what a row is, on the progress lines.
+        first_part: number of the first part, where several calls share the output folders.
+
+    Returns:
+        The names of all parts of this call, in order.
+
+    Raises:
+        StageError: a worker failed for another reason than bad input.
+        UserError: a worker refused its input or config.
+    """
+    shards = plan_shards(parquet_rows(source, source_folder), shard_rows, first_part)
+    finished = set(output.names(done_folder, ".parquet"))
+    missing = [shard for shard in shards if f"{done_folder}/{shard.part}" not in finished]
+    progress = Progress(
+        stage,
+        sum(shard.rows for shard in shards),
+        unit,
+        done=sum(s.rows for s in shards) - sum(s.rows for s in missing),
+    )
+    if missing:
+        finished_items = stream(
+            stage=stage,
+            items=len(missing),
+            read=lambda item: read_shard(source, missing[item]),
+            write=lambda item, folder, table: output.write_table(f"{folder}/{missing[item].part}", table),
+            worker=worker,
+            worker_arguments=worker_arguments,
+            done_folder=done_folder,
+            pool=pool,
+        )
+        for item in finished_items:
+            progress.advance(missing[item].rows)
+    return [f"{done_folder}/{shard.part}" for shard in shards]

@@ -1,0 +1,125 @@
+"""Engines and shard workers that stand in for slow, random or broken ones."""
+
+import json
+import os
+import re
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from embedloom.engines.protocol import GenerationRequest, GenerationResult
+from embedloom.errors import DataError, MissingDependency
+from fakes import byte_tokenizer
+
+
+class FakeEngine:
+    """Answers at once: a question made of the document's first word and the request's seed.
+
+    Documents that contain "refuse" get an engine error, "ramble" a cut answer, "mumble" no JSON.
+    """
+
+    def __init__(
+        self, *, model_folder: Path, max_model_tokens: int, threads: int, gpu: bool, tensor_parallel: int
+    ) -> None:
+        self.folder = model_folder
+
+    def generate(self, requests: Sequence[GenerationRequest]) -> list[GenerationResult]:
+        return [self._answer(request) for request in requests]
+
+    def _answer(self, request: GenerationRequest) -> GenerationResult:
+        text = request.messages[-1]["content"]
+        if "refuse" in text:
+            return GenerationResult.failed(request, "prompt has 9 tokens, 8 fit")
+        if "ramble" in text:
+            return GenerationResult(request.id, '{"query": "What is', "length", 7, request.max_tokens)
+        if "mumble" in text:
+            return GenerationResult(request.id, "mmm", "stop", 7, 3)
+        word = text.split()[0]
+        assert request.json_schema is not None
+        (key,) = request.json_schema["required"]
+        asked = re.search(r"Write (\d+)", text)
+        questions = [
+            f"What does {word} do in case {request.seed}-{n}?" for n in range(int(asked[1]) if asked else 1)
+        ]
+        answer = {key: questions[0] if key == "query" else questions}
+        return GenerationResult(request.id, json.dumps(answer), "stop", 7, 5)
+
+
+class MuteEngine(FakeEngine):
+    """Never writes anything usable."""
+
+    def _answer(self, request: GenerationRequest) -> GenerationResult:
+        return GenerationResult(request.id, "", "stop", 7, 0)
+
+
+class CrashingEngine(FakeEngine):
+    """Takes its process with it on the second batch it sees, once."""
+
+    def generate(self, requests: Sequence[GenerationRequest]) -> list[GenerationResult]:
+        first, crashed = self.folder / "first", self.folder / "crashed"
+        if first.exists() and not crashed.exists():
+            crashed.touch()
+            os._exit(1)
+        first.touch()
+        return super().generate(requests)
+
+
+class DoublingWorker:
+    """Doubles the column ``n``; leaves a note of every call, so a test can see what was computed again.
+
+    ``trouble``: "crash" ends the process once, "user" and "other" raise, "start" raises in the constructor,
+    "order" names the done folder first.
+    """
+
+    def __init__(self, notes: str, trouble: str = "") -> None:
+        self.notes = Path(notes)
+        self.trouble = trouble
+        if trouble == "start":
+            raise MissingDependency("warp-drive", "cpu", "doubling")
+
+    def __call__(self, rows: pa.Table) -> dict[str, pa.Table]:
+        (self.notes / f"call-{uuid.uuid4()}").touch()
+        numbers: list[Any] = rows.column("n").to_pylist()
+        if self.trouble == "crash" and not (self.notes / "crashed").exists():
+            (self.notes / "crashed").touch()
+            os._exit(1)
+        if self.trouble == "user" and 7 in numbers:
+            raise DataError("row 7: column 'n' is 7, allowed: anything else")
+        if self.trouble == "other" and 7 in numbers:
+            raise RuntimeError("the accelerator is on fire")
+        doubled = pa.table({"n": [2 * n for n in numbers]})
+        odd = pa.table({"n": pa.array([n for n in numbers if n % 2], pa.int64())})
+        if self.trouble == "order":
+            return {"done": doubled, "odd": odd}
+        return {
+            "odd": odd,
+            "copy": doubled,
+            "done": doubled,
+        }  # equal tables: equally long bytes between the steps
+
+
+def make_tiny_generator(folder: Path) -> Path:
+    """Save a random causal Llama whose heads are wide enough for vLLM's CPU kernels, with a chat template."""
+    torch.manual_seed(1)
+    config = LlamaConfig(
+        vocab_size=259,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=512,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+        tie_word_embeddings=True,
+        initializer_range=0.3,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
