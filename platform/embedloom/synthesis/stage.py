@@ -57,16 +57,13 @@ def synthesize(
     names = _generator_names(config)
     weights = [generator.weight for generator in config.generators]
     documents = write_work(corpus.place, SEED_DOCUMENTS, out.place, config.documents, weights, seed)
-    if sum(documents) < config.documents:
-        note(
-            STAGE,
-            f"the train split has {sum(documents):,} documents, {config.documents:,} are asked for; all are used",
-        )
+    _note_shortage(sum(documents), config.documents)
     per_generator: dict[str, dict[str, Any]] = {}
     first_part = 0
     for number, (name, count) in enumerate(zip(names, documents, strict=True)):
         if not count:  # its weight is below one document
             continue
+        recipe = Recipe(name, seed, prompt, config)
         parts = run_sharded(
             stage=f"{STAGE} {name}" if len(names) > 1 else STAGE,
             source=out.place,
@@ -77,8 +74,7 @@ def synthesize(
             worker=SynthesisWorker,
             worker_arguments={
                 "engine_factory": engine_factory,
-                "engine_arguments": _engine_arguments(config, pool, model_folders[name]),
-                "recipe": Recipe(name, seed, prompt, config),
+                **_worker_arguments(config, pool, model_folders[name], recipe),
             },
             pool=pool,
             unit="documents",
@@ -112,14 +108,17 @@ def _generator_names(config: SynthesisConfig) -> list[str]:
     return names
 
 
-def _engine_arguments(config: SynthesisConfig, pool: PoolConfig, folder: Path) -> dict[str, Any]:
-    return {
+def _worker_arguments(
+    config: SynthesisConfig, pool: PoolConfig, folder: Path, recipe: Recipe
+) -> dict[str, Any]:
+    engine_arguments = {
         "model_folder": folder,
         "max_model_tokens": config.max_model_tokens,
         "threads": pool.compute_threads,
         "gpu": pool.gpus > 0,
         "tensor_parallel": pool.tensor_parallel,
     }
+    return {"engine_arguments": engine_arguments, "recipe": recipe}
 
 
 def _count(place: Place, parts: list[str]) -> dict[str, Any]:
