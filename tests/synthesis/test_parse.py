@@ -71,7 +71,9 @@ def test_a_prompts_short_line_inside_a_query_is_chance():
 
 
 def test_joiners_that_languages_need_are_kept():
-    query = "می\u200cتوان؟"  # Persian writes a zero-width non-joiner inside words  # noqa: RUF001
+    query = (
+        "Was ist ein Auf\u200clage-Wert?"  # a zero-width non-joiner, as Persian and German typesetting use
+    )
     assert parse(answer(json.dumps({"query": query}))) == [query]
 
 

@@ -120,15 +120,16 @@ class TestSeedQuery:
         ("query", "fits"),
         [
             ("How do I sort an array by one column?", True),
-            ("What does numpy.argsort() return for ties?", True),
+            ("What does numpy.argsort return for ties?", True),
             ("Why is the k-means result different each time?", True),
             ("Wie sortiere ich eine Liste?", False),  # no question word it knows
             ("How do I sort", False),  # no end
-            ("How so?", False),  # too few words
+            ("Why so?", False),  # too few words
+            ("How to sort an array in Python?", False),  # the start small models never end
             ("How do I sort, filter and group rows?", False),  # several clauses
-            ("How do I slice()()()()()() an array?", False),  # a loop inside a word
+            ("How do I slice()()() an array?", False),  # a loop inside a word
             ("What is it? What is it for and why?", False),  # two questions
-            ("How " + "many " * 17 + "words?", False),  # too many words
+            ("Why " + "so " * 13 + "long?", False),  # too many words
         ],
     )
     def test_its_pattern_takes_short_single_questions(self, prompt: Prompt, query: str, fits: bool):

@@ -53,6 +53,7 @@ class VLLMEngine:
                 # With cached prefixes a prompt's first forward pass covers fewer tokens, which rounds
                 # differently, so a shard run again by a fresh engine could get other texts.
                 enable_prefix_caching=False,
+                use_tqdm_on_load=False,
                 structured_outputs_config={"backend": "xgrammar", "disable_any_whitespace": True},
                 **options,
             )

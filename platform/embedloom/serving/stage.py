@@ -26,7 +26,7 @@ from embedloom.progress import note
 from embedloom.serving.app import ApplicationArgs, build_application
 
 APPLICATION = "embedloom"
-READY_SECONDS = 60.0
+READY_SECONDS = 300.0  # a replica imports torch first, which takes a minute on a busy node
 _QUIET = {"log_level": "WARNING", "enable_access_log": False}
 
 
