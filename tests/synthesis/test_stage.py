@@ -42,7 +42,9 @@ def run(corpus: Artefact, folder: Path, settings: SynthesisConfig | None = None,
         Place(str(folder / "out")), "synthesis", "c", {"corpus": corpus.fingerprint}, "local"
     )
     arguments = {"engine_factory": FakeEngine, "pool": POOL} | arguments
-    models = dict.fromkeys(("first", "second"), folder / "models")
+    models = {name: folder / name for name in ("first", "second")}
+    for model in models.values():
+        model.mkdir(parents=True, exist_ok=True)
     return synthesize(settings or config(), 42, corpus, out=out, model_folders=models, **arguments)
 
 
