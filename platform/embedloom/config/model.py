@@ -77,7 +77,7 @@ class TrainingConfig(FrozenConfig):
     weight_decay: float = Field(default=0.01, ge=0)
     adam_betas: tuple[float, float] = (0.9, 0.999)
     gradient_clip_norm: float = Field(default=1.0, gt=0)
-    micro_batch_tokens: int = Field(default=4096, ge=64)  # padded tokens per forward on one worker
+    micro_batch_tokens: int = Field(default=4096, ge=64)  # tokens per forward on one worker
     zero_stage: Literal[0, 1, 2, 3] = 2
     gradient_checkpointing: bool = False
     freeze_token_embeddings: bool = (

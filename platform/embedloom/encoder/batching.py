@@ -39,10 +39,10 @@ class TokenCount:
     real: int = 0
     padded: int = 0
 
-    def add(self, lengths: Sequence[int]) -> None:
-        """Count one batch of texts with these lengths."""
+    def add(self, lengths: Sequence[int], packed: bool = False) -> None:
+        """Count one batch of texts with these lengths; a packed one has no padding."""
         self.real += sum(lengths)
-        self.padded += max(lengths, default=0) * len(lengths)
+        self.padded += sum(lengths) if packed else max(lengths, default=0) * len(lengths)
 
     @property
     def padding_share(self) -> float:

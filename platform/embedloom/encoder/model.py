@@ -11,7 +11,8 @@ from torch import Tensor
 from embedloom.encoder.backbone import is_decoder, load_backbone
 from embedloom.encoder.batching import TokenCount, token_budget_batches
 from embedloom.encoder.device import DTypeName, pick_device, pick_dtype
-from embedloom.encoder.pooling import pool
+from embedloom.encoder.packing import PackedLayout, use_packing
+from embedloom.encoder.pooling import pool, pool_packed
 from embedloom.encoder.sidecars import derive_contract
 from embedloom.encoder.tokenizer import load_tokenizer
 from embedloom.errors import DataError
@@ -31,6 +32,7 @@ class Encoder:
         self.contract = contract
         self.dtype = dtype
         self.tokens = TokenCount()
+        self.packed = use_packing(backbone, contract.attention == "causal")
         self._pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
 
     @classmethod
@@ -117,12 +119,26 @@ class Encoder:
     def forward(self, token_ids: Sequence[Sequence[int]]) -> Tensor:
         """Vectors of one batch, with gradients if enabled: [len(token_ids), dimension], float32."""
         lengths = [len(ids) for ids in token_ids]
-        self.tokens.add(lengths)
-        ids, mask = self._pad(token_ids, lengths)
-        with torch.autocast(ids.device.type, dtype=torch.bfloat16, enabled=self.dtype == torch.bfloat16):
-            hidden = self.backbone(input_ids=ids, attention_mask=mask).last_hidden_state
-        vectors = pool(hidden, mask, self.contract.pooling)
+        self.tokens.add(lengths, self.packed)
+        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.dtype == torch.bfloat16):
+            vectors = (self._forward_packed if self.packed else self._forward_padded)(token_ids, lengths)
         return torch.nn.functional.normalize(vectors, dim=-1) if self.contract.normalize else vectors
+
+    def _forward_packed(self, token_ids: Sequence[Sequence[int]], lengths: list[int]) -> Tensor:
+        order = sorted(range(len(lengths)), key=lambda position: (-lengths[position], position))
+        causal = self.contract.attention == "causal"
+        layout = PackedLayout([lengths[position] for position in order], causal, self.device)
+        row = torch.tensor([[token for position in order for token in token_ids[position]]])
+        hidden = self.backbone(
+            input_ids=row.to(self.device), position_ids=layout.positions, packed=layout
+        ).last_hidden_state[0]
+        vectors = pool_packed(hidden, layout.starts, self.contract.pooling)
+        return vectors[torch.argsort(torch.tensor(order, device=self.device))]
+
+    def _forward_padded(self, token_ids: Sequence[Sequence[int]], lengths: list[int]) -> Tensor:
+        ids, mask = self._pad(token_ids, lengths)
+        hidden = self.backbone(input_ids=ids, attention_mask=mask).last_hidden_state
+        return pool(hidden, mask, self.contract.pooling)
 
     def _pad(self, token_ids: Sequence[Sequence[int]], lengths: list[int]) -> tuple[Tensor, Tensor]:
         longest = max(lengths)

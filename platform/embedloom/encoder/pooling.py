@@ -33,3 +33,27 @@ def pool(hidden: Tensor, mask: Tensor, pooling: str) -> Tensor:
     if pooling == "last_token":
         return hidden[rows, mask.shape[1] - 1 - mask.flip(1).argmax(dim=1)]
     raise ConfigError(f"pooling: {pooling!r} is unknown; allowed: {', '.join(POOLINGS)}")
+
+
+def pool_packed(hidden: Tensor, starts: Tensor, pooling: str) -> Tensor:
+    """Pool texts that lie behind one another without padding, in float32.
+
+    Args:
+        hidden: [tokens, d] states of the last layer.
+        starts: [texts + 1], where each text starts; the last entry is the number of tokens.
+        pooling: as for ``pool``.
+
+    Returns:
+        [texts, d] float32.
+
+    Raises:
+        ConfigError: unknown pooling.
+    """
+    hidden, starts = hidden.float(), starts.long()
+    if pooling == "mean":
+        return torch.segment_reduce(hidden, "mean", offsets=starts)
+    if pooling == "cls":
+        return hidden[starts[:-1]]
+    if pooling == "last_token":
+        return hidden[starts[1:] - 1]
+    raise ConfigError(f"pooling: {pooling!r} is unknown; allowed: {', '.join(POOLINGS)}")

@@ -8,7 +8,7 @@ from embedloom.encoder.model import Encoder
 from embedloom.training.examples import Group
 from embedloom.training.losses import Loss
 
-# A micro-batch goes through the backbone in this many length-sorted pieces or a few more: enough to lose most
+# Without packing, a micro-batch goes through the backbone in this many length-sorted pieces or a few more: enough to lose most
 # padding, few enough to keep the matrix products large.
 _PIECES = 4
 
@@ -33,6 +33,8 @@ class ContrastiveModule(nn.Module):
         return self._loss(queries, documents.view(len(groups), -1, vectors.shape[1]), self._temperature)
 
     def _vectors(self, texts: list[list[int]]) -> Tensor:
+        if self._encoder.packed:
+            return self._encoder.forward(texts)
         lengths = [len(text) for text in texts]
         batches = token_budget_batches(lengths, max(max(lengths), sum(lengths) // _PIECES))
         parts = [self._encoder.forward([texts[position] for position in batch]) for batch in batches]
