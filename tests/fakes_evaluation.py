@@ -7,11 +7,12 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from embedloom.artefacts import Artefact, ArtefactWriter, Place
+from embedloom.artefacts import Artefact, ArtefactWriter
 from embedloom.encoder.batching import TokenCount
 from embedloom.evaluation.results import Outcome, Unit
 from embedloom.instructions import PromptContract
 from embedloom.records import content_id, table_from_rows
+from embedloom.storage import Place
 
 INSTRUCTION = "Given a summary of a Python object, retrieve its documentation"
 

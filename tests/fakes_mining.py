@@ -2,8 +2,9 @@
 
 import random
 
-from embedloom.artefacts import Artefact, ArtefactWriter, Place
+from embedloom.artefacts import Artefact, ArtefactWriter
 from embedloom.records import table_from_rows
+from embedloom.storage import Place
 
 WORDS = [
     "read", "write", "parquet", "table", "column", "filter", "sort", "join", "merge", "array", "vector", "matrix",

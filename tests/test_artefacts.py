@@ -3,8 +3,9 @@ import json
 import pyarrow as pa
 import pytest
 
-from embedloom.artefacts import Artefact, ArtefactWriter, Place, fingerprint
+from embedloom.artefacts import Artefact, ArtefactWriter, fingerprint
 from embedloom.errors import DataError
+from embedloom.storage import Place
 
 
 def writer(place: Place, config: str = "c1") -> ArtefactWriter:

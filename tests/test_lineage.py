@@ -2,9 +2,10 @@
 
 import pytest
 
-from embedloom.artefacts import Artefact, Place
+from embedloom.artefacts import Artefact
 from embedloom.errors import DataError
 from embedloom.lineage import explain
+from embedloom.storage import Place
 from fakes_run import begin, make_run
 
 

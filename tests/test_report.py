@@ -6,10 +6,10 @@ import re
 
 import pytest
 
-from embedloom.artefacts import Place
 from embedloom.errors import DataError
 from embedloom.report import summary_table, write_report
 from embedloom.report.charts import Bar, bar_chart, line_chart, ticks
+from embedloom.storage import Place
 from fakes_run import SCORES, begin, make_run, unfinished_training
 
 VOID = {"meta", "link", "br", "hr", "img", "input"}

@@ -170,8 +170,8 @@ def explain(
     ] = None,
 ) -> None:
     """Lineage: from the model back to corpus, prompts and seeds."""
-    from embedloom.artefacts import Place
     from embedloom.lineage import explain as explain_run
+    from embedloom.storage import Place
 
     print(explain_run(Place(str(run_folder)), row_id))
 

@@ -5,8 +5,9 @@ from typing import Any
 
 import pyarrow.compute as pc
 
-from embedloom.artefacts import MANIFEST_FILE, Artefact, Place
+from embedloom.artefacts import MANIFEST_FILE, Artefact
 from embedloom.errors import DataError
+from embedloom.storage import Place
 
 _FIXED = ("corpus", "encoder", "synthesis", "mining", "merged", "evaluation", "vectors")
 _PREVIEW = 160  # characters of a text

@@ -13,12 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from embedloom.artefacts import Artefact, ArtefactWriter, Place, fingerprint
+from embedloom.artefacts import Artefact, ArtefactWriter, fingerprint
 from embedloom.cluster.config import ClusterConfig, Profile
 from embedloom.config.run import RunConfig
 from embedloom.corpus.state import source_state
 from embedloom.errors import DataError
 from embedloom.progress import duration, note
+from embedloom.storage import Place
 
 Inputs = dict[str, Artefact]
 Build = Callable[["Run", Inputs, ArtefactWriter], Artefact]

@@ -4,12 +4,13 @@ from collections import Counter
 
 import pytest
 
-from embedloom.artefacts import Artefact, Place
+from embedloom.artefacts import Artefact
 from embedloom.config.data import CorpusConfig, CorpusSource
 from embedloom.corpus.parts import PartWriter
 from embedloom.corpus.stage import build_corpus
 from embedloom.errors import DataError
 from embedloom.records import check_unique_ids
+from embedloom.storage import Place
 from fakes_corpus import corpus_writer, jsonl_source, save_word_tokenizer, sentence, write_jsonl
 
 NO_SPLIT = {"dev": 0, "test": 0}

@@ -6,11 +6,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from embedloom.artefacts import Place
 from embedloom.config.resources import PoolConfig
 from embedloom.engines.pool import _PoolActor, _row
 from embedloom.engines.shards import Shard, parquet_rows, plan_shards, read_shard, run_sharded
 from embedloom.errors import DataError, MissingDependency, StageError
+from embedloom.storage import Place
 from fakes_engines import DoublingWorker
 
 

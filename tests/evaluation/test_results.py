@@ -4,10 +4,10 @@ import json
 
 import pytest
 
-from embedloom.artefacts import Place
 from embedloom.config.use import EvaluationTask
 from embedloom.evaluation.pool import next_unit
 from embedloom.evaluation.results import Outcome, Scorer, Unit, read_scores, save_outcome, score_table
+from embedloom.storage import Place
 
 SCORER = Scorer("merged", "models", "embedloom/merged", "abc")
 BM25 = Scorer("bm25", "baselines", "mteb/baseline-bm25s", "1")

@@ -6,13 +6,14 @@ from pathlib import Path
 import pytest
 from mteb.cache import ResultCache
 
-from embedloom.artefacts import ArtefactWriter, Place
+from embedloom.artefacts import ArtefactWriter
 from embedloom.config.resources import PoolConfig
 from embedloom.config.use import EvaluationConfig, EvaluationTask
 from embedloom.errors import ConfigError, DataError, StageError
 from embedloom.evaluation.pool import ScoringPool
 from embedloom.evaluation.results import Scorer, Unit
 from embedloom.evaluation.stage import evaluate, model_revision
+from embedloom.storage import Place
 from fakes_evaluation import DyingActor, make_beir, make_corpus
 
 POOL = PoolConfig()

@@ -8,11 +8,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from embedloom.artefacts import ArtefactWriter, Place
+from embedloom.artefacts import ArtefactWriter
 from embedloom.config.model import MergingConfig
 from embedloom.encoder.model import Encoder
 from embedloom.errors import ConfigError, DataError
 from embedloom.merging.stage import merge
+from embedloom.storage import Place
 
 
 def writer(folder):

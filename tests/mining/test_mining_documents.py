@@ -3,12 +3,12 @@
 import numpy as np
 import pytest
 
-from embedloom.artefacts import Place
 from embedloom.errors import DataError
 from embedloom.mining.documents import DocumentTexts
 from embedloom.records import table_from_rows
 from embedloom.retrieval.embed import vector_table
 from embedloom.retrieval.vectors import VectorStore
+from embedloom.storage import Place
 from fakes_mining import document_row
 
 ROWS = [

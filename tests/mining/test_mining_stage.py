@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 
-from embedloom.artefacts import Artefact, ArtefactWriter, Place
+from embedloom.artefacts import Artefact, ArtefactWriter
 from embedloom.config.data import MiningConfig
 from embedloom.config.resources import PoolConfig
 from embedloom.encoder.model import Encoder
@@ -15,6 +15,7 @@ from embedloom.instructions import PromptContract
 from embedloom.mining.stage import mine, teacher_contract
 from embedloom.records import SCHEMAS
 from embedloom.retrieval.embed import read_vectors
+from embedloom.storage import Place
 from fakes_mining import document_row, make_corpus, make_synthesis, pair_row, random_documents
 
 CONFIG = {

@@ -2,9 +2,9 @@
 
 import pytest
 
-from embedloom.artefacts import Place
 from embedloom.errors import DataError
 from embedloom.mining.queries import inline_id, pair_files, write_queries
+from embedloom.storage import Place
 from fakes_mining import document_row, make_corpus, make_synthesis, pair_row
 
 DOCUMENTS = [document_row(f"d{n}", f"text {n}") for n in range(4)]

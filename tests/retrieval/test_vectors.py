@@ -4,11 +4,11 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from embedloom.artefacts import Place
 from embedloom.errors import DataError
 from embedloom.retrieval.embed import vector_table
 from embedloom.retrieval.search import top_k
 from embedloom.retrieval.vectors import VectorStore, check_same_contract, read_vector_file
+from embedloom.storage import Place
 
 IDS = [f"d{number:03d}" for number in range(90)]
 

@@ -5,9 +5,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from embedloom.artefacts import Place
 from embedloom.errors import DataError
 from embedloom.records import content_id, table_from_rows
+from embedloom.storage import Place
 from embedloom.synthesis.selection import hash_ranks, quotas, work_folder, write_work
 
 

@@ -2,11 +2,12 @@ from pathlib import Path
 
 import pytest
 
-from embedloom.artefacts import MANIFEST_FILE, Artefact, ArtefactWriter, Place
+from embedloom.artefacts import MANIFEST_FILE, Artefact, ArtefactWriter
 from embedloom.config.data import SynthesisConfig
 from embedloom.config.resources import PoolConfig
 from embedloom.errors import ConfigError, DataError, StageError
 from embedloom.records import content_id, table_from_rows
+from embedloom.storage import Place
 from embedloom.synthesis.prompt import load_prompt
 from embedloom.synthesis.stage import synthesize
 from fakes_engines import CrashingEngine, FakeEngine, MuteEngine

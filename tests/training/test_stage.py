@@ -12,11 +12,12 @@ import psutil
 import pytest
 from safetensors.numpy import load_file
 
-from embedloom.artefacts import Artefact, ArtefactWriter, Place
+from embedloom.artefacts import Artefact, ArtefactWriter
 from embedloom.config.model import Candidate, TrainingConfig, TrainingStage
 from embedloom.config.resources import TrainingGroup
 from embedloom.encoder.model import Encoder
 from embedloom.records import table_from_rows
+from embedloom.storage import Place
 from embedloom.training import loop
 from embedloom.training.stage import train_stage
 

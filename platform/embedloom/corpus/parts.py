@@ -1,8 +1,8 @@
 """Writes rows of one kind as numbered Parquet parts of a fixed size, a part at a time."""
 
-from embedloom.artefacts import Place
 from embedloom.engines.shards import PART_PATTERN
 from embedloom.records import table_from_rows
+from embedloom.storage import Place
 
 PART_ROWS = 10_000
 

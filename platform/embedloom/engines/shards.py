@@ -13,11 +13,11 @@ from typing import Any
 
 import pyarrow as pa
 
-from embedloom.artefacts import Place
 from embedloom.config.resources import PoolConfig
 from embedloom.engines.pool import ShardWorker, stream
 from embedloom.errors import DataError
 from embedloom.progress import Progress
+from embedloom.storage import Place
 
 PART_PATTERN = "part-{:06d}.parquet"
 

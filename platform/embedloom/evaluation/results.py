@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from embedloom.artefacts import Place
 from embedloom.config.use import EvaluationTask
+from embedloom.storage import Place
 
 RESULTS_FOLDER = "results"
 UNITS_FOLDER = "units"

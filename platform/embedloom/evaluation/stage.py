@@ -4,7 +4,7 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
-from embedloom.artefacts import MANIFEST_FILE, Artefact, ArtefactWriter, Place
+from embedloom.artefacts import MANIFEST_FILE, Artefact, ArtefactWriter
 from embedloom.config.resources import PoolConfig
 from embedloom.config.use import EvaluationConfig
 from embedloom.encoder.device import DTypeName
@@ -23,6 +23,7 @@ from embedloom.evaluation.results import (
 from embedloom.evaluation.scoring import EvaluationActor
 from embedloom.evaluation.tasks import check_task
 from embedloom.progress import Progress
+from embedloom.storage import Place
 
 _BLOCK_BYTES = 16 * 2**20
 

@@ -7,12 +7,12 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from embedloom.artefacts import Place
 from embedloom.errors import DataError
 from embedloom.instructions import document_text
 from embedloom.retrieval.parts import PartReader
 from embedloom.retrieval.search import Positions
 from embedloom.retrieval.vectors import VectorStore
+from embedloom.storage import Place
 
 MEMORY_BYTES = 2**30  # of texts one actor keeps; files beyond it are read again
 

@@ -8,12 +8,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from embedloom.artefacts import Artefact, Place
+from embedloom.artefacts import Artefact
 from embedloom.engines.shards import PART_PATTERN
 from embedloom.errors import DataError
 from embedloom.instructions import check_task_type
 from embedloom.mining.documents import text_digest
 from embedloom.records import check_table, content_id
+from embedloom.storage import Place
 
 QUERIES_FOLDER = "queries"
 INLINE_FOLDER = "inline_documents"

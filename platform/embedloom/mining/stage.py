@@ -7,7 +7,7 @@ from typing import Any
 
 import pyarrow.compute as pc
 
-from embedloom.artefacts import Artefact, ArtefactWriter, Place
+from embedloom.artefacts import Artefact, ArtefactWriter
 from embedloom.config.data import MiningConfig
 from embedloom.config.resources import PoolConfig
 from embedloom.encoder.sidecars import derive_contract
@@ -28,6 +28,7 @@ from embedloom.mining.worker import (
     MiningWorker,
 )
 from embedloom.retrieval.embed import embed_corpus
+from embedloom.storage import Place
 
 
 def mine(

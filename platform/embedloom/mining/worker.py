@@ -6,7 +6,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from embedloom.artefacts import Place
 from embedloom.errors import DataError
 from embedloom.mining.documents import DocumentTexts
 from embedloom.mining.queries import inline_id
@@ -14,6 +13,7 @@ from embedloom.mining.select import Selection, select_negatives
 from embedloom.records import check_table, table_from_rows
 from embedloom.retrieval.search import Matrix, TopK, pair_scores
 from embedloom.retrieval.vectors import VectorStore, check_same_contract, read_vector_file
+from embedloom.storage import Place
 
 QUERY_VECTORS = "query_vectors"
 DOCUMENT_VECTORS = "document_vectors"

@@ -1,8 +1,8 @@
 """Writing ``summary.json`` and ``report.html`` of a run."""
 
-from embedloom.artefacts import Place
 from embedloom.report.page import render_page
 from embedloom.report.summary import build_summary, loss_curve, read_score_file, read_stages
+from embedloom.storage import Place
 
 SUMMARY_FILE = "summary.json"
 REPORT_FILE = "report.html"

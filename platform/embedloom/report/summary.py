@@ -5,8 +5,9 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from embedloom.artefacts import BUILDING_FILE, MANIFEST_FILE, Artefact, Place
+from embedloom.artefacts import BUILDING_FILE, MANIFEST_FILE, Artefact
 from embedloom.errors import DataError
+from embedloom.storage import Place
 
 State = Literal["finished", "unfinished"]
 Curve = list[tuple[float, float]]

@@ -6,7 +6,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from embedloom.artefacts import Place
 from embedloom.config.resources import PoolConfig
 from embedloom.encoder.device import DTypeName
 from embedloom.encoder.model import Encoder
@@ -14,6 +13,7 @@ from embedloom.engines.shards import run_sharded
 from embedloom.errors import DataError
 from embedloom.instructions import PromptContract, Side, document_text
 from embedloom.retrieval.vectors import CONTRACT_KEY, MODEL_KEY, TOKENS_KEY
+from embedloom.storage import Place
 
 
 def vector_table(

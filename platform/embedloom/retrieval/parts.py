@@ -4,8 +4,8 @@ from itertools import accumulate
 
 import pyarrow as pa
 
-from embedloom.artefacts import Place
 from embedloom.engines.shards import parquet_rows
+from embedloom.storage import Place
 
 
 class PartReader:

@@ -7,10 +7,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from embedloom.artefacts import Place
 from embedloom.errors import DataError
 from embedloom.retrieval.parts import PartReader
 from embedloom.retrieval.search import Engine, Matrix, Positions, TopK, check_vectors, merge_top_k, top_k
+from embedloom.storage import Place
 
 # Schema metadata of every vectors file.
 CONTRACT_KEY = b"contract_hash"

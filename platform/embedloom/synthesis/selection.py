@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import numpy as np
 import pyarrow as pa
 
-from embedloom.artefacts import Place
 from embedloom.engines.shards import PART_PATTERN, parquet_rows
 from embedloom.errors import DataError
 from embedloom.records import check_table
+from embedloom.storage import Place
 
 WORK_FOLDER = "work"
 PLAN_FILE = f"{WORK_FOLDER}/plan.json"

@@ -9,7 +9,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from embedloom.artefacts import Artefact, ArtefactWriter, Place
+from embedloom.artefacts import Artefact, ArtefactWriter
 from embedloom.config.data import SynthesisConfig
 from embedloom.config.resources import PoolConfig
 from embedloom.engines.protocol import EngineFactory
@@ -17,6 +17,7 @@ from embedloom.engines.shards import run_sharded
 from embedloom.engines.vllm_engine import VLLMEngine
 from embedloom.errors import ConfigError, StageError
 from embedloom.progress import note
+from embedloom.storage import Place
 from embedloom.synthesis.prompt import Prompt, load_prompt
 from embedloom.synthesis.selection import work_folder, write_work
 from embedloom.synthesis.worker import COUNT_KEYS, PAIRS_FOLDER, REJECTS_FOLDER, Recipe, SynthesisWorker

@@ -5,10 +5,10 @@ from typing import Any
 
 import pyarrow as pa
 
-from embedloom.artefacts import Place
 from embedloom.encoder.model import Encoder
 from embedloom.errors import DataError
 from embedloom.records import check_unique_ids
+from embedloom.storage import Place
 
 
 @dataclass(frozen=True, slots=True)

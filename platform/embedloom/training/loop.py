@@ -10,13 +10,13 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from embedloom.artefacts import Place
 from embedloom.config.model import TrainingConfig, TrainingStage
 from embedloom.encoder.device import DTypeName
 from embedloom.encoder.export import save_model
 from embedloom.encoder.model import Encoder
 from embedloom.errors import StageError
 from embedloom.progress import Progress
+from embedloom.storage import Place
 from embedloom.training.deepspeed import build_engine
 from embedloom.training.examples import ExampleStore, Group
 from embedloom.training.losses import get_loss

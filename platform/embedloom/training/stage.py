@@ -5,11 +5,12 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from embedloom.artefacts import Artefact, ArtefactWriter, Place
+from embedloom.artefacts import Artefact, ArtefactWriter
 from embedloom.config.model import Candidate, TrainingConfig, TrainingStage
 from embedloom.config.resources import TrainingGroup
 from embedloom.encoder.device import DTypeName
 from embedloom.errors import StageError
+from embedloom.storage import Place
 from embedloom.training.loop import METRICS_FILE, LoopConfig, train_worker
 
 CHECKPOINT_FOLDER = "_train"

@@ -1,0 +1,179 @@
+"""Files by name below a folder, local or in an object store, each written whole or not at all.
+
+Paths go through fsspec: a local folder, ``s3://`` or ``gs://`` behave alike. A local file is written under a
+temporary name and renamed; an object store has no rename, but its uploads are atomic, so files there are written
+directly.
+"""
+
+import json
+import os
+import posixpath
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from embedloom.errors import DataError
+from embedloom.records import check_table
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A folder on any filesystem fsspec knows; picklable, so Ray workers can be handed one."""
+
+    uri: str
+
+    @property
+    def is_local(self) -> bool:
+        """Whether files here have ordinary paths."""
+        return "://" not in self.uri or self.uri.startswith("file://")
+
+    @property
+    def local(self) -> Path:
+        """The ordinary path; only for a local place."""
+        if not self.is_local:
+            raise DataError(f"{self.uri}: a local folder is needed here")
+        return Path(self.uri.removeprefix("file://")).absolute()
+
+    def _resolve(self, name: str = "") -> tuple[fsspec.AbstractFileSystem, str]:
+        filesystem, root = fsspec.core.url_to_fs(str(self.local) if self.is_local else self.uri)
+        return filesystem, posixpath.join(root, name) if name else root
+
+    def child(self, name: str) -> "Place":
+        """A folder below this one."""
+        return Place(f"{self.uri.rstrip('/')}/{name}")
+
+    def exists(self, name: str = "") -> bool:
+        """Whether a file or folder is there."""
+        filesystem, path = self._resolve(name)
+        return bool(filesystem.exists(path))
+
+    def names(self, folder: str = "", suffix: str = "") -> list[str]:
+        """Sorted names of the files of a folder, relative to this place."""
+        filesystem, path = self._resolve(folder)
+        if not filesystem.exists(path):
+            return []
+        found = [posixpath.basename(str(entry)) for entry in filesystem.ls(path, detail=False)]
+        return sorted(
+            posixpath.join(folder, name)
+            for name in found
+            if name.endswith(suffix) and not name.startswith(("_tmp", "."))
+        )
+
+    def read_bytes(self, name: str) -> bytes:
+        """Content of one file."""
+        filesystem, path = self._resolve(name)
+        with filesystem.open(path, "rb") as stream:
+            return bytes(stream.read())
+
+    def write_bytes(self, name: str, content: bytes) -> None:
+        """Write one file so that it is there whole or not at all."""
+        filesystem, path = self._resolve(name)
+        folder, base = posixpath.split(path)
+        filesystem.makedirs(folder, exist_ok=True)
+        if not self.is_local:
+            with filesystem.open(path, "wb") as stream:
+                stream.write(content)
+            return
+        temporary = Path(folder) / f"_tmp-{os.getpid()}-{base}"
+        with temporary.open("wb") as local_stream:
+            local_stream.write(content)
+            local_stream.flush()
+            os.fsync(local_stream.fileno())
+        temporary.replace(path)
+
+    def write_json(self, name: str, content: Mapping[str, Any]) -> None:
+        """Write indented JSON atomically."""
+        self.write_bytes(name, (json.dumps(content, indent=2, sort_keys=True) + "\n").encode())
+
+    def read_json(self, name: str) -> dict[str, Any]:
+        """Read a JSON object.
+
+        Raises:
+            DataError: not JSON, or not an object.
+        """
+        try:
+            content = json.loads(self.read_bytes(name))
+        except (UnicodeDecodeError, ValueError) as error:
+            raise DataError(
+                f"{self.uri}/{name}: not valid JSON ({error}); delete the folder to build it again"
+            ) from error
+        if not isinstance(content, dict):
+            raise DataError(f"{self.uri}/{name}: expected a JSON object, found {type(content).__name__}")
+        return content
+
+    def write_table(self, name: str, table: pa.Table) -> None:
+        """Write one Parquet file atomically (zstd)."""
+        sink = pa.BufferOutputStream()
+        pq.write_table(table, sink, compression="zstd")
+        self.write_bytes(name, bytes(sink.getvalue()))
+
+    def read_table(self, name: str, columns: list[str] | None = None) -> pa.Table:
+        """Read one Parquet file.
+
+        Raises:
+            DataError: missing or not readable as Parquet.
+        """
+        filesystem, path = self._resolve(name)
+        try:
+            with filesystem.open(path, "rb") as stream:
+                return pq.read_table(stream, columns=columns)
+        except FileNotFoundError as error:
+            raise DataError(f"{self.uri}/{name}: no such file") from error
+        except (pa.ArrowInvalid, OSError) as error:
+            raise DataError(
+                f"{self.uri}/{name}: not readable as Parquet: {' '.join(str(error).split())}"
+            ) from error
+
+    def parquet_footer(self, name: str) -> tuple[pa.Schema, int]:
+        """Schema and row count of one Parquet file, without reading its rows.
+
+        Raises:
+            DataError: not readable as Parquet.
+        """
+        filesystem, path = self._resolve(name)
+        try:
+            with filesystem.open(path, "rb") as stream:
+                footer = pq.ParquetFile(stream)
+                return footer.schema_arrow, int(footer.metadata.num_rows)
+        except (pa.ArrowInvalid, OSError) as error:
+            raise DataError(
+                f"{self.uri}/{name}: not readable as Parquet: {' '.join(str(error).split())}"
+            ) from error
+
+    def read_tables(self, folder: str, kind: str | None = None) -> pa.Table:
+        """All Parquet files of a folder in name order, checked against ``kind``.
+
+        Raises:
+            DataError: no Parquet file, or one that does not fit.
+        """
+        names = self.names(folder, ".parquet")
+        if not names:
+            raise DataError(f"{self.uri}/{folder}: no Parquet file")
+        tables = [self.read_table(name) for name in names]
+        if kind is not None:
+            tables = [
+                check_table(kind, table, f"{self.uri}/{name}")
+                for name, table in zip(names, tables, strict=True)
+            ]
+        return pa.concat_tables(tables)
+
+    def delete(self, name: str) -> None:
+        """Delete one file."""
+        filesystem, path = self._resolve(name)
+        filesystem.rm(path)
+
+    def upload(self, folder: Path) -> None:
+        """Copy a local folder's files here, below the same names."""
+        filesystem, path = self._resolve()
+        filesystem.put(f"{folder}/", path, recursive=True)
+
+    def remove(self) -> None:
+        """Delete the folder and everything below it, if it is there."""
+        filesystem, path = self._resolve()
+        if filesystem.exists(path):
+            filesystem.rm(path, recursive=True)
