@@ -91,7 +91,7 @@ def run_sharded(
     *,
     stage: str,
     source: Place,
-    source_folder: str,
+    source_folder: str | tuple[str, ...],
     output: Place,
     done_folder: str,
     shard_rows: int,
@@ -105,7 +105,7 @@ def run_sharded(
 
     Args:
         stage: name on the progress lines and in errors.
-        source: place whose ``source_folder`` holds the input Parquet files.
+        source: place whose ``source_folder`` (or several, in this order) holds the input Parquet files.
         output: place the workers' tables are written to, ``<folder>/part-000000.parquet``.
         done_folder: the output folder whose part marks a shard as done; workers return it last.
         shard_rows: rows per shard.
@@ -121,7 +121,9 @@ def run_sharded(
         StageError: a worker failed for another reason than bad input.
         UserError: a worker refused its input or config.
     """
-    shards = plan_shards(parquet_rows(source, source_folder), shard_rows, first_part)
+    folders = (source_folder,) if isinstance(source_folder, str) else source_folder
+    files = [file for folder in folders for file in parquet_rows(source, folder)]
+    shards = plan_shards(files, shard_rows, first_part)
     finished = set(output.names(done_folder, ".parquet"))
     missing = [shard for shard in shards if f"{done_folder}/{shard.part}" not in finished]
     progress = Progress(

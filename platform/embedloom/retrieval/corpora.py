@@ -10,7 +10,7 @@ from embedloom.retrieval.embed import embed_corpus
 
 VECTORS_FOLDER = "vectors"
 DOCUMENTS_FOLDER = "documents"
-_SPLITS = ("train", "dev", "test")
+SPLITS = ("train", "dev", "test")
 
 
 def embed_artefact(
@@ -29,27 +29,22 @@ def embed_artefact(
         model: model folder.
         model_id: fingerprint of the weights, stamped on the files.
         pool: actors and what each reserves.
-        out: writer of the vectors artefact; gets ``vectors/<split>/part-*.parquet``.
+        out: writer of the vectors artefact; gets ``vectors/part-*.parquet``.
     """
-    counts = {"rows": 0, "tokens": 0}
-    for split in _SPLITS:
-        folder = f"{DOCUMENTS_FOLDER}/{split}"
-        if not corpus.place.names(folder, ".parquet"):
-            continue
-        done = embed_corpus(
-            stage="embed",
-            source=corpus.place,
-            source_folder=folder,
-            output=out.place,
-            done_folder=f"{VECTORS_FOLDER}/{split}",
-            model=model,
-            contract=None,
-            side="document",
-            pool=pool,
-            shard_rows=config.shard_rows,
-            dtype=config.compute_dtype,
-            vector_dtype=config.dtype,
-            model_id=model_id,
-        )
-        counts = {key: counts[key] + done[key] for key in counts}
+    folders = [f"{DOCUMENTS_FOLDER}/{split}" for split in SPLITS]
+    counts = embed_corpus(
+        stage="embed",
+        source=corpus.place,
+        source_folder=tuple(folder for folder in folders if corpus.place.names(folder, ".parquet")),
+        output=out.place,
+        done_folder=VECTORS_FOLDER,
+        model=model,
+        contract=None,
+        side="document",
+        pool=pool,
+        shard_rows=config.shard_rows,
+        dtype=config.compute_dtype,
+        vector_dtype=config.dtype,
+        model_id=model_id,
+    )
     return out.commit(counts, {"model_id": model_id, "contract_hash": PromptContract.load(model).hash})

@@ -116,7 +116,7 @@ def embed_corpus(
     *,
     stage: str,
     source: Place,
-    source_folder: str,
+    source_folder: str | tuple[str, ...],
     output: Place,
     done_folder: str,
     model: Path,
@@ -136,7 +136,7 @@ def embed_corpus(
 
     Args:
         stage: name on the progress lines.
-        source: place whose ``source_folder`` holds Parquet files with ``id_column`` and ``text_columns``.
+        source: place whose ``source_folder`` (or several) holds Parquet files with ``id_column`` and ``text_columns``.
         output: where the vectors go.
         done_folder: folder of the vector parts.
         model: model folder.

@@ -10,6 +10,7 @@ import pyarrow.compute as pc
 from embedloom.artefacts import Artefact
 from embedloom.errors import ServeError
 from embedloom.records import check_table
+from embedloom.retrieval.corpora import DOCUMENTS_FOLDER, SPLITS, VECTORS_FOLDER
 from embedloom.retrieval.embed import read_vectors
 
 _SHOWN_CHARACTERS = 160
@@ -40,22 +41,13 @@ def nearest_documents(
         DataError: the vectors are of another contract than recorded.
     """
     query = np.asarray(_embed(url, model, question, timeout_seconds), dtype=np.float32)
-    best: list[tuple[float, str, str]] = []
-    for split in ("train", "dev", "test"):
-        if not vectors.place.names(f"vectors/{split}", ".parquet"):
-            continue
-        ids, matrix = read_vectors(
-            vectors.place, f"vectors/{split}", vectors.manifest["details"]["contract_hash"]
-        )
-        scores = matrix @ query
-        top = np.argsort(-scores, kind="stable")[:count]
-        best.extend((float(scores[position]), ids[position], split) for position in top)
-    best.sort(key=lambda entry: (-entry[0], entry[1]))
+    ids, matrix = read_vectors(vectors.place, VECTORS_FOLDER, vectors.manifest["details"]["contract_hash"])
+    scores = matrix @ query
     lines = [f"? {question}"]
-    for score, document_id, split in best[:count]:
-        document = _document(corpus, split, document_id)
+    for position in np.argsort(-scores, kind="stable")[:count]:
+        document = _document(corpus, ids[position])
         text = " ".join(str(document["text"]).split())[:_SHOWN_CHARACTERS]
-        lines.append(f"  {score:.3f}  {document['source']}\n         {text}")
+        lines.append(f"  {scores[position]:.3f}  {document['source']}\n         {text}")
     return "\n".join(lines)
 
 
@@ -73,10 +65,11 @@ def _embed(url: str, model: str, question: str, timeout_seconds: float) -> list[
         raise ServeError(f"{url}/embeddings did not answer: {error}") from error
 
 
-def _document(corpus: Artefact, split: str, document_id: str) -> dict[str, object]:
-    for name in corpus.place.names(f"documents/{split}", ".parquet"):
-        table = check_table("documents", corpus.place.read_table(name), name)
-        found = table.filter(pc.equal(table.column("id"), document_id))
-        if found.num_rows:
-            return dict(found.to_pylist()[0])
+def _document(corpus: Artefact, document_id: str) -> dict[str, object]:
+    for split in SPLITS:
+        for name in corpus.place.names(f"{DOCUMENTS_FOLDER}/{split}", ".parquet"):
+            table = check_table("documents", corpus.place.read_table(name), name)
+            found = table.filter(pc.equal(table.column("id"), document_id))
+            if found.num_rows:
+                return dict(found.to_pylist()[0])
     raise ServeError(f"document {document_id} has a vector, but is not in the corpus")
