@@ -4,7 +4,13 @@ import pytest
 import torch
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaModel, MistralConfig, MistralModel
 
-from embedloom.encoder.packing import PackedLayout, group_lengths, packed_attention, use_packing
+from embedloom.encoder.packing import (
+    PackedLayout,
+    group_lengths,
+    packed_attention,
+    plain_attention,
+    use_packing,
+)
 from embedloom.encoder.pooling import pool_packed
 from embedloom.errors import ConfigError, DataError
 
@@ -126,3 +132,29 @@ def test_the_probe_leaves_training_mode_on():
     model.train()
     assert use_packing(model, causal=False)
     assert model.training
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_plain_attention_is_torchs_own(masked: bool):
+    torch.manual_seed(0)
+    query, key, value = torch.randn(2, 4, 6, 8), torch.randn(2, 2, 6, 8), torch.randn(2, 2, 6, 8)
+    mask = (torch.arange(6) < torch.tensor([[6], [3]]))[:, None, None, :] if masked else None
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, enable_gqa=True
+    )
+    torch.testing.assert_close(
+        plain_attention(query, key, value, mask, None).transpose(1, 2), expected, atol=1e-5, rtol=1e-5
+    )
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_bfloat16_states_stay_near_those_of_float32(causal: bool):
+    model = llama(causal)
+    with torch.no_grad():
+        expected = one_by_one(model)
+        assert use_packing(model, causal)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            packed = in_one_row(model, causal)
+    for own, alone in zip(packed, expected, strict=True):
+        cosine = torch.nn.functional.cosine_similarity(own.float(), alone, dim=-1)
+        assert cosine.min() > 0.999
