@@ -167,7 +167,9 @@ def check_table(kind: str, table: pa.Table, source: str) -> pa.Table:
         try:
             columns.append(column.cast(dtype))
         except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
-            raise DataError(f"{source}: column {name!r} is {column.type}, expected {dtype}") from error
+            raise DataError(
+                f"{source}: column {name!r} is {column.type}, expected {dtype}: {error}"
+            ) from error
     return pa.table(columns, schema=schema.arrow())
 
 

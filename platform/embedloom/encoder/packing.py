@@ -32,7 +32,7 @@ _PROBE_TOLERANCE = 1e-3  # hidden states of float32 differ by 1e-5 between the t
 
 
 @dataclass(frozen=True, slots=True)
-class Group:
+class LengthGroup:
     """Texts ``first`` to ``last`` of a batch, tokens ``start`` to ``stop``, padded to ``longest`` for attention."""
 
     start: int
@@ -86,14 +86,14 @@ class PackedLayout:
         return self._masks[number]
 
 
-def group_lengths(lengths: Sequence[int]) -> list[Group]:
+def group_lengths(lengths: Sequence[int]) -> list[LengthGroup]:
     """Cut non-increasing lengths into groups of like lengths."""
-    groups: list[Group] = []
+    groups: list[LengthGroup] = []
     first = start = 0
     for position in range(1, len(lengths) + 1):
         if position == len(lengths) or lengths[position] < _LENGTH_RATIO * lengths[first]:
             stop = start + sum(lengths[first:position])
-            groups.append(Group(start, stop, tuple(lengths[first:position])))
+            groups.append(LengthGroup(start, stop, tuple(lengths[first:position])))
             first, start = position, stop
     return groups
 
