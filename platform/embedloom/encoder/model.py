@@ -89,7 +89,7 @@ class Encoder:
         self,
         texts: Sequence[str],
         side: Side,
-        task_type: str = "retrieval",
+        task_type: str | Sequence[str] = "retrieval",
         instruction: str | Sequence[str | None] | None = None,
     ) -> list[list[int]]:
         """Token ids of each text, formatted by the contract and cut to the side's limit.
@@ -97,19 +97,18 @@ class Encoder:
         Args:
             texts: raw texts.
             side: whether they are queries or documents.
-            task_type: decides the default instruction and whether documents carry it.
+            task_type: decides the default instruction and whether documents carry it; one for all, or one per text.
             instruction: one for all, one per text, or None for the contract's own.
         """
         if not texts:
             return []
-        per_text = (
-            [instruction] * len(texts)
-            if instruction is None or isinstance(instruction, str)
-            else list(instruction)
+        task_types = [task_type] * len(texts) if isinstance(task_type, str) else task_type
+        instructions = (
+            [instruction] * len(texts) if instruction is None or isinstance(instruction, str) else instruction
         )
         formatted = [
-            self.contract.format(text, side, task_type, own)
-            for text, own in zip(texts, per_text, strict=True)
+            self.contract.format(text, side, kind, own)
+            for text, kind, own in zip(texts, task_types, instructions, strict=True)
         ]
         encoded = self.tokenizer(
             formatted, truncation=True, max_length=self.contract.max_tokens(side), padding=False

@@ -27,7 +27,8 @@ from embedloom.mining.worker import (
     MiningRules,
     MiningWorker,
 )
-from embedloom.retrieval.embed import embed_corpus
+from embedloom.retrieval.embed import TextColumns, embed_corpus
+from embedloom.retrieval.embedder import EncoderSource
 from embedloom.storage import Place
 
 
@@ -106,12 +107,12 @@ def _embed(
 ) -> dict[str, int]:
     """Write query, document and inline vectors; tokens by side."""
     common: dict[str, Any] = {
-        "output": place, "model": teacher, "model_id": config.teacher, "contract": contract, "pool": pool,
+        "output": place, "model": EncoderSource(config.teacher, teacher, contract), "pool": pool,
         "shard_rows": config.shard_rows,
     }  # fmt: skip
     asked = embed_corpus(
         stage="mine queries", source=place, source_folder=QUERIES_FOLDER, done_folder=QUERY_VECTORS, side="query",
-        text_columns=("text",), instruction_column="instruction", **common,
+        columns=TextColumns(texts=("text",), instruction="instruction"), **common,
     )  # fmt: skip
     documents = embed_corpus(
         stage="mine documents", source=corpus.place, source_folder=DOCUMENTS_FOLDER, done_folder=DOCUMENT_VECTORS, side="document", **common,
@@ -120,7 +121,7 @@ def _embed(
     if inline:
         given = embed_corpus(
             stage="mine given texts", source=place, source_folder=INLINE_FOLDER, done_folder=INLINE_VECTORS, side="document",
-            text_columns=("text",), **common,
+            columns=TextColumns(texts=("text",)), **common,
         )  # fmt: skip
         tokens["documents"] += given["tokens"]
     return tokens

@@ -7,6 +7,7 @@ from embedloom.config.resources import PoolConfig
 from embedloom.config.use import EmbeddingConfig
 from embedloom.instructions import PromptContract
 from embedloom.retrieval.embed import embed_corpus
+from embedloom.retrieval.embedder import EncoderSource
 
 VECTORS_FOLDER = "vectors"
 DOCUMENTS_FOLDER = "documents"
@@ -38,13 +39,10 @@ def embed_artefact(
         source_folder=tuple(folder for folder in folders if corpus.place.names(folder, ".parquet")),
         output=out.place,
         done_folder=VECTORS_FOLDER,
-        model=model,
-        contract=None,
+        model=EncoderSource(model_id, model, dtype=config.compute_dtype),
         side="document",
         pool=pool,
         shard_rows=config.shard_rows,
-        dtype=config.compute_dtype,
         vector_dtype=config.dtype,
-        model_id=model_id,
     )
     return out.commit(counts, {"model_id": model_id, "contract_hash": PromptContract.load(model).hash})

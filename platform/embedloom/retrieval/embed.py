@@ -1,17 +1,16 @@
 """Embedding a table of texts in an actor pool: Parquet in, Parquet vectors out, shard by shard."""
 
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from embedloom.config.resources import PoolConfig
-from embedloom.encoder.device import DTypeName
-from embedloom.encoder.model import Encoder
 from embedloom.engines.shards import run_sharded
 from embedloom.errors import DataError
-from embedloom.instructions import PromptContract, Side, document_text
+from embedloom.instructions import Side, document_text
+from embedloom.retrieval.embedder import EmbedderSource
 from embedloom.retrieval.vectors import CONTRACT_KEY, MODEL_KEY, TOKENS_KEY
 from embedloom.storage import Place
 
@@ -47,56 +46,53 @@ def vector_table(
     return pa.table([pa.array(ids, pa.string()), column], schema=schema)
 
 
+@dataclass(frozen=True, slots=True)
+class TextColumns:
+    """Which columns of the input hold what."""
+
+    id: str = "id"
+    texts: tuple[str, ...] = ("title", "text")  # one text column, or (title, text)
+    task_type: str | None = None  # None: every text is a retrieval text
+    instruction: str | None = None  # None: the contract's own instructions
+
+
 class EmbeddingWorker:
     """Actor that embeds one shard of texts."""
 
     def __init__(
-        self,
-        model: Path,
-        model_id: str,
-        contract: PromptContract | None,
-        side: Side,
-        done_folder: str,
-        dtype: DTypeName,
-        vector_dtype: str,
-        id_column: str,
-        text_columns: tuple[str, ...],
-        task_type: str,
-        instruction_column: str | None,
+        self, source: EmbedderSource, side: Side, done_folder: str, vector_dtype: str, columns: TextColumns
     ) -> None:
-        self.encoder = Encoder.load(model, dtype=dtype, contract=contract)
-        self.model_id = model_id
+        self.embedder = source.open()
+        self.model_id = source.name
         self.side: Side = side
         self.done_folder = done_folder
         self.vector_dtype = vector_dtype
-        self.id_column = id_column
-        self.text_columns = text_columns
-        self.task_type = task_type
-        self.instruction_column = instruction_column
+        self.columns = columns
 
     def __call__(self, rows: pa.Table) -> dict[str, pa.Table]:
         """Embed the shard's texts; identical texts go through the model once."""
-        texts = _texts(rows, self.text_columns)
-        instructions = (
-            rows.column(self.instruction_column).to_pylist()
-            if self.instruction_column
-            else [None] * len(texts)
+        keys = list(
+            zip(
+                _texts(rows, self.columns.texts),
+                _values(rows, self.columns.task_type, "retrieval"),
+                _values(rows, self.columns.instruction, None),
+                strict=True,
+            )
         )
-        unique: dict[tuple[str, str | None], int] = {}
-        positions = [unique.setdefault(key, len(unique)) for key in zip(texts, instructions, strict=True)]
-        token_ids = self.encoder.tokenize(
-            [text for text, _ in unique],
-            self.side,
-            self.task_type,
-            [instruction for _, instruction in unique],
-        )
-        vectors = self.encoder.embed_tokens(token_ids)[positions]
-        ids = rows.column(self.id_column).to_pylist()
-        tokens = sum(len(ids_of_text) for ids_of_text in token_ids)
+        unique: dict[tuple[str, str, str | None], int] = {}
+        positions = [unique.setdefault(key, len(unique)) for key in keys]
+        texts, task_types, instructions = zip(*unique, strict=True)
+        vectors, tokens = self.embedder.embed(texts, self.side, task_types, instructions)
+        ids = rows.column(self.columns.id).to_pylist()
+        contract_hash = self.embedder.contract_hash
         table = vector_table(
-            ids, vectors, self.encoder.contract.hash, self.model_id, tokens, self.vector_dtype
+            ids, vectors[positions], contract_hash, self.model_id, sum(tokens), self.vector_dtype
         )
         return {self.done_folder: table}
+
+
+def _values(rows: pa.Table, column: str | None, default: str | None) -> list[Any]:
+    return rows.column(column).to_pylist() if column else [default] * rows.num_rows
 
 
 def _texts(rows: pa.Table, columns: tuple[str, ...]) -> list[str]:
@@ -119,38 +115,26 @@ def embed_corpus(
     source_folder: str | tuple[str, ...],
     output: Place,
     done_folder: str,
-    model: Path,
-    contract: PromptContract | None,
+    model: EmbedderSource,
     side: Side,
     pool: PoolConfig,
     shard_rows: int,
-    dtype: DTypeName = "auto",
     vector_dtype: str = "float32",
-    model_id: str | None = None,
-    id_column: str = "id",
-    text_columns: tuple[str, ...] = ("title", "text"),
-    task_type: str = "retrieval",
-    instruction_column: str | None = None,
+    columns: TextColumns = TextColumns(),
 ) -> dict[str, int]:
     """Embed every row below ``source_folder`` into ``output/done_folder/part-*.parquet``; resumes by shard.
 
     Args:
         stage: name on the progress lines.
-        source: place whose ``source_folder`` (or several) holds Parquet files with ``id_column`` and ``text_columns``.
+        source: place whose ``source_folder`` (or several) holds Parquet files with ``columns``.
         output: where the vectors go.
         done_folder: folder of the vector parts.
-        model: model folder.
-        contract: replaces the folder's own contract (a teacher with other length limits).
+        model: opened once in every actor; its name is stamped on the files.
         side: whether the texts are queries or documents.
         pool: actors and what each reserves.
         shard_rows: rows per shard and output file.
-        dtype: compute type.
         vector_dtype: stored type, ``float32`` or ``float16``.
-        model_id: stamped on the files; default the model folder's name.
-        id_column: the id column.
-        text_columns: one text column, or (title, text).
-        task_type: decides the instruction, see PromptContract.format.
-        instruction_column: column with a query's own instruction.
+        columns: which columns hold what.
 
     Returns:
         ``{"rows": …, "tokens": …}``: rows written and real tokens embedded.
@@ -164,13 +148,11 @@ def embed_corpus(
         shard_rows=shard_rows,
         worker=EmbeddingWorker,
         worker_arguments=dict(
-            model=model, model_id=model_id or model.name, contract=contract, side=side, done_folder=done_folder,
-            dtype=dtype, vector_dtype=vector_dtype, id_column=id_column, text_columns=text_columns,
-            task_type=task_type, instruction_column=instruction_column,
+            source=model, side=side, done_folder=done_folder, vector_dtype=vector_dtype, columns=columns
         ),
         pool=pool,
         unit="texts",
-    )  # fmt: skip
+    )
     return vector_counts(output, parts)
 
 

@@ -1,0 +1,86 @@
+"""What turns texts into vectors, whichever library or server runs the model."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from embedloom.encoder.device import DTypeName
+from embedloom.encoder.model import Encoder, Vectors
+from embedloom.instructions import PromptContract, Side
+
+
+class Embedder(Protocol):
+    """A loaded model; lives inside one actor."""
+
+    @property
+    def contract_hash(self) -> str:
+        """What the texts went through; vectors of different hashes are never compared."""
+        ...
+
+    def embed(
+        self,
+        texts: Sequence[str],
+        side: Side,
+        task_types: Sequence[str],
+        instructions: Sequence[str | None],
+    ) -> tuple[Vectors, list[int]]:
+        """Vectors float32 [len(texts), d] and the tokens each text cost.
+
+        Args:
+            texts: raw texts.
+            side: whether they are queries or documents.
+            task_types: one per text; decides the default instruction and whether a document carries one.
+            instructions: one per text, None for the contract's own.
+        """
+        ...
+
+
+class EmbedderSource(Protocol):
+    """Where an embedder comes from: small and picklable, opened once in every actor."""
+
+    @property
+    def name(self) -> str:
+        """Stamped on the vectors."""
+        ...
+
+    def open(self) -> Embedder:
+        """Load the model."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class EncoderSource:
+    """One of our model folders, or a foreign one whose contract can be derived."""
+
+    name: str
+    folder: Path
+    contract: PromptContract | None = None  # replaces the folder's own, such as other length limits
+    dtype: DTypeName = "auto"
+
+    def open(self) -> "EncoderEmbedder":
+        """Load the encoder."""
+        return EncoderEmbedder(Encoder.load(self.folder, dtype=self.dtype, contract=self.contract))
+
+
+class EncoderEmbedder:
+    """Our encoder behind the protocol."""
+
+    def __init__(self, encoder: Encoder) -> None:
+        self.encoder = encoder
+
+    @property
+    def contract_hash(self) -> str:
+        """Hash of the encoder's prompt contract."""
+        return self.encoder.contract.hash
+
+    def embed(
+        self,
+        texts: Sequence[str],
+        side: Side,
+        task_types: Sequence[str],
+        instructions: Sequence[str | None],
+    ) -> tuple[Vectors, list[int]]:
+        """See ``Embedder.embed``."""
+        token_ids = self.encoder.tokenize(texts, side, task_types, instructions)
+        return self.encoder.embed_tokens(token_ids), [len(ids) for ids in token_ids]
