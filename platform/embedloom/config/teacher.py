@@ -1,0 +1,88 @@
+"""The section of one teacher: which model scores queries and documents, and what runs it."""
+
+import re
+from typing import Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from embedloom.config.base import FrozenConfig
+
+TeacherEngine = Literal["auto", "encoder", "sentence_transformers", "openai"]
+
+_PLACEHOLDER = re.compile(r"\{([^{}]*)\}")
+_ENDPOINT_ONLY = ("url", "api_key_env", "max_characters", "concurrency", "timeout_seconds", "max_retries")
+_LOCAL_ONLY = ("max_query_tokens", "max_document_tokens", "dtype")
+
+
+class Teacher(FrozenConfig):
+    """One teacher; a plain string stands for ``{model: string}``.
+
+    ``auto`` takes our own encoder where it computes exactly what the model's files say, else sentence-transformers.
+    """
+
+    model: str = Field(min_length=1)  # a folder, a Hugging Face id, a registry name; openai: the served name
+    engine: TeacherEngine = "auto"
+    url: str | None = None  # openai: base address up to and with /v1
+    api_key_env: str | None = Field(default=None, pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")  # never the key itself
+    query_template: str | None = None  # {instruction} and {text}; null: the model's own query prompt
+    document_template: str | None = None
+    max_query_tokens: int | None = Field(default=None, ge=8)  # null: the stage's own limit
+    max_document_tokens: int | None = Field(default=None, ge=8)
+    max_characters: int | None = Field(
+        default=None, ge=1
+    )  # openai: longer texts are cut before they are sent
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    batch_size: int = Field(default=32, ge=1, le=2048)  # texts a batch or request; 2,048 is OpenAI's limit
+    concurrency: int = Field(default=4, ge=1, le=256)  # openai: requests in flight per actor
+    timeout_seconds: float = Field(default=60.0, gt=0)
+    max_retries: int = Field(default=5, ge=0)  # openai: of 408, 409, 429, 5xx and broken connections
+
+    @model_validator(mode="before")
+    @classmethod
+    def _string_is_the_model(cls, value: Any) -> Any:
+        return {"model": value} if isinstance(value, str) else value
+
+    @field_validator("query_template", "document_template")
+    @classmethod
+    def _template_holds_the_text(cls, value: str | None) -> str | None:
+        names = _PLACEHOLDER.findall(value) if value is not None else ["text"]
+        if names.count("text") != 1 or set(names) - {"text", "instruction"}:
+            raise ValueError(
+                "a template holds {text} once and may hold {instruction}; nothing else in braces"
+            )
+        return value
+
+    @field_validator("url")
+    @classmethod
+    def _url_is_a_base(cls, value: str | None) -> str | None:
+        if value is None:
+            return value
+        if not re.match(r"https?://[^/@\s]+(/|$)", value):
+            raise ValueError(
+                "url must be http(s)://host[:port][/path]; a key goes into api_key_env, not here"
+            )
+        if value.rstrip("/").endswith("/embeddings"):
+            raise ValueError("url is the base address, such as http://host:8000/v1, without /embeddings")
+        return value
+
+    @model_validator(mode="after")
+    def _keys_fit_the_engine(self) -> "Teacher":
+        given = self.model_fields_set
+        if self.engine == "openai":
+            if self.url is None:
+                raise ValueError("engine openai needs url, the base address of the endpoint")
+            _refuse(
+                given, _LOCAL_ONLY, "engine openai; the endpoint decides, cut long texts by max_characters"
+            )
+            return self
+        _refuse(given, _ENDPOINT_ONLY, f"engine {self.engine}; only engine openai takes it")
+        if self.engine == "encoder":
+            reason = "engine encoder; its template stands in the model's contract.json"
+            _refuse(given, ("query_template", "document_template", "batch_size"), reason)
+        return self
+
+
+def _refuse(given: set[str], keys: tuple[str, ...], reason: str) -> None:
+    wrong = [key for key in keys if key in given]
+    if wrong:
+        raise ValueError(f"{wrong[0]} does not fit {reason}")

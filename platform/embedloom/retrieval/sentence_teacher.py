@@ -1,0 +1,197 @@
+"""Any sentence-transformers model as a teacher: Dense layers, other poolings, routers, static embeddings."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from embedloom.artefacts import fingerprint
+from embedloom.encoder.device import DTypeName, pick_device, pick_dtype
+from embedloom.encoder.model import Vectors
+from embedloom.errors import DataError
+from embedloom.instructions import Side
+from embedloom.retrieval.fingerprints import folder_fingerprint
+from embedloom.retrieval.templates import Templates
+from embedloom.retrieval.unit import unit_vectors
+
+_DOCUMENT_PROMPTS = ("document", "passage", "corpus")  # the names sentence-transformers looks for
+_UNIT_TOLERANCE = 1e-2  # of a length; bfloat16 keeps three digits
+
+
+@dataclass(frozen=True, slots=True)
+class SentenceTransformerSource:
+    """A folder with ``modules.json``, run by sentence-transformers; code that lies beside the weights is never run.
+
+    Vectors come out at length 1 whether or not the model ends in Normalize, because mining compares cosines.
+    """
+
+    name: str
+    folder: Path
+    max_query_tokens: int | None = None  # special tokens and template included; None: the model's own limit
+    max_document_tokens: int | None = None
+    query_template: str | None = None  # None: the model's own query prompt before the text
+    document_template: str | None = None
+    instructions: Mapping[str, str] | None = None  # by task type; None: the package's defaults
+    batch_size: int = 32
+    dtype: DTypeName = "auto"
+
+    def open(self) -> "SentenceTransformerEmbedder":
+        """Load the model.
+
+        Raises:
+            DataError: sentence-transformers cannot load the folder, or only by running its own code.
+        """
+        return SentenceTransformerEmbedder(self)
+
+
+class SentenceTransformerEmbedder:
+    """A sentence-transformers model behind the ``Embedder`` protocol."""
+
+    def __init__(self, source: SentenceTransformerSource) -> None:
+        device = pick_device()
+        self._dtype = pick_dtype(source.dtype, device)
+        self._model = _load(source.folder, device, self._dtype)
+        self._batch_size = source.batch_size
+        self._name = source.name
+        self._templates = _templates(source, self._model.prompts)
+        own = getattr(self._model, "max_seq_length", None)
+        self._limits: dict[Side, int | None] = {
+            "query": source.max_query_tokens or own,
+            "document": source.max_document_tokens or own,
+        }
+        # The limits as given: "the model's own" is part of the folder's fingerprint already.
+        asked = [source.max_query_tokens, source.max_document_tokens]
+        self._contract_hash = fingerprint(
+            "sentence_transformers", folder_fingerprint(source.folder), self._templates.facts(), asked, "unit"
+        )
+
+    @property
+    def contract_hash(self) -> str:
+        """Hash of the model's files, the templates and the limits; where the folder lies does not matter."""
+        return self._contract_hash
+
+    def embed(
+        self,
+        texts: Sequence[str],
+        side: Side,
+        task_types: Sequence[str],
+        instructions: Sequence[str | None],
+    ) -> tuple[Vectors, list[int]]:
+        """See ``Embedder.embed``; unit vectors.
+
+        Raises:
+            DataError: a zero or non-finite vector, or a model that is not made for cosines.
+        """
+        self._limit(side)
+        around = [
+            self._templates.around(side, task_type, instruction)
+            for task_type, instruction in zip(task_types, instructions, strict=True)
+        ]
+        vectors: list[Any] = [None] * len(texts)
+        tokens = [0] * len(texts)
+        for rows, prompt in self._batches(texts, around):
+            found, counts = self._forward([texts[row] + around[row][1] for row in rows], prompt, side)
+            for row, vector, count in zip(rows, found, counts, strict=True):
+                vectors[row], tokens[row] = vector, count
+        if not vectors:
+            return np.empty((0, int(self._model.get_embedding_dimension() or 0)), dtype=np.float32), []
+        raw: Vectors = np.stack(vectors)
+        self._check_lengths(raw)
+        return unit_vectors(raw, f"teacher {self._name!r}"), tokens
+
+    def _batches(
+        self, texts: Sequence[str], around: Sequence[tuple[str, str]]
+    ) -> Iterator[tuple[list[int], str]]:
+        """(rows, prompt) of similar length; one prompt a batch, since some poolings leave its tokens out."""
+        by_prompt: dict[str, list[int]] = {}
+        for row, (before, _) in enumerate(around):
+            by_prompt.setdefault(before, []).append(row)
+        for prompt, rows in by_prompt.items():
+            rows.sort(key=lambda row: (-len(texts[row]), row))
+            for start in range(0, len(rows), self._batch_size):
+                yield rows[start : start + self._batch_size], prompt
+
+    @torch.inference_mode()
+    def _forward(self, texts: list[str], prompt: str, side: Side) -> tuple[Vectors, list[int]]:
+        """Vectors [len(texts), d] as the model gives them, and tokens a text."""
+        device = self._model.device
+        features = self._model.preprocess(texts, prompt=prompt, task=side)
+        tokens = _token_counts(features, self._name)
+        moved = {
+            key: value.to(device) if isinstance(value, torch.Tensor) else value
+            for key, value in features.items()
+        }
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=self._dtype == torch.bfloat16):
+            vectors = self._model(moved, task=side)["sentence_embedding"]
+        # The model's own Matryoshka cut, from config_sentence_transformers.json; None keeps every value.
+        return vectors[:, : self._model.truncate_dim].float().cpu().numpy(), tokens
+
+    def _limit(self, side: Side) -> None:
+        """Have the tokenizer cut texts at this side's limit."""
+        limit, tokenizer = self._limits[side], self._model.tokenizer
+        if hasattr(tokenizer, "enable_truncation"):  # static embeddings have no limit of their own
+            if limit is not None and np.isfinite(limit):
+                tokenizer.enable_truncation(limit)
+        elif limit is not None:
+            self._model.max_seq_length = limit
+
+    def _check_lengths(self, vectors: Vectors) -> None:
+        """Refuse a model whose lengths carry meaning: the cosine would order its documents otherwise."""
+        measure = self._model.similarity_fn_name
+        if measure == "cosine":
+            return
+        off = float(np.abs(np.linalg.norm(vectors, axis=1) - 1.0).max())
+        if off > _UNIT_TOLERANCE:
+            raise DataError(
+                f"teacher {self._name!r}: similarity_fn_name is {measure!r} and its vectors are not of length 1 "
+                f"(off by {off:.3g}); mining compares cosines, allowed: a model trained for cosine"
+            )
+
+
+def _load(folder: Path, device: torch.device, dtype: torch.dtype) -> Any:
+    from sentence_transformers import (
+        SentenceTransformer,
+    )  # seconds to import, so only where a model is opened
+
+    stored = dtype if device.type == "cuda" else torch.float32
+    try:
+        model = SentenceTransformer(
+            str(folder),
+            device=str(device),
+            local_files_only=True,
+            trust_remote_code=False,
+            model_kwargs={"dtype": stored},
+        )
+    except Exception as error:  # whatever the model's configs lead to: a dozen unrelated types
+        raise DataError(
+            f"{folder}: sentence-transformers cannot load this model without running code of its own "
+            f"({type(error).__name__}: {' '.join(str(error).split())[:300]})"
+        ) from error
+    return model.eval()
+
+
+def _templates(source: SentenceTransformerSource, prompts: Mapping[str, str]) -> Templates:
+    """The given templates; where none is given, the model's prompt and the text."""
+    document = next((prompts[name] for name in _DOCUMENT_PROMPTS if prompts.get(name)), "")
+    found = Templates(
+        query=(prompts.get("query") or "") + "{text}"
+        if source.query_template is None
+        else source.query_template,
+        document=document + "{text}" if source.document_template is None else source.document_template,
+    )
+    return found if source.instructions is None else replace(found, instructions=dict(source.instructions))
+
+
+def _token_counts(features: Mapping[str, Any], name: str) -> list[int]:
+    if "attention_mask" in features:
+        return [int(count) for count in features["attention_mask"].sum(dim=1)]
+    if "offsets" in features:  # static embeddings: all tokens in one row, and where each text starts
+        ends = torch.cat([features["offsets"], torch.tensor([len(features["input_ids"])])])
+        return [int(count) for count in ends.diff()]
+    raise DataError(
+        f"teacher {name!r}: its input module gives {sorted(features)}, so tokens cannot be counted; "
+        "allowed: a Transformer or StaticEmbedding"
+    )
