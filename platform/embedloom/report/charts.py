@@ -1,4 +1,4 @@
-"""Inline SVG charts: horizontal bars and lines. No script, no colours of their own beyond CSS classes."""
+"""Inline SVG charts: horizontal bars, histograms and lines. No script, no colours of their own beyond CSS classes."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -71,6 +71,28 @@ def line_chart(
             f'<text class="legend {tone}" x="{_RIGHT + 14}" y="{_TOP + 12 + index * 18}">{escape(_short(name))}</text>'
         )
     return _svg(title, _RIGHT + 170, max(_BOTTOM + 40, _TOP + 12 + len(drawn) * 18), parts)
+
+
+def histogram(title: str, edges: Sequence[float], counts: Sequence[float], x_label: str, y_label: str) -> str:
+    """Upright bars side by side, each over its own range of values.
+
+    Args:
+        title: for screen readers.
+        edges: ascending bounds of the bars, one more than there are counts.
+        counts: height of each bar, 0 or more.
+        x_label: under the horizontal axis.
+        y_label: over the vertical axis.
+    """
+    frame = _Frame(ticks(edges[0], edges[-1]), ticks(0.0, max(counts)))
+    parts = frame.axes(x_label, y_label)
+    for low, high, count in zip(edges[:-1], edges[1:], counts, strict=True):
+        left, top = frame.place(low, count)
+        right, bottom = frame.place(high, 0.0)
+        parts.append(
+            f'<rect class="plain" x="{left + 1:.1f}" y="{top:.1f}" width="{right - left - 2:.1f}" '
+            f'height="{bottom - top:.1f}"><title>{low:g} to {high:g}: {count:,}</title></rect>'
+        )
+    return _svg(title, _RIGHT + 170, _BOTTOM + 40, parts)
 
 
 @dataclass(frozen=True, slots=True)

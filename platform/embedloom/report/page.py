@@ -1,13 +1,14 @@
 """``report.html``: one file without scripts or outside assets."""
 
 import string
-from collections.abc import Iterable, Sequence
 from html import escape
 from importlib import resources
 from typing import Any
 
 from embedloom.progress import duration
 from embedloom.report.charts import Bar, bar_chart, line_chart
+from embedloom.report.markup import number_text, table_markup
+from embedloom.report.negatives import negatives_section
 from embedloom.report.summary import Curve, Stage
 from embedloom.report.table import in_order, label_of, score_rows, task_names
 
@@ -35,6 +36,7 @@ def render_page(
     sections = [
         _overview(summary, stages),
         _section("Scores", _scores(summary["scores"], scores, _described_tasks(stages))),
+        _section("Hard negatives", negatives_section(stages)),
         _section("Training loss", _losses(curves)),
         _section("Stages", _stage_table(stages)),
         _section("Rejects", _rejects(stages)),
@@ -116,7 +118,7 @@ def _metric_table(task: str, content: dict[str, Any]) -> str:
         ]
         for name, values in by_model
     ]
-    return _table(header, body) if body else ""
+    return table_markup(header, body) if body else ""
 
 
 def _losses(curves: dict[str, Curve]) -> str:
@@ -137,15 +139,22 @@ def _stage_table(stages: list[Stage]) -> str:
     for stage in stages:
         counts = stage.counts
         more = ", ".join(
-            f"{key.replace('_', ' ')} {_number(value)}"
+            f"{key.replace('_', ' ')} {number_text(value)}"
             for key, value in counts.items()
             if key not in _SHOWN_COUNTS and not isinstance(value, dict)
         )
         time = "" if stage.seconds is None else duration(stage.seconds)
         body.append(
-            [stage.name, stage.state, _number(counts.get("rows")), _number(counts.get("tokens")), time, more]
+            [
+                stage.name,
+                stage.state,
+                number_text(counts.get("rows")),
+                number_text(counts.get("tokens")),
+                time,
+                more,
+            ]
         )
-    return _table(["stage", "state", "rows", "tokens", "time", "more"], body, words=(0, 1, 5))
+    return table_markup(["stage", "state", "rows", "tokens", "time", "more"], body, words=(0, 1, 5))
 
 
 def _rejects(stages: list[Stage]) -> str:
@@ -153,8 +162,10 @@ def _rejects(stages: list[Stage]) -> str:
     for stage in stages:
         rejects = stage.counts.get("rejects")
         if isinstance(rejects, dict):
-            body += [[stage.name, str(reason), _number(count)] for reason, count in sorted(rejects.items())]
-    return _table(["stage", "reason", "rows"], body, words=(0, 1)) if body else ""
+            body += [
+                [stage.name, str(reason), number_text(count)] for reason, count in sorted(rejects.items())
+            ]
+    return table_markup(["stage", "reason", "rows"], body, words=(0, 1)) if body else ""
 
 
 def _times(stages: list[Stage]) -> str:
@@ -172,23 +183,4 @@ def _lineage(stages: list[Stage]) -> str:
         mark = stage.manifest["fingerprint"] if stage.manifest else "unfinished"
         made_from = ", ".join(f"{name} {value}" for name, value in stage.inputs.items())
         body.append([stage.name, mark, made_from or "-"])
-    return _table(["artefact", "fingerprint", "made from"], body, words=(0, 1, 2))
-
-
-def _table(header: Sequence[str], body: Iterable[Sequence[str]], words: Sequence[int] = (0,)) -> str:
-    """An HTML table; columns not in ``words`` hold numbers and are set flush right."""
-
-    def cells(tag: str, row: Sequence[str]) -> str:
-        kinds = ("" if index in words else ' class="number"' for index in range(len(row)))
-        return "".join(f"<{tag}{kind}>{escape(cell)}</{tag}>" for kind, cell in zip(kinds, row, strict=True))
-
-    rows = "".join(f"<tr>{cells('td', row)}</tr>\n" for row in body)
-    return f'<div class="scroll"><table><thead><tr>{cells("th", header)}</tr></thead><tbody>\n{rows}</tbody></table></div>'
-
-
-def _number(value: Any) -> str:
-    if value is None:
-        return ""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return str(value)
-    return f"{value:,}" if isinstance(value, int) else f"{value:,.4f}".rstrip("0").rstrip(".")
+    return table_markup(["artefact", "fingerprint", "made from"], body, words=(0, 1, 2))
