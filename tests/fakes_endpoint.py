@@ -24,7 +24,7 @@ class FakeEndpoint:
 
     ``failures``: statuses to answer first, one a request. ``habit``: "reversed" sends the vectors in reverse order,
     "short" leaves the last one out, "empty" sends none, "doubled" repeats index 0, "wider" adds a value to the first
-    vector of the second request, "nan" sends a NaN, "silent" leaves the usage out. ``most``: texts a request may
+    vector of the second request, "nan" sends a NaN, "base64" sends text, "silent" leaves the usage out. ``most``: texts a request may
     have before the server answers 413.
     """
 
@@ -62,6 +62,8 @@ class FakeEndpoint:
             data[0]["embedding"].append(1.0)
         elif self.habit == "nan":
             data[0]["embedding"][0] = float("nan")
+        elif self.habit == "base64":
+            data[0]["embedding"] = "AACAPw=="
         body: dict[str, Any] = {"object": "list", "model": request["model"], "data": data}
         if self.habit != "silent":
             tokens = sum(len(text.split()) for text in texts)

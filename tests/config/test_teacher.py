@@ -26,6 +26,11 @@ def test_each_engine_takes_its_own_keys():
     assert teacher(engine="encoder", dtype="float32").dtype == "float32"
 
 
+def test_a_dumped_section_reads_back():
+    for one in (teacher(), teacher(engine="openai", url=URL), teacher(engine="encoder", dtype="float32")):
+        assert Teacher.model_validate(one.model_dump()) == one
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

@@ -88,6 +88,14 @@ def test_changing_dimensions_and_values_that_are_not_finite_are_refused():
         embed(source(endpoint).open(), TEXTS)
 
 
+def test_vectors_that_are_no_numbers_are_refused():
+    with (
+        serve(FakeEndpoint("base64")) as endpoint,
+        pytest.raises(DataError, match="no lists of numbers, though asked for float"),
+    ):
+        embed(source(endpoint).open(), TEXTS)
+
+
 @pytest.mark.parametrize("failures", [(429,), (503, 429)])
 def test_what_may_pass_is_tried_again(failures):
     with serve(FakeEndpoint(failures=failures)) as endpoint:

@@ -67,7 +67,9 @@ class Teacher(FrozenConfig):
 
     @model_validator(mode="after")
     def _keys_fit_the_engine(self) -> "Teacher":
-        given = self.model_fields_set
+        # Against the defaults rather than by model_fields_set, so that a dumped config can be read back.
+        defaults = {key: info.default for key, info in type(self).model_fields.items()}
+        given = {key for key, default in defaults.items() if getattr(self, key) != default}
         if self.engine == "openai":
             if self.url is None:
                 raise ValueError("engine openai needs url, the base address of the endpoint")

@@ -146,6 +146,10 @@ class EndpointEmbedder:
                 f"{self._label}: answered {len(items)} vectors for {wanted} texts (indices {seen}); "
                 "expected one each, with index 0 to n-1"
             )
+        if not all(isinstance(item.embedding, list) for item in items):
+            raise DataError(
+                f"{self._label}: answered vectors that are no lists of numbers, though asked for float"
+            )
         return [item.embedding for item in items]
 
     def _stack(self, vectors: list[list[float]]) -> Vectors:

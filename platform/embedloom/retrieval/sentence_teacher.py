@@ -167,8 +167,8 @@ def _load(folder: Path, device: torch.device, dtype: torch.dtype) -> Any:
         )
     except Exception as error:  # whatever the model's configs lead to: a dozen unrelated types
         raise DataError(
-            f"{folder}: sentence-transformers cannot load this model without running code of its own "
-            f"({type(error).__name__}: {' '.join(str(error).split())[:300]})"
+            f"{folder}: sentence-transformers cannot load this model ({type(error).__name__}: "
+            f"{' '.join(str(error).split())[:300]}); code that lies beside the weights is never run"
         ) from error
     return model.eval()
 
