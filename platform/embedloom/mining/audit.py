@@ -15,7 +15,6 @@ from embedloom.errors import DataError
 
 GAP_EDGES = tuple(round(0.025 * step, 3) for step in range(25))  # 0 to 0.6: where cosines of near misses lie
 NEAR_DUPLICATE = 0.8  # Jaccard similarity from which two texts count as one, as the corpus stage's default
-RULES = ("positive", "margin", "rank", "floor")
 _REMOVED_COLUMNS = {
     "positive": "removed_as_positive",
     "margin": "removed_by_margin",
