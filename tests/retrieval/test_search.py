@@ -6,7 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from embedloom.errors import DataError
-from embedloom.retrieval.search import TopK, check_vectors, merge_top_k, pair_scores, top_k
+from embedloom.retrieval import int8
+from embedloom.retrieval.exact import pair_scores
+from embedloom.retrieval.search import DocumentBlock, TopK, check_vectors, merge_top_k, top_k
 
 
 def brute_force(queries, documents, k):
@@ -35,7 +37,7 @@ def collection():
     return queries, documents
 
 
-@pytest.mark.parametrize("engine", ["faiss", "torch"])
+@pytest.mark.parametrize("engine", ["faiss", "torch", "int8"])
 @pytest.mark.parametrize("k", [1, 5, 30, 64])
 def test_equals_brute_force_with_duplicates(collection, engine, k):
     queries, documents = collection
@@ -51,7 +53,7 @@ def test_shards_agree_bit_for_bit(collection, shards):
     whole = top_k(queries, documents, 20)
     positions = np.arange(len(documents))
     parts = [
-        top_k(queries, documents[rows], 20, positions=rows, engine="torch" if number % 2 else "faiss")
+        top_k(queries, documents[rows], 20, positions=rows, engine=("torch", "faiss", "int8")[number % 3])
         for number, rows in enumerate(np.array_split(positions, shards))
     ]
     merged = merge_top_k(parts[::-1], 20)
@@ -151,3 +153,43 @@ def test_different_dimensions_are_refused():
         top_k(np.ones((1, 4), np.float32), np.ones((2, 5), np.float32), 1)
     with pytest.raises(DataError, match="k is 0"):
         top_k(np.ones((1, 4), np.float32), np.ones((2, 4), np.float32), 0)
+
+
+@pytest.mark.parametrize("engine", ["faiss", "torch", "int8"])
+def test_blocks_searched_one_after_another_prune_each_other(engine):
+    """Real-sized blocks: several chunks of 8-bit products, thresholds handed from block to block."""
+    generator = np.random.default_rng(5)
+    documents = unit_rows(generator, 70_000, 32) * generator.uniform(0.5, 2, (70_000, 1)).astype(np.float32)
+    queries = unit_rows(generator, 50, 32)
+    best = None
+    for rows in np.array_split(np.arange(70_000), [40_000, 40_010]):
+        best = DocumentBlock(documents[rows], rows, engine).search(queries, 12, best, query_rows=20)
+    positions, scores = brute_force(queries, documents, 12)
+    np.testing.assert_array_equal(best.positions, positions)
+    np.testing.assert_array_equal(best.scores, scores)
+
+
+def test_quantization_error_stays_below_its_bound():
+    generator = np.random.default_rng(6)
+    left, right = (generator.standard_normal((300, 64)).astype(np.float32) ** 3 for _ in range(2))
+    q, x = int8.quantize(left), int8.quantize(right)
+    rough = (q.codes.double() @ x.codes.double().T) * q.scales.double()[:, None] * x.scales.double()
+    true = left.astype(np.float64) @ right.astype(np.float64).T
+    lengths = np.linalg.norm(left, axis=1)
+    bound = lengths[:, None] * x.residuals.numpy() + q.residuals.numpy()[:, None] * x.lengths.numpy()
+    assert (np.abs(rough.numpy() - true) <= bound).all()
+    assert np.abs(rough.numpy() - true).max() > 0
+
+
+@pytest.mark.parametrize("most", [int8._MOST_NOMINEES, 10_000])
+def test_documents_that_8_bits_cannot_tell_apart(most, monkeypatch):
+    """Thousands of copies of one vector with noise below the quantization step; too many nominees go by float32."""
+    monkeypatch.setattr(int8, "_MOST_NOMINEES", most)
+    generator = np.random.default_rng(7)
+    base = unit_rows(generator, 1, 24)
+    documents = (base + generator.standard_normal((3000, 24)) * 1e-5).astype(np.float32)
+    queries = np.concatenate([base, unit_rows(generator, 5, 24)])
+    found = top_k(queries, documents, 10, engine="int8")
+    positions, scores = brute_force(queries, documents, 10)
+    np.testing.assert_array_equal(found.positions, positions)
+    np.testing.assert_array_equal(found.scores, scores)

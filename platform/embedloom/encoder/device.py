@@ -9,6 +9,7 @@ from embedloom.errors import ConfigError
 
 DTypeName = Literal["auto", "float32", "bfloat16"]
 _BF16_CPU_FLAGS = {"avx512_bf16", "amx_bf16"}
+_INT8_CPU_FLAGS = {"avx512_vnni", "avx_vnni", "amx_int8"}
 
 
 def pick_device(name: str = "auto") -> torch.device:
@@ -31,11 +32,20 @@ def has_fast_bf16(device: torch.device) -> bool:
     """Whether bfloat16 matrix products run in hardware; emulated ones are slower than float32."""
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    return bool(_BF16_CPU_FLAGS & _cpu_flags())
+
+
+def has_fast_int8() -> bool:
+    """Whether this CPU multiplies 8-bit integers in hardware."""
+    return bool(_INT8_CPU_FLAGS & _cpu_flags())
+
+
+def _cpu_flags() -> set[str]:
     cpuinfo = Path("/proc/cpuinfo")
     if not cpuinfo.is_file():
-        return False
+        return set()
     flags = next((line for line in cpuinfo.read_text().splitlines() if line.startswith("flags")), "")
-    return bool(_BF16_CPU_FLAGS & set(flags.split()))
+    return set(flags.split())
 
 
 def pick_dtype(name: DTypeName, device: torch.device) -> torch.dtype:

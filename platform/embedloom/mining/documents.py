@@ -9,8 +9,8 @@ import pyarrow as pa
 
 from embedloom.errors import DataError
 from embedloom.instructions import document_text
+from embedloom.retrieval.exact import Positions
 from embedloom.retrieval.parts import PartReader
-from embedloom.retrieval.search import Positions
 from embedloom.retrieval.vectors import VectorStore
 from embedloom.storage import Place
 

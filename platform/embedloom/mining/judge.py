@@ -13,7 +13,7 @@ from embedloom.instructions import Side
 from embedloom.mining.audit import wilson_interval
 from embedloom.mining.select import score_limit
 from embedloom.retrieval.embedder import EmbedderSource
-from embedloom.retrieval.search import Matrix, pair_scores
+from embedloom.retrieval.exact import Matrix, pair_scores
 from embedloom.retrieval.unit import unit_vectors
 from embedloom.storage import Place
 

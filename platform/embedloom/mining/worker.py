@@ -11,7 +11,8 @@ from embedloom.mining.documents import DocumentTexts
 from embedloom.mining.queries import inline_id
 from embedloom.mining.select import Selection, select_negatives
 from embedloom.records import check_table, table_from_rows
-from embedloom.retrieval.search import Matrix, TopK, pair_scores
+from embedloom.retrieval.exact import Matrix, pair_scores
+from embedloom.retrieval.search import TopK
 from embedloom.retrieval.vectors import VectorStore, check_same_contract, read_vector_file
 from embedloom.storage import Place
 

@@ -2,8 +2,8 @@
 
 A float32 matrix product rounds differently for every block shape, thread count and library, so its order among
 near-equal scores means nothing. It therefore only nominates: every document that could be among the top k,
-given the worst rounding error of a float32 product, is scored again in float64, one pair at a time, rounded to
-float32 and ordered by (score, position). Blocks, shards, actors and engines then cannot change a single bit.
+given the worst error of the product, is scored again as ``exact`` scores a pair and ordered by (score, position).
+Blocks, shards, actors and engines then cannot change a single bit.
 """
 
 import importlib.util
@@ -14,15 +14,16 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from embedloom.errors import DataError
+from embedloom.encoder.device import has_fast_int8
+from embedloom.errors import DataError, MissingDependency
+from embedloom.retrieval.exact import Matrix, Positions, as_tensor, row_scores
+from embedloom.retrieval.int8 import Int8Block
 
-Matrix = np.ndarray[Any, np.dtype[np.float32]]
-Positions = np.ndarray[Any, np.dtype[np.int64]]
-Engine = Literal["auto", "faiss", "torch"]
+Engine = Literal["auto", "int8", "faiss", "torch"]
 
 _MARGIN = 16  # nominees beyond k; widened fourfold for the rare query whose ties reach further
 _NOMINEES = 2**22  # nominees held at a time
-_RESCORE_BYTES = 64 * 2**20
+_INT8_DIMENSIONS = 8
 _UNIT = 2.0**-24  # relative rounding error of one float32 operation
 
 
@@ -44,7 +45,7 @@ def top_k(
     *,
     positions: Positions | None = None,
     query_rows: int = 1024,
-    document_rows: int = 65536,
+    document_rows: int = 2**18,
     engine: Engine = "auto",
 ) -> TopK:
     """Exact top-k inner products of every query.
@@ -56,9 +57,8 @@ def top_k(
         positions: int64 [m], the number each document is known by and ties are broken by; default 0 to m-1.
             Number documents by their rank among the sorted ids and ties are broken by id.
         query_rows: queries per block.
-        document_rows: documents per block; ``query_rows x document_rows`` floats bound the memory.
-        engine: what nominates; ``auto``: torch on a CUDA device, else FAISS if installed, else torch. The
-            result is the same.
+        document_rows: documents per block.
+        engine: what nominates, see ``pick_engine``; the result is the same.
 
     Raises:
         DataError: dimensions that differ, or a vector that is zero, NaN or infinite.
@@ -72,49 +72,121 @@ def top_k(
     known = np.arange(len(documents), dtype=np.int64) if positions is None else positions
     check_vectors(queries, "queries")
     check_vectors(documents, "documents")
-    blocks = []
-    for start in range(0, len(queries), query_rows):
-        part = np.ascontiguousarray(queries[start : start + query_rows], dtype=np.float32)
-        found = [
-            _search_block(
-                part,
-                documents[first : first + document_rows],
-                known[first : first + document_rows],
-                k,
-                engine,
-            )
-            for first in range(0, len(documents), document_rows)
-        ]
-        blocks.append(merge_top_k(found, k) if found else _empty(len(part)))
-    if not blocks:
-        return _empty(0, min(k, len(documents)))
-    return TopK(np.concatenate([b.positions for b in blocks]), np.concatenate([b.scores for b in blocks]))
+    best = no_results(len(queries))
+    for first in range(0, len(documents), document_rows):
+        cut = slice(first, first + document_rows)
+        best = DocumentBlock(documents[cut], known[cut], engine).search(queries, k, best, query_rows)
+    return best
 
 
-def merge_top_k(parts: Sequence[TopK], k: int) -> TopK:
+class DocumentBlock:
+    """Documents made ready for an engine once, searched by any number of queries."""
+
+    def __init__(self, documents: Matrix, positions: Positions, engine: Engine = "auto") -> None:
+        self._documents = np.ascontiguousarray(documents, dtype=np.float32)
+        self._positions = positions
+        self._engine = pick_engine(engine)
+        # torch 2.13 multiplies int8 matrices with one column wrongly on CPUs; so few dimensions need no help anyway.
+        quantizable = len(documents) > 0 and documents.shape[1] >= _INT8_DIMENSIONS
+        self._int8 = Int8Block(self._documents) if self._engine == "int8" and quantizable else None
+        self._longest = float(np.sqrt(_squares(self._documents).max(initial=0)))
+
+    def __len__(self) -> int:
+        """Number of documents."""
+        return len(self._documents)
+
+    @property
+    def nbytes(self) -> int:
+        """Memory it holds, the 8-bit form included."""
+        return self._documents.nbytes * 5 // 4 if self._int8 else self._documents.nbytes
+
+    def search(self, queries: Matrix, k: int, best: TopK | None = None, query_rows: int = 1024) -> TopK:
+        """The top k of this block and, if given, of the documents searched before.
+
+        Args:
+            queries: float32 [n, d].
+            k: documents wanted per query.
+            best: what other blocks gave these queries for the same k; the better, the less is to do here.
+            query_rows: queries at a time.
+        """
+        before = best or no_results(len(queries))
+        found = [no_results(0, min(k, before.positions.shape[1] + len(self)))]
+        for start in range(0, len(queries), query_rows):
+            rows = slice(start, start + query_rows)
+            part = np.ascontiguousarray(queries[rows], dtype=np.float32)
+            found.append(self._search(part, k, TopK(before.positions[rows], before.scores[rows])))
+        return TopK(np.concatenate([b.positions for b in found]), np.concatenate([b.scores for b in found]))
+
+    def _search(self, queries: Matrix, k: int, best: TopK) -> TopK:
+        full = best.scores.shape[1] >= k
+        floor = best.scores[:, k - 1] if full else np.full(len(queries), -np.inf, np.float32)
+        nominated = self._int8 and self._int8.nominate(
+            queries, k, floor, lambda rows: row_scores(queries, self._documents, rows)
+        )
+        rows, scores = nominated or self._by_float(queries, k)
+        # Places without a nominee sort behind every document; the result is as wide as there are documents.
+        numbers = np.where(rows >= 0, self._positions[np.maximum(rows, 0)], np.iinfo(np.int64).max)
+        width = min(k, best.positions.shape[1] + len(self))
+        return merge_top_k([best, TopK(numbers, scores)], width)
+
+    def _by_float(self, queries: Matrix, k: int) -> tuple[Positions, Matrix]:
+        """Rows and exact scores of nominees by a float32 product: [n, w], w >= min(k, documents)."""
+        total = len(self)
+        kept = min(k, total)
+        out = np.full((len(queries), kept), -1, np.int64), np.full((len(queries), kept), -np.inf, np.float32)
+        slack = _rounding_slack(queries, self._longest)
+        pending, width = np.arange(len(queries)), min(total, k + _MARGIN)
+        while len(pending):
+            step, unsure = max(1, _NOMINEES // width), []
+            for start in range(0, len(pending), step):
+                asked = pending[start : start + step]
+                rough, rows = _nominate(queries[asked], self._documents, width, self._engine)
+                sure = (rough[:, -1] < rough[:, kept - 1] - slack[asked]) | (width == total)
+                unsure.append(asked[~sure])
+                exact = row_scores(queries[asked[sure]], self._documents, rows[sure])
+                best = merge_top_k([TopK(self._positions[rows[sure]], exact)], kept, rows[sure])
+                out[0][asked[sure]], out[1][asked[sure]] = best.positions, best.scores
+            pending, width = np.concatenate(unsure), min(total, width * 4)
+        return out
+
+
+def merge_top_k(parts: Sequence[TopK], k: int, instead: Positions | None = None) -> TopK:
     """Best k of the partial results of several document shards, for the same queries.
 
     Args:
         parts: results with positions that are unique over all shards; at least one.
         k: documents wanted per query; each part must have been searched with at least this k.
+        instead: returned in place of the positions, which only break the ties.
     """
     positions = np.concatenate([part.positions for part in parts], axis=1)
     scores = np.concatenate([part.scores for part in parts], axis=1)
     order = np.lexsort((positions, -scores), axis=-1)[:, :k]
-    return TopK(np.take_along_axis(positions, order, axis=1), np.take_along_axis(scores, order, axis=1))
+    named = positions if instead is None else instead
+    return TopK(np.take_along_axis(named, order, axis=1), np.take_along_axis(scores, order, axis=1))
 
 
-def pair_scores(left: Matrix, right: Matrix) -> Matrix:
-    """Inner product of each row of ``left`` with the same row of ``right``, as ``top_k`` scores a pair.
+def no_results(queries: int, width: int = 0) -> TopK:
+    """What a search of no documents gives."""
+    return TopK(np.empty((queries, width), dtype=np.int64), np.empty((queries, width), dtype=np.float32))
 
-    Args:
-        left: float32 [n, d].
-        right: float32 [n, d].
 
-    Returns:
-        float32 [n].
+def pick_engine(engine: Engine) -> Engine:
+    """``auto``: torch on a CUDA device; on a CPU int8 products where they are fast, else FAISS if installed, else torch.
+
+    Measured on two Zen 4 cores, 200,000 documents of 384 dimensions: int8 1.4 times as fast as FAISS's flat search,
+    and FAISS as fast as the bare float32 product.
+
+    Raises:
+        MissingDependency: FAISS is asked for and not installed.
     """
-    return np.asarray(_exact(left, right[:, None, :])[:, 0])
+    faiss = importlib.util.find_spec("faiss") is not None
+    if engine == "faiss" and not faiss:
+        raise MissingDependency("faiss-cpu", "cpu", "search engine 'faiss'")
+    if engine != "auto":
+        return engine
+    if torch.cuda.is_available():
+        return "torch"
+    return "int8" if has_fast_int8() else "faiss" if faiss else "torch"
 
 
 def check_vectors(vectors: Matrix, source: str, ids: Any = None) -> None:
@@ -142,88 +214,36 @@ def check_vectors(vectors: Matrix, source: str, ids: Any = None) -> None:
         )
 
 
-def _search_block(queries: Matrix, documents: Matrix, positions: Positions, k: int, engine: Engine) -> TopK:
-    documents = np.ascontiguousarray(documents, dtype=np.float32)
-    total = len(documents)
-    kept = min(k, total)
-    out_positions = np.empty((len(queries), kept), dtype=np.int64)
-    out_scores = np.empty((len(queries), kept), dtype=np.float32)
-    slack = _rounding_slack(queries, documents)
-    pending, width = np.arange(len(queries)), min(total, k + _MARGIN)
-    while len(pending):
-        step, unsure = max(1, _NOMINEES // width), []
-        for start in range(0, len(pending), step):
-            rows = pending[start : start + step]
-            rough, nominees = _nominate(queries[rows], documents, width, engine)
-            sure = (rough[:, -1] < rough[:, kept - 1] - slack[rows]) | (width == total)
-            unsure.append(rows[~sure])
-            rows, nominees = rows[sure], nominees[sure]
-            best = merge_top_k(
-                [TopK(positions[nominees], _rescore(queries[rows], documents, nominees))], kept
-            )
-            out_positions[rows], out_scores[rows] = best.positions, best.scores
-        pending, width = np.concatenate(unsure), min(total, width * 4)
-    return TopK(out_positions, out_scores)
+def _squares(vectors: Matrix) -> np.ndarray[Any, np.dtype[np.float64]]:
+    squares: np.ndarray[Any, np.dtype[np.float64]] = np.einsum("md,md->m", vectors, vectors, dtype=np.float64)
+    return squares
 
 
-def _rounding_slack(queries: Matrix, documents: Matrix) -> np.ndarray[Any, np.dtype[np.float64]]:
+def _rounding_slack(queries: Matrix, longest: float) -> np.ndarray[Any, np.dtype[np.float64]]:
     """How far below the k-th rough score a true member of the top k may lie, per query: [n].
 
     A float32 inner product of d terms, summed in any order, is off by at most d u / (1 - d u) |q| |x|; it counts
     twice, once for either document compared, and the final rounding to float32 may make two scores equal.
     """
     terms = queries.shape[1] * _UNIT
-    longest = np.sqrt(np.einsum("md,md->m", documents, documents, dtype=np.float64).max(initial=0))
-    lengths = np.sqrt(np.einsum("nd,nd->n", queries, queries, dtype=np.float64))
-    return np.asarray((2 * terms / (1 - terms) + 4 * _UNIT) * lengths * longest)
+    return np.asarray((2 * terms / (1 - terms) + 4 * _UNIT) * np.sqrt(_squares(queries)) * longest)
 
 
 def _nominate(queries: Matrix, documents: Matrix, width: int, engine: Engine) -> tuple[Matrix, Positions]:
     """Rough scores, descending, and rows of the ``width`` best documents per query."""
-    cuda = torch.cuda.is_available()
-    if engine == "faiss" or (engine == "auto" and not cuda and _has_faiss()):
+    if engine == "faiss":
         import faiss
 
         faiss.omp_set_num_threads(torch.get_num_threads())
         scores, rows = faiss.knn(queries, documents, width, metric=faiss.METRIC_INNER_PRODUCT)
         return scores, rows
-    device = "cuda" if cuda else "cpu"
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     precision = torch.get_float32_matmul_precision()
     # TF32 and bfloat16 products round far beyond the slack that makes the nominees complete.
     torch.set_float32_matmul_precision("highest")
     try:
-        products = torch.from_numpy(queries).to(device) @ torch.from_numpy(documents).to(device).T
+        products = as_tensor(queries).to(device) @ as_tensor(documents).to(device).T
     finally:
         torch.set_float32_matmul_precision(precision)
     best = products.topk(width, dim=1)
     return best.values.cpu().numpy(), best.indices.cpu().numpy()
-
-
-def _has_faiss() -> bool:
-    return importlib.util.find_spec("faiss") is not None
-
-
-def _rescore(queries: Matrix, documents: Matrix, nominees: Positions) -> Matrix:
-    """Exact float32 scores of the nominees, [n, width], a bounded number of rows at a time."""
-    scores = np.empty(nominees.shape, dtype=np.float32)
-    step = max(1, _RESCORE_BYTES // max(1, nominees.shape[1] * documents.shape[1] * 8))
-    for start in range(0, len(queries), step):
-        rows = slice(start, start + step)
-        scores[rows] = _exact(queries[rows], documents[nominees[rows]])
-    return scores
-
-
-def _exact(queries: Matrix, documents: Matrix) -> Matrix:
-    """float32 scores [n, w] of queries [n, d] and documents [n, w, d].
-
-    Products of float32 are exact in float64, and einsum without BLAS adds them in an order that depends on d
-    alone, so a pair scores the same in whatever company.
-    """
-    products = np.einsum(
-        "nwd,nd->nw", documents.astype(np.float64), queries.astype(np.float64), optimize=False
-    )
-    return np.asarray(products, dtype=np.float32)
-
-
-def _empty(rows: int, width: int = 0) -> TopK:
-    return TopK(np.empty((rows, width), dtype=np.int64), np.empty((rows, width), dtype=np.float32))

@@ -1,6 +1,6 @@
 """Vectors on disk: read with their contract checked, searched exactly, file by file."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -8,15 +8,17 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from embedloom.errors import DataError
+from embedloom.retrieval.exact import Matrix, Positions
 from embedloom.retrieval.parts import PartReader
-from embedloom.retrieval.search import Engine, Matrix, Positions, TopK, check_vectors, merge_top_k, top_k
+from embedloom.retrieval.search import DocumentBlock, Engine, TopK, check_vectors
 from embedloom.storage import Place
 
 # Schema metadata of every vectors file.
 CONTRACT_KEY = b"contract_hash"
 MODEL_KEY = b"model"
 TOKENS_KEY = b"tokens"
-MEMORY_BYTES = 2 * 2**30  # of vectors one store keeps; files beyond it are read again for every search
+MEMORY_BYTES = 2 * 2**30  # of vectors one store keeps ready; those beyond it are read again for every search
+BLOCK_ROWS = 2**17  # documents searched at once: small files would hand on the threshold too often
 
 
 class VectorStore:
@@ -29,7 +31,8 @@ class VectorStore:
             DataError: no file, an id twice, or files of different contracts or dimensions.
         """
         self.source = f"{place.uri}/{folder}"
-        self._parts = PartReader(place, folder, ["id", "vector"], memory_bytes)
+        # What is searched is kept ready for the next queries, so keeping the files as well would keep them twice.
+        self._parts = PartReader(place, folder, ["id", "vector"], memory_bytes=0)
         self.contract_hash, self.dimension = _common_footer(place, self._parts.names)
         ids = pa.concat_arrays(
             [_id_column(place.read_table(name, ["id"]), f"{place.uri}/{name}") for name in self._parts.names]
@@ -43,6 +46,9 @@ class VectorStore:
                     f"{self.source}: id {self.ids[pc.index(repeated, True).as_py()].as_py()!r} stands twice; ids must be unique"
                 )
         self._checked: set[int] = set()
+        self._blocks = _cut_blocks(self._parts.rows, BLOCK_ROWS)
+        self._ready: dict[tuple[tuple[int, int], Engine], DocumentBlock] = {}
+        self._room = memory_bytes
         self._positions = np.empty(len(ids), dtype=np.int64)
         self._positions[order.to_numpy()] = np.arange(len(ids), dtype=np.int64)
 
@@ -58,14 +64,26 @@ class VectorStore:
             k: documents wanted per query.
             engine: see ``top_k``.
         """
+        check_vectors(queries, "queries")
         best: TopK | None = None
-        for number in range(len(self._parts)):
-            positions, vectors = self._block(number)
-            found = top_k(queries, vectors, k, positions=positions, engine=engine)
-            best = found if best is None else merge_top_k([best, found], k)
+        for block in self._prepared(engine):
+            best = block.search(queries, k, best)
         if best is None:
             raise DataError(f"{self.source}: no vectors")
         return best
+
+    def _prepared(self, engine: Engine) -> Iterator[DocumentBlock]:
+        """Blocks of consecutive files, ready to be searched; kept while they fit the memory."""
+        for files in self._blocks:
+            block = self._ready.get((files, engine))
+            if block is None:
+                parts = [self._block(number) for number in range(*files)]
+                positions = np.concatenate([positions for positions, _ in parts])
+                block = DocumentBlock(np.concatenate([vectors for _, vectors in parts]), positions, engine)
+                if block.nbytes <= self._room:
+                    self._room -= block.nbytes
+                    self._ready[files, engine] = block
+            yield block
 
     def find(self, ids: Sequence[str]) -> Positions:
         """Position of each id, -1 where it is not there: int64 [len(ids)]."""
@@ -101,6 +119,18 @@ class VectorStore:
             check_vectors(vectors, name, table.column("id"))
             self._checked.add(number)
         return self._rows_of(number), vectors
+
+
+def _cut_blocks(rows: list[int], wanted: int) -> list[tuple[int, int]]:
+    """Runs of consecutive files, as (first, one past the last), with at least ``wanted`` rows but for the last."""
+    blocks: list[tuple[int, int]] = []
+    first = held = 0
+    for number, count in enumerate(rows, start=1):
+        held += count
+        if held >= wanted or number == len(rows):
+            blocks.append((first, number))
+            first, held = number, 0
+    return blocks
 
 
 def read_vector_file(place: Place, name: str) -> tuple[list[str], Matrix, str]:
