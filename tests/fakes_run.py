@@ -64,17 +64,19 @@ def make_run(folder: Path, *, scores: bool = True) -> Place:
         "negative_scores": [0.5], "task_type": "retrieval", "dataset": "public",
     }  # fmt: skip
     out.place.write_table("candidates/part-000000.parquet", table_from_rows("candidates", [candidates]))
+    mining = out.commit({"rows": 1}, {"teachers": ["minilm-l6"]}, seconds=30)
+    out = begin(run, "examples", "examples", mining=mining, corpus=corpus)
     out.place.write_table("examples/part-000000.parquet", table_from_rows("examples", [example]))
-    mining = out.commit({"rows": 1}, {"teacher": "minilm-l6"}, seconds=30)
+    examples = out.commit({"rows": 1}, {"teachers": ["minilm-l6"]}, seconds=3)
 
     last = {}
     for number, candidate in enumerate("ab"):
-        out = begin(run, f"training/{candidate}/pretrain", "model", mining=mining, encoder=encoder)
+        out = begin(run, f"training/{candidate}/pretrain", "model", examples=examples, encoder=encoder)
         first = out.commit(
             {"rows": 64, "steps": 3}, {"loss_curve": [[1, 2.5], [2, 1.5], [3, 1.0 - number / 10]]}, seconds=60
         )
         before = {f"training__{candidate}__pretrain": first}
-        out = begin(run, f"training/{candidate}/finetune", "model", mining=mining, **before)
+        out = begin(run, f"training/{candidate}/finetune", "model", examples=examples, **before)
         last[f"training__{candidate}__finetune"] = out.commit(
             {"rows": 32}, {"loss_curve": [[1, 0.8], [2, 0.5]]}, seconds=40
         )

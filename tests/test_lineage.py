@@ -24,12 +24,12 @@ def test_merged_model_leads_back_to_the_corpus(run):
     depth = {line.split()[0]: (len(line) - len(line.lstrip())) // 4 for line in reversed(lines)}
     assert depth == {
         "merged": 0, "training/a/finetune": 1, "training/b/finetune": 1, "training/a/pretrain": 2,
-        "training/b/pretrain": 2, "mining": 2, "encoder": 3, "synthesis": 3, "corpus": 3,
+        "training/b/pretrain": 2, "examples": 2, "mining": 3, "encoder": 3, "synthesis": 4, "corpus": 3,
     }  # fmt: skip
     assert lines[0].startswith(
         f"merged  {Artefact.open(run.child('merged')).fingerprint}  method linear, tensors 9, built "
     )
-    assert sum("(see above)" in line for line in lines) == 5  # mining thrice, corpus and encoder once each
+    assert sum("(see above)" in line for line in lines) == 6  # examples thrice, corpus twice, encoder once
 
 
 def test_an_input_rebuilt_or_deleted_since_is_said(run):
@@ -58,7 +58,7 @@ def test_pair_id_leads_to_its_document_prompt_and_generator(run):
 
 
 def test_example_id_shows_teacher_scores_candidates_and_source(run):
-    text = explain(run, first_id(run, "mining/examples", "examples"))
+    text = explain(run, first_id(run, "examples/examples", "examples"))
     assert "positive     0.75000  the positive" in text
     assert "negative     0.50000  a negative" in text
     assert "teacher      minilm-l6, contract c123, 2 kept" in text

@@ -62,10 +62,9 @@ def write_config(folder: Path, base: Path, teacher: Path) -> Path:
             "split": {"dev": 0.1, "test": 0.3},
         },
         "mining": {
-            "teacher": str(teacher),
+            "teachers": [str(teacher)],
             "top_k": 20,
-            "negatives": 2,
-            "margin_ratio": 1.0,
+            "selection": {"negatives": 2, "margin_ratio": 1.0},
             "max_query_tokens": 32,
         },
         "encoder": {"base": str(base), "max_query_tokens": 64, "max_document_tokens": 64},
@@ -100,6 +99,7 @@ def test_the_whole_run_then_nothing_left_to_build(ray_local, tiny_llama, tiny_mo
         "corpus",
         "encoder",
         "mining",
+        "examples",
         "training/alpha/pretrain",
         "training/beta/pretrain",
         "merged",
@@ -133,7 +133,7 @@ def test_the_whole_run_then_nothing_left_to_build(ray_local, tiny_llama, tiny_mo
 def test_a_stage_without_its_inputs_says_which_command_builds_them(tiny_llama, tiny_model, tmp_path):
     run = load(write_config(tmp_path, tiny_llama, tiny_model), "local", CLUSTER, [])
     with pytest.raises(
-        DataError, match="mining: missing or built from another config; run `embedloom mine` first"
+        DataError, match="examples: missing or built from another config; run `embedloom mine` first"
     ):
         execute(run, "train", dry_run=False)
 
@@ -141,5 +141,5 @@ def test_a_stage_without_its_inputs_says_which_command_builds_them(tiny_llama, t
 def test_dry_run_starts_and_writes_nothing(tiny_llama, tiny_model, tmp_path):
     run = load(write_config(tmp_path, tiny_llama, tiny_model), "local", CLUSTER, [])
     plan = execute(run, None, dry_run=True)
-    assert "0 of 8 artefacts finished" in plan
+    assert "0 of 9 artefacts finished" in plan
     assert not (tmp_path / "runs").exists()

@@ -60,7 +60,7 @@ def test_summary_has_stages_scores_and_gate(tmp_path):
     }  # fmt: skip
     assert summary["stages"]["merged"]["rows"] is None
     assert set(summary["stages"]) == {
-        "corpus", "encoder", "synthesis", "mining", "training/a/pretrain", "training/a/finetune",
+        "corpus", "encoder", "synthesis", "mining", "examples", "training/a/pretrain", "training/a/finetune",
         "training/b/pretrain", "training/b/finetune", "merged", "evaluation",
     }  # fmt: skip
     assert summary["scores"] == {
@@ -88,7 +88,7 @@ def test_page_is_one_well_formed_file_without_scripts_or_outside_assets(tmp_path
         "teacher minilm-l6",
         "heldout: nDCG@10, 1,200 queries, 1,500 documents",
         "not run",
-        "10 of 10",
+        "11 of 11",
     ):
         assert shown in page.text, shown
 

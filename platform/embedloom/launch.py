@@ -45,7 +45,9 @@ def preflight(run: Run, verbs: set[str]) -> None:
     if verbs & {"encoder", "corpus"}:
         check_model_name(config.encoder.base, "encoder.base")
     if verbs & {"mine", "evaluate"}:
-        check_model_name(config.mining.teacher, "mining.teacher")
+        for index, teacher in enumerate(config.mining.teachers):
+            if teacher.engine != "openai":
+                check_model_name(teacher.model, f"mining.teachers.{index}")
     if "synthesize" in verbs and config.synthesis is not None:
         for index, generator in enumerate(config.synthesis.generators):
             check_model_name(generator.model, f"synthesis.generators.{index}.model")

@@ -9,7 +9,7 @@ from embedloom.artefacts import MANIFEST_FILE, Artefact
 from embedloom.errors import DataError
 from embedloom.storage import Place
 
-_FIXED = ("corpus", "encoder", "synthesis", "mining", "merged", "evaluation", "vectors")
+_FIXED = ("corpus", "encoder", "synthesis", "mining", "examples", "merged", "evaluation", "vectors")
 _PREVIEW = 160  # characters of a text
 _LISTED = 5  # pairs of a document, negatives of an example
 # kind of row -> (artefact, folder) where such rows are
@@ -21,9 +21,14 @@ _TABLES = {
         ("corpus", "pairs/test"),
         ("synthesis", "pairs"),
     ),
-    "example": (("mining", "examples"),),
+    "example": (("examples", "examples"),),
     "candidates": (("mining", "candidates"),),
-    "reject": (("corpus", "rejects"), ("synthesis", "rejects"), ("mining", "rejects")),
+    "reject": (
+        ("corpus", "rejects"),
+        ("synthesis", "rejects"),
+        ("mining", "rejects"),
+        ("examples", "rejects"),
+    ),
 }
 
 Row = dict[str, Any]

@@ -1,6 +1,6 @@
 """The spine: every artefact of a run, what it is made from, and how it is built.
 
-    corpus ─► synthesis ─► mining ─► training/<candidate>/<stage> ─► merged ─► evaluation, vectors
+    corpus ─► synthesis ─► mining ─► examples ─► training/<candidate>/<stage> ─► merged ─► evaluation, vectors
                  encoder (the untrained base) ─┘
 
 A node's fingerprint follows from its config and its inputs' fingerprints alone, so what is finished, stale or
@@ -78,7 +78,10 @@ def graph(run: Run) -> dict[str, Node]:
             Node("synthesis", "synthesize", (config.synthesis, config.run.seed), ("corpus",), _synthesis)
         )
     pairs = tuple(node.name for node in nodes if node.name in ("corpus", "synthesis"))
-    nodes.append(Node("mining", "mine", (config.mining,), pairs, _mining))
+    found = config.mining.model_dump(mode="json", exclude={"selection", "audit", "memory_gib"})
+    nodes.append(Node("mining", "mine", (found,), pairs, _mining))
+    rules = (config.mining.selection, config.mining.audit)
+    nodes.append(Node("examples", "mine", rules, ("mining", "corpus"), _examples))
     trained: list[str] = []
     shared = config.training.model_dump(
         mode="json", exclude={"candidates", "stages", "max_failures", "checkpoints_kept"}
@@ -87,7 +90,7 @@ def graph(run: Run) -> dict[str, Node]:
         start = "encoder"
         for stage in config.training.stages:
             name = f"training/{candidate.name}/{stage.name}"
-            nodes.append(Node(name, "train", (shared, candidate, stage), ("mining", start), _training))
+            nodes.append(Node(name, "train", (shared, candidate, stage), ("examples", start), _training))
             start = name
         trained.append(start)
     nodes.append(Node("merged", "merge", (config.merging,), tuple(trained), _merged))
@@ -95,7 +98,7 @@ def graph(run: Run) -> dict[str, Node]:
         Node(
             "evaluation",
             "evaluate",
-            (config.evaluation, config.mining.teacher),
+            (config.evaluation, config.mining.teachers[0].model),
             ("corpus", "encoder", *trained, "merged"),
             _evaluation,
         )
@@ -227,12 +230,21 @@ def _synthesis(run: Run, inputs: Inputs, out: ArtefactWriter) -> Artefact:
 
 
 def _mining(run: Run, inputs: Inputs, out: ArtefactWriter) -> Artefact:
-    from embedloom.encoder.registry import resolve_model
     from embedloom.mining.stage import mine
+    from embedloom.mining.teachers import teacher_sources
 
     others = [artefact for name, artefact in inputs.items() if name != "corpus"]
-    teacher = resolve_model(run.config.mining.teacher)
-    return mine(run.config.mining, inputs["corpus"], others, teacher, run.profile.stages.mining, out)
+    config = run.config.mining
+    return mine(config, inputs["corpus"], others, teacher_sources(config), run.profile.stages.mining, out)
+
+
+def _examples(run: Run, inputs: Inputs, out: ArtefactWriter) -> Artefact:
+    from embedloom.mining.stage import build_examples
+    from embedloom.mining.teachers import judge_source
+
+    config = run.config.mining
+    judge = judge_source(config)
+    return build_examples(config, inputs["mining"], inputs["corpus"], judge, run.profile.stages.mining, out)
 
 
 def _training(run: Run, inputs: Inputs, out: ArtefactWriter) -> Artefact:
@@ -242,13 +254,13 @@ def _training(run: Run, inputs: Inputs, out: ArtefactWriter) -> Artefact:
     config = run.config.training
     candidate = next(c for c in config.candidates if c.name == candidate_name)
     stage = next(s for s in config.stages if s.name == stage_name)
-    start = next(artefact for name, artefact in inputs.items() if name != "mining")
+    start = next(artefact for name, artefact in inputs.items() if name != "examples")
     return train_stage(
         config,
         stage,
         candidate,
         model_folder(start),
-        inputs["mining"],
+        inputs["examples"],
         run.profile.stages.training,
         run.config.encoder.dtype,
         out,
@@ -270,7 +282,7 @@ def _evaluation(run: Run, inputs: Inputs, out: ArtefactWriter) -> Artefact:
     models = {"base": model_folder(inputs["encoder"])}
     models |= {c.name: model_folder(inputs[f"training/{c.name}/{last}"]) for c in config.training.candidates}
     models["merged"] = model_folder(inputs["merged"])
-    teacher = config.mining.teacher
+    teacher = config.mining.teachers[0].model
     baseline = (teacher, resolve_model(teacher)) if "teacher" in config.evaluation.baselines else None
     return evaluate(
         config.evaluation,

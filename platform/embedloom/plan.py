@@ -62,7 +62,9 @@ def _planned_work(run: Run, name: str) -> str:
         models = ", ".join(f"{generator.model} x{generator.weight:g}" for generator in section.generators)
         return f"{section.documents:,} documents x {section.queries_per_document} queries by {models}"
     if name == "mining":
-        return f"teacher {config.mining.teacher}, top {config.mining.top_k}"
+        return f"teachers {', '.join(t.model for t in config.mining.teachers)}, top {config.mining.top_k}"
+    if name == "examples":
+        return f"{config.mining.selection.method}, {config.mining.selection.negatives} negatives"
     if name.startswith("training/"):
         stage = next(s for s in config.training.stages if s.name == name.rsplit("/", 1)[1])
         steps = f"{stage.max_steps:,} steps" if stage.max_steps else f"{stage.epochs:g} epochs"

@@ -31,19 +31,28 @@ def test_shipped_cluster_config_loads_and_describes_64_gpus():
     ("override", "message"),
     [
         (
-            "mining.marginratio=0.9",
-            r"mining\.marginratio: unknown key; the nearest valid key is 'margin_ratio'",
+            "mining.selection.marginratio=0.9",
+            r"mining\.selection\.marginratio: unknown key; the nearest valid key is 'margin_ratio'",
         ),
         (
             "training.stages.0.negativs=2",
             r"training\.stages\.0\.negativs: unknown key; the nearest valid key is 'negatives'",
         ),
-        ("mining.margin_ratio=1.5", r"mining\.margin_ratio: .*less than or equal to 1 \(seen: 1\.5\)"),
+        (
+            "mining.selection.margin_ratio=1.5",
+            r"mining\.selection\.margin_ratio: .*less than or equal to 1 \(seen: 1\.5\)",
+        ),
         (
             "training.mix={public: 0.5, web: 0.5}",
             r"unknown origin 'web' in mix; allowed: \['public', 'synthetic', 'in_domain'\]",
         ),
-        ("mining.negatives=1", "training.stages use up to 4 negatives, but mining.negatives keeps 1"),
+        (
+            "mining.selection.negatives=1",
+            "training.stages use up to 4 negatives, but mining.selection.negatives keeps 1",
+        ),
+        ("mining.selection.sample_from=2", "sample_from is 2, below negatives 4"),
+        ("mining.selection.min_negatives=5", "min_negatives is 5, above negatives 4"),
+        ("mining.teachers=[a, b, a]", "teachers must be different models"),
         ("synthesis=null", "training.mix.synthetic is above 0, but the config has no synthesis section"),
         ("encoder.template=hello", r"encoder\.template: template must contain \{text\}"),
         ("corpus.sources=[]", r"corpus\.sources: .*at least 1"),

@@ -6,8 +6,6 @@ import pytest
 from embedloom.errors import DataError
 from embedloom.mining.documents import DocumentTexts
 from embedloom.records import table_from_rows
-from embedloom.retrieval.embed import vector_table
-from embedloom.retrieval.vectors import VectorStore
 from embedloom.storage import Place
 from fakes_mining import document_row
 
@@ -17,19 +15,14 @@ ROWS = [
 ]  # fmt: skip
 
 
-def store(place, ids):
-    vectors = np.eye(len(ids), dtype=np.float32)
-    place.write_table("vectors/part-000000.parquet", vector_table(ids, vectors, "c", "m", 1))
-    return VectorStore(place, "vectors")
-
-
 @pytest.mark.parametrize("memory_bytes", [0, 2**20])
 def test_texts_and_equal_texts_by_position(tmp_path, memory_bytes):
     place = Place(str(tmp_path))
     place.write_table("documents/part-000000.parquet", table_from_rows("documents", ROWS[:3]))
-    place.write_table("documents/part-000001.parquet", table_from_rows("documents", ROWS[3:]))
-    texts = DocumentTexts(place, "documents", store(place, list("ebdca")), memory_bytes)
+    place.write_table("more/part-000000.parquet", table_from_rows("documents", ROWS[3:]))
+    texts = DocumentTexts([(place, "documents"), (place, "more")], memory_bytes)
     # positions are ranks of the ids: a 0, b 1, c 2, d 3, e 4; "same" + "words" is the text of a, c and e
+    assert texts.find(["d", "nobody", "a"]).tolist() == [3, -1, 0]
     assert texts.texts([4, 1, 1, 0]) == {0: "same words", 1: "x title only differs", 4: "same words"}
     assert texts.same_text(np.arange(5)).tolist() == [0, 1, 0, 3, 0]
     assert texts.position_of("same words") == 0
@@ -37,10 +30,9 @@ def test_texts_and_equal_texts_by_position(tmp_path, memory_bytes):
     assert texts.position_of("nowhere") is None
 
 
-def test_documents_and_vectors_must_match(tmp_path):
+def test_a_candidate_of_another_corpus_is_refused(tmp_path):
     place = Place(str(tmp_path))
     place.write_table("documents/part-000000.parquet", table_from_rows("documents", ROWS))
-    with pytest.raises(DataError, match="document 'e' has no vector"):
-        DocumentTexts(place, "documents", store(place, list("abcd")))
-    with pytest.raises(DataError, match="vector 'f' belongs to no document"):
-        DocumentTexts(place, "documents", store(place, list("abcdef")))
+    texts = DocumentTexts([(place, "documents")])
+    with pytest.raises(DataError, match="no document of the corpus"):
+        texts.same_text(texts.find(["a", "stranger"]))

@@ -25,8 +25,9 @@ def test_parts_cross_artefacts_and_keep_order(tmp_path):
     out, counts, rows = written(tmp_path, natural, synthetic)
     assert [row["id"] for row in rows] == ["n0", "n1", "n2", "s0", "s1"]
     assert [row["part"] for row in rows] == [f"part-00000{n}.parquet" for n in (0, 0, 1, 1, 2)]
-    assert counts == {"rows": 5, "inline": 0, "pairs": {"public": 3, "synthetic": 2}}
-    assert not out.exists("inline_documents")
+    assert (counts["rows"], counts["pairs"]) == (5, {"public": 3, "synthetic": 2})
+    assert counts["parts"] == {"corpus": [f"part-00000{n}.parquet" for n in range(3)]}
+    assert counts["given"] == [] and not out.exists("given")
 
 
 def test_one_query_text_knows_all_its_positives(tmp_path):
@@ -42,10 +43,64 @@ def test_given_texts_the_corpus_lacks_are_listed_once(tmp_path):
         pair_row("n2", "c", "stranger", positive="label no", negatives=["label yes"]),
     ]
     out, counts, _ = written(tmp_path, pairs)
-    table = out.read_tables("inline_documents").to_pylist()
+    table = out.read_tables("given/unsearched").to_pylist()
     assert [row["text"] for row in table] == ["label yes", "label no", "label maybe"]
-    assert [row["id"] for row in table] == [inline_id(row["text"]) for row in table]
-    assert counts["inline"] == 3
+    assert [row["id"] for row in table] == [inline_id(row["text"], "retrieval", "") for row in table]
+    assert counts["given"] == ["unsearched"]
+
+
+def test_labels_without_negatives_get_wrong_ones_of_their_own_task(tmp_path):
+    """Three labels of one task, two of another; a label is embedded bare, so its task type is retrieval."""
+    mood = [("joy", "Name the mood"), ("anger", "Name the mood"), ("fear", "Name the mood")]
+    tongue = [("French", "Name the language"), ("Dutch", "Name the language")]
+    pairs = [
+        pair_row(f"p{n}", f"text {n}", "none", positive=label, task_type="classification", instruction=task)
+        for n, (label, task) in enumerate([*mood, *tongue])
+    ]
+    out, _, rows = written(tmp_path, pairs, shard_rows=9)
+    wrong = {row["positive"]: set(row["negatives"]) for row in rows}
+    moods = {"joy", "anger", "fear"}
+    assert wrong == {label: moods - {label} for label in moods} | {"French": {"Dutch"}, "Dutch": {"French"}}
+    assert {row["task_type"] for row in out.read_tables("given/unsearched").to_pylist()} == {"retrieval"}
+
+
+def test_texts_that_stand_opposite_each_other_are_searched_among_themselves(tmp_path):
+    """STS and bitext pairs that the corpus does not hold: a collection per dataset and task type, instructed texts."""
+    pairs = [pair_row(f"s{n}", f"left {n}", "none", positive=f"right {n}", task_type="sts") for n in range(3)]
+    pairs += [pair_row("b0", "hello", "none", positive="bonjour", task_type="bitext")]
+    pairs += [pair_row("b1", "hello you", "none", positive="salut", negatives=["tout"], task_type="bitext")]
+    pairs += [pair_row("s9", "left 9", "d1", task_type="sts"), pair_row("r0", "query", "d0")]
+    out, counts, rows = written(tmp_path, pairs, shard_rows=9)
+    of = {row["id"]: row["collection"] for row in rows}
+    assert of == {"s0": "public-sts", "s1": "public-sts", "s2": "public-sts", "b0": "public-bitext",
+                  "b1": "corpus", "s9": "corpus", "r0": "corpus"}  # fmt: skip
+    assert sorted(counts["given"]) == ["public-bitext", "public-sts", "unsearched"]
+    texts = out.read_tables("given/public-sts").to_pylist()
+    assert [row["text"] for row in texts] == ["right 0", "right 1", "right 2"]
+    assert {row["task_type"] for row in texts} == {"sts"}
+    assert {row["document_id"] for row in rows if row["collection"] == "public-sts"} == {
+        row["id"] for row in texts
+    }
+    for names in counts["parts"].values():
+        assert all(
+            len({row["collection"] for row in out.read_table(f"queries/{name}").to_pylist()}) == 1
+            for name in names
+        )
+
+
+def test_unusable_pairs_are_counted(tmp_path):
+    pairs = [
+        pair_row("a", " ", "d0"),
+        pair_row("b", "x", "none"),
+        pair_row("c", "x", "none", positive=" "),
+        pair_row("d", "y", "d1"),
+    ]
+    out, counts, rows = written(tmp_path, pairs)
+    assert [row["id"] for row in rows] == ["d"]
+    assert counts["rejects"] == {"empty_positive": 1, "empty_query": 1, "positive_not_in_corpus": 1}
+    assert {row["id"]: row["reason"] for row in out.read_tables("rejects").to_pylist()} == {
+        "a": "empty_query", "b": "positive_not_in_corpus", "c": "empty_positive",
+    }  # fmt: skip
 
 
 def test_finished_queries_are_not_written_again(tmp_path):
@@ -72,7 +127,7 @@ def test_no_pairs_at_all_is_refused(tmp_path):
     with pytest.raises(DataError, match="no pairs in"):
         pair_files(corpus, [])
     empty = make_synthesis(tmp_path / "synthesis", [])
-    with pytest.raises(DataError, match="no pair in"):
+    with pytest.raises(DataError, match="no usable pair in"):
         write_queries(
             pair_files(corpus, [empty]), (corpus.place, "documents/train"), Place(str(tmp_path / "o")), 2
         )

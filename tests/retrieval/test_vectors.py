@@ -5,9 +5,11 @@ import pyarrow as pa
 import pytest
 
 from embedloom.errors import DataError
+from embedloom.retrieval import vectors as vectors_module
 from embedloom.retrieval.embed import vector_table
 from embedloom.retrieval.search import top_k
-from embedloom.retrieval.vectors import VectorStore, check_same_contract, read_vector_file
+from embedloom.retrieval.vector_files import check_same_contract, read_vector_file
+from embedloom.retrieval.vectors import VectorCatalogue, VectorStore
 from embedloom.storage import Place
 
 IDS = [f"d{number:03d}" for number in range(90)]
@@ -28,26 +30,35 @@ def write(place, ids, vectors, parts, contract="c1", dtype="float32", folder="v"
 
 @pytest.mark.parametrize("parts", [1, 2, 3, 7])
 @pytest.mark.parametrize("memory_bytes", [0, 2**30])
-def test_search_does_not_depend_on_files_order_or_memory(tmp_path, vectors, parts, memory_bytes):
+def test_search_does_not_depend_on_files_order_or_memory(tmp_path, vectors, parts, memory_bytes, monkeypatch):
     place = Place(str(tmp_path))
     order = np.random.default_rng(parts).permutation(90)
     write(place, [IDS[row] for row in order], vectors[order], parts)
-    store = VectorStore(place, "v", memory_bytes)
+    monkeypatch.setattr(vectors_module, "BLOCK_ROWS", 20)
+    catalogue = VectorCatalogue.read(place, "v")
+    store = VectorStore(catalogue, memory_bytes)
+    assert len(catalogue.blocks(20)) == {1: 1, 2: 2, 3: 3, 7: 4}[parts]
     found = store.search(vectors[:10], 15)
     expected = top_k(vectors[:10], vectors, 15)  # IDS are in order, so the row is the rank
     np.testing.assert_array_equal(found.positions, expected.positions)
     assert found.scores.tobytes() == expected.scores.tobytes()
-    assert store.names(found.positions[0]) == [IDS[row] for row in expected.positions[0]]
+    assert catalogue.ids.take(pa.array(found.positions[0])).to_pylist() == [
+        IDS[row] for row in expected.positions[0]
+    ]
 
 
-def test_find_and_take(tmp_path, vectors):
+def test_find_and_score_pairs(tmp_path, vectors):
     place = Place(str(tmp_path))
     write(place, IDS[::-1], vectors[::-1], 4)
-    store = VectorStore(place, "v")
-    positions = store.find(["d089", "nobody", "d000", "d007", "d089"])
+    catalogue = VectorCatalogue.read(place, "v")
+    positions = catalogue.find(["d089", "nobody", "d000", "d007", "d089"])
     assert positions.tolist() == [89, -1, 0, 7, 89]
-    np.testing.assert_array_equal(store.take(positions[positions >= 0]), vectors[[89, 0, 7, 89]])
-    assert len(store) == 90
+    rows = np.array([0, 0, 1, 1, 1])
+    found, scores = VectorStore(catalogue).search_and_score(vectors[:2], 0, rows, positions)
+    assert found.positions.shape == (2, 0) and np.isnan(scores[1])
+    expected = (vectors[rows].astype(np.float64) * vectors[positions].astype(np.float64)).sum(axis=1)
+    np.testing.assert_array_equal(scores[[0, 2, 3, 4]], expected[[0, 2, 3, 4]].astype(np.float32))
+    assert len(catalogue) == 90
 
 
 def test_half_precision_files_are_searched_as_stored(tmp_path, vectors):
@@ -55,7 +66,8 @@ def test_half_precision_files_are_searched_as_stored(tmp_path, vectors):
     write(place, IDS, vectors, 2, dtype="float16")
     half = vectors.astype(np.float16).astype(np.float32)
     np.testing.assert_array_equal(
-        VectorStore(place, "v").search(vectors[:3], 5).scores, top_k(vectors[:3], half, 5).scores
+        VectorStore(VectorCatalogue.read(place, "v")).search(vectors[:3], 5).scores,
+        top_k(vectors[:3], half, 5).scores,
     )
 
 
@@ -64,7 +76,7 @@ def test_other_contract_between_files_is_named(tmp_path, vectors):
     write(place, IDS, vectors, 1, contract="aaaa")
     place.write_table("v/part-000001.parquet", vector_table(["x"], vectors[:1], "bbbb", "m", 1))
     with pytest.raises(DataError, match=r"'bbbb'.*'aaaa'"):
-        VectorStore(place, "v")
+        VectorCatalogue.read(place, "v")
 
 
 def test_other_contract_between_queries_and_documents_names_both():
@@ -81,7 +93,7 @@ def test_mixed_dimensions_are_named(tmp_path, vectors):
         DataError,
         match=r"part-000001.parquet: column 'vector' has 5 dimensions, v/part-000000.parquet has 12",
     ):
-        VectorStore(place, "v")
+        VectorCatalogue.read(place, "v")
 
 
 def test_ragged_lists_name_the_id(tmp_path):
@@ -99,7 +111,7 @@ def test_bad_vector_names_its_id(tmp_path, vectors, bad):
     broken[33] = bad
     write(place, IDS, broken, 2)
     with pytest.raises(DataError, match=r"part-000000\.parquet: the vector of id 'd033' is"):
-        VectorStore(place, "v").search(vectors[:1], 2)
+        VectorStore(VectorCatalogue.read(place, "v")).search(vectors[:1], 2)
     with pytest.raises(DataError, match="id 'd033'"):
         read_vector_file(place, "v/part-000000.parquet")
 
@@ -107,17 +119,17 @@ def test_bad_vector_names_its_id(tmp_path, vectors, bad):
 def test_missing_pieces_are_named(tmp_path, vectors):
     place = Place(str(tmp_path))
     with pytest.raises(DataError, match="no Parquet file"):
-        VectorStore(place, "v")
+        VectorCatalogue.read(place, "v")
     place.write_table("a/part-0.parquet", pa.table({"id": ["a"]}))
     with pytest.raises(DataError, match="no column 'vector'"):
-        VectorStore(place, "a")
+        VectorCatalogue.read(place, "a")
     plain = vector_table(["a"], vectors[:1], "c", "m", 1).replace_schema_metadata(None)
     place.write_table("b/part-0.parquet", plain)
     with pytest.raises(DataError, match="no contract_hash"):
-        VectorStore(place, "b")
+        VectorCatalogue.read(place, "b")
     place.write_table("c/part-0.parquet", vector_table(["a", "a"], vectors[:2], "c", "m", 1))
     with pytest.raises(DataError, match="id 'a' stands twice"):
-        VectorStore(place, "c")
+        VectorCatalogue.read(place, "c")
     place.write_table("d/part-0.parquet", pa.table({"id": ["a"], "vector": ["text"]}))
     with pytest.raises(DataError, match="column 'vector' is string"):
         read_vector_file(place, "d/part-0.parquet")

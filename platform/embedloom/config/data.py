@@ -1,11 +1,10 @@
-"""Sections about texts: corpus, synthesis, mining."""
+"""Sections about texts: corpus and synthesis."""
 
 from typing import Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from embedloom.config.base import FrozenConfig
-from embedloom.instructions import DEFAULT_INSTRUCTIONS
 
 SourceFormat = Literal["python_docs", "parquet", "jsonl", "csv", "text", "beir", "huggingface"]
 
@@ -97,31 +96,3 @@ class SynthesisConfig(FrozenConfig):
     shard_rows: int = Field(default=128, ge=1)  # documents per exactly-once shard
     max_reject_share: float = Field(default=0.5, gt=0, le=1)  # above it the stage fails instead of going on
     task_type: Literal["retrieval"] = "retrieval"
-
-
-class MiningConfig(FrozenConfig):
-    """Hard negatives by a teacher, positive-aware (NV-Retriever, arXiv 2407.15831, TopK-PercPos)."""
-
-    teacher: str
-    top_k: int = Field(default=50, ge=1)  # candidates kept per query, all with their scores
-    negatives: int = Field(default=4, ge=1)  # selected per example
-    margin_ratio: float = Field(
-        default=0.95, gt=0, le=1
-    )  # keep a negative iff score < ratio x positive's score
-    max_query_tokens: int = Field(default=64, ge=8)
-    max_document_tokens: int = Field(default=256, ge=8)
-    shard_rows: int = Field(default=2048, ge=1)
-    instructions: dict[str, str] = Field(default_factory=lambda: dict(DEFAULT_INSTRUCTIONS))
-
-    @field_validator("top_k")
-    @classmethod
-    def _top_k_is_bounded(cls, value: int) -> int:
-        if value > 2048:
-            raise ValueError("top_k above 2048 is beyond what FAISS selects on a GPU; allowed: 1 to 2048")
-        return value
-
-    @model_validator(mode="after")
-    def _candidates_cover_negatives(self) -> "MiningConfig":
-        if self.top_k <= self.negatives:
-            raise ValueError(f"top_k is {self.top_k}, it must be above negatives ({self.negatives})")
-        return self

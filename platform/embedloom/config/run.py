@@ -6,7 +6,8 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from embedloom.config.base import FrozenConfig, apply_overrides, read_yaml, validate
-from embedloom.config.data import CorpusConfig, MiningConfig, SynthesisConfig
+from embedloom.config.data import CorpusConfig, SynthesisConfig
+from embedloom.config.mining import MiningConfig
 from embedloom.config.model import EncoderConfig, MergingConfig, TrainingConfig
 from embedloom.config.use import EmbeddingConfig, EvaluationConfig, ServingConfig
 
@@ -39,9 +40,9 @@ class RunConfig(FrozenConfig):
         if self.synthesis is None and self.training.mix.get("synthetic", 0.0) > 0:
             raise ValueError("training.mix.synthetic is above 0, but the config has no synthesis section")
         most = max(stage.negatives for stage in self.training.stages)
-        if most > self.mining.negatives:
+        if most > self.mining.selection.negatives:
             raise ValueError(
-                f"training.stages use up to {most} negatives, but mining.negatives keeps {self.mining.negatives}"
+                f"training.stages use up to {most} negatives, but mining.selection.negatives keeps {self.mining.selection.negatives}"
             )
         return self
 

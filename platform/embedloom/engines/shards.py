@@ -49,10 +49,12 @@ class Shard:
         return PART_PATTERN.format(self.index)
 
 
-def plan_shards(files: list[tuple[str, int]], shard_rows: int, first_part: int = 0) -> list[Shard]:
+def plan_shards(
+    files: list[tuple[str, int]], shard_rows: int, first_part: int = 0, by_file: bool = False
+) -> list[Shard]:
     """Cut files, given as (name, row count) in order, into shards of ``shard_rows`` (the last may be shorter).
 
-    Part numbers count up from ``first_part``.
+    Part numbers count up from ``first_part``; ``by_file`` starts a new shard at every file.
     """
     shards: list[Shard] = []
     pieces: list[Piece] = []
@@ -64,7 +66,7 @@ def plan_shards(files: list[tuple[str, int]], shard_rows: int, first_part: int =
             pieces.append(Piece(name, start, stop))
             room -= stop - start
             start = stop
-            if room == 0:
+            if room == 0 or (by_file and start == rows):
                 shards.append(Shard(first_part + len(shards), tuple(pieces)))
                 pieces, room = [], shard_rows
     if pieces:
@@ -100,8 +102,9 @@ def run_sharded(
     pool: PoolConfig,
     unit: str = "rows",
     first_part: int = 0,
+    by_file: bool = False,
 ) -> list[str]:
-    """Stream every missing shard through an actor pool and return the names of all finished parts.
+    """Stream every missing shard through an actor pool.
 
     Args:
         stage: name on the progress lines and in errors.
@@ -113,9 +116,10 @@ def run_sharded(
         pool: actors and what each reserves.
         unit: what a row is, on the progress lines.
         first_part: number of the first part, where several calls share the output folders.
+        by_file: no shard holds rows of two files.
 
     Returns:
-        The names of all parts of this call, in order.
+        The names of all finished parts of this call, in order.
 
     Raises:
         StageError: a worker failed for another reason than bad input.
@@ -123,15 +127,11 @@ def run_sharded(
     """
     folders = (source_folder,) if isinstance(source_folder, str) else source_folder
     files = [file for folder in folders for file in parquet_rows(source, folder)]
-    shards = plan_shards(files, shard_rows, first_part)
+    shards = plan_shards(files, shard_rows, first_part, by_file)
     finished = set(output.names(done_folder, ".parquet"))
     missing = [shard for shard in shards if f"{done_folder}/{shard.part}" not in finished]
-    progress = Progress(
-        stage,
-        sum(shard.rows for shard in shards),
-        unit,
-        done=sum(s.rows for s in shards) - sum(s.rows for s in missing),
-    )
+    total, left = sum(shard.rows for shard in shards), sum(shard.rows for shard in missing)
+    progress = Progress(stage, total, unit, done=total - left)
     if missing:
         finished_items = stream(
             stage=stage,

@@ -1,4 +1,4 @@
-"""The texts behind the document vectors, by position, without holding the corpus in memory."""
+"""The texts behind document ids, without holding the corpus in memory."""
 
 import hashlib
 from collections.abc import Iterable
@@ -6,57 +6,64 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from embedloom.errors import DataError
 from embedloom.instructions import document_text
 from embedloom.retrieval.exact import Positions
 from embedloom.retrieval.parts import PartReader
-from embedloom.retrieval.vectors import VectorStore
 from embedloom.storage import Place
 
 MEMORY_BYTES = 2**30  # of texts one actor keeps; files beyond it are read again
 
 
 class DocumentTexts:
-    """Texts of a documents folder at the positions (ranks of ids) of their vectors."""
+    """Texts of documents folders at positions, which are ranks of ids."""
 
-    def __init__(
-        self, place: Place, folder: str, vectors: VectorStore, memory_bytes: int = MEMORY_BYTES
-    ) -> None:
-        """Read the folder once to learn where each document is and which share a text.
-
-        Raises:
-            DataError: a document without a vector, or a vector without a document.
-        """
-        self._parts = PartReader(place, folder, ["id", "title", "text"], memory_bytes)
-        self._file = np.full(len(vectors), -1, dtype=np.int32)
-        self._row = np.zeros(len(vectors), dtype=np.int64)
-        # 64 bits of a hash: two texts of ten million share one by accident with a chance of 3 in a million, and
-        # then one document is no negative of the other's queries.
-        digests = np.zeros(len(vectors), dtype=np.int64)
-        for number in range(len(self._parts)):
-            table = self._parts.table(number)
-            positions = vectors.find(table.column("id").to_pylist())
-            if (positions < 0).any():
-                stranger = table.column("id")[int(np.flatnonzero(positions < 0)[0])].as_py()
-                raise DataError(
-                    f"{place.uri}/{self._parts.names[number]}: document {stranger!r} has no vector in {vectors.source}"
-                )
-            self._file[positions] = number
-            self._row[positions] = np.arange(len(positions))
-            digests[positions] = [text_digest(text) for text in _texts(table)]
-        if (self._file < 0).any():
-            stranger = vectors.names(np.flatnonzero(self._file < 0)[:1])[0]
-            raise DataError(
-                f"{vectors.source}: vector {stranger!r} belongs to no document of {place.uri}/{folder}"
+    def __init__(self, folders: list[tuple[Place, str]], memory_bytes: int = MEMORY_BYTES) -> None:
+        """Read the folders once to learn where each document is and which share a text."""
+        room = memory_bytes // max(1, len(folders))
+        self._readers = [
+            PartReader(place, folder, ["id", "title", "text"], room) for place, folder in folders
+        ]
+        self._tables = [(reader, number) for reader in self._readers for number in range(len(reader))]
+        ids, files, rows, digests = [], [], [], []
+        for file, (reader, number) in enumerate(self._tables):
+            table = reader.table(number)
+            ids.append(table.column("id").combine_chunks().cast(pa.large_string()))
+            files.append(np.full(table.num_rows, file, dtype=np.int32))
+            rows.append(np.arange(table.num_rows, dtype=np.int64))
+            # 64 bits of a hash: two texts of ten million share one by accident with a chance of 3 in a million,
+            # and then one document is no negative of the other's queries.
+            digests.append(
+                np.fromiter((text_digest(text) for text in _texts(table)), np.int64, table.num_rows)
             )
-        self._digests, first, inverse = np.unique(digests, return_index=True, return_inverse=True)
+        unsorted = pa.concat_arrays(ids) if ids else pa.array([], pa.large_string())
+        order = pc.sort_indices(unsorted).to_numpy()
+        self.ids = unsorted.take(pa.array(order))
+        self._file = np.concatenate([np.empty(0, np.int32), *files])[order]
+        self._row = np.concatenate([np.empty(0, np.int64), *rows])[order]
+        sorted_digests = np.concatenate([np.empty(0, np.int64), *digests])[order]
+        self._digests, first, inverse = np.unique(sorted_digests, return_index=True, return_inverse=True)
         self._first = first.astype(np.int64)
         self._same = self._first[inverse]
 
+    def find(self, ids: Iterable[str]) -> Positions:
+        """Position of each id, -1 where no document has it."""
+        found = pc.index_in(pa.array(ids, pa.large_string()), value_set=self.ids)
+        return np.asarray(pc.fill_null(found, -1).to_numpy(zero_copy_only=False), dtype=np.int64)
+
     def same_text(self, positions: Positions) -> Positions:
-        """The smallest position with the same text, for each of these: equal exactly for equal texts."""
-        return self._same[positions]
+        """The smallest position with the same text, for each of these: equal exactly for equal texts.
+
+        Raises:
+            DataError: a position is -1, so an id came from another corpus.
+        """
+        if (positions < 0).any():
+            raise DataError(
+                "mining: a candidate is no document of the corpus; mine again after changing the corpus"
+            )
+        return np.asarray(self._same[positions])
 
     def position_of(self, text: str) -> int | None:
         """The smallest position with this text, None if no document has it."""
@@ -69,9 +76,10 @@ class DocumentTexts:
         wanted: Positions = np.unique(np.fromiter(positions, dtype=np.int64))
         files = self._file[wanted]
         found: dict[int, str] = {}
-        for number in np.unique(files):
-            here = wanted[files == number]
-            table = self._parts.table(int(number)).take(pa.array(self._row[here]))
+        for file in np.unique(files):
+            here = wanted[files == file]
+            reader, number = self._tables[int(file)]
+            table = reader.table(number).take(pa.array(self._row[here]))
             found.update(zip(here.tolist(), _texts(table), strict=True))
         return found
 

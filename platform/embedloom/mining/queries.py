@@ -1,4 +1,8 @@
-"""Gathering the pairs of all artefacts into one table of queries to mine, in parts of equal size."""
+"""Gathering the pairs of all artefacts into one table of queries to mine, in parts of one collection each.
+
+A collection is what a query's negatives are searched in: ``corpus``, or, for texts that stand opposite each other
+(STS, bitext) and come with the pairs, the other texts of the same dataset and task type.
+"""
 
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -11,14 +15,17 @@ import pyarrow.compute as pc
 from embedloom.artefacts import Artefact
 from embedloom.engines.shards import PART_PATTERN
 from embedloom.errors import DataError
-from embedloom.instructions import check_task_type
+from embedloom.instructions import SYMMETRIC_TASK_TYPES, check_task_type
 from embedloom.mining.documents import text_digest
-from embedloom.records import check_table, content_id
+from embedloom.mining.given import CORPUS, LABEL_TASK_TYPES, GivenTexts, wrong_labels
+from embedloom.records import check_table, content_id, table_from_rows
 from embedloom.storage import Place
 
 QUERIES_FOLDER = "queries"
-INLINE_FOLDER = "inline_documents"
+REJECTS_FOLDER = "rejects"
 COUNTS_FILE = "queries.json"  # written last: the queries are all there
+# Negatives of these come from the dataset's own texts where the corpus does not hold them (recipe of the paper, §3.2).
+_PAIRED_TASK_TYPES = ("sts", "bitext", "pair_classification", "clustering")
 
 _TEXTS = pa.list_(pa.string())
 QUERY_SCHEMA = pa.schema(
@@ -27,15 +34,15 @@ QUERY_SCHEMA = pa.schema(
         ("text", pa.string()),
         ("instruction", pa.string()),
         ("part", pa.string()),  # name of this row's file, which its vectors and results share
-        ("document_id", pa.string()),
+        ("collection", pa.string()),
+        ("document_id", pa.string()),  # of the positive in its collection
         ("known_positives", _TEXTS),  # document ids of every pair with this query text, this one included
-        ("positive", pa.string()),  # given with the pair; used only if the corpus lacks document_id
-        ("negatives", _TEXTS),  # given with the pair; replace mined ones
+        ("positive", pa.string()),  # given with the pair; null if the corpus has document_id
+        ("negatives", _TEXTS),  # given with the pair, or wrong labels; replace mined ones
         ("task_type", pa.string()),
         ("dataset", pa.string()),
     ]
 )
-_INLINE_SCHEMA = pa.schema([("id", pa.string()), ("text", pa.string())])
 _Source = tuple[Place, str]
 
 
@@ -55,7 +62,7 @@ def pair_files(corpus: Artefact, others: list[Artefact]) -> list[_Source]:
 
 
 def write_queries(files: list[_Source], corpus: _Source, out: Place, shard_rows: int) -> dict[str, Any]:
-    """Write ``queries/`` and the given texts the corpus lacks (``inline_documents/``), once.
+    """Write ``queries/``, the texts that come with pairs (``given/<collection>/``) and ``rejects/``, once.
 
     Args:
         files: pairs files in order; all rows of one, then the next.
@@ -64,7 +71,7 @@ def write_queries(files: list[_Source], corpus: _Source, out: Place, shard_rows:
         shard_rows: rows per part.
 
     Returns:
-        ``{"rows", "inline", "pairs": {origin: n}}``.
+        ``{"rows", "pairs": {origin: n}, "rejects": {reason: n}, "parts": {collection: [names]}, "given": [collections]}``.
 
     Raises:
         DataError: a pair id twice, an unknown task type, or no row at all.
@@ -72,63 +79,127 @@ def write_queries(files: list[_Source], corpus: _Source, out: Place, shard_rows:
     if out.exists(COUNTS_FILE):
         return out.read_json(COUNTS_FILE)
     _check_ids(files)
-    shared = _shared_queries(files)
-    origins: Counter[str] = Counter()
-    inline = _InlineDocuments(corpus, out, shard_rows)
-    part = 0
+    writer = _Writer(files, corpus, out, shard_rows)
     for table in _in_parts(files, shard_rows):
-        name = PART_PATTERN.format(part)
-        rows = [_query_row(pair, name, shared) for pair in table.to_pylist()]
-        origins.update(row["dataset"] for row in rows)
-        inline.add(rows)
-        out.write_table(f"{QUERIES_FOLDER}/{name}", pa.Table.from_pylist(rows, schema=QUERY_SCHEMA))
-        part += 1
-    if not part:
+        writer.add(table.to_pylist())
+    counts = writer.finish()
+    if not counts["rows"]:
         raise DataError(
-            f"mining: no pair in {files[0][0].uri}/{files[0][1]} or the {len(files) - 1} files after it"
+            f"mining: no usable pair in {files[0][0].uri}/{files[0][1]} or the {len(files) - 1} files after it; rejects: {counts['rejects']}"
         )
-    counts = {
-        "rows": sum(origins.values()),
-        "inline": inline.finish(),
-        "pairs": dict(sorted(origins.items())),
-    }
     out.write_json(COUNTS_FILE, counts)
     return counts
 
 
-def inline_id(text: str) -> str:
-    """Id of a text that comes with a pair and is no document of the corpus."""
-    return content_id("inline", text)
+def inline_id(text: str, task_type: str, instruction: str) -> str:
+    """Id of a text that comes with a pair; the instruction belongs to it where documents carry one."""
+    return content_id("inline", text, task_type, instruction if task_type in SYMMETRIC_TASK_TYPES else "")
 
 
-def _query_row(pair: dict[str, Any], part: str, shared: dict[str, list[str]]) -> dict[str, Any]:
-    check_task_type(pair["task_type"], f"pair {pair['id']!r}")
-    return {
-        "id": pair["id"],
-        "text": pair["query"],
-        "instruction": pair["instruction"],
-        "part": part,
-        "document_id": pair["document_id"],
-        "known_positives": shared.get(pair["query"], [pair["document_id"]]),
-        "positive": pair["positive"],
-        "negatives": pair["negatives"],
-        "task_type": pair["task_type"],
-        "dataset": pair["origin"],
-    }
+class _Writer:
+    """Sorts pairs into collections and writes a part whenever one is full."""
+
+    def __init__(self, files: list[_Source], corpus: _Source, out: Place, shard_rows: int) -> None:
+        self._out = out
+        self._shard_rows = shard_rows
+        self._shared = _shared_queries(files)
+        self._labels = _label_sets(files)
+        place, folder = corpus
+        names = place.names(folder, ".parquet")
+        ids = [place.read_table(name, ["id"]).column("id").combine_chunks() for name in names]
+        self._corpus_ids = pa.concat_arrays(ids) if ids else pa.array([], pa.string())
+        self._given = GivenTexts(out, shard_rows)
+        self._waiting: dict[str, list[dict[str, Any]]] = {}
+        self._parts: dict[str, list[str]] = {}
+        self._origins: Counter[str] = Counter()
+        self._rejects: list[dict[str, object]] = []
+
+    def add(self, pairs: list[dict[str, Any]]) -> None:
+        """Take some pairs."""
+        known = pc.is_in(
+            pa.array([pair["document_id"] for pair in pairs], pa.string()), value_set=self._corpus_ids
+        )
+        for pair, in_corpus in zip(pairs, known.to_pylist(), strict=True):
+            check_task_type(pair["task_type"], f"pair {pair['id']!r}")
+            reason = _reject_reason(pair, in_corpus)
+            if reason:
+                self._rejects.append({"id": pair["id"], "reason": reason, "detail": pair["document_id"]})
+                continue
+            row = self._row(pair, in_corpus)
+            self._origins[row["dataset"]] += 1
+            self._given.add(row, inline_id)
+            waiting = self._waiting.setdefault(row["collection"], [])
+            waiting.append(row)
+            if len(waiting) == self._shard_rows:
+                self._write(row["collection"])
+
+    def finish(self) -> dict[str, Any]:
+        """Write what is left; the counts."""
+        for collection in list(self._waiting):
+            self._write(collection)
+        self._out.write_table(
+            f"{REJECTS_FOLDER}/{PART_PATTERN.format(0)}", table_from_rows("rejects", self._rejects)
+        )
+        return {
+            "rows": sum(self._origins.values()),
+            "pairs": dict(sorted(self._origins.items())),
+            "rejects": dict(sorted(Counter(row["reason"] for row in self._rejects).items())),
+            "parts": self._parts,
+            "given": self._given.finish(),
+        }
+
+    def _row(self, pair: dict[str, Any], in_corpus: bool) -> dict[str, Any]:
+        positive = None if in_corpus else pair["positive"]
+        negatives = pair["negatives"]
+        if negatives is None and pair["task_type"] in LABEL_TASK_TYPES and positive is not None:
+            negatives = wrong_labels(
+                self._labels[pair["origin"], pair["instruction"]], {positive}, pair["id"]
+            )
+        own = positive is not None and not negatives and pair["task_type"] in _PAIRED_TASK_TYPES
+        collection = f"{pair['origin']}-{pair['task_type']}" if own else CORPUS
+        document_id = (
+            inline_id(positive, pair["task_type"], pair["instruction"])
+            if own and positive
+            else pair["document_id"]
+        )
+        shared = self._shared.get(pair["query"], [pair["document_id"]])
+        return {
+            "id": pair["id"],
+            "text": pair["query"],
+            "instruction": pair["instruction"],
+            "part": "",
+            "collection": collection,
+            "document_id": document_id,
+            "known_positives": [document_id] if own else shared,
+            "positive": positive,
+            "negatives": negatives,
+            "task_type": pair["task_type"],
+            "dataset": pair["origin"],
+        }
+
+    def _write(self, collection: str) -> None:
+        rows = self._waiting.pop(collection)
+        name = PART_PATTERN.format(sum(len(names) for names in self._parts.values()))
+        self._parts.setdefault(collection, []).append(name)
+        table = pa.Table.from_pylist([{**row, "part": name} for row in rows], schema=QUERY_SCHEMA)
+        self._out.write_table(f"{QUERIES_FOLDER}/{name}", table)
+
+
+def _reject_reason(pair: dict[str, Any], in_corpus: bool) -> str | None:
+    if not pair["query"].strip():
+        return "empty_query"
+    if in_corpus:
+        return None
+    if pair["positive"] is None:
+        return "positive_not_in_corpus"
+    return None if pair["positive"].strip() else "empty_positive"
 
 
 def _in_parts(files: list[_Source], rows: int) -> Iterator[pa.Table]:
-    """The pairs of all files in tables of exactly ``rows`` rows, the last shorter."""
-    held: pa.Table | None = None
     for place, name in files:
         table = check_table("pairs", place.read_table(name), f"{place.uri}/{name}")
-        held = table if held is None else pa.concat_tables([held, table])
-        while held.num_rows >= rows:
-            yield held.slice(0, rows)
-            held = held.slice(rows)
-        held = held.combine_chunks()
-    if held is not None and held.num_rows:
-        yield held
+        for start in range(0, table.num_rows, rows):
+            yield table.slice(start, rows)
 
 
 def _rows(files: list[_Source], names: list[str]) -> Iterator[tuple[Any, ...]]:
@@ -168,59 +239,12 @@ def _shared_queries(files: list[_Source]) -> dict[str, list[str]]:
     return {query: sorted(ids) for query, ids in found.items()}
 
 
-class _InlineDocuments:
-    """Texts given with pairs that need a vector of their own, each written once."""
-
-    def __init__(self, corpus: _Source, out: Place, shard_rows: int) -> None:
-        self._corpus = corpus
-        self._out = out
-        self._shard_rows = shard_rows
-        self._known: pa.Array | None = None
-        self._seen: set[str] = set()
-        self._waiting: list[dict[str, str]] = []
-        self._parts = 0
-
-    def add(self, rows: list[dict[str, Any]]) -> None:
-        """Collect the texts of these query rows that the miner will need."""
-        given = [row for row in rows if row["positive"]]
-        missing = dict(
-            zip(
-                (row["id"] for row in given),
-                self._not_in_corpus([row["document_id"] for row in given]),
-                strict=True,
-            )
-        )
-        for row in rows:
-            texts = [row["positive"]] if missing.get(row["id"]) else []
-            for text in [*texts, *(row["negatives"] or [])]:
-                if inline_id(text) not in self._seen:
-                    self._seen.add(inline_id(text))
-                    self._waiting.append({"id": inline_id(text), "text": text})
-        while len(self._waiting) >= self._shard_rows:
-            self._write()
-
-    def finish(self) -> int:
-        """Write what is left and return the number of texts."""
-        if self._waiting:
-            self._write()
-        return len(self._seen)
-
-    def _write(self) -> None:
-        table = pa.Table.from_pylist(self._waiting[: self._shard_rows], schema=_INLINE_SCHEMA)
-        self._out.write_table(f"{INLINE_FOLDER}/{PART_PATTERN.format(self._parts)}", table)
-        self._waiting = self._waiting[self._shard_rows :]
-        self._parts += 1
-
-    def _not_in_corpus(self, ids: list[str]) -> list[bool]:
-        if not ids:
-            return []
-        if self._known is None:
-            place, folder = self._corpus
-            self._known = (
-                pa.concat_tables([place.read_table(name, ["id"]) for name in place.names(folder, ".parquet")])
-                .column("id")
-                .combine_chunks()
-            )
-        return [
-            not known for known in pc.is_in(pa.array(ids, pa.string()), value_set=self._known).to_pylist()
-        ]
+def _label_sets(files: list[_Source]) -> dict[tuple[str, str], list[str]]:
+    """All labels of each classification task, which its dataset and instruction name."""
+    found: dict[tuple[str, str], set[str]] = {}
+    for task_type, origin, instruction, positive, negatives in _rows(
+        files, ["task_type", "origin", "instruction", "positive", "negatives"]
+    ):
+        if task_type in LABEL_TASK_TYPES and positive:
+            found.setdefault((origin, instruction), set()).update([positive, *(negatives or [])])
+    return {task: sorted(labels) for task, labels in found.items()}

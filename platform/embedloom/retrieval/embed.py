@@ -11,7 +11,7 @@ from embedloom.engines.shards import run_sharded
 from embedloom.errors import DataError
 from embedloom.instructions import Side, document_text
 from embedloom.retrieval.embedder import EmbedderSource
-from embedloom.retrieval.vectors import CONTRACT_KEY, MODEL_KEY, TOKENS_KEY
+from embedloom.retrieval.vector_files import CONTRACT_KEY, MODEL_KEY, TOKENS_KEY
 from embedloom.storage import Place
 
 
@@ -121,6 +121,7 @@ def embed_corpus(
     shard_rows: int,
     vector_dtype: str = "float32",
     columns: TextColumns = TextColumns(),
+    by_file: bool = False,
 ) -> dict[str, int]:
     """Embed every row below ``source_folder`` into ``output/done_folder/part-*.parquet``; resumes by shard.
 
@@ -135,6 +136,7 @@ def embed_corpus(
         shard_rows: rows per shard and output file.
         vector_dtype: stored type, ``float32`` or ``float16``.
         columns: which columns hold what.
+        by_file: no file of vectors holds rows of two input files.
 
     Returns:
         ``{"rows": …, "tokens": …}``: rows written and real tokens embedded.
@@ -152,6 +154,7 @@ def embed_corpus(
         ),
         pool=pool,
         unit="texts",
+        by_file=by_file,
     )
     return vector_counts(output, parts)
 

@@ -16,7 +16,7 @@ import torch
 
 from embedloom.encoder.device import has_fast_int8
 from embedloom.errors import DataError, MissingDependency
-from embedloom.retrieval.exact import Matrix, Positions, as_tensor, row_scores
+from embedloom.retrieval.exact import Matrix, Positions, as_tensor, pair_scores, row_scores
 from embedloom.retrieval.int8 import Int8Block
 
 Engine = Literal["auto", "int8", "faiss", "torch"]
@@ -99,6 +99,23 @@ class DocumentBlock:
     def nbytes(self) -> int:
         """Memory it holds, the 8-bit form included."""
         return self._documents.nbytes * 5 // 4 if self._int8 else self._documents.nbytes
+
+    def score_into(self, scores: Matrix, queries: Matrix, rows: Positions, positions: Positions) -> None:
+        """Score the pairs of a query and a document that is in this block.
+
+        Args:
+            scores: float32 [p], written where the document is here.
+            queries: float32 [n, d].
+            rows: [p] query of each pair.
+            positions: [p] document of each pair.
+        """
+        if not len(positions) or not len(self):
+            return
+        order = np.argsort(self._positions)
+        slot = np.minimum(np.searchsorted(self._positions, positions, sorter=order), len(order) - 1)
+        here = order[slot]
+        hit = self._positions[here] == positions
+        scores[hit] = pair_scores(queries[rows[hit]], self._documents[here[hit]])
 
     def search(self, queries: Matrix, k: int, best: TopK | None = None, query_rows: int = 1024) -> TopK:
         """The top k of this block and, if given, of the documents searched before.

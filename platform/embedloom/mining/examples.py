@@ -1,0 +1,231 @@
+"""Training examples out of mined candidates: the selection rules applied, every removal counted."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+
+from embedloom.config.mining import SelectionConfig
+from embedloom.mining.audit import NEAR_DUPLICATE, near_duplicate
+from embedloom.mining.documents import DocumentTexts
+from embedloom.mining.given import CORPUS, GIVEN_FOLDER, LABEL_TASK_TYPES
+from embedloom.mining.select import Selection, blend, query_seed, select_negatives
+from embedloom.mining.teacher_pass import CANDIDATES_FOLDER, DOCUMENTS_FOLDER, SCORES_FOLDER, given_texts
+from embedloom.records import table_from_rows
+from embedloom.storage import Place
+
+EXAMPLES_FOLDER = "examples"
+AUDIT_FOLDER = "audit"
+REJECTS_FOLDER = "rejects"
+SAMPLE_FOLDER = "sample"
+
+AUDIT_SCHEMA = pa.schema(
+    [
+        ("query_id", pa.string()),
+        ("dataset", pa.string()),
+        ("task_type", pa.string()),
+        ("teacher", pa.string()),
+        ("positive_score", pa.float32()),  # lowest of the known positives
+        ("candidates", pa.int32()),
+        ("removed_as_positive", pa.int32()),
+        ("removed_by_margin", pa.int32()),
+        ("removed_by_rank", pa.int32()),
+        ("removed_by_floor", pa.int32()),
+        ("selected", pa.int32()),
+        ("given", pa.bool_()),  # the negatives came with the pair
+        ("naive", pa.int32()),
+        ("naive_removed", pa.int32()),
+        ("gaps", pa.list_(pa.float32())),  # positive_score - score of each selected negative
+        ("near_duplicates", pa.int32()),
+    ]
+)
+SAMPLE_SCHEMA = pa.schema(
+    [
+        ("draw", pa.uint64()),  # a sample of any size is the rows with the smallest
+        ("query", pa.string()),
+        ("query_instruction", pa.string()),
+        ("task_type", pa.string()),
+        ("positive", pa.string()),
+        ("negative", pa.string()),
+        ("kind", pa.string()),
+        ("rank", pa.int32()),
+    ]
+)
+
+
+@dataclass(frozen=True, slots=True)
+class ExampleRules:
+    """What a worker needs to know."""
+
+    selection: SelectionConfig
+    symmetric_task_types: tuple[str, ...]
+    parts: tuple[str, ...]  # of the queries
+    teachers: int
+    given: tuple[str, ...]  # collections of given texts
+    has_corpus: bool
+
+
+@dataclass(frozen=True, slots=True)
+class _Mined:
+    """What one teacher found for one query."""
+
+    ids: list[str]
+    scores: list[float]
+    positive: float
+    lowest: float
+    given: list[float]
+    teacher: str
+
+
+class ExampleWorker:
+    """Actor that turns one part of the queries into examples."""
+
+    def __init__(self, rules: ExampleRules, mined: Place, corpus: Place) -> None:
+        self._rules = rules
+        self._mined = mined
+        folders = [(corpus, DOCUMENTS_FOLDER)] if rules.has_corpus else []
+        self._texts = DocumentTexts([*folders, *((mined, f"{GIVEN_FOLDER}/{name}") for name in rules.given)])
+
+    def __call__(self, rows: pa.Table) -> dict[str, pa.Table]:
+        """Build one part; the examples are named last, so their file marks it done."""
+        queries = rows.to_pylist()
+        found = self._found(queries[0]["part"])
+        positives = self._positives(queries)
+        chosen = [
+            self._select(row, positive, [teacher[number] for teacher in found])
+            for number, (row, positive) in enumerate(zip(queries, positives, strict=True))
+        ]
+        wanted = {key for one in chosen for key in [*one.ids, *one.naive[:1]] if isinstance(key, int)}
+        texts = self._texts.texts(wanted)
+        examples, audit, rejects, sample = [], [], [], []
+        for number, (row, positive, one) in enumerate(zip(queries, positives, chosen, strict=True)):
+            mined = found[0][number]
+            negatives = [texts[key] if isinstance(key, int) else str(key) for key in one.ids]
+            if len(negatives) < self._rules.selection.min_negatives:
+                reason = "too_few_negatives" if negatives else "no_negative_left"
+                rejects.append({"id": row["id"], "reason": reason, "detail": f"{len(negatives)} survived"})
+            else:
+                examples.append(self._example(row, positive, mined, negatives, one.scores))
+            audit.append(_audit_row(row, mined, one, positive, negatives))
+            if not _is_given(row):
+                naive = texts[one.naive[0]] if one.naive else None
+                sample += _sample_rows(row, positive, negatives[:1], [naive] if naive else [])
+        return {
+            REJECTS_FOLDER: table_from_rows("rejects", rejects),
+            AUDIT_FOLDER: pa.Table.from_pylist(audit, schema=AUDIT_SCHEMA),
+            SAMPLE_FOLDER: pa.Table.from_pylist(sample, schema=SAMPLE_SCHEMA),
+            EXAMPLES_FOLDER: table_from_rows("examples", examples),
+        }
+
+    def _found(self, part: str) -> list[list[_Mined]]:
+        """Every teacher's results for this part, query by query."""
+        parts = self._rules.parts
+        names = [
+            f"part-{n * len(parts) + parts.index(part):06d}.parquet" for n in range(self._rules.teachers)
+        ]
+        found = []
+        for name in names:
+            candidates = self._mined.read_table(f"{CANDIDATES_FOLDER}/{name}").to_pylist()
+            scores = self._mined.read_table(f"{SCORES_FOLDER}/{name}").to_pylist()
+            found.append(
+                [
+                    _Mined(c["document_ids"], c["scores"], s["positive_score"], s["lowest_score"], s["given_scores"], s["teacher"])
+                    for c, s in zip(candidates, scores, strict=True)
+                ]
+            )  # fmt: skip
+        return found
+
+    def _positives(self, queries: list[dict[str, Any]]) -> list[str]:
+        positions = self._texts.find([row["document_id"] for row in queries])
+        texts = self._texts.texts(positions[positions >= 0].tolist())
+        return [row["positive"] or texts[int(at)] for at, row in zip(positions, queries, strict=True)]
+
+    def _select(self, row: dict[str, Any], positive: str, mined: list[_Mined]) -> Selection[Any]:
+        """Negatives of one query: positions of documents, or the texts that came with the pair."""
+        rules = self._rules.selection
+        if _is_given(row):
+            texts = given_texts(row)[-len(mined[0].given) :] if mined[0].given else []
+            scored = dict(zip(texts, mined[0].given, strict=True))
+            scored.pop(positive, None)
+            kept = list(scored.items())[: rules.negatives]
+            return Selection([text for text, _ in kept], [score for _, score in kept])
+        known = self._texts.find(row["known_positives"])
+        excluded = {self._texts.position_of(positive), *self._texts.same_text(known[known >= 0]).tolist()}
+        seed = query_seed(row["id"], "negatives")
+        selections = [
+            select_negatives(
+                self._texts.same_text(self._texts.find(one.ids)).tolist(),
+                one.scores,
+                excluded,
+                one.lowest,
+                rules,
+                seed,
+            )
+            for one in mined
+        ]
+        return blend(selections, rules, row["id"])
+
+    def _example(
+        self, row: dict[str, Any], positive: str, mined: _Mined, negatives: list[str], scores: list[float]
+    ) -> dict[str, Any]:
+        symmetric = row["task_type"] in self._rules.symmetric_task_types
+        # A label or a passage is bare; only texts that stand opposite each other both carry the instruction.
+        instructed = symmetric and row["task_type"] not in LABEL_TASK_TYPES
+        return {
+            "id": row["id"],
+            "query": row["text"],
+            "query_instruction": row["instruction"],
+            "positive": positive,
+            "positive_score": mined.positive,
+            "negatives": negatives,
+            "negative_scores": scores,
+            "document_instruction": row["instruction"] if instructed else None,
+            "task_type": row["task_type"],
+            "dataset": row["dataset"],
+        }
+
+
+def _is_given(row: dict[str, Any]) -> bool:
+    """Whether a query's negatives come with it, and the corpus is not searched for them."""
+    return bool(row["negatives"]) or (row["task_type"] in LABEL_TASK_TYPES and row["collection"] == CORPUS)
+
+
+def _audit_row(
+    row: dict[str, Any], mined: _Mined, one: Selection[Any], positive: str, negatives: list[str]
+) -> dict[str, Any]:
+    return {
+        "query_id": row["id"],
+        "dataset": row["dataset"],
+        "task_type": row["task_type"],
+        "teacher": mined.teacher,
+        "positive_score": mined.lowest,
+        "candidates": one.candidates,
+        "removed_as_positive": one.removed_as_positive,
+        "removed_by_margin": one.removed_by_margin,
+        "removed_by_rank": one.removed_by_rank,
+        "removed_by_floor": one.removed_by_floor,
+        "selected": len(one.ids),
+        "given": _is_given(row),
+        "naive": len(one.naive),
+        "naive_removed": one.naive_removed,
+        "gaps": [mined.lowest - score for score in one.scores],
+        "near_duplicates": sum(near_duplicate(positive, text) >= NEAR_DUPLICATE for text in negatives),
+    }
+
+
+def _sample_rows(
+    row: dict[str, Any], positive: str, selected: list[str], naive: list[str]
+) -> list[dict[str, Any]]:
+    common = {
+        "draw": query_seed(row["id"], "audit"),
+        "query": row["text"],
+        "query_instruction": row["instruction"],
+        "task_type": row["task_type"],
+        "positive": positive,
+        "rank": 1,
+    }
+    return [
+        {**common, "negative": text, "kind": kind}
+        for kind, texts in (("selected", selected), ("naive", naive))
+        for text in texts
+    ]

@@ -1,0 +1,130 @@
+"""Vector files: what their schema promises, read with every promise checked."""
+
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from embedloom.errors import DataError
+from embedloom.retrieval.exact import Matrix
+from embedloom.retrieval.search import check_vectors
+from embedloom.storage import Place
+
+# Schema metadata of every vectors file.
+CONTRACT_KEY = b"contract_hash"
+MODEL_KEY = b"model"
+TOKENS_KEY = b"tokens"
+
+
+def read_vector_file(place: Place, name: str) -> tuple[list[str], Matrix, str]:
+    """Ids, float32 [n, dimension] and contract hash of one file.
+
+    Raises:
+        DataError: not a vectors table, or a vector that is zero or not finite, named by id.
+    """
+    table = place.read_table(name)
+    source = f"{place.uri}/{name}"
+    ids = [str(value) for value in id_column(table, source).to_pylist()]
+    vectors = vector_matrix(table, source)
+    check_vectors(vectors, source, ids)
+    return ids, vectors, _contract_hash(table.schema, source)
+
+
+def check_same_contract(queries: tuple[str, str], documents: tuple[str, str]) -> None:
+    """Refuse to compare vectors that went through different prompts.
+
+    Args:
+        queries: name and contract hash of the query vectors.
+        documents: the same of the document vectors.
+
+    Raises:
+        DataError: the hashes differ; both are named.
+    """
+    if queries[1] != documents[1]:
+        raise DataError(
+            f"{queries[0]} has contract_hash {queries[1]!r}, {documents[0]} has {documents[1]!r}; "
+            "vectors of different prompts cannot be compared, embed both with one model"
+        )
+
+
+def vector_matrix(table: pa.Table, source: str) -> Matrix:
+    """Column ``vector`` as float32 [n, d]; without a copy if it is stored so.
+
+    Raises:
+        DataError: no such column, another type, nulls, or lists of different lengths, named by id.
+    """
+    if "vector" not in table.column_names:
+        raise DataError(
+            f"{source}: no column 'vector'; a vectors table has id and vector, found {table.column_names}"
+        )
+    column = table.column("vector")
+    if not (
+        pa.types.is_fixed_size_list(column.type) or pa.types.is_list(column.type)
+    ) or not pa.types.is_floating(column.type.value_type):
+        raise DataError(
+            f"{source}: column 'vector' is {column.type}, expected fixed_size_list of float32 or float16"
+        )
+    lengths = pc.fill_null(pc.list_value_length(column), 0).to_numpy()
+    expected = int(lengths[0]) if len(lengths) else 0
+    if (lengths != expected).any() or (len(lengths) and not expected):
+        row = int(np.flatnonzero((lengths != expected) | (lengths == 0))[0])
+        raise DataError(
+            f"{source}: the vector of id {table.column('id')[row].as_py()!r} has {lengths[row]} dimensions, the first has {expected}"
+        )
+    blocks = [np.asarray(chunk.flatten().to_numpy(zero_copy_only=False)) for chunk in column.chunks]
+    values: np.ndarray[Any, Any] = (
+        blocks[0] if len(blocks) == 1 else np.concatenate([np.empty(0, np.float32), *blocks])
+    )
+    return np.asarray(values, dtype=np.float32).reshape(table.num_rows, -1 if table.num_rows else 0)
+
+
+def id_column(table: pa.Table, source: str) -> pa.Array:
+    """Column ``id`` in one piece; DataError if it is missing or holds nulls."""
+    if "id" not in table.column_names or table.column("id").null_count:
+        raise DataError(
+            f"{source}: a vectors table needs column 'id' without nulls, found {table.column_names}"
+        )
+    return pa.concat_arrays(
+        [chunk.cast(pa.large_string()) for chunk in table.column("id").chunks]
+        or [pa.array([], pa.large_string())]
+    )
+
+
+def _contract_hash(schema: pa.Schema, source: str) -> str:
+    found = (schema.metadata or {}).get(CONTRACT_KEY)
+    if found is None:
+        raise DataError(
+            f"{source}: no {CONTRACT_KEY.decode()} in the file metadata, so how its texts were prompted is unknown"
+        )
+    return str(found.decode())
+
+
+def common_footer(place: Place, names: list[str]) -> tuple[str, int]:
+    """Contract hash and dimension that all files share."""
+    first: tuple[str, int] | None = None
+    for name in names:
+        schema, rows = place.parquet_footer(name)
+        source = f"{place.uri}/{name}"
+        if "vector" not in schema.names:
+            raise DataError(
+                f"{source}: no column 'vector'; a vectors table has id and vector, found {schema.names}"
+            )
+        kind = schema.field("vector").type
+        # A list without a fixed size says its dimension only in its rows.
+        size = (
+            kind.list_size
+            if pa.types.is_fixed_size_list(kind)
+            else vector_matrix(place.read_table(name), source).shape[1]
+        )
+        if rows == 0:
+            continue
+        found = (_contract_hash(schema, source), int(size))
+        first = first or found
+        if found[0] != first[0]:
+            check_same_contract((source, found[0]), (f"{place.uri}/{names[0]}", first[0]))
+        if found[1] != first[1]:
+            raise DataError(f"{source}: column 'vector' has {found[1]} dimensions, {names[0]} has {first[1]}")
+    if first is None:
+        raise DataError(f"{place.uri}: {names[0]} and the files beside it hold no vectors")
+    return first
