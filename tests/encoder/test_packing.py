@@ -4,6 +4,7 @@ import pytest
 import torch
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaModel, MistralConfig, MistralModel
 
+from embedloom.encoder import packing
 from embedloom.encoder.packing import (
     PackedLayout,
     group_lengths,
@@ -94,11 +95,13 @@ def test_attention_without_a_layout_is_an_error_not_a_leak():
         packed_attention(None, states, states, states, None)
 
 
-def test_groups_hold_like_lengths_and_every_token():
-    groups = group_lengths([100, 90, 75, 74, 60, 10, 10, 1])
-    assert [group.lengths for group in groups] == [(100, 90, 75), (74, 60), (10, 10), (1,)]
-    assert [(group.start, group.stop) for group in groups] == [(0, 265), (265, 399), (399, 419), (419, 420)]
-    assert [group.even for group in groups] == [False, False, True, True]
+def test_groups_hold_every_token_and_one_length_unless_texts_are_short_and_few():
+    groups = group_lengths([100, 90, 90, 70, 20, 18, 15, 12, 9, 1])
+    assert [group.lengths for group in groups] == [(100,), (90, 90), (70,), (20, 18, 15), (12, 9), (1,)]
+    assert [(group.start, group.stop) for group in groups] == [
+        (0, 100), (100, 280), (280, 350), (350, 403), (403, 424), (424, 425),
+    ]  # fmt: skip
+    assert [group.even for group in groups] == [True, True, True, False, False, True]
 
 
 @pytest.mark.parametrize(
@@ -135,7 +138,9 @@ def test_the_probe_leaves_training_mode_on():
 
 
 @pytest.mark.parametrize("masked", [False, True])
-def test_plain_attention_is_torchs_own(masked: bool):
+@pytest.mark.parametrize("at_once", [1, 2**20])
+def test_plain_attention_is_torchs_own(masked: bool, at_once: int, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(packing, "_SCORES_AT_ONCE", at_once)
     torch.manual_seed(0)
     query, key, value = torch.randn(2, 4, 6, 8), torch.randn(2, 2, 6, 8), torch.randn(2, 2, 6, 8)
     mask = (torch.arange(6) < torch.tensor([[6], [3]]))[:, None, None, :] if masked else None
