@@ -73,6 +73,11 @@ class Encoder:
                 PromptContract.load(folder) if (folder / CONTRACT_FILE).exists() else derive_contract(folder)
             )
         if weights is not None:
+            # Made on another machine, perhaps; there the kernel itself would fail with less to say.
+            if weights.inference_linear and not has_fast_linear(weights.dtype):
+                raise DataError(
+                    f"shared {weights.dtype} weights: this CPU has no kernels for them; set dtype"
+                )
             backbone = shared_backbone(folder, contract.attention, weights)
             return cls(backbone, load_tokenizer(folder), contract, weights.dtype)
         target = pick_device(device)

@@ -101,7 +101,9 @@ def group_lengths(lengths: Sequence[int]) -> list[LengthGroup]:
         else:
             groups.append(same)
     stops = accumulate(sum(group) for group in groups)
-    return [LengthGroup(stop - sum(group), stop, tuple(group)) for group, stop in zip(groups, stops, strict=True)]
+    return [
+        LengthGroup(stop - sum(group), stop, tuple(group)) for group, stop in zip(groups, stops, strict=True)
+    ]
 
 
 def packed_attention(
