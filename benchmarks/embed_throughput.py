@@ -10,12 +10,14 @@ measured here. The headline is float32; ``work.by_dtype`` holds both.
 """
 
 import argparse
+import atexit
 import json
 import os
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -79,10 +81,9 @@ def peer_settings(folder: Path, dtype: str, quick: bool) -> dict[str, Encode]:
 
 def two_processes(model: Any) -> Encode:
     """The peer's multi-process mode, a core each; left to itself every process would take all cores."""
-    threads = os.environ.get("OMP_NUM_THREADS")
-    os.environ["OMP_NUM_THREADS"] = "1"
-    pool = model.start_multi_process_pool(["cpu", "cpu"])
-    os.environ.pop("OMP_NUM_THREADS") if threads is None else os.environ.update(OMP_NUM_THREADS=threads)
+    with patch.dict(os.environ, OMP_NUM_THREADS="1"):
+        pool = model.start_multi_process_pool(["cpu", "cpu"])
+    atexit.register(model.stop_multi_process_pool, pool)
 
     def encode(texts: list[str]) -> Any:
         chunk = max(1, len(texts) // 8)
