@@ -4,12 +4,10 @@ import pytest
 import torch
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaModel, MistralConfig, MistralModel
 
-from embedloom.encoder import packing
 from embedloom.encoder.packing import (
     PackedLayout,
     group_lengths,
     packed_attention,
-    plain_attention,
     use_packing,
 )
 from embedloom.encoder.pooling import pool_packed
@@ -135,21 +133,6 @@ def test_the_probe_leaves_training_mode_on():
     model.train()
     assert use_packing(model, causal=False)
     assert model.training
-
-
-@pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("at_once", [1, 2**20])
-def test_plain_attention_is_torchs_own(masked: bool, at_once: int, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(packing, "_SCORES_AT_ONCE", at_once)
-    torch.manual_seed(0)
-    query, key, value = torch.randn(2, 4, 6, 8), torch.randn(2, 2, 6, 8), torch.randn(2, 2, 6, 8)
-    mask = (torch.arange(6) < torch.tensor([[6], [3]]))[:, None, None, :] if masked else None
-    expected = torch.nn.functional.scaled_dot_product_attention(
-        query, key, value, attn_mask=mask, enable_gqa=True
-    )
-    torch.testing.assert_close(
-        plain_attention(query, key, value, mask, None).transpose(1, 2), expected, atol=1e-5, rtol=1e-5
-    )
 
 
 @pytest.mark.parametrize("causal", [False, True])
