@@ -24,9 +24,9 @@ PACKED_ATTENTION = "embedloom_packed"
 # Architectures whose attention hands unknown arguments through to the attention function, and whose positions
 # count from 0 (RoBERTa's do not).
 _FAMILIES = {"bert", "llama", "mistral", "qwen2", "qwen3"}
-# Attention runs over texts of one length at a time, which need neither padding nor mask; that costs 0.4 (float32) to
-# 0.7 us a token and layer, a group of its own 20 to 35 us. So only texts too few and short for that share a group,
-# padded to its longest, and none that is shorter than this share of it.
+# Attention runs over texts of one length at a time, which need neither padding nor mask: those cost 0.4 us (float32)
+# to 0.7 us a token and layer, a group of its own some 30 us (estimated from the calls it adds). So only texts too few
+# and short for that share a group, padded to its longest, and none that is shorter than this share of it.
 _OWN_GROUP_TOKENS = 64
 _LENGTH_RATIO = 0.75
 _PROBE_TOLERANCE = 1e-3  # hidden states of float32 differ by 1e-5 between the two ways of computing them
