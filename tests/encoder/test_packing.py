@@ -8,7 +8,6 @@ from embedloom.encoder.packing import (
     PackedLayout,
     group_lengths,
     packed_attention,
-    plain_attention,
     use_packing,
 )
 from embedloom.encoder.pooling import pool_packed
@@ -94,11 +93,13 @@ def test_attention_without_a_layout_is_an_error_not_a_leak():
         packed_attention(None, states, states, states, None)
 
 
-def test_groups_hold_like_lengths_and_every_token():
-    groups = group_lengths([100, 90, 75, 74, 60, 10, 10, 1])
-    assert [group.lengths for group in groups] == [(100, 90, 75), (74, 60), (10, 10), (1,)]
-    assert [(group.start, group.stop) for group in groups] == [(0, 265), (265, 399), (399, 419), (419, 420)]
-    assert [group.even for group in groups] == [False, False, True, True]
+def test_groups_hold_every_token_and_one_length_unless_texts_are_short_and_few():
+    groups = group_lengths([100, 90, 90, 70, 20, 18, 15, 12, 9, 1])
+    assert [group.lengths for group in groups] == [(100,), (90, 90), (70,), (20, 18, 15), (12, 9), (1,)]
+    assert [(group.start, group.stop) for group in groups] == [
+        (0, 100), (100, 280), (280, 350), (350, 403), (403, 424), (424, 425),
+    ]  # fmt: skip
+    assert [group.even for group in groups] == [True, True, True, False, False, True]
 
 
 @pytest.mark.parametrize(
@@ -132,19 +133,6 @@ def test_the_probe_leaves_training_mode_on():
     model.train()
     assert use_packing(model, causal=False)
     assert model.training
-
-
-@pytest.mark.parametrize("masked", [False, True])
-def test_plain_attention_is_torchs_own(masked: bool):
-    torch.manual_seed(0)
-    query, key, value = torch.randn(2, 4, 6, 8), torch.randn(2, 2, 6, 8), torch.randn(2, 2, 6, 8)
-    mask = (torch.arange(6) < torch.tensor([[6], [3]]))[:, None, None, :] if masked else None
-    expected = torch.nn.functional.scaled_dot_product_attention(
-        query, key, value, attn_mask=mask, enable_gqa=True
-    )
-    torch.testing.assert_close(
-        plain_attention(query, key, value, mask, None).transpose(1, 2), expected, atol=1e-5, rtol=1e-5
-    )
 
 
 @pytest.mark.parametrize("causal", [False, True])

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 
+from embedloom.encoder.linear import autocast_of
 from embedloom.errors import ConfigError, DataError
 
 # Hidden states of two runs of the same causal prefix differ by float noise only; a mask that lets later tokens
@@ -32,17 +33,30 @@ def load_backbone(
 ) -> PreTrainedModel:
     """Load weights without a head and set the attention mask.
 
-    ``config.is_causal`` is the one switch that holds with and without padding, in sdpa and eager, and in every
-    reader of the saved config; setting it on the attention modules alone turns causal again under padding.
-
     Raises:
         DataError: not a model folder, or one without weights.
         ConfigError: more layers asked for than there are, or an encoder asked to be causal.
     """
-    if not (folder / "config.json").is_file():
-        raise DataError(f"{folder}: no config.json, so this is not a model folder")
+    config = backbone_config(folder, attention, num_layers)
     if not (any(folder.glob("*.safetensors")) or any(folder.glob("pytorch_model*.bin"))):
         raise DataError(f"{folder}: no weights (*.safetensors) in this model folder")
+    model = AutoModel.from_pretrained(folder, config=config, dtype=dtype, attn_implementation="sdpa")
+    check_attention(model, attention)
+    return model
+
+
+def backbone_config(folder: Path, attention: str, num_layers: int | None = None) -> Any:
+    """The folder's config with the attention mask set.
+
+    ``config.is_causal`` is the one switch that holds with and without padding, in sdpa and eager, and in every
+    reader of the saved config; setting it on the attention modules alone turns causal again under padding.
+
+    Raises:
+        DataError: not a model folder.
+        ConfigError: more layers asked for than there are, or an encoder asked to be causal.
+    """
+    if not (folder / "config.json").is_file():
+        raise DataError(f"{folder}: no config.json, so this is not a model folder")
     config = AutoConfig.from_pretrained(folder)
     if num_layers is not None:
         if num_layers > config.num_hidden_layers:
@@ -59,9 +73,7 @@ def load_backbone(
         raise ConfigError(
             f"encoder.attention: 'causal' does not fit {config.model_type}, which is an encoder; allowed: 'bidirectional'"
         )
-    model = AutoModel.from_pretrained(folder, config=config, dtype=dtype, attn_implementation="sdpa")
-    check_attention(model, attention)
-    return model
+    return config
 
 
 @torch.no_grad()
@@ -83,7 +95,9 @@ def check_attention(model: PreTrainedModel, attention: str) -> None:
         "with padding": torch.tensor([[1, 1, 1, 1, 0]] * 2, device=device),
     }
     for case, mask in masks.items():
-        hidden = model(input_ids=first[:, : mask.shape[1]], attention_mask=mask).last_hidden_state.float()
+        with autocast_of(model):
+            output = model(input_ids=first[:, : mask.shape[1]], attention_mask=mask)
+        hidden = output.last_hidden_state.float()
         leak = (hidden[0, 0] - hidden[1, 0]).abs().max().item()
         if attention == "bidirectional" and leak == 0.0:
             raise DataError(

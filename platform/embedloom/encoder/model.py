@@ -9,12 +9,14 @@ import torch
 from torch import Tensor
 
 from embedloom.encoder.backbone import is_decoder, load_backbone
-from embedloom.encoder.batching import TokenCount, token_budget_batches
+from embedloom.encoder.batching import MemoryLimit, TokenCount, run_batches
 from embedloom.encoder.device import DTypeName, pick_device, pick_dtype
+from embedloom.encoder.linear import cast_for_inference, has_fast_linear
 from embedloom.encoder.packing import PackedLayout, use_packing
 from embedloom.encoder.pooling import pool, pool_packed
+from embedloom.encoder.shared import SharedWeights, export_weights, shared_backbone
 from embedloom.encoder.sidecars import derive_contract
-from embedloom.encoder.tokenizer import load_tokenizer
+from embedloom.encoder.tokenizer import load_tokenizer, truncated_ids
 from embedloom.errors import DataError
 from embedloom.instructions import CONTRACT_FILE, PromptContract, Side
 
@@ -24,7 +26,7 @@ Vectors = np.ndarray[Any, np.dtype[np.float32]]  # [texts, dimension]
 
 
 class Encoder:
-    """Backbone, tokenizer and prompt contract of one model folder."""
+    """Backbone, tokenizer and prompt contract of one model folder; ``tokens`` counts what went through it."""
 
     def __init__(self, backbone: Any, tokenizer: Any, contract: PromptContract, dtype: torch.dtype) -> None:
         self.backbone = backbone
@@ -33,6 +35,7 @@ class Encoder:
         self.dtype = dtype
         self.tokens = TokenCount()
         self.packed = use_packing(backbone, contract.attention == "causal")
+        self._memory = MemoryLimit()
         self._pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
 
     @classmethod
@@ -44,31 +47,50 @@ class Encoder:
         dtype: DTypeName = "auto",
         device: str = "auto",
         contract: PromptContract | None = None,
+        trainable: bool = False,
+        weights: SharedWeights | None = None,
     ) -> "Encoder":
-        """Load a model folder for inference.
+        """Load a model folder.
 
         Args:
             folder: Hugging Face layout; without ``contract.json`` (a foreign model) the contract is derived
                 from its sentence-transformers files.
             threads: CPU threads of this process; None keeps torch's setting.
-            dtype: compute type; weights stay float32 on CPU, where autocast casts them per product.
+            dtype: compute type.
             device: ``auto``, ``cpu`` or ``cuda``.
             contract: replaces the folder's own.
+            trainable: whether gradients will be asked for. On CPU, only then do weights stay plain float32
+                parameters, cast by autocast per product; else they are laid out for speed and stored in ``dtype``.
+            weights: those of ``share_weights`` in another process, used in place; decides dtype and device.
 
         Raises:
             DataError: no model, no weights, a broken contract, or attention that is not what the contract says.
         """
         if threads is not None:
             torch.set_num_threads(threads)
-        target = pick_device(device)
-        compute = pick_dtype(dtype, target)
         if contract is None:
             contract = (
                 PromptContract.load(folder) if (folder / CONTRACT_FILE).exists() else derive_contract(folder)
             )
+        if weights is not None:
+            # Made on another machine, perhaps; there the kernel itself would fail with less to say.
+            if weights.inference_linear and not has_fast_linear(weights.dtype):
+                raise DataError(
+                    f"shared {weights.dtype} weights: this CPU has no kernels for them; set dtype"
+                )
+            backbone = shared_backbone(folder, contract.attention, weights)
+            return cls(backbone, load_tokenizer(folder), contract, weights.dtype)
+        target = pick_device(device)
+        compute = pick_dtype(dtype, target)
         stored = compute if target.type == "cuda" else torch.float32
         backbone = load_backbone(folder, contract.attention, stored).to(target).eval()
+        if target.type == "cpu" and not trainable and has_fast_linear(compute):
+            cast_for_inference(backbone, compute)
         return cls(backbone, load_tokenizer(folder), contract, compute)
+
+    def share_weights(self) -> SharedWeights:
+        """The weights as numpy arrays over the same memory, for ``load`` in other processes; CPU only."""
+        return export_weights(self.backbone, self.dtype)
 
     @property
     def dimension(self) -> int:
@@ -110,10 +132,8 @@ class Encoder:
             self.contract.format(text, side, kind, own)
             for text, kind, own in zip(texts, task_types, instructions, strict=True)
         ]
-        encoded = self.tokenizer(
-            formatted, truncation=True, max_length=self.contract.max_tokens(side), padding=False
-        )
-        return [ids or [self._pad_id] for ids in encoded["input_ids"]]
+        encoded = truncated_ids(self.tokenizer, formatted, self.contract.max_tokens(side))
+        return [ids or [self._pad_id] for ids in encoded]
 
     def forward(self, token_ids: Sequence[Sequence[int]]) -> Tensor:
         """Vectors of one batch, with gradients if enabled: [len(token_ids), dimension], float32."""
@@ -159,12 +179,17 @@ class Encoder:
     ) -> Vectors:
         """Vectors of tokenized texts, in order: float32 [len(token_ids), dimension].
 
+        Batches shrink for good where memory runs out.
+
         Raises:
-            DataError: a vector came out as NaN or infinite.
+            DataError: a vector came out as NaN or infinite, or a single text does not fit into memory.
         """
         vectors: Vectors = np.empty((len(token_ids), self.dimension), dtype=np.float32)
-        for batch in token_budget_batches([len(ids) for ids in token_ids], max_batch_tokens):
+
+        def work(batch: list[int]) -> None:
             vectors[batch] = self.forward([token_ids[position] for position in batch]).cpu().numpy()
+
+        run_batches([len(ids) for ids in token_ids], max_batch_tokens, self._memory, work)
         if not np.isfinite(vectors).all():
             bad = int(np.flatnonzero(~np.isfinite(vectors).all(axis=1))[0])
             raise DataError(f"the encoder gave a non-finite vector for text {bad} of {len(token_ids)}")

@@ -1,5 +1,6 @@
 """The tokenizer of a model folder, made to agree with the prompt contract for every reader."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,10 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from embedloom.errors import ConfigError, DataError
+
+# Prose has 2 to 7 characters a token; 16 leaves room for runs of spaces and rules of dashes. No number is safe for
+# every text (a WordPiece tokenizer turns a word of a megabyte into one token), so ``truncated_ids`` checks.
+CHARACTERS_PER_TOKEN = 16
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -66,3 +71,47 @@ def embedding_tokenizer(
         padding_side=padding_side,
         model_max_length=max_tokens,
     )
+
+
+def truncated_ids(tokenizer: Any, texts: Sequence[str], max_tokens: int) -> list[list[int]]:
+    """Ids of each text cut to ``max_tokens``, special tokens included, without tokenizing what is cut off.
+
+    A long text is tokenized up to ``max_tokens`` x 16 characters. Where that fills the limit, the rest cannot
+    matter: a tokenizer looks a word or two back, not thousands of characters. Where it does not, the whole text is
+    tokenized. A tokenizer that truncates on the left gets whole texts.
+
+    Args:
+        tokenizer: a fast tokenizer.
+        texts: any lengths.
+        max_tokens: most ids a text may have.
+    """
+
+    def ids_of(pieces: Sequence[str]) -> list[list[int]]:
+        encoded = tokenizer(list(pieces), truncation=True, max_length=max_tokens, padding=False)
+        ids: list[list[int]] = encoded["input_ids"]
+        return ids
+
+    if tokenizer.truncation_side != "right":
+        return ids_of(texts)
+    if not texts:
+        return []
+    starts = [_start_of(text, max_tokens * CHARACTERS_PER_TOKEN) for text in texts]
+    ids = ids_of(starts)
+    unsure = [
+        position
+        for position, (text, start) in enumerate(zip(texts, starts, strict=True))
+        if len(start) < len(text) and len(ids[position]) < max_tokens
+    ]
+    if unsure:
+        for position, whole in zip(unsure, ids_of([texts[position] for position in unsure]), strict=True):
+            ids[position] = whole
+    return ids
+
+
+def _start_of(text: str, characters: int) -> str:
+    """At most so many characters, ending between words where the last quarter has such a place."""
+    if len(text) <= characters:
+        return text
+    start = text[:characters]
+    words = start.rsplit(maxsplit=1)
+    return words[0] if words and len(words[0]) > 0.75 * characters else start

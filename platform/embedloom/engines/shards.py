@@ -98,7 +98,7 @@ def run_sharded(
     done_folder: str,
     shard_rows: int,
     worker: Callable[..., ShardWorker],
-    worker_arguments: dict[str, Any],
+    worker_arguments: dict[str, Any] | Callable[[], dict[str, Any]],
     pool: PoolConfig,
     unit: str = "rows",
     first_part: int = 0,
@@ -113,6 +113,7 @@ def run_sharded(
         done_folder: the output folder whose part marks a shard as done; workers return it last.
         shard_rows: rows per shard.
         worker: class of the actors; called with ``worker_arguments``.
+        worker_arguments: a dict, or what makes it; then made only if a shard is missing.
         pool: actors and what each reserves.
         unit: what a row is, on the progress lines.
         first_part: number of the first part, where several calls share the output folders.
@@ -139,7 +140,7 @@ def run_sharded(
             read=lambda item: read_shard(source, missing[item]),
             write=lambda item, folder, table: output.write_table(f"{folder}/{missing[item].part}", table),
             worker=worker,
-            worker_arguments=worker_arguments,
+            worker_arguments=worker_arguments() if callable(worker_arguments) else worker_arguments,
             done_folder=done_folder,
             pool=pool,
         )

@@ -11,6 +11,7 @@ from embedloom.engines.shards import run_sharded
 from embedloom.errors import DataError
 from embedloom.instructions import Side, document_text
 from embedloom.retrieval.embedder import EmbedderSource
+from embedloom.retrieval.shared_weights import share_weights
 from embedloom.retrieval.vector_files import CONTRACT_KEY, MODEL_KEY, TOKENS_KEY
 from embedloom.storage import Place
 
@@ -149,8 +150,12 @@ def embed_corpus(
         done_folder=done_folder,
         shard_rows=shard_rows,
         worker=EmbeddingWorker,
-        worker_arguments=dict(
-            source=model, side=side, done_folder=done_folder, vector_dtype=vector_dtype, columns=columns
+        worker_arguments=lambda: dict(
+            source=share_weights(model, pool),
+            side=side,
+            done_folder=done_folder,
+            vector_dtype=vector_dtype,
+            columns=columns,
         ),
         pool=pool,
         unit="texts",

@@ -84,7 +84,7 @@ class StageTrainer:
         self.rank = rank
         self.world_size = world_size
         cuda = torch.cuda.is_available()
-        self.encoder = Encoder.load(config.start_model, dtype=config.dtype)
+        self.encoder = Encoder.load(config.start_model, dtype=config.dtype, trainable=True)
         bf16_weights = cuda and self.encoder.dtype == torch.bfloat16
         self.encoder.backbone.train()
         if config.training.freeze_token_embeddings:
