@@ -19,6 +19,9 @@ from embedloom.config.run import RunConfig
 from embedloom.corpus.state import source_state
 from embedloom.errors import DataError
 from embedloom.progress import duration, note
+from embedloom.retrieval.inputs import input_state
+from embedloom.retrieval.model_id import model_id
+from embedloom.retrieval.previous import set_aside
 from embedloom.storage import Place
 
 Inputs = dict[str, Artefact]
@@ -104,15 +107,23 @@ def graph(run: Run) -> dict[str, Node]:
     source = {"merged": "merged", "base": "encoder"} | {
         c.name: t for c, t in zip(config.training.candidates, trained, strict=True)
     }
-    own_corpus = config.embedding.corpus is None
-    other = [] if own_corpus else [Artefact.open(Place(str(config.embedding.corpus)), "corpus").fingerprint]
-    parents = (["corpus"] if own_corpus else []) + ([source[model]] if model in source else [])
-    nodes.append(Node("vectors", "embed", (config.embedding, other), tuple(parents), _vectors))
+    given = config.embedding.corpus
+    states = [] if given is None else [input_state(given)]
+    states += [model_id(Path(model))] if model not in source and Path(model).is_dir() else []
+    parents = (["corpus"] if given is None else []) + ([source[model]] if model in source else [])
+    # Where vectors are taken over from does not change them.
+    embedding = config.embedding.model_dump(mode="json", exclude={"previous"})
+    nodes.append(Node("vectors", "embed", (embedding, states), tuple(parents), _vectors))
     return {node.name: node for node in nodes}
 
 
 def writer_for(run: Run, nodes: dict[str, Node], name: str, inputs: dict[str, str]) -> ArtefactWriter:
-    """Open the writer of a node; continues an interrupted build of the same fingerprint."""
+    """Open the writer of a node; continues an interrupted build of the same fingerprint.
+
+    Vectors of another fingerprint are kept beside it until the new ones are done: unchanged texts take theirs.
+    """
+    if name == "vectors":
+        set_aside(run.place.child(name), fingerprints(nodes)[name], run.config.embedding.previous)
     return ArtefactWriter(
         run.place.child(name), _kind(name), fingerprint(*nodes[name].settings), inputs, run.profile_name
     )
@@ -290,6 +301,5 @@ def _vectors(run: Run, inputs: Inputs, out: ArtefactWriter) -> Artefact:
     config = run.config.embedding
     models = [artefact for name, artefact in inputs.items() if name != "corpus"]
     folder = model_folder(models[0]) if models else resolve_model(config.model)
-    model_id = models[0].fingerprint if models else config.model
-    corpus = inputs["corpus"] if config.corpus is None else Artefact.open(Place(config.corpus), "corpus")
-    return embed_artefact(config, corpus, folder, model_id, run.profile.stages.embedding, out)
+    corpus = inputs["corpus"].place.uri if config.corpus is None else config.corpus
+    return embed_artefact(config, corpus, folder, model_id(folder), run.profile.stages.embedding, out)
