@@ -46,6 +46,9 @@ def preflight(run: Run, verbs: set[str]) -> None:
         check_model_name(config.encoder.base, "encoder.base")
     if verbs & {"mine", "evaluate"}:
         check_model_name(config.mining.teacher, "mining.teacher")
+    wants_index = "embed" in verbs and config.embedding.index is not None
+    if wants_index and importlib.util.find_spec("faiss") is None:
+        raise MissingDependency("faiss", "gpu" if gpu else "cpu", "embedding.index")
     if "synthesize" in verbs and config.synthesis is not None:
         for index, generator in enumerate(config.synthesis.generators):
             check_model_name(generator.model, f"synthesis.generators.{index}.model")

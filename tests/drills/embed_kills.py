@@ -19,7 +19,24 @@ import sys
 import time
 from pathlib import Path
 
-WORDS = "read write parquet table column filter sort join merge array vector matrix socket thread queue lock".split()
+WORDS = [
+    "read",
+    "write",
+    "parquet",
+    "table",
+    "column",
+    "filter",
+    "sort",
+    "join",
+    "merge",
+    "array",
+    "vector",
+    "matrix",
+    "socket",
+    "thread",
+    "queue",
+    "lock",
+]
 SHARD_ROWS = 50
 LIMIT_SECONDS = 600
 

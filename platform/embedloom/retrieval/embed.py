@@ -11,6 +11,7 @@ from embedloom.engines.shards import run_sharded
 from embedloom.errors import DataError
 from embedloom.instructions import Side, document_text
 from embedloom.retrieval.embedder import EmbedderSource
+from embedloom.retrieval.search import check_vectors
 from embedloom.retrieval.stored import StoredType, final_table, stored_vectors, vector_columns
 from embedloom.retrieval.vectors import CONTRACT_KEY, MODEL_KEY, TOKENS_KEY
 from embedloom.storage import Place
@@ -174,7 +175,8 @@ def read_vectors(
     """All vectors of a folder: ids and float32 [n, dimension], whichever type they are stored in.
 
     Raises:
-        DataError: no vectors, files of different contracts or dimensions, or another contract than asked for.
+        DataError: no vectors, files of different contracts or dimensions, another contract than asked for,
+            or a vector that is zero or not finite.
     """
     ids: list[str] = []
     blocks = []
@@ -187,6 +189,7 @@ def read_vectors(
                 f"{place.uri}/{name}: contract_hash {found!r}, expected {contract_hash!r}; vectors of different prompts cannot be compared"
             )
         blocks.append(stored_vectors(table, f"{place.uri}/{name}"))
+        check_vectors(blocks[-1], f"{place.uri}/{name}", table.column("id"))
         if blocks[-1].shape[1] != blocks[0].shape[1]:
             raise DataError(
                 f"{place.uri}/{name}: column 'vector' has {blocks[-1].shape[1]} dimensions, the files before have {blocks[0].shape[1]}"

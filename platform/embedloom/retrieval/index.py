@@ -181,10 +181,8 @@ def _recall(config: IndexConfig, index: Any, place: Place, names: list[str], row
     """Share of the index's first ten that exact search ranks no lower than tenth."""
     queries = _sample(place, names, rows, config.sample, config.seed + 1)
     noise = np.random.default_rng(config.seed + 2).standard_normal(queries.shape)
-    noise *= (
-        _NOISE * np.linalg.norm(queries, axis=1, keepdims=True) / np.linalg.norm(noise, axis=1, keepdims=True)
-    )
-    queries = np.ascontiguousarray(queries + noise)
+    lengths = np.linalg.norm(queries, axis=1) / np.linalg.norm(noise, axis=1)
+    queries = np.ascontiguousarray(queries + _NOISE * noise * lengths[:, None], dtype=np.float32)
     _, found = index.search(queries, min(_DEPTH, rows))
     exact: TopK | None = None
     scores = np.full(found.shape, -np.inf, dtype=np.float32)
