@@ -19,8 +19,7 @@ from embedloom.config.run import RunConfig
 from embedloom.corpus.state import source_state
 from embedloom.errors import DataError
 from embedloom.progress import duration, note
-from embedloom.retrieval.inputs import input_state
-from embedloom.retrieval.model_id import model_id
+from embedloom.retrieval.model_id import embedding_state, model_id
 from embedloom.retrieval.previous import set_aside
 from embedloom.storage import Place
 
@@ -107,22 +106,18 @@ def graph(run: Run) -> dict[str, Node]:
     source = {"merged": "merged", "base": "encoder"} | {
         c.name: t for c, t in zip(config.training.candidates, trained, strict=True)
     }
-    given = config.embedding.corpus
-    states = [] if given is None else [input_state(given)]
-    states += [model_id(Path(model))] if model not in source and Path(model).is_dir() else []
-    parents = (["corpus"] if given is None else []) + ([source[model]] if model in source else [])
-    # Where vectors are taken over from does not change them.
-    embedding = config.embedding.model_dump(mode="json", exclude={"previous"})
-    nodes.append(Node("vectors", "embed", (embedding, states), tuple(parents), _vectors))
+    parents = (["corpus"] if config.embedding.corpus is None else []) + (
+        [source[model]] if model in source else []
+    )
+    nodes.append(
+        Node("vectors", "embed", embedding_state(config.embedding, set(source)), tuple(parents), _vectors)
+    )
     return {node.name: node for node in nodes}
 
 
 def writer_for(run: Run, nodes: dict[str, Node], name: str, inputs: dict[str, str]) -> ArtefactWriter:
-    """Open the writer of a node; continues an interrupted build of the same fingerprint.
-
-    Vectors of another fingerprint are kept beside it until the new ones are done: unchanged texts take theirs.
-    """
-    if name == "vectors":
+    """Open the writer of a node; continues an interrupted build of the same fingerprint."""
+    if name == "vectors":  # finished ones wait beside the new ones, which take over what did not change
         set_aside(run.place.child(name), fingerprints(nodes)[name], run.config.embedding.previous)
     return ArtefactWriter(
         run.place.child(name), _kind(name), fingerprint(*nodes[name].settings), inputs, run.profile_name

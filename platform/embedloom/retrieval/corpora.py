@@ -17,6 +17,7 @@ from embedloom.retrieval.index import build_index, require_faiss
 from embedloom.retrieval.inputs import DOCUMENTS_FOLDER, SPLITS, check_instruction, open_input
 from embedloom.retrieval.ledger import open_ledger
 from embedloom.retrieval.previous import aside_of
+from embedloom.retrieval.teachers import beyond_encoder
 from embedloom.storage import Place
 
 __all__ = ["DOCUMENTS_FOLDER", "SPLITS", "VECTORS_FOLDER", "embed_artefact"]
@@ -75,7 +76,15 @@ def embed_artefact(
 
 
 def _contract(model: Path) -> PromptContract:
-    return PromptContract.load(model) if (model / CONTRACT_FILE).exists() else derive_contract(model)
+    """The model's own contract, or one derived from its sentence-transformers files if it can say all they say."""
+    if (model / CONTRACT_FILE).exists():
+        return PromptContract.load(model)
+    reason = beyond_encoder(model)
+    if reason:
+        raise DataError(
+            f"embedding.model: {model}: our encoder would compute other vectors than its authors': {reason}"
+        )
+    return derive_contract(model)
 
 
 def _check(config: EmbeddingConfig, contract: PromptContract) -> None:

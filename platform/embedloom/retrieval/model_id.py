@@ -1,29 +1,28 @@
-"""What tells the weights of one model folder from another's."""
+"""What tells one embedding job from another before it runs: the weights, the input, the settings."""
 
-import hashlib
 from pathlib import Path
+from typing import Any
 
 from embedloom.artefacts import MANIFEST_FILE, Artefact
+from embedloom.config.use import EmbeddingConfig
+from embedloom.retrieval.fingerprints import folder_fingerprint
+from embedloom.retrieval.inputs import input_state
 from embedloom.storage import Place
-
-_READ_BYTES = 2**20
-_ENDINGS = (".json", ".safetensors", ".bin", ".model", ".txt")
 
 
 def model_id(folder: Path) -> str:
-    """A model artefact's fingerprint; of any other folder its name and a hash of its files, ``name@0123456789ab``.
-
-    Of a file larger than two MiB its size and both ends are hashed: weights that were trained further differ in
-    nearly every value, and hashing all of them would read a large model twice at every start.
-    """
+    """A model artefact's fingerprint; of any other folder its name and a hash of its files, ``name@0123456789abcdef``."""
     if (folder / MANIFEST_FILE).is_file():
         return Artefact.open(Place(str(folder)), "model").fingerprint
-    digest = hashlib.sha256()
-    for path in sorted(path for path in folder.rglob("*") if path.is_file() and path.suffix in _ENDINGS):
-        size = path.stat().st_size
-        digest.update(f"{path.relative_to(folder).as_posix()} {size} ".encode())
-        with path.open("rb") as stream:
-            digest.update(stream.read(_READ_BYTES))
-            stream.seek(max(stream.tell(), size - _READ_BYTES))
-            digest.update(stream.read())
-    return f"{folder.name}@{digest.hexdigest()[:12]}"
+    return f"{folder.name}@{folder_fingerprint(folder)}"
+
+
+def embedding_state(config: EmbeddingConfig, own_models: set[str]) -> tuple[Any, ...]:
+    """What of the embedding section decides the vectors; inputs and models of the run itself are left to the graph.
+
+    Where vectors are taken over from is left out: it does not change them.
+    """
+    states: list[Any] = [] if config.corpus is None else [input_state(config.corpus)]
+    if config.model not in own_models and Path(config.model).expanduser().is_dir():
+        states.append(model_id(Path(config.model).expanduser()))
+    return config.model_dump(mode="json", exclude={"previous"}), states
