@@ -17,8 +17,9 @@ import pyarrow as pa
 
 from embedloom.config.use import IndexConfig
 from embedloom.errors import DataError, MissingDependency
+from embedloom.retrieval.exact import row_scores
 from embedloom.retrieval.fill_in import VECTORS_FOLDER
-from embedloom.retrieval.search import TopK, check_vectors, merge_top_k, pair_scores, top_k
+from embedloom.retrieval.search import TopK, check_vectors, merge_top_k, top_k
 from embedloom.retrieval.stored import Matrix, stored_vectors
 from embedloom.retrieval.vectors import check_same_contract
 from embedloom.storage import Place
@@ -190,9 +191,8 @@ def _recall(config: IndexConfig, index: Any, place: Place, names: list[str], row
         positions = np.arange(start, start + len(vectors), dtype=np.int64)
         best = top_k(queries, vectors, _DEPTH, positions=positions)
         exact = best if exact is None else merge_top_k([exact, best], _DEPTH)
-        query, place_in_row = np.nonzero((found >= start) & (found < start + len(vectors)))
-        hits = vectors[found[query, place_in_row] - start]
-        scores[query, place_in_row] = pair_scores(queries[query], hits)
+        here = (found >= start) & (found < start + len(vectors))
+        scores = np.maximum(scores, row_scores(queries, vectors, np.where(here, found - start, -1)))
     assert exact is not None  # noqa: S101 - an artefact has at least one vector
     return float((scores >= exact.scores[:, -1:]).mean())
 
