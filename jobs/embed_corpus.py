@@ -1,4 +1,4 @@
-"""`embedloom embed` as a script: `ray job submit -- python jobs/embed_corpus.py CONFIG`."""
+"""`embedloom embed` as a script: `ray job submit -- python jobs/embed_corpus.py CONFIG|INPUT [OPTIONS]`."""
 
 import sys
 

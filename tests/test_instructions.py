@@ -57,3 +57,13 @@ def test_unknown_task_type_lists_the_allowed():
 def test_document_text_joins_title_and_body():
     assert document_text("Title", "body") == "Title body"
     assert document_text(None, " body ") == "body"
+
+
+def test_matryoshka_lengths_leave_the_hash_of_contracts_without_them_alone(tmp_path):
+    assert PromptContract().hash == "f67b36a9d5591f17"  # as before the field existed
+    PromptContract().save(tmp_path)
+    assert "matryoshka_dimensions" not in json.loads((tmp_path / "contract.json").read_text())
+    stated = PromptContract(matryoshka_dimensions=(64, 128))
+    stated.save(tmp_path)
+    assert PromptContract.load(tmp_path) == stated
+    assert stated.hash != PromptContract().hash

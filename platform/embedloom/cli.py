@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from embedloom import __version__
+from embedloom.cli_embed import embed
 from embedloom.errors import EmbedloomError
 
 app = typer.Typer(
@@ -53,7 +54,6 @@ _STAGE_VERBS = {
     "train": "All candidates, all stages, on Ray Train and DeepSpeed.",
     "merge": "Candidates become one model.",
     "evaluate": "Base, candidates, merged model and baselines on the held-out tasks.",
-    "embed": "A corpus becomes Parquet vectors.",
 }
 
 
@@ -74,6 +74,7 @@ def _add_stage_verb(verb: str, help_text: str) -> None:
 
 for _verb, _help in _STAGE_VERBS.items():
     _add_stage_verb(_verb, _help)
+app.command("embed")(embed)
 
 
 @app.command()

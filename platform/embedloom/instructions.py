@@ -66,12 +66,18 @@ class PromptContract(BaseModel):
     pooling: Literal["mean", "cls", "last_token"] = "mean"
     normalize: bool = True
     attention: Literal["bidirectional", "causal"] = "bidirectional"
+    # Lengths that a prefix of a vector was trained for (Matryoshka, arXiv 2205.13147); None: only the whole.
+    matryoshka_dimensions: tuple[int, ...] | None = None
 
     @property
     def hash(self) -> str:
         """Sixteen hex digits over every field; equal contracts make comparable vectors of one model."""
-        canonical = json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+        canonical = json.dumps(self._fields(), sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()[:16]
+
+    def _fields(self) -> dict[str, object]:
+        """What is hashed and stored; a field that states nothing is left out, so that older hashes stay valid."""
+        return self.model_dump(mode="json", exclude_none=True)
 
     def instruction_for(self, task_type: str, instruction: str | None = None) -> str:
         """The given instruction, or the contract's own for the task type.
@@ -103,7 +109,7 @@ class PromptContract(BaseModel):
 
     def save(self, folder: Path) -> None:
         """Write ``contract.json`` into a model folder."""
-        document = {**self.model_dump(mode="json"), "hash": self.hash}
+        document = {**self._fields(), "hash": self.hash}
         (folder / CONTRACT_FILE).write_text(json.dumps(document, indent=2, sort_keys=True) + "\n")
 
     @classmethod

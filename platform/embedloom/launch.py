@@ -48,6 +48,9 @@ def preflight(run: Run, verbs: set[str]) -> None:
         for index, teacher in enumerate(config.mining.teachers):
             if teacher.engine != "openai":
                 check_model_name(teacher.model, f"mining.teachers.{index}")
+    wants_index = "embed" in verbs and config.embedding.index is not None
+    if wants_index and importlib.util.find_spec("faiss") is None:
+        raise MissingDependency("faiss", "gpu" if gpu else "cpu", "embedding.index")
     if "synthesize" in verbs and config.synthesis is not None:
         for index, generator in enumerate(config.synthesis.generators):
             check_model_name(generator.model, f"synthesis.generators.{index}.model")

@@ -19,6 +19,8 @@ from embedloom.config.run import RunConfig
 from embedloom.corpus.state import source_state
 from embedloom.errors import DataError
 from embedloom.progress import duration, note
+from embedloom.retrieval.model_id import embedding_state, model_id
+from embedloom.retrieval.previous import set_aside
 from embedloom.storage import Place
 
 Inputs = dict[str, Artefact]
@@ -58,19 +60,9 @@ class Node:
 def graph(run: Run) -> dict[str, Node]:
     """All nodes in an order in which inputs come first."""
     config = run.config
+    states = [source_state(source) for source in config.corpus.sources]
     nodes = [
-        Node(
-            "corpus",
-            "corpus",
-            (
-                config.corpus,
-                config.run.seed,
-                config.encoder.base,
-                [source_state(s) for s in config.corpus.sources],
-            ),
-            (),
-            _corpus,
-        ),
+        Node("corpus", "corpus", (config.corpus, config.run.seed, config.encoder.base, states), (), _corpus),
         Node("encoder", "encoder", (config.encoder,), (), _encoder),
     ]
     if config.synthesis is not None:
@@ -94,28 +86,26 @@ def graph(run: Run) -> dict[str, Node]:
             start = name
         trained.append(start)
     nodes.append(Node("merged", "merge", (config.merging,), tuple(trained), _merged))
-    nodes.append(
-        Node(
-            "evaluation",
-            "evaluate",
-            (config.evaluation, config.mining.teachers[0].model),
-            ("corpus", "encoder", *trained, "merged"),
-            _evaluation,
-        )
-    )
+    scored = ("corpus", "encoder", *trained, "merged")
+    settings = (config.evaluation, config.mining.teachers[0].model)
+    nodes.append(Node("evaluation", "evaluate", settings, scored, _evaluation))
     model = config.embedding.model
     source = {"merged": "merged", "base": "encoder"} | {
         c.name: t for c, t in zip(config.training.candidates, trained, strict=True)
     }
-    own_corpus = config.embedding.corpus is None
-    other = [] if own_corpus else [Artefact.open(Place(str(config.embedding.corpus)), "corpus").fingerprint]
-    parents = (["corpus"] if own_corpus else []) + ([source[model]] if model in source else [])
-    nodes.append(Node("vectors", "embed", (config.embedding, other), tuple(parents), _vectors))
+    parents = (["corpus"] if config.embedding.corpus is None else []) + (
+        [source[model]] if model in source else []
+    )
+    nodes.append(
+        Node("vectors", "embed", embedding_state(config.embedding, set(source)), tuple(parents), _vectors)
+    )
     return {node.name: node for node in nodes}
 
 
 def writer_for(run: Run, nodes: dict[str, Node], name: str, inputs: dict[str, str]) -> ArtefactWriter:
     """Open the writer of a node; continues an interrupted build of the same fingerprint."""
+    if name == "vectors":  # finished ones wait beside the new ones, which take over what did not change
+        set_aside(run.place.child(name), fingerprints(nodes)[name], run.config.embedding.previous)
     return ArtefactWriter(
         run.place.child(name), _kind(name), fingerprint(*nodes[name].settings), inputs, run.profile_name
     )
@@ -302,6 +292,5 @@ def _vectors(run: Run, inputs: Inputs, out: ArtefactWriter) -> Artefact:
     config = run.config.embedding
     models = [artefact for name, artefact in inputs.items() if name != "corpus"]
     folder = model_folder(models[0]) if models else resolve_model(config.model)
-    model_id = models[0].fingerprint if models else config.model
-    corpus = inputs["corpus"] if config.corpus is None else Artefact.open(Place(config.corpus), "corpus")
-    return embed_artefact(config, corpus, folder, model_id, run.profile.stages.embedding, out)
+    corpus = inputs["corpus"].place.uri if config.corpus is None else config.corpus
+    return embed_artefact(config, corpus, folder, model_id(folder), run.profile.stages.embedding, out)

@@ -8,7 +8,8 @@ directly.
 import json
 import os
 import posixpath
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -129,21 +130,56 @@ class Place:
                 f"{self.uri}/{name}: not readable as Parquet: {' '.join(str(error).split())}"
             ) from error
 
-    def parquet_footer(self, name: str) -> tuple[pa.Schema, int]:
-        """Schema and row count of one Parquet file, without reading its rows.
-
-        Raises:
-            DataError: not readable as Parquet.
-        """
+    @contextmanager
+    def _parquet(self, name: str) -> Iterator[pq.ParquetFile]:
+        """An open Parquet file; what goes wrong with it becomes a DataError naming it."""
         filesystem, path = self._resolve(name)
         try:
             with filesystem.open(path, "rb") as stream:
-                footer = pq.ParquetFile(stream)
-                return footer.schema_arrow, int(footer.metadata.num_rows)
+                yield pq.ParquetFile(stream)
+        except FileNotFoundError as error:
+            raise DataError(f"{self.uri}/{name}: no such file") from error
         except (pa.ArrowInvalid, OSError) as error:
             raise DataError(
                 f"{self.uri}/{name}: not readable as Parquet: {' '.join(str(error).split())}"
             ) from error
+
+    def parquet_footer(self, name: str) -> tuple[pa.Schema, int]:
+        """Schema and row count of one Parquet file, without reading its rows.
+
+        Raises:
+            DataError: missing or not readable as Parquet.
+        """
+        with self._parquet(name) as file:
+            return file.schema_arrow, int(file.metadata.num_rows)
+
+    def iter_tables(self, name: str, columns: list[str], rows: int) -> Iterator[pa.Table]:
+        """One Parquet file, at most ``rows`` rows at a time.
+
+        Raises:
+            DataError: missing or not readable as Parquet.
+        """
+        with self._parquet(name) as file:
+            for batch in file.iter_batches(batch_size=rows, columns=columns):
+                yield pa.Table.from_batches([batch])
+
+    def read_rows(self, name: str, start: int, stop: int, columns: list[str]) -> pa.Table:
+        """Rows ``start`` to ``stop`` of one Parquet file; reads only the row groups they lie in.
+
+        Raises:
+            DataError: missing, not readable as Parquet, or with fewer rows.
+        """
+        with self._parquet(name) as file:
+            end, groups, skipped = 0, [], 0
+            for group in range(file.metadata.num_row_groups):
+                first, end = end, end + file.metadata.row_group(group).num_rows
+                if end <= start:
+                    skipped = end
+                elif first < stop:
+                    groups.append(group)
+            if end < stop:
+                raise DataError(f"{self.uri}/{name}: has {end} rows, {stop} were expected")
+            return file.read_row_groups(groups, columns=columns).slice(start - skipped, stop - start)
 
     def read_tables(self, folder: str, kind: str | None = None) -> pa.Table:
         """All Parquet files of a folder in name order, checked against ``kind``.
@@ -177,3 +213,14 @@ class Place:
         filesystem, path = self._resolve()
         if filesystem.exists(path):
             filesystem.rm(path, recursive=True)
+
+    def move_to(self, other: "Place") -> None:
+        """Rename this folder; what stands at the other place is deleted first. Local places only."""
+        other.remove()
+        self.local.rename(other.local)
+
+    def sweep(self) -> None:
+        """Delete the half-written files that killed processes left below this place, if it is local."""
+        if self.is_local and self.local.is_dir():
+            for path in self.local.rglob("_tmp-*"):
+                path.unlink(missing_ok=True)

@@ -1,10 +1,11 @@
 """Sections about using the model: evaluation, embedding, serving."""
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from embedloom.config.base import FrozenConfig
+from embedloom.records import TASK_TYPES
 
 
 class EvaluationTask(FrozenConfig):
@@ -37,16 +38,83 @@ class EvaluationConfig(FrozenConfig):
         return self
 
 
+class IndexConfig(FrozenConfig):
+    """A FAISS index beside the vectors; keys that the kind does not read are refused."""
+
+    kind: Literal["flat", "ivf", "hnsw"]
+    lists: int | None = Field(default=None, ge=1)  # ivf: cells; null: 4 sqrt(rows), at least 39 rows a cell
+    probes: int = Field(default=16, ge=1)  # ivf: cells searched
+    training_rows: int = Field(default=262_144, ge=1)  # ivf: sample that the cells are learnt from
+    neighbours: int = Field(default=32, ge=2)  # hnsw: links of a node
+    build_width: int = Field(default=200, ge=1)  # hnsw: candidates while building
+    search_width: int = Field(default=128, ge=1)  # hnsw: candidates while searching
+    # FAISS links HNSW nodes in whatever order its threads arrive: with one thread the file is reproducible.
+    threads: int = Field(default=1, ge=1)
+    sample: int = Field(default=1000, ge=1)  # queries that recall@10 is measured on
+    seed: int = 0
+
+    @model_validator(mode="after")
+    def _keys_fit_kind(self) -> "IndexConfig":
+        own = {
+            "ivf": {"lists", "probes", "training_rows"},
+            "hnsw": {"neighbours", "build_width", "search_width"},
+        }
+        for kind, keys in own.items():
+            strange = sorted(keys & self.model_fields_set)
+            if kind != self.kind and strange:
+                raise ValueError(
+                    f"kind {self.kind} does not read {strange[0]}, which is a key of kind {kind}"
+                )
+        return self
+
+
 class EmbeddingConfig(FrozenConfig):
     """Batch embedding of a corpus to Parquet vectors."""
 
     model: str = "merged"  # "merged", "base", a candidate's name, or a model folder
-    corpus: str | None = (
-        None  # a corpus artefact, Parquet, JSONL or text folder; null: the run's own documents
-    )
-    dtype: Literal["float32", "float16"] = "float32"  # of the stored vectors
+    # A corpus artefact, a file, folder or glob of Parquet or JSON lines, or a folder of text or Markdown files;
+    # null: the run's own documents.
+    corpus: str | None = None
+    side: Literal["query", "document"] = "document"
+    task_type: str = "retrieval"
+    instruction: str | None = Field(default=None, min_length=1)  # of queries; null: the contract's own
+    text_column: str = "text"
+    title_column: str | None = None  # joined before a document's text; null: "title", where there is one
+    id_column: str | None = None  # null: "id" or "_id", where there is one, else ids are content hashes
+    dtype: Literal["float32", "float16", "int8", "binary"] = "float32"  # of the stored vectors
+    dimensions: int | None = Field(default=None, ge=1)  # cut to the first so many (Matryoshka); null: whole
+    allow_truncation: bool = False  # cut vectors of a model that does not say it was trained for it
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "float32"  # bfloat16 moves a cosine by up to 1e-3
     shard_rows: int = Field(default=2048, ge=1)
+    previous: str | None = (
+        None  # a vectors artefact of the same recipe: its vectors of unchanged texts are kept
+    )
+    index: IndexConfig | None = None
+
+    @property
+    def recipe(self) -> dict[str, Any]:
+        """What decides a text's stored vector, besides the model: vectors of equal recipes can be mixed."""
+        return self.model_dump(
+            mode="json",
+            include={"side", "task_type", "instruction", "dtype", "dimensions", "compute_dtype"},
+        )
+
+    @field_validator("task_type")
+    @classmethod
+    def _task_type_is_known(cls, value: str) -> str:
+        if value not in TASK_TYPES:
+            raise ValueError(f"unknown; allowed: {', '.join(TASK_TYPES)}")
+        return value
+
+    @model_validator(mode="after")
+    def _keys_fit_each_other(self) -> "EmbeddingConfig":
+        if self.dtype == "binary" and self.dimensions is not None and self.dimensions % 8:
+            raise ValueError(f"dimensions is {self.dimensions}; dtype binary packs eight into a byte")
+        if self.dtype == "binary" and self.index is not None:
+            raise ValueError(
+                "index is not built from dtype binary: faiss.IndexBinaryFlat reads the packed bits as they are"
+            )
+        return self
 
 
 class ServingConfig(FrozenConfig):

@@ -11,8 +11,8 @@ from pathlib import Path
 from embedloom.config.data import CorpusSource
 from embedloom.corpus.columns import rows_of
 from embedloom.corpus.rows import SourceRow
-from embedloom.corpus.tabular import json_lines
 from embedloom.errors import DataError
+from embedloom.formats import json_lines
 from embedloom.instructions import DEFAULT_INSTRUCTIONS
 
 _CORPUS, _QUERIES, _JUDGEMENTS = "corpus.jsonl", "queries.jsonl", Path("qrels", "train.tsv")

@@ -1,6 +1,5 @@
 """The state of a corpus source, for fingerprints: a changed file or package makes the corpus stale."""
 
-import glob
 import hashlib
 import importlib.util
 import platform
@@ -10,8 +9,7 @@ from typing import Any
 
 from embedloom.config.data import CorpusSource
 from embedloom.errors import DataError
-
-_GLOB_CHARACTERS = set("*?[")
+from embedloom.formats import files_at
 
 
 def source_files(source: CorpusSource) -> list[Path]:
@@ -20,14 +18,7 @@ def source_files(source: CorpusSource) -> list[Path]:
     Raises:
         DataError: nothing there.
     """
-    text = str(Path(source.path or "").expanduser())
-    if _GLOB_CHARACTERS & set(text):
-        found = [Path(name) for name in glob.glob(text, recursive=True)]  # noqa: PTH207 - absolute patterns
-    elif Path(text).is_dir():
-        found = list(Path(text).rglob("*"))
-    else:
-        found = [Path(text)]
-    files = sorted(path for path in found if path.is_file() and not path.name.startswith("."))
+    files = files_at(source.path or "")
     if not files:
         raise DataError(
             f"corpus.sources: {source.path!r} ({source.format}) does not exist or is empty; "

@@ -1,11 +1,9 @@
 """Readers of Parquet, JSON lines and CSV: one file, a glob, or every fitting file below a folder."""
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import fsspec
 import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet
@@ -14,10 +12,8 @@ from embedloom.config.data import CorpusSource
 from embedloom.corpus.columns import check_columns, files_of, label_of, rows_of, used_columns
 from embedloom.corpus.rows import SourceRow
 from embedloom.errors import DataError
+from embedloom.formats import JSONL_ENDINGS, PARQUET_ENDINGS, json_lines
 
-_PACKED = ("", ".gz", ".bz2", ".xz", ".zst")
-PARQUET_ENDINGS = (".parquet", ".pq")
-JSONL_ENDINGS = tuple(f"{ending}{packed}" for ending in (".jsonl", ".ndjson", ".json") for packed in _PACKED)
 CSV_ENDINGS = tuple(f"{ending}{packed}" for ending in (".csv", ".tsv") for packed in (".gz", ".bz2", ""))
 _BATCH_ROWS = 1024
 _CSV_BLOCK_BYTES = 16 * 2**20  # no row may be longer than a block
@@ -53,33 +49,6 @@ def read_csv(source: CorpusSource) -> Iterator[SourceRow]:
     """
     for path in files_of(source, CSV_ENDINGS):
         yield from rows_of(source, _csv_records(path, source), str(path), label_of(source, path))
-
-
-def json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(line number, object) of every line that is not empty.
-
-    Raises:
-        DataError: not UTF-8, or a line that is not a JSON object.
-    """
-    number = 0
-    try:
-        with fsspec.open(str(path), "rt", encoding="utf-8-sig", compression="infer") as stream:
-            for number, line in enumerate(stream, start=1):
-                if not line.strip():
-                    continue
-                record = json.loads(line)
-                if not isinstance(record, dict):
-                    seen = f"line {number} holds a {type(record).__name__}"
-                    raise DataError(f"{path}: {seen}; allowed: one JSON object a line")
-                yield number, record
-    except json.JSONDecodeError as error:
-        raise DataError(
-            f"{path}: line {number} is not JSON ({error}); allowed: one JSON object a line"
-        ) from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8 after line {number}: {error.reason}; allowed: UTF-8") from error
-    except (OSError, EOFError) as error:
-        raise DataError(f"{path}: not readable as JSON lines: {_line(error)}") from error
 
 
 def _json_records(path: Path, source: CorpusSource) -> Iterator[Mapping[str, Any]]:

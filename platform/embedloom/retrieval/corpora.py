@@ -1,48 +1,139 @@
-"""``embedloom embed``: any corpus to Parquet vectors."""
+"""``embedloom embed``: any corpus to Parquet vectors and, if wanted, a FAISS index."""
 
 from pathlib import Path
+from typing import Any
 
-from embedloom.artefacts import Artefact, ArtefactWriter
+from embedloom.artefacts import MANIFEST_FILE, Artefact, ArtefactWriter
 from embedloom.config.resources import PoolConfig
 from embedloom.config.use import EmbeddingConfig
-from embedloom.instructions import PromptContract
-from embedloom.retrieval.embed import embed_corpus
+from embedloom.encoder.sidecars import derive_contract
+from embedloom.errors import ConfigError, DataError
+from embedloom.instructions import CONTRACT_FILE, PromptContract
+from embedloom.progress import note
+from embedloom.retrieval.embed_rows import embed_rows
 from embedloom.retrieval.embedder import EncoderSource
+from embedloom.retrieval.fill_in import OWN_FOLDER, VECTORS_FOLDER
+from embedloom.retrieval.index import build_index, require_faiss
+from embedloom.retrieval.inputs import DOCUMENTS_FOLDER, SPLITS, check_instruction, open_input
+from embedloom.retrieval.ledger import open_ledger
+from embedloom.retrieval.previous import aside_of
+from embedloom.retrieval.teachers import beyond_encoder
+from embedloom.storage import Place
 
-VECTORS_FOLDER = "vectors"
-DOCUMENTS_FOLDER = "documents"
-SPLITS = ("train", "dev", "test")
+__all__ = ["DOCUMENTS_FOLDER", "SPLITS", "VECTORS_FOLDER", "embed_artefact"]
 
 
 def embed_artefact(
-    config: EmbeddingConfig,
-    corpus: Artefact,
-    model: Path,
-    model_id: str,
-    pool: PoolConfig,
-    out: ArtefactWriter,
+    config: EmbeddingConfig, corpus: str, model: Path, model_id: str, pool: PoolConfig, out: ArtefactWriter
 ) -> Artefact:
-    """Embed every document of a corpus artefact, all splits, and commit the vectors.
+    """Embed every text of a corpus and commit the vectors.
 
     Args:
         config: the embedding section.
-        corpus: artefact with ``documents/{train,dev,test}``.
+        corpus: a corpus artefact, a file, folder or glob of Parquet or JSON lines, or a folder of text files.
         model: model folder.
         model_id: fingerprint of the weights, stamped on the files.
         pool: actors and what each reserves.
-        out: writer of the vectors artefact; gets ``vectors/part-*.parquet``.
+        out: writer of the vectors artefact; gets ``vectors``, ``rows``, ``rejects`` and the index.
+
+    Raises:
+        DataError: an input that cannot be embedded, or an earlier artefact of another recipe.
+        ConfigError: keys that do not fit the model.
+        MissingDependency: an index is wanted and FAISS is not installed.
     """
-    folders = [f"{DOCUMENTS_FOLDER}/{split}" for split in SPLITS]
-    counts = embed_corpus(
+    out.place.sweep()
+    contract = _contract(model)
+    _check(config, contract)
+    recipe = {**config.recipe, "model_id": model_id, "contract_hash": contract.hash}
+    earlier = _earlier(config, recipe, out.place)
+    source = open_input(corpus, config, out.place)
+    before = (earlier.fingerprint, earlier.place) if earlier else None
+    ledger = open_ledger(source, out.place, config.shard_rows, before)
+    tokens = embed_rows(
         stage="embed",
-        source=corpus.place,
-        source_folder=tuple(folder for folder in folders if corpus.place.names(folder, ".parquet")),
-        output=out.place,
-        done_folder=VECTORS_FOLDER,
+        source=source,
+        ledger=ledger,
+        out=out.place,
         model=EncoderSource(model_id, model, dtype=config.compute_dtype),
-        side="document",
+        normalize=contract.normalize,
+        config=config,
         pool=pool,
-        shard_rows=config.shard_rows,
-        vector_dtype=config.dtype,
+        previous=earlier.place if earlier else None,
     )
-    return out.commit(counts, {"model_id": model_id, "contract_hash": PromptContract.load(model).hash})
+    details: dict[str, Any] = {
+        "model_id": model_id,
+        "contract_hash": contract.hash,
+        "recipe": recipe,
+        "previous": ledger.previous or None,
+    }
+    if config.index is not None:
+        details["index"] = build_index(config.index, out.place, contract.hash)
+    out.place.child(OWN_FOLDER).remove()
+    done = out.commit({**ledger.counts, "tokens": tokens}, details)
+    if out.place.is_local:
+        aside_of(out.place).remove()
+    return done
+
+
+def _contract(model: Path) -> PromptContract:
+    """The model's own contract, or one derived from its sentence-transformers files if it can say all they say."""
+    if (model / CONTRACT_FILE).exists():
+        return PromptContract.load(model)
+    reason = beyond_encoder(model)
+    if reason:
+        raise DataError(
+            f"embedding.model: {model}: our encoder would compute other vectors than its authors': {reason}"
+        )
+    return derive_contract(model)
+
+
+def _check(config: EmbeddingConfig, contract: PromptContract) -> None:
+    """What can be known before any actor starts."""
+    check_instruction(config, contract.symmetric_task_types)
+    if config.index is not None:
+        require_faiss()
+    trained = contract.matryoshka_dimensions
+    if config.dimensions is None or config.allow_truncation or config.dimensions in (trained or ()):
+        return
+    allowed = (
+        f"allowed: {', '.join(map(str, trained))}"
+        if trained
+        else "the model does not say it was trained for any"
+    )
+    raise ConfigError(
+        f"embedding.dimensions: {config.dimensions}; {allowed} (matryoshka_dimensions of its contract.json); "
+        "embedding.allow_truncation: true cuts regardless"
+    )
+
+
+def _earlier(config: EmbeddingConfig, recipe: dict[str, Any], out: Place) -> Artefact | None:
+    """The artefact whose vectors may be taken: the one the config names, or the one this build replaces.
+
+    Raises:
+        DataError: the named one is not there, or its vectors are of another recipe.
+    """
+    if config.previous is not None:
+        named = Artefact.open(Place(config.previous), "vectors")
+        different = _difference(named, recipe)
+        if different:
+            raise DataError(
+                f"embedding.previous: {config.previous}: {different}; its vectors cannot be mixed in"
+            )
+        return named
+    if not out.is_local or not aside_of(out).exists(MANIFEST_FILE):
+        return None
+    replaced = Artefact.open(aside_of(out), "vectors")
+    different = _difference(replaced, recipe)
+    if different:
+        note("embed", f"no vector of {replaced.place.uri} is taken over: {different}")
+        return None
+    return replaced
+
+
+def _difference(artefact: Artefact, recipe: dict[str, Any]) -> str:
+    """The first key in which an artefact's recipe differs, in words; empty if it is the same."""
+    found = artefact.manifest["details"].get("recipe", {})
+    for key, value in recipe.items():
+        if found.get(key) != value:
+            return f"{key} is {found.get(key)!r} there, {value!r} here"
+    return ""

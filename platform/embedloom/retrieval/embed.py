@@ -1,4 +1,4 @@
-"""Embedding a table of texts in an actor pool: Parquet in, Parquet vectors out, shard by shard."""
+"""Embedding a table of texts in an actor pool, as mining does: Parquet in, Parquet vectors out, shard by shard."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +11,9 @@ from embedloom.engines.shards import run_sharded
 from embedloom.errors import DataError
 from embedloom.instructions import Side, document_text
 from embedloom.retrieval.embedder import EmbedderSource
+from embedloom.retrieval.search import check_vectors
 from embedloom.retrieval.shared_weights import share_weights
+from embedloom.retrieval.stored import StoredType, final_table, stored_vectors, vector_columns
 from embedloom.retrieval.vector_files import CONTRACT_KEY, MODEL_KEY, TOKENS_KEY
 from embedloom.storage import Place
 
@@ -22,9 +24,9 @@ def vector_table(
     contract_hash: str,
     model_id: str,
     tokens: int,
-    dtype: str = "float32",
+    dtype: StoredType = "float32",
 ) -> pa.Table:
-    """Vectors as Arrow: id, vector (fixed_size_list), and what made them in the schema metadata.
+    """Vectors as Arrow: id, vector (fixed_size_list), where needed scale, and what made them in the schema metadata.
 
     Args:
         ids: one per row.
@@ -32,19 +34,15 @@ def vector_table(
         contract_hash: of the prompt contract the texts went through.
         model_id: fingerprint or name of the weights.
         tokens: real tokens behind these rows.
-        dtype: ``float32`` or ``float16``.
+        dtype: stored type.
     """
-    values = pa.array(np.ascontiguousarray(vectors, dtype=dtype).reshape(-1))
-    column = pa.FixedSizeListArray.from_arrays(values, vectors.shape[1])
+    columns = vector_columns(np.ascontiguousarray(vectors, dtype=np.float32), dtype)
     metadata = {
         CONTRACT_KEY: contract_hash.encode(),
         MODEL_KEY: model_id.encode(),
         TOKENS_KEY: str(tokens).encode(),
     }
-    schema = pa.schema(
-        [pa.field("id", pa.string(), False), pa.field("vector", column.type, False)], metadata=metadata
-    )
-    return pa.table([pa.array(ids, pa.string()), column], schema=schema)
+    return final_table(pa.table({"id": pa.array(ids, pa.string()), **columns}), metadata)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +59,12 @@ class EmbeddingWorker:
     """Actor that embeds one shard of texts."""
 
     def __init__(
-        self, source: EmbedderSource, side: Side, done_folder: str, vector_dtype: str, columns: TextColumns
+        self,
+        source: EmbedderSource,
+        side: Side,
+        done_folder: str,
+        vector_dtype: StoredType,
+        columns: TextColumns,
     ) -> None:
         self.embedder = source.open()
         self.model_id = source.name
@@ -120,7 +123,7 @@ def embed_corpus(
     side: Side,
     pool: PoolConfig,
     shard_rows: int,
-    vector_dtype: str = "float32",
+    vector_dtype: StoredType = "float32",
     columns: TextColumns = TextColumns(),
     by_file: bool = False,
 ) -> dict[str, int]:
@@ -177,10 +180,11 @@ def vector_counts(place: Place, parts: list[str]) -> dict[str, int]:
 def read_vectors(
     place: Place, folder: str, contract_hash: str | None = None
 ) -> tuple[list[str], np.ndarray[Any, Any]]:
-    """All vectors of a folder: ids and float32 [n, dimension].
+    """All vectors of a folder: ids and float32 [n, dimension], whichever type they are stored in.
 
     Raises:
-        DataError: no vectors, files of different contracts, or another contract than asked for.
+        DataError: no vectors, files of different contracts or dimensions, another contract than asked for,
+            or a vector that is zero or not finite.
     """
     ids: list[str] = []
     blocks = []
@@ -192,10 +196,12 @@ def read_vectors(
             raise DataError(
                 f"{place.uri}/{name}: contract_hash {found!r}, expected {contract_hash!r}; vectors of different prompts cannot be compared"
             )
-        column = table.column("vector").combine_chunks()
-        blocks.append(
-            np.asarray(column.flatten(), dtype=np.float32).reshape(table.num_rows, column.type.list_size)
-        )
+        blocks.append(stored_vectors(table, f"{place.uri}/{name}"))
+        check_vectors(blocks[-1], f"{place.uri}/{name}", table.column("id"))
+        if blocks[-1].shape[1] != blocks[0].shape[1]:
+            raise DataError(
+                f"{place.uri}/{name}: column 'vector' has {blocks[-1].shape[1]} dimensions, the files before have {blocks[0].shape[1]}"
+            )
         ids.extend(table.column("id").to_pylist())
     if not blocks:
         raise DataError(f"{place.uri}/{folder}: no vectors")

@@ -42,6 +42,8 @@ def nearest_documents(
     """
     query = np.asarray(_embed(url, model, question, timeout_seconds), dtype=np.float32)
     ids, matrix = read_vectors(vectors.place, VECTORS_FOLDER, vectors.manifest["details"]["contract_hash"])
+    if matrix.shape[1] < len(query):  # vectors cut to their first dimensions are asked with a query cut alike
+        query = query[: matrix.shape[1]] / np.linalg.norm(query[: matrix.shape[1]])
     scores = matrix @ query
     lines = [f"? {question}"]
     for position in np.argsort(-scores, kind="stable")[:count]:

@@ -1,0 +1,92 @@
+"""File formats that hold texts: JSON lines and plain text or Markdown, one record at a time, and where they lie."""
+
+import glob
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import fsspec
+
+from embedloom.errors import DataError
+
+_PACKED = ("", ".gz", ".bz2", ".xz", ".zst")
+PARQUET_ENDINGS = (".parquet", ".pq")
+JSONL_ENDINGS = tuple(f"{ending}{packed}" for ending in (".jsonl", ".ndjson", ".json") for packed in _PACKED)
+TEXT_ENDINGS = (".txt", ".md", ".markdown", ".rst")
+_MARKDOWN = (".md", ".markdown")
+_HEADING = re.compile(r"^ {0,3}#{1,6}[ \t]+(.+?)[ \t]*#*[ \t]*$")
+_FENCE = re.compile(r"^ {0,3}(```|~~~)")
+_GLOB_CHARACTERS = set("*?[")
+
+
+def files_at(path: str) -> list[Path]:
+    """Files behind a path, sorted: the file itself, all below a folder, or what a glob matches; none hidden."""
+    text = str(Path(path).expanduser())
+    if _GLOB_CHARACTERS & set(text):
+        found = [Path(name) for name in glob.glob(text, recursive=True)]  # noqa: PTH207 - absolute patterns
+    elif Path(text).is_dir():
+        found = list(Path(text).rglob("*"))
+    else:
+        found = [Path(text)]
+    return sorted(path for path in found if path.is_file() and not path.name.startswith("."))
+
+
+def json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(line number, object) of every line that is not empty; plain or compressed.
+
+    Raises:
+        DataError: not UTF-8, or a line that is not a JSON object.
+    """
+    number = 0
+    try:
+        with fsspec.open(str(path), "rt", encoding="utf-8-sig", compression="infer") as stream:
+            for number, line in enumerate(stream, start=1):
+                if not line.strip():
+                    continue
+                record = json.loads(line)
+                if not isinstance(record, dict):
+                    seen = f"line {number} holds a {type(record).__name__}"
+                    raise DataError(f"{path}: {seen}; allowed: one JSON object a line")
+                yield number, record
+    except json.JSONDecodeError as error:
+        raise DataError(
+            f"{path}: line {number} is not JSON ({error}); allowed: one JSON object a line"
+        ) from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not UTF-8 after line {number}: {error.reason}; allowed: UTF-8") from error
+    except (OSError, EOFError) as error:
+        raise DataError(f"{path}: not readable as JSON lines: {' '.join(str(error).split())}") from error
+
+
+def read_text(path: Path) -> tuple[str, str]:
+    """Title and body of a text file: the first Markdown heading, else the file's name without its ending.
+
+    Raises:
+        DataError: not readable, or not UTF-8.
+    """
+    try:
+        content = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{path}: byte {error.start} is not UTF-8 ({error.reason}); allowed: text in UTF-8"
+        ) from error
+    except OSError as error:
+        raise DataError(f"{path}: not readable: {error.strerror}") from error
+    title, text = split_title(content) if path.suffix.lower() in _MARKDOWN else (None, content)
+    return title or path.stem, text
+
+
+def split_title(markdown: str) -> tuple[str | None, str]:
+    """First heading outside a code fence, and the text; a text that starts with the heading loses it."""
+    lines = markdown.splitlines()
+    fenced = False
+    for number, line in enumerate(lines):
+        if _FENCE.match(line):
+            fenced = not fenced
+        heading = None if fenced else _HEADING.match(line)
+        if heading:
+            leads = not any(earlier.strip() for earlier in lines[:number])
+            return heading[1], "\n".join(lines[number + 1 :]) if leads else markdown
+    return None, markdown

@@ -1,0 +1,247 @@
+"""What can be embedded: a corpus artefact, Parquet, JSON lines, a folder of text files; all end as Parquet rows.
+
+Parquet is read where it lies. JSON lines and text files have no row numbers to come back to, so they are written
+once as ``documents/part-*.parquet`` below the vectors.
+"""
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from embedloom.artefacts import MANIFEST_FILE, Artefact
+from embedloom.config.use import EmbeddingConfig
+from embedloom.engines.shards import PART_PATTERN
+from embedloom.errors import ConfigError, DataError
+from embedloom.formats import JSONL_ENDINGS, PARQUET_ENDINGS, TEXT_ENDINGS, files_at, json_lines, read_text
+from embedloom.instructions import Side
+from embedloom.storage import Place
+
+DOCUMENTS_FOLDER = "documents"
+SPLITS = ("train", "dev", "test")
+_COPIED = f"{DOCUMENTS_FOLDER}.json"  # written when the copy of foreign documents is complete
+_COPY_ROWS = 10_000
+_ENDINGS = {"parquet": PARQUET_ENDINGS, "jsonl": JSONL_ENDINGS, "text": TEXT_ENDINGS}
+_ALLOWED = "a corpus artefact, a file, folder or glob of Parquet or JSON lines, or a folder of text files"
+
+
+@dataclass(frozen=True, slots=True)
+class TextSource:
+    """Parquet files whose rows are texts: (name, row count) in order, and the columns to read."""
+
+    place: Place
+    files: tuple[tuple[str, int], ...]
+    text: str
+    title: str | None
+    id: str | None  # None: rows are known by their content
+    side: Side
+
+    @property
+    def columns(self) -> list[str]:
+        """The columns to read."""
+        return [name for name in dict.fromkeys((self.id, self.title, self.text)) if name is not None]
+
+
+def input_state(path: str) -> Any:
+    """What a changed input changes: a corpus artefact's fingerprint, else every file's size and time of change.
+
+    Raises:
+        DataError: nothing there.
+    """
+    if "://" in path:
+        place, names = _remote(path)
+        return {name: place.parquet_footer(name)[1] for name in names}
+    if (Path(path).expanduser() / MANIFEST_FILE).is_file():
+        return Artefact.open(Place(path), "corpus").fingerprint
+    _, files = _local(path)
+    return {str(file): [file.stat().st_size, file.stat().st_mtime_ns] for file in files}
+
+
+def open_input(path: str, config: EmbeddingConfig, out: Place) -> TextSource:
+    """The rows of an input; JSON lines and text files are copied to ``out/documents`` first, once.
+
+    Args:
+        path: the input.
+        config: names the columns and the side; queries have no titles.
+        out: the artefact being built.
+
+    Raises:
+        DataError: nothing there, files of several kinds, or a column that is not there.
+    """
+    if "://" in path:
+        return _table_source(*_remote(path), config)
+    if (Path(path).expanduser() / MANIFEST_FILE).is_file():
+        place = Artefact.open(Place(path), "corpus").place
+        names = [name for split in SPLITS for name in place.names(f"{DOCUMENTS_FOLDER}/{split}", ".parquet")]
+        return _table_source(place, names, config)
+    kind, files = _local(path)
+    if kind == "parquet":
+        root = Path(os.path.commonpath([file.parent.absolute() for file in files]))
+        names = [file.absolute().relative_to(root).as_posix() for file in files]
+        return _table_source(Place(str(root)), names, config)
+    if not out.exists(_COPIED):
+        rows = _json_rows(files, config) if kind == "jsonl" else _text_rows(files, path)
+        out.write_json(_COPIED, {"rows": _copy(rows, out)})
+    names = out.names(DOCUMENTS_FOLDER, ".parquet")
+    copied = config.model_copy(update={"text_column": "text", "title_column": None, "id_column": None})
+    return _table_source(out, names, copied)
+
+
+def _remote(path: str) -> tuple[Place, list[str]]:
+    """A Parquet file, or the Parquet files of a folder, in an object store."""
+    if path.endswith(PARQUET_ENDINGS):
+        folder, _, name = path.rpartition("/")
+        return Place(folder), [name]
+    names = Place(path).names("", ".parquet")
+    if not names:
+        raise DataError(f"embedding.corpus: {path!r} holds no .parquet file")
+    return Place(path), names
+
+
+def _local(path: str) -> tuple[str, list[Path]]:
+    """Kind and files of a local input; a folder must hold files of one kind only, others in it are passed over."""
+    files = [file for file in files_at(path) if not _hidden(file, path)]
+    found = {
+        kind: [file for file in files if file.name.lower().endswith(endings)]
+        for kind, endings in _ENDINGS.items()
+    }
+    found = {kind: listed for kind, listed in found.items() if listed}
+    if not found:
+        raise DataError(
+            f"embedding.corpus: {path!r} does not exist or holds no such file; allowed: {_ALLOWED}"
+        )
+    if len(found) > 1:
+        seen = ", ".join(f"{len(listed)} {kind}" for kind, listed in found.items())
+        raise DataError(
+            f"embedding.corpus: {path!r} holds files of several kinds ({seen}); give a glob, such as {path.rstrip('/')}/*.parquet"
+        )
+    return next(iter(found.items()))
+
+
+def _hidden(file: Path, path: str) -> bool:
+    root = Path(path).expanduser()
+    return root.is_dir() and any(part.startswith(".") for part in file.relative_to(root).parts)
+
+
+def _table_source(place: Place, names: list[str], config: EmbeddingConfig) -> TextSource:
+    """Resolve the columns on the first file and check them on all."""
+    footers = [(name, *place.parquet_footer(name)) for name in names]
+    if not footers or not any(rows for _, _, rows in footers):
+        raise DataError(f"embedding.corpus: {place.uri}: no rows to embed")
+    first = footers[0][1].names
+    id_column = config.id_column or next((name for name in ("id", "_id") if name in first), None)
+    title = config.title_column or ("title" if "title" in first else None)
+    if config.side == "query":
+        title = None
+    files = tuple((name, rows) for name, _, rows in footers)
+    source = TextSource(place, files, config.text_column, title, id_column, config.side)
+    for name, schema, _ in footers:
+        _check_columns(source, schema, f"{place.uri}/{name}")
+    return source
+
+
+def _check_columns(source: TextSource, schema: pa.Schema, where: str) -> None:
+    for key in ("text", "title", "id"):
+        column = getattr(source, key)
+        if column is None:
+            continue
+        if column not in schema.names:
+            raise DataError(
+                f"{where}: no column {column!r} (embedding.{key}_column); columns found: {schema.names}"
+            )
+        kind = schema.field(column).type
+        kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+        texts = pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_null(kind)
+        if not texts and not (key == "id" and pa.types.is_integer(kind)):
+            allowed = "text or whole numbers" if key == "id" else "text"
+            raise DataError(f"{where}: column {column!r} is {kind}; allowed: {allowed}")
+
+
+def _json_rows(files: list[Path], config: EmbeddingConfig) -> Iterator[dict[str, Any]]:
+    """Records of JSON lines; whether they have ids is decided by the very first one."""
+    named: str | None = config.id_column
+    first, titled = True, config.title_column is None
+    for path in files:
+        for number, record in json_lines(path):
+            if first:
+                named = named or next((key for key in ("id", "_id") if key in record), None)
+                first = False
+            where = f"{path}: line {number}"
+            titled = titled or config.title_column in record
+            row = {
+                "text": _value(record, config.text_column, where, required=True),
+                "title": _value(record, config.title_column or "title", where),
+            }
+            if named is not None:
+                row["id"] = _value(record, named, where, required=True, whole_numbers=True)
+            yield row
+    if not titled and not first:
+        raise DataError(f"{files[0]}: no line has the key {config.title_column!r} (embedding.title_column)")
+
+
+def _value(
+    record: dict[str, Any], key: str, where: str, *, required: bool = False, whole_numbers: bool = False
+) -> str | None:
+    if required and key not in record:
+        raise DataError(f"{where} has no key {key!r}; keys found: {list(record)}")
+    value = record.get(key)
+    if whole_numbers and isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    if value is not None and not isinstance(value, str):
+        raise DataError(
+            f"{where}: key {key!r} holds {type(value).__name__} {str(value)[:40]!r}; allowed: text"
+        )
+    return value
+
+
+def _text_rows(files: list[Path], path: str) -> Iterator[dict[str, Any]]:
+    """One document a file; its id is its path below the folder, so an edited file keeps its id."""
+    root = Path(path).expanduser()
+    if not root.is_dir():
+        root = Path(os.path.commonpath([file.parent for file in files]))
+    for file in files:
+        title, text = read_text(file)
+        yield {"id": file.relative_to(root).as_posix(), "title": title, "text": text}
+
+
+def _copy(rows: Iterator[dict[str, Any]], out: Place) -> int:
+    """Write rows as numbered parts; returns how many there were."""
+    total, waiting = 0, list[dict[str, Any]]()
+
+    def write() -> None:
+        names = [name for name in ("id", "title", "text") if name in waiting[0]]
+        schema = pa.schema([(name, pa.string()) for name in names])
+        part = f"{DOCUMENTS_FOLDER}/{PART_PATTERN.format((total - 1) // _COPY_ROWS)}"
+        try:
+            table = pa.Table.from_pylist(waiting, schema=schema)
+        except UnicodeEncodeError as error:
+            raise DataError(
+                f"embedding.corpus: rows {total - len(waiting)} to {total}: not Unicode ({error.reason}); allowed: UTF-8"
+            ) from error
+        out.write_table(part, table)
+        waiting.clear()
+
+    for row in rows:
+        waiting.append(row)
+        total += 1
+        if len(waiting) == _COPY_ROWS:
+            write()
+    if waiting:
+        write()
+    return total
+
+
+def check_instruction(config: EmbeddingConfig, symmetric_task_types: tuple[str, ...]) -> None:
+    """Refuse an instruction that no text would carry.
+
+    Raises:
+        ConfigError: an instruction for documents of an asymmetric task.
+    """
+    if config.instruction and config.side == "document" and config.task_type not in symmetric_task_types:
+        raise ConfigError(
+            f"embedding.instruction: documents of task_type {config.task_type!r} carry no instruction; "
+            f"allowed with side query, or with one of {', '.join(symmetric_task_types)}"
+        )

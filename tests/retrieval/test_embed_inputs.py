@@ -1,0 +1,188 @@
+"""Inputs, ids, rejects and the ledger, without a model: which row takes which vector."""
+
+import gzip
+import json
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from embedloom.config.base import validate
+from embedloom.config.use import EmbeddingConfig
+from embedloom.errors import ConfigError, DataError
+from embedloom.retrieval.inputs import check_instruction, input_state, open_input
+from embedloom.retrieval.ledger import open_ledger, origin_column
+from embedloom.retrieval.scan import first_of_equals
+from embedloom.storage import Place
+
+
+def table(folder, name, **columns):
+    folder.mkdir(exist_ok=True, parents=True)
+    pq.write_table(pa.table(columns), folder / name)
+
+
+def ledger_rows(path, out, shard_rows=4, previous=None, **config):
+    place = Place(str(out))
+    ledger = open_ledger(open_input(str(path), EmbeddingConfig(**config), place), place, shard_rows, previous)
+    return ledger, place.read_tables("rows").to_pylist()
+
+
+def test_equal_texts_take_the_vector_of_the_first(tmp_path):
+    texts = ["a", "b", "a", "c", "c", " a ", "d", "b", "e"]
+    table(tmp_path, "in.parquet", id=list(range(9)), text=texts)
+    ledger, rows = ledger_rows(tmp_path / "in.parquet", tmp_path / "out")
+    first = {}
+    expected = [first.setdefault(text.strip(), number) for number, text in enumerate(texts)]
+    assert [row["origin"] for row in rows] == expected
+    assert [row["id"] for row in rows] == [str(n) for n in range(9)]
+    assert (ledger.rows, ledger.own) == ((4, 4, 1), (3, 1, 1))
+    assert ledger.counts == {"rows": 9, "embedded": 5, "shared": 4, "reused": 0, "removed": 0, "rejects": {}}
+
+
+def test_equal_texts_with_other_titles_are_other_texts(tmp_path):
+    table(tmp_path, "in.parquet", id=["1", "2", "3"], title=["x", None, "x"], text=["a", "a", "a"])
+    _, rows = ledger_rows(tmp_path / "in.parquet", tmp_path / "out")
+    assert [row["origin"] for row in rows] == [0, 1, 0]
+    _, rows = ledger_rows(tmp_path / "in.parquet", tmp_path / "queries", side="query")
+    assert [row["origin"] for row in rows] == [0, 0, 0]
+
+
+def test_first_of_equals_against_a_dictionary():
+    digests = np.random.default_rng(0).integers(0, 6, (500, 2)).astype(np.uint64)
+    first = {}
+    expected = [first.setdefault(tuple(pair), number) for number, pair in enumerate(digests.tolist())]
+    assert first_of_equals(digests).tolist() == expected
+
+
+def test_empty_texts_are_counted_rejects(tmp_path):
+    table(tmp_path, "in.parquet", id=["a", "b", "c", "d"], text=["x", None, " \n", "y"])
+    ledger, rows = ledger_rows(tmp_path / "in.parquet", tmp_path / "out")
+    assert [row["id"] for row in rows] == ["a", "d"] and ledger.counts["rejects"] == {"empty": 2}
+    rejects = Place(str(tmp_path / "out")).read_tables("rejects", "rejects").to_pylist()
+    assert [(row["id"], row["reason"]) for row in rejects] == [("b", "empty"), ("c", "empty")]
+    table(tmp_path, "none.parquet", id=["a"], text=[""])
+    with pytest.raises(DataError, match="no row with a text"):
+        ledger_rows(tmp_path / "none.parquet", tmp_path / "out2")
+
+
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [(["a", "b", "a"], "id 'a' stands twice"), (["a", None, "b"], r"row 1: column 'id' holds None"), (["a", "", "b"], "holds ''"),
+     ([1.5, 2.5, 3.5], "column 'id' is double; allowed: text or whole numbers")],
+)  # fmt: skip
+def test_bad_ids_are_named(tmp_path, ids, message):
+    table(tmp_path, "in.parquet", id=ids, text=["x", "y", "z"])
+    with pytest.raises(DataError, match=message):
+        ledger_rows(tmp_path / "in.parquet", tmp_path / "out")
+
+
+def test_rows_without_ids_are_known_by_their_texts(tmp_path):
+    table(tmp_path / "in", "1.parquet", text=["x", "y"])
+    table(tmp_path / "in", "2.parquet", text=["z", "x"])
+    ledger, rows = ledger_rows(tmp_path / "in", tmp_path / "out", shard_rows=2)
+    assert ledger.counts["rejects"] == {"repeated": 1} and ledger.rows == (2, 1)
+    table(tmp_path / "other", "1.parquet", text=["z", "y", "x"])
+    _, other = ledger_rows(tmp_path / "other", tmp_path / "out2")
+    assert [row["id"] for row in other] == [row["id"] for row in reversed(rows)]
+
+
+def test_json_lines_and_text_folders_become_documents(tmp_path):
+    lines = [{"_id": 7, "text": "x", "title": "t"}, {"_id": "b", "text": "y", "extra": [1]}]
+    with gzip.open(tmp_path / "in.jsonl.gz", "wt") as stream:
+        stream.write("".join(json.dumps(line) + "\n" for line in lines))
+    _, rows = ledger_rows(tmp_path / "in.jsonl.gz", tmp_path / "out")
+    documents = Place(str(tmp_path / "out")).read_tables("documents").to_pylist()
+    assert [row["id"] for row in rows] == ["7", "b"]
+    assert documents == [{"id": "7", "title": "t", "text": "x"}, {"id": "b", "title": None, "text": "y"}]
+    (tmp_path / "texts" / "sub").mkdir(parents=True)
+    (tmp_path / "texts" / "sub" / "one.md").write_text("# Head\nbody")
+    (tmp_path / "texts" / "two.txt").write_text("plain")
+    _, rows = ledger_rows(tmp_path / "texts", tmp_path / "out2")
+    assert [row["id"] for row in rows] == ["sub/one.md", "two.txt"]
+    assert Place(str(tmp_path / "out2")).read_tables("documents").column("title").to_pylist() == [
+        "Head",
+        "two",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [('{"id": "a"}', "line 1 has no key 'text'"), ('{"id": "a", "text": 3}', "key 'text' holds int '3'"), ("[1]", "holds a list"),
+     ('{"id": "a", "text": "\\ud800"}', "not Unicode")],
+)  # fmt: skip
+def test_bad_json_lines_are_named(tmp_path, line, message):
+    (tmp_path / "in.jsonl").write_text(line + "\n")
+    with pytest.raises(DataError, match=message):
+        ledger_rows(tmp_path / "in.jsonl", tmp_path / "out")
+
+
+def test_unclear_inputs_say_what_is_allowed(tmp_path):
+    with pytest.raises(DataError, match="does not exist or holds no such file; allowed: a corpus artefact"):
+        input_state(str(tmp_path / "nowhere"))
+    table(tmp_path / "in", "1.parquet", text=["x"])
+    (tmp_path / "in" / "README.md").write_text("about")
+    with pytest.raises(
+        DataError, match=r"several kinds \(1 parquet, 1 text\); give a glob, such as .*/\*.parquet"
+    ):
+        input_state(str(tmp_path / "in"))
+    _, rows = ledger_rows(f"{tmp_path}/in/*.parquet", tmp_path / "out")
+    assert len(rows) == 1
+    with pytest.raises(DataError, match=r"no column 'body' \(embedding.text_column\)"):
+        ledger_rows(f"{tmp_path}/in/*.parquet", tmp_path / "out2", text_column="body")
+
+
+def test_a_changed_file_changes_the_state(tmp_path):
+    table(tmp_path, "in.parquet", text=["x"])
+    before = input_state(str(tmp_path / "in.parquet"))
+    table(tmp_path, "in.parquet", text=["x", "y"])
+    assert input_state(str(tmp_path / "in.parquet")) != before
+
+
+def test_earlier_vectors_are_found_by_text_and_lost_ids_counted(tmp_path):
+    table(tmp_path, "old.parquet", id=["a", "b", "c"], text=["x", "y", "z"])
+    ledger_rows(tmp_path / "old.parquet", tmp_path / "old")
+    table(tmp_path, "new.parquet", id=["n", "c", "b", "m"], text=["z", "z", "y2", "y2"])
+    before = ("f1", Place(str(tmp_path / "old")))
+    ledger, rows = ledger_rows(tmp_path / "new.parquet", tmp_path / "new", previous=before)
+    assert [row["origin"] for row in rows] == [-3, -3, 2, 2]
+    assert ledger.counts | {"rejects": {}} == {
+        "rows": 4, "embedded": 1, "shared": 1, "reused": 2, "removed": 1, "rejects": {},
+    }  # fmt: skip
+    with pytest.raises(DataError, match="takes vectors from the artefact 'f1', now given is 'f2'"):
+        ledger_rows(tmp_path / "new.parquet", tmp_path / "new", previous=("f2", before[1]))
+
+
+def test_large_files_are_read_by_row_range(tmp_path):
+    pq.write_table(pa.table({"n": list(range(100))}), tmp_path / "in.parquet", row_group_size=7)
+    place = Place(str(tmp_path))
+    for start, stop in ((0, 1), (6, 8), (13, 14), (0, 100), (95, 100), (20, 41)):
+        assert place.read_rows("in.parquet", start, stop, ["n"]).column("n").to_pylist() == list(
+            range(start, stop)
+        )
+    with pytest.raises(DataError, match="has 100 rows, 101 were expected"):
+        place.read_rows("in.parquet", 99, 101, ["n"])
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [({"dtype": "int4"}, "dtype: "), ({"task_type": "x"}, "task_type: unknown; allowed: retrieval"), ({"dtype": "binary", "dimensions": 12}, "dimensions is 12"),
+     ({"dtype": "binary", "index": {"kind": "flat"}}, "faiss.IndexBinaryFlat"), ({"index": {"kind": "hnsw", "lists": 4}}, "kind hnsw does not read lists"),
+     ({"index": {"kind": "ivf", "neighbours": 4}}, "kind ivf does not read neighbours")],
+)  # fmt: skip
+def test_keys_that_do_not_fit_are_refused(section, message):
+    with pytest.raises(ConfigError, match=message):
+        validate(EmbeddingConfig, section, "c")
+
+
+def test_an_instruction_that_no_document_would_carry_is_refused():
+    with pytest.raises(ConfigError, match="documents of task_type 'retrieval' carry no instruction"):
+        check_instruction(EmbeddingConfig(instruction="x"), ("sts",))
+    check_instruction(EmbeddingConfig(instruction="x", side="query"), ("sts",))
+    check_instruction(EmbeddingConfig(instruction="x", task_type="sts"), ("sts",))
+
+
+def test_origins_are_int64(tmp_path):
+    table(tmp_path, "in.parquet", text=["x"])
+    ledger_rows(tmp_path / "in.parquet", tmp_path / "out")
+    assert origin_column(Place(str(tmp_path / "out")).read_tables("rows")).dtype == np.int64
