@@ -65,24 +65,27 @@ class Int8Block:
     """A block of documents, quantized once and searched by many blocks of queries."""
 
     def __init__(self, documents: Matrix) -> None:
-        whole = quantize(documents)
+        # Chunk by chunk, because every step of quantizing makes a float32 copy of what it is given.
+        cuts = range(0, len(documents), _CHUNK)
+        largest = torch.cat([as_tensor(documents[s : s + _CHUNK]).abs().amax(dim=1) for s in cuts])
         # Sorted by scale, a group's maximum is nearly its best document's score, and a chunk's largest residual
         # nearly everyone's.
-        order = torch.argsort(whole.scales)
-        self._chunks = [self._chunk(whole, order[s : s + _CHUNK]) for s in range(0, len(order), _CHUNK)]
+        order = torch.argsort(largest)
+        self._chunks = [self._chunk(documents, order[s : s + _CHUNK]) for s in cuts]
 
     @staticmethod
-    def _chunk(whole: Quantized, rows: Tensor) -> _Chunk:
+    def _chunk(documents: Matrix, rows: Tensor) -> _Chunk:
+        part = quantize(documents[rows.numpy()])
         padding = -len(rows) % _GROUP
-        scales = torch.nn.functional.pad(whole.scales[rows], (0, padding)).view(-1, _GROUP)
+        scales = torch.nn.functional.pad(part.scales, (0, padding)).view(-1, _GROUP)
         return _Chunk(
-            torch.nn.functional.pad(whole.codes[rows], (0, 0, 0, padding)),
+            torch.nn.functional.pad(part.codes, (0, 0, 0, padding)),
             torch.nn.functional.pad(rows, (0, padding), value=-1),
             scales,
             scales.amax(dim=1),
             scales.amin(dim=1),
-            float(whole.residuals[rows].max()),
-            float(whole.lengths[rows].max()),
+            float(part.residuals.max()),
+            float(part.lengths.max()),
         )
 
     def nominate(
