@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 CONFIG ?= jobs/configs/quickstart.yaml
 QUESTION ?= How do I compute the shortest path between two nodes of a graph?
 
-.PHONY: demo test bench lint install install-dev clean
+.PHONY: demo test drill bench lint install install-dev clean
 
 install: $(VENV)/.installed
 install-dev: $(VENV)/.installed-dev
@@ -30,6 +30,9 @@ demo: install
 
 test: install-dev
 	$(BIN)/python -m pytest
+
+drill: install-dev
+	$(BIN)/python tests/drills/embed_kills.py
 
 lint: install-dev
 	$(BIN)/ruff check .

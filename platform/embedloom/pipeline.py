@@ -17,7 +17,7 @@ from embedloom.artefacts import Artefact, ArtefactWriter, fingerprint
 from embedloom.cluster.config import ClusterConfig, Profile
 from embedloom.config.run import RunConfig
 from embedloom.corpus.state import source_state
-from embedloom.errors import DataError
+from embedloom.errors import ConfigError, DataError
 from embedloom.progress import duration, note
 from embedloom.retrieval.model_id import embedding_state, model_id
 from embedloom.retrieval.previous import set_aside
@@ -273,6 +273,10 @@ def _evaluation(run: Run, inputs: Inputs, out: ArtefactWriter) -> Artefact:
     models |= {c.name: model_folder(inputs[f"training/{c.name}/{last}"]) for c in config.training.candidates}
     models["merged"] = model_folder(inputs["merged"])
     teacher = config.mining.teachers[0].model
+    if "teacher" in config.evaluation.baselines and config.mining.teachers[0].engine == "openai":
+        raise ConfigError(
+            "evaluation.baselines: 'teacher' needs a model folder, the first teacher is an endpoint"
+        )
     baseline = (teacher, resolve_model(teacher)) if "teacher" in config.evaluation.baselines else None
     return evaluate(
         config.evaluation,

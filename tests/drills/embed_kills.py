@@ -1,6 +1,6 @@
 """The kill drill: `embedloom embed` killed with -9 at random points of its work must end with identical files.
 
-    python tests/drills/embed_kills.py --model MODEL --texts 3000 --kills 10 --seed 0 --folder FOLDER
+    python tests/drills/embed_kills.py [--model MODEL] [--texts 3000] [--kills 10] [--seed 0] [--folder FOLDER]
 
 Embeds made-up texts once undisturbed and once with kills of the whole process group, each at a drawn number of
 finished files (before the first, while embedding, while filling in) and a drawn fraction of a second later, then
@@ -16,6 +16,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -154,16 +155,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", type=Path, required=True)
-    parser.add_argument("--folder", type=Path, required=True, help="new folder for inputs and outputs")
+    parser.add_argument("--model", type=Path, default=Path("minilm-l6"), help="a folder or a registry name")
+    parser.add_argument(
+        "--folder", type=Path, help="new folder for inputs and outputs; default: a temporary one"
+    )
     parser.add_argument("--texts", type=int, default=3000)
     parser.add_argument("--kills", type=int, default=10)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--prefix", default="", help="put before every command, such as 'nice -n 10'")
     arguments = parser.parse_args()
-    arguments.folder.mkdir(parents=True)
+    folder = arguments.folder or Path(tempfile.mkdtemp(prefix="embedloom-drill-")) / "drill"
+    folder.mkdir(parents=True)
     result = drill(
-        arguments.model, arguments.folder, arguments.texts, arguments.kills, arguments.seed, arguments.prefix
+        arguments.model, folder, arguments.texts, arguments.kills, arguments.seed, arguments.prefix
     )
     print(json.dumps(result))
     sys.exit(bool(result["different"] or result["rewritten"]))

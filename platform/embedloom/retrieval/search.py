@@ -89,6 +89,9 @@ class DocumentBlock:
         # torch 2.13 multiplies int8 matrices with one column wrongly on CPUs; so few dimensions need no help anyway.
         quantizable = len(documents) > 0 and documents.shape[1] >= _INT8_DIMENSIONS
         self._int8 = Int8Block(self._documents) if self._engine == "int8" and quantizable else None
+        # Copied to the device once, not for every block of queries.
+        by_torch = self._engine == "torch" or not _has_faiss()
+        self._tensor = as_tensor(self._documents).to(_device()) if by_torch else None
         self._longest = float(np.sqrt(_squares(self._documents).max(initial=0)))
 
     def __len__(self) -> int:
@@ -157,7 +160,7 @@ class DocumentBlock:
             step, unsure = max(1, _NOMINEES // width), []
             for start in range(0, len(pending), step):
                 asked = pending[start : start + step]
-                rough, rows = _nominate(queries[asked], self._documents, width, self._engine)
+                rough, rows = self._nominate(queries[asked], width)
                 sure = (rough[:, -1] < rough[:, kept - 1] - slack[asked]) | (width == total)
                 unsure.append(asked[~sure])
                 exact = row_scores(queries[asked[sure]], self._documents, rows[sure])
@@ -165,6 +168,24 @@ class DocumentBlock:
                 out[0][asked[sure]], out[1][asked[sure]] = best.positions, best.scores
             pending, width = np.concatenate(unsure), min(total, width * 4)
         return out
+
+    def _nominate(self, queries: Matrix, width: int) -> tuple[Matrix, Positions]:
+        """Rough scores, descending, and rows of the ``width`` best documents per query."""
+        if self._tensor is None:
+            import faiss
+
+            faiss.omp_set_num_threads(torch.get_num_threads())
+            scores, rows = faiss.knn(queries, self._documents, width, metric=faiss.METRIC_INNER_PRODUCT)
+            return scores, rows
+        precision = torch.get_float32_matmul_precision()
+        # TF32 and bfloat16 products round far beyond the slack that makes the nominees complete.
+        torch.set_float32_matmul_precision("highest")
+        try:
+            products = as_tensor(queries).to(self._tensor.device) @ self._tensor.T
+        finally:
+            torch.set_float32_matmul_precision(precision)
+        best = products.topk(width, dim=1)
+        return best.values.cpu().numpy(), best.indices.cpu().numpy()
 
 
 def merge_top_k(parts: Sequence[TopK], k: int, instead: Positions | None = None) -> TopK:
@@ -196,14 +217,13 @@ def pick_engine(engine: Engine) -> Engine:
     Raises:
         MissingDependency: FAISS is asked for and not installed.
     """
-    faiss = importlib.util.find_spec("faiss") is not None
-    if engine == "faiss" and not faiss:
+    if engine == "faiss" and not _has_faiss():
         raise MissingDependency("faiss-cpu", "cpu", "search engine 'faiss'")
     if engine != "auto":
         return engine
     if torch.cuda.is_available():
         return "torch"
-    return "int8" if has_fast_int8() else "faiss" if faiss else "torch"
+    return "int8" if has_fast_int8() else "faiss" if _has_faiss() else "torch"
 
 
 def check_vectors(vectors: Matrix, source: str, ids: Any = None) -> None:
@@ -246,21 +266,9 @@ def _rounding_slack(queries: Matrix, longest: float) -> np.ndarray[Any, np.dtype
     return np.asarray((2 * terms / (1 - terms) + 4 * _UNIT) * np.sqrt(_squares(queries)) * longest)
 
 
-def _nominate(queries: Matrix, documents: Matrix, width: int, engine: Engine) -> tuple[Matrix, Positions]:
-    """Rough scores, descending, and rows of the ``width`` best documents per query."""
-    if engine == "faiss":
-        import faiss
+def _has_faiss() -> bool:
+    return importlib.util.find_spec("faiss") is not None
 
-        faiss.omp_set_num_threads(torch.get_num_threads())
-        scores, rows = faiss.knn(queries, documents, width, metric=faiss.METRIC_INNER_PRODUCT)
-        return scores, rows
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    precision = torch.get_float32_matmul_precision()
-    # TF32 and bfloat16 products round far beyond the slack that makes the nominees complete.
-    torch.set_float32_matmul_precision("highest")
-    try:
-        products = as_tensor(queries).to(device) @ as_tensor(documents).to(device).T
-    finally:
-        torch.set_float32_matmul_precision(precision)
-    best = products.topk(width, dim=1)
-    return best.values.cpu().numpy(), best.indices.cpu().numpy()
+
+def _device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
