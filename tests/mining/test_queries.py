@@ -88,6 +88,30 @@ def test_texts_that_stand_opposite_each_other_are_searched_among_themselves(tmp_
         )
 
 
+def test_every_right_answer_of_a_shared_text_is_known(tmp_path):
+    """One text with two labels, one sentence with two translations: neither becomes a negative of the other."""
+    task = {"task_type": "multilabel_classification", "instruction": "Topics"}
+    pairs = [
+        pair_row(f"l{n}", "one text", "none", positive=label, **task)
+        for n, label in enumerate(["art", "law"])
+    ]
+    pairs += [pair_row("l9", "other text", "none", positive="sport", **task)]
+    pairs += [
+        pair_row(f"b{n}", "hello", "none", positive=text, task_type="bitext")
+        for n, text in enumerate(["hola", "salut"])
+    ]
+    _, _, rows = written(tmp_path, pairs, shard_rows=9)
+    of = {row["id"]: row for row in rows}
+    assert [of[name]["negatives"] for name in ("l0", "l1")] == [["sport"], ["sport"]]
+    assert sorted(of["l9"]["negatives"]) == ["art", "law"]
+    assert (
+        of["b0"]["known_positives"]
+        == of["b1"]["known_positives"]
+        == sorted(inline_id(text, "bitext", "Find the text") for text in ("hola", "salut"))
+    )
+    assert of["b0"]["document_id"] != of["b1"]["document_id"]
+
+
 def test_unusable_pairs_are_counted(tmp_path):
     pairs = [
         pair_row("a", " ", "d0"),

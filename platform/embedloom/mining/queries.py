@@ -103,6 +103,7 @@ class _Writer:
         self._out = out
         self._shard_rows = shard_rows
         self._shared = _shared_queries(files)
+        self._right = _shared_positives(files, self._shared)
         self._labels = _label_sets(files)
         place, folder = corpus
         names = place.names(folder, ".parquet")
@@ -150,18 +151,16 @@ class _Writer:
 
     def _row(self, pair: dict[str, Any], in_corpus: bool) -> dict[str, Any]:
         positive = None if in_corpus else pair["positive"]
-        negatives = pair["negatives"]
-        if negatives is None and pair["task_type"] in LABEL_TASK_TYPES and positive is not None:
-            negatives = wrong_labels(
-                self._labels[pair["origin"], pair["instruction"]], {positive}, pair["id"]
-            )
+        right = {positive} | self._right.get(pair["query"], set()) if positive is not None else set()
+        negatives = [text for text in pair["negatives"] or [] if text not in right]
+        if not negatives and pair["task_type"] in LABEL_TASK_TYPES and positive is not None:
+            negatives = wrong_labels(self._labels[pair["origin"], pair["instruction"]], right, pair["id"])
         own = positive is not None and not negatives and pair["task_type"] in _PAIRED_TASK_TYPES
         collection = f"{pair['origin']}-{pair['task_type']}" if own else CORPUS
-        document_id = (
-            inline_id(positive, pair["task_type"], pair["instruction"])
-            if own and positive
-            else pair["document_id"]
+        named = (
+            {text: inline_id(text, pair["task_type"], pair["instruction"]) for text in right} if own else {}
         )
+        document_id = named.get(positive, pair["document_id"])
         shared = self._shared.get(pair["query"], [pair["document_id"]])
         return {
             "id": pair["id"],
@@ -170,9 +169,9 @@ class _Writer:
             "part": "",
             "collection": collection,
             "document_id": document_id,
-            "known_positives": [document_id] if own else shared,
+            "known_positives": sorted(named.values()) if own else shared,
             "positive": positive,
-            "negatives": negatives,
+            "negatives": negatives or None,
             "task_type": pair["task_type"],
             "dataset": pair["origin"],
         }
@@ -237,6 +236,15 @@ def _shared_queries(files: list[_Source]) -> dict[str, list[str]]:
         if text_digest(query) in repeated:
             found.setdefault(query, set()).add(document_id)
     return {query: sorted(ids) for query, ids in found.items()}
+
+
+def _shared_positives(files: list[_Source], shared: dict[str, list[str]]) -> dict[str, set[str]]:
+    """Positive texts that come with the pairs of each shared query: all of them are right answers to it."""
+    found: dict[str, set[str]] = {}
+    for query, positive in _rows(files, ["query", "positive"]) if shared else ():
+        if positive and query in shared:
+            found.setdefault(query, set()).add(positive)
+    return found
 
 
 def _label_sets(files: list[_Source]) -> dict[tuple[str, str], list[str]]:
