@@ -42,13 +42,14 @@ def test_the_encoder_computes_on_the_arrays_themselves(tiny_model: Path):
 
 
 def test_bfloat16_weights_take_half_the_memory(tiny_model: Path):
-    if not has_fast_linear(torch.bfloat16):
-        pytest.skip("no oneDNN kernels for bfloat16 here")
     full, half = (
         Encoder.load(tiny_model, dtype=dtype, device="cpu").share_weights()
         for dtype in ("float32", "bfloat16")
     )
     linear = {name for name in half.arrays if name in half.bfloat16}
+    if not has_fast_linear(torch.bfloat16):  # there, autocast casts plain float32 weights
+        assert not linear and not half.inference_linear
+        return
     assert any("q_proj" in name for name in linear)
     assert sum(half.arrays[name].nbytes for name in linear) * 2 == sum(
         full.arrays[name].nbytes for name in linear

@@ -1,8 +1,10 @@
 """What this process can compute with."""
 
+import warnings
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
+import numpy as np
 import torch
 
 from embedloom.errors import ConfigError
@@ -33,6 +35,13 @@ def has_fast_bf16(device: torch.device) -> bool:
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     return bool(_BF16_CPU_FLAGS & _cpu_flags())
+
+
+def as_tensor(array: np.ndarray[Any, Any]) -> torch.Tensor:
+    """A tensor over an array's memory, to be read only: arrays out of Parquet or Ray's object store are read-only."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        return torch.from_numpy(array)
 
 
 def has_fast_int8() -> bool:

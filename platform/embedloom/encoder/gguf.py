@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import shutil
+import struct
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -54,7 +55,7 @@ def _convert(gguf: Path, out: Path) -> None:
         quantised = AutoModelForCausalLM.from_pretrained(
             str(gguf.parent), gguf_file=gguf.name, dtype=torch.float32
         )
-    except (ValueError, KeyError, NotImplementedError) as error:  # what a broken or unknown file raises
+    except (ValueError, KeyError, NotImplementedError, struct.error) as error:  # foreign, unknown, cut short
         raise DataError(
             f"{gguf}: transformers cannot read this GGUF file: {' '.join(str(error).split())}"
         ) from error

@@ -4,7 +4,6 @@ The arrays of one process, put into Ray's object store, are mapped read-only by 
 second actor costs no memory for weights. Arrays and not tensors, because Ray maps only what pickles out of band.
 """
 
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedModel
 
 from embedloom.encoder.backbone import backbone_config, check_attention
+from embedloom.encoder.device import as_tensor
 from embedloom.encoder.linear import InferenceLinear, use_inference_linear
 from embedloom.errors import DataError
 
@@ -95,10 +95,7 @@ def _named_tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
 
 
 def _tensor(array: np.ndarray[Any, Any], bfloat16: bool) -> Tensor:
-    with warnings.catch_warnings():
-        # Ray's arrays are read-only, torch has no such tensors, and inference writes to no weight.
-        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-        tensor: Tensor = torch.from_numpy(array)
+    tensor = as_tensor(array)
     return tensor.view(torch.bfloat16) if bfloat16 else tensor
 
 

@@ -1,5 +1,6 @@
 """One teacher's pass over all queries: embed, search, and keep every candidate with its score."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -165,8 +166,8 @@ def given_texts(row: dict[str, Any]) -> list[str]:
     return [text for text in [row["positive"] or "", *(row["negatives"] or [])] if text.strip()]
 
 
-class _Task:
-    """What one part asks and what becomes of the answer; travels to Ray tasks, so it holds names, not data."""
+class _Task(ABC):
+    """What one part asks and what becomes of the answer; travels to Ray tasks through the object store."""
 
     def __init__(
         self, owner: TeacherPass, catalogue: VectorCatalogue, todo: list[str], parts: list[str]
@@ -176,9 +177,9 @@ class _Task:
         self._todo = todo
         self._parts = parts
 
+    @abstractmethod
     def wanted(self, row: dict[str, Any]) -> Iterable[str]:
         """Document ids to score with a query."""
-        raise NotImplementedError
 
     def pairs(self, rows: list[dict[str, Any]]) -> tuple[Any, Any]:
         """Query row and document position of every pair that the catalogue knows."""

@@ -4,7 +4,6 @@ Products of float32 are exact in float64, and einsum without BLAS adds them in a
 alone; the sum is rounded to float32 once. A BLAS product rounds differently for every shape and thread count.
 """
 
-import warnings
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -17,13 +16,6 @@ Positions = np.ndarray[Any, np.dtype[np.int64]]
 # Queries rescored together: with some hundred documents of 4 KiB each, about a second-level cache.
 _QUERIES = 8
 _PAIRS = 4096
-
-
-def as_tensor(array: Matrix) -> torch.Tensor:
-    """A tensor over an array's memory, to be read only: arrays out of Parquet or Ray's object store are read-only."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-        return torch.from_numpy(array)
 
 
 def pair_scores(left: Matrix, right: Matrix) -> Matrix:

@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from embedloom.retrieval.exact import Matrix, Positions, as_tensor
+from embedloom.encoder.device import as_tensor
+from embedloom.retrieval.exact import Matrix, Positions
 
 Score = Callable[[Positions], Matrix]  # exact scores [n, w] of rows [n, w]; -inf where a row is -1
 

@@ -14,9 +14,9 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from embedloom.encoder.device import has_fast_int8
+from embedloom.encoder.device import as_tensor, has_fast_int8
 from embedloom.errors import DataError, MissingDependency
-from embedloom.retrieval.exact import Matrix, Positions, as_tensor, pair_scores, row_scores
+from embedloom.retrieval.exact import Matrix, Positions, pair_scores, row_scores
 from embedloom.retrieval.int8 import Int8Block
 
 Engine = Literal["auto", "int8", "faiss", "torch"]
