@@ -117,6 +117,18 @@ def test_any_cut_gives_the_same_result(seed, rows, queries, dimension, k, cuts):
     np.testing.assert_array_equal(merged.scores, scores)
 
 
+@pytest.mark.parametrize("count", [1, 2, 15, 17])
+def test_documents_that_all_point_away_are_found(count):
+    """Every score is negative, and 8-bit products come in groups of 16 that padding fills with sums of zero."""
+    documents = -unit_rows(np.random.default_rng(3), count, 24)
+    query = -documents.mean(axis=0, keepdims=True)
+    for k in (1, count):
+        found = top_k(query, documents, k, engine="int8")
+        positions, scores = brute_force(query, documents, k)
+        np.testing.assert_array_equal(found.positions, positions)
+        np.testing.assert_array_equal(found.scores, scores)
+
+
 def test_fewer_documents_than_k_gives_shorter_lists():
     found = top_k(np.eye(3, dtype=np.float32), np.eye(3, dtype=np.float32)[:2], 10)
     assert found.positions.shape == (3, 2)

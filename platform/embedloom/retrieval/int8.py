@@ -60,6 +60,7 @@ class _Chunk:
     lowest: Tensor  # [groups]
     residual: float
     length: float
+    padded: int  # rows from here on are padding
 
 
 class Int8Block:
@@ -87,6 +88,7 @@ class Int8Block:
             scales.amin(dim=1),
             float(part.residuals.max()),
             float(part.lengths.max()),
+            len(rows),
         )
 
     def nominate(
@@ -114,7 +116,10 @@ class Int8Block:
             found.slack = norms * chunk.residual + asked.residuals * chunk.length + rounding
             # A fresh result of this size costs as many page faults as the product costs time.
             out = sums if sums.shape[1] == len(chunk.rows) else sums.new_empty(len(queries), len(chunk.rows))
-            self._collect(torch._int_mm(asked.codes, chunk.codes.T, out=out), chunk, asked.scales, found)
+            torch._int_mm(asked.codes, chunk.codes.T, out=out)
+            # Where every true score is negative, a padding's sum of zero would pass for the best.
+            out[:, chunk.padded :] = torch.iinfo(torch.int32).min
+            self._collect(out, chunk, asked.scales, found)
             if found.too_many:
                 return None
             if number == 0:
