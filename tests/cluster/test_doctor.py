@@ -15,6 +15,7 @@ from embedloom.cluster.doctor import (
     format_findings,
     has_bf16_instructions,
     memory_bytes,
+    search_kernel,
 )
 
 
@@ -72,6 +73,16 @@ def test_memory_is_the_lower_of_machine_and_container():
     assert memory_bytes(meminfo, "max\n") == 16_000_000 * 1024
     assert memory_bytes(meminfo, "4294967296\n") == 2**32
     assert memory_bytes(meminfo, "99999999999999\n") == 16_000_000 * 1024
+
+
+def test_search_kernel_is_named_where_it_was_not_compiled(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    found = search_kernel("flags : avx512_vnni\n")
+    assert not found.ok
+    assert "install embedloom again beside gcc" in found.advice
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    assert search_kernel("flags : avx512_vnni sse\n").version == "compiled, AVX-512 VNNI"
+    assert "FAISS" in search_kernel("flags : avx2\n").version
 
 
 def test_report_marks_what_is_missing():

@@ -11,7 +11,6 @@ from embedloom.errors import ConfigError
 
 DTypeName = Literal["auto", "float32", "bfloat16"]
 _BF16_CPU_FLAGS = {"avx512_bf16", "amx_bf16"}
-_INT8_CPU_FLAGS = {"avx512_vnni", "avx_vnni", "amx_int8"}
 
 
 def pick_device(name: str = "auto") -> torch.device:
@@ -42,11 +41,6 @@ def as_tensor(array: np.ndarray[Any, Any]) -> torch.Tensor:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
         return torch.from_numpy(array)
-
-
-def has_fast_int8() -> bool:
-    """Whether this CPU multiplies 8-bit integers in hardware."""
-    return bool(_INT8_CPU_FLAGS & _cpu_flags())
 
 
 def _cpu_flags() -> set[str]:
