@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 import torch
+from embedloom.merging.linear import linear
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from embedloom.errors import ConfigError
-from embedloom.merging.linear import linear
 
 
 @settings(max_examples=50, deadline=None)

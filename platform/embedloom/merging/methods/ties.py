@@ -1,0 +1,84 @@
+"""TIES (arXiv 2306.01708): trim every task vector to its largest values, elect signs, average what agrees."""
+
+import threading
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from embedloom.config.merging import MergingConfig
+from embedloom.merging.methods.consensus import elected_mean
+from embedloom.merging.operands import BlockFunction, Operands
+
+# The bits of a non-negative float32 sort like the number itself: 2^15 bins by the upper half, then 2^16 by the lower.
+_UPPER_BINS = 2**15
+_LOWER_BINS = 2**16
+
+
+def prepare(operands: Operands, weights: Sequence[float], config: MergingConfig) -> BlockFunction:
+    """``base + scale * elected mean``; three passes, memory of a block whatever the tensor's size."""
+    kept = min(operands.elements, max(1, int(config.density * operands.elements)))
+    thresholds = [0.0] * len(operands.models)
+    if kept < operands.elements:
+        thresholds = magnitude_thresholds(operands, kept)
+
+    def block(start: int, stop: int) -> Tensor:
+        base = operands.reference().read(start, stop)
+        deltas = []
+        for model, threshold in zip(operands.models, thresholds, strict=True):
+            delta = model.read(start, stop).sub_(base)
+            deltas.append(delta.masked_fill_(delta.abs() < threshold, 0.0) if threshold else delta)
+        return base.add_(elected_mean(deltas, weights), alpha=config.scale)
+
+    return block
+
+
+def magnitude_thresholds(operands: Operands, kept: int) -> list[float]:
+    """The ``kept``-th largest magnitude of each task vector, exactly.
+
+    Two counting passes over the bits of the magnitudes instead of a sort: the first finds the upper half of the
+    threshold's bits, the second the lower half. Values equal to the threshold are all kept, as by the authors' code.
+    """
+    count = len(operands.models)
+    tops = [0] * count
+    uppers = _counts(operands, _UPPER_BINS, lambda bits, _: bits >> 16)
+    remaining = [kept] * count
+    for index, row in enumerate(uppers):
+        tops[index], remaining[index] = _bin_of(row, kept)
+
+    def lower(bits: Tensor, index: int) -> Tensor:
+        return bits[(bits >> 16) == tops[index]] & 0xFFFF
+
+    lowers = _counts(operands, _LOWER_BINS, lower)
+    bits = [
+        (top << 16) | _bin_of(row, left)[0] for top, row, left in zip(tops, lowers, remaining, strict=True)
+    ]
+    return [float(value) for value in np.array(bits, dtype=np.int32).view(np.float32)]
+
+
+def _bin_of(counts: NDArray[np.int64], rank: int) -> tuple[int, int]:
+    """Bin of the ``rank``-th largest value, and its rank within that bin."""
+    above = np.cumsum(counts[::-1])
+    position = int(np.searchsorted(above, rank))
+    before = int(above[position - 1]) if position else 0
+    return len(counts) - 1 - position, rank - before
+
+
+def _counts(operands: Operands, bins: int, select: "object") -> NDArray[np.int64]:
+    """Histogram of ``select(bits, model)`` for every model, int64 [models, bins]; integers, so in any order."""
+    totals = np.zeros((len(operands.models), bins), dtype=np.int64)
+    lock = threading.Lock()
+
+    def block(start: int, stop: int) -> None:
+        base = operands.reference().read(start, stop)
+        for index, model in enumerate(operands.models):
+            bits = model.read(start, stop).sub_(base).abs_().view(torch.int32)
+            counts = torch.bincount(select(bits, index), minlength=bins).numpy()  # type: ignore[operator]
+            with lock:
+                totals[index] += counts[:bins]
+
+    for _ in operands.each(block):
+        pass
+    return totals
