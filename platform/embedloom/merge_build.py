@@ -3,6 +3,7 @@
 Stages never import each other, so what scores a merge is handed to the search from here.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 from embedloom.artefacts import Artefact, ArtefactWriter
@@ -12,16 +13,16 @@ from embedloom.config.run import RunConfig
 NOT_MODELS = ("encoder", "corpus")  # what the merged node reads besides the candidates
 
 
-def settings(config: RunConfig) -> tuple[Any, ...]:
-    """What of the config the merged model depends on: with a search also the type that scores are computed in."""
-    return (config.merging,) if config.merging.search is None else (config.merging, config.encoder.dtype)
+def node(config: RunConfig, trained: Sequence[str]) -> tuple[tuple[Any, ...], tuple[str, ...]]:
+    """What of the config the merged model depends on, and the artefacts it reads.
 
-
-def others(config: RunConfig) -> tuple[str, ...]:
-    """What the merged node reads besides the candidates: the base for task vectors, the corpus for a search."""
-    return (("encoder",) if config.merging.needs_base else ()) + (
-        ("corpus",) if config.merging.search is not None else ()
-    )
+    Besides the candidates these are the base for task vectors, and the corpus, whose dev split may be searched on.
+    """
+    merging = config.merging
+    base = ("encoder",) if merging.needs_base else ()
+    if merging.search is None:
+        return (merging,), (*trained, *base)
+    return (merging, config.encoder.dtype), (*trained, *base, "corpus")
 
 
 def build_merged(
@@ -32,24 +33,27 @@ def build_merged(
     Args:
         config: the run.
         resources: what merging and, for a search, evaluation may take.
-        inputs: the candidates' last stages by artefact name, and what ``others`` names.
+        inputs: the candidates' last stages by artefact name, and what else ``node`` names.
         out: writer of the model artefact.
     """
+    from embedloom.merging.carry import SEARCH_FILE
     from embedloom.merging.stage import merge
-    from embedloom.merging.trial import TRIALS_FOLDER, scored_tasks, search_merge
+    from embedloom.merging.trial import scored_tasks, search_merge
 
     merging = config.merging
     models = {name.split("/")[1]: a.place for name, a in inputs.items() if name not in NOT_MODELS}
     base = inputs["encoder"].place if "encoder" in inputs else None
     found = None
-    if merging.search is not None:
+    if merging.search is not None and out.place.exists(SEARCH_FILE):
+        found = out.place.read_json(SEARCH_FILE)  # of an interrupted build
+    elif merging.search is not None:
         from embedloom.evaluation.score import DevScorer
 
-        scratch = out.place.child(f"{TRIALS_FOLDER}/scores")
+        scratch = out.place.child("_scores")
         tasks, corpus, dtype = scored_tasks(merging.search), inputs["corpus"], config.encoder.dtype
         with DevScorer(tasks, corpus, resources.evaluation, scratch, dtype) as scorer:
             found = search_merge(merging, models, base, scorer, out.place, resources.merging)
+        scratch.remove()
+    if found is not None:
         merging = merging.model_copy(update={"weights": tuple(found["kept"]), "search": None})
-    done = merge(merging, models, base, out, resources.merging, base_model=config.encoder.base, search=found)
-    out.place.child(TRIALS_FOLDER).remove()
-    return done
+    return merge(merging, models, base, out, resources.merging, base_model=config.encoder.base, search=found)

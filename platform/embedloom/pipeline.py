@@ -86,11 +86,7 @@ def graph(run: Run) -> dict[str, Node]:
             nodes.append(Node(name, "train", (shared, candidate, stage), ("examples", start), _training))
             start = name
         trained.append(start)
-    nodes.append(
-        Node(
-            "merged", "merge", merge_build.settings(config), (*trained, *merge_build.others(config)), _merged
-        )
-    )
+    nodes.append(Node("merged", "merge", *merge_build.node(config, trained), _merged))
     scored = ("corpus", "encoder", *trained, "merged")
     settings = (config.evaluation, config.mining.teachers[0].model)
     nodes.append(Node("evaluation", "evaluate", settings, scored, _evaluation))

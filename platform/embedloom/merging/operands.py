@@ -34,7 +34,7 @@ class Operands:
     def block(self) -> int:
         """Elements of a block: a power of two, decided by the number of models alone."""
         fitting = _BLOCKS_HELD // (len(self.models) + 1)
-        return max(_SMALLEST, min(_BLOCK, 2 ** (max(1, fitting).bit_length() - 1)))
+        return max(_SMALLEST, min(_BLOCK, 1 << (max(1, fitting).bit_length() - 1)))
 
     def reference(self) -> TensorReader:
         """The base.

@@ -32,7 +32,7 @@ def search_merge(
 ) -> dict[str, Any]:
     """Find the weights of a merge by the section's search and write ``search.json``.
 
-    Scores of every merge are kept in ``search/`` until the artefact is done, so a killed search goes on where it was.
+    Scores of every merge are kept in ``search/`` until the search is done, so a killed search goes on where it was.
 
     Args:
         config: the merging section, with a search.
@@ -65,6 +65,7 @@ def search_merge(
 
     result = search_weights(search, list(models), score)
     place.write_json(SEARCH_FILE, result)
+    place.child(TRIALS_FOLDER).remove()
     for line in table_lines(result):
         note("merge", line)
     return result

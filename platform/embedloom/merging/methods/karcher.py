@@ -1,5 +1,6 @@
 """The Karcher mean: the point of the sphere nearest to all models by the sum of squared angles (arXiv 2603.04972)."""
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -36,18 +37,22 @@ def coefficients(products: Floats, weights: Sequence[float]) -> list[float]:
         tangent = np.zeros(len(weights))
         for share, unit in zip(shares, units, strict=True):
             cosine = float(np.clip(mean @ products @ unit, -1.0, 1.0))
-            angle = float(np.arccos(cosine))
-            factor = angle / np.sin(angle) if np.sin(angle) > _TOLERANCE else 1.0
+            angle = math.acos(cosine)
+            factor = angle / math.sin(angle) if math.sin(angle) > _TOLERANCE else 1.0
             tangent += share * factor * (unit - cosine * mean)
-        size = float(np.sqrt(max(0.0, tangent @ products @ tangent)))
+        size = _length(tangent, products)
         if size < _TOLERANCE:
             break
-        step = np.cos(size) * mean + np.sin(size) / size * tangent
+        step = math.cos(size) * mean + math.sin(size) / size * tangent
         mean = _unit(step, products, otherwise=mean)
     return [float(c) for c in mean * float(lengths @ np.asarray(weights))]
 
 
 def _unit(vector: Floats, products: Floats, otherwise: Floats) -> Floats:
     """The vector of these coefficients at length 1, ``otherwise`` if it has none."""
-    size = float(np.sqrt(max(0.0, vector @ products @ vector)))
+    size = _length(vector, products)
     return vector / size if size > _TOLERANCE else otherwise
+
+
+def _length(vector: Floats, products: Floats) -> float:
+    return math.sqrt(max(0.0, float(vector @ products @ vector)))

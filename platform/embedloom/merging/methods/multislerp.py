@@ -1,5 +1,6 @@
 """Interpolation of several models on a sphere by the tangent plane at their mean (mergekit's ``multislerp``)."""
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -30,7 +31,7 @@ def coefficients(products: Floats, weights: Sequence[float], name: str) -> list[
     """
     lengths = np.sqrt(np.diag(products))
     units = np.divide(weights, lengths, out=np.zeros(len(weights)), where=lengths > 0)
-    mean = float(np.sqrt(max(0.0, units @ products @ units)))
+    mean = math.sqrt(max(0.0, float(units @ products @ units)))
     if not lengths.any():
         return list(weights)
     if mean < _LEAST_LENGTH:

@@ -1,7 +1,7 @@
 """TIES (arXiv 2306.01708): trim every task vector to its largest values, elect signs, average what agrees."""
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -66,7 +66,7 @@ def _bin_of(counts: NDArray[np.int64], rank: int) -> tuple[int, int]:
     return len(counts) - 1 - position, rank - before
 
 
-def _counts(operands: Operands, bins: int, select: "object") -> NDArray[np.int64]:
+def _counts(operands: Operands, bins: int, select: Callable[[Tensor, int], Tensor]) -> NDArray[np.int64]:
     """Histogram of ``select(bits, model)`` for every model, int64 [models, bins]; integers, so in any order."""
     totals = np.zeros((len(operands.models), bins), dtype=np.int64)
     lock = threading.Lock()
@@ -75,7 +75,7 @@ def _counts(operands: Operands, bins: int, select: "object") -> NDArray[np.int64
         base = operands.reference().read(start, stop)
         for index, model in enumerate(operands.models):
             bits = model.read(start, stop).sub_(base).abs_().view(torch.int32)
-            counts = torch.bincount(select(bits, index), minlength=bins).numpy()  # type: ignore[operator]
+            counts = torch.bincount(select(bits, index), minlength=bins).numpy()
             with lock:
                 totals[index] += counts[:bins]
 
