@@ -1,64 +1,21 @@
 """Merging model folders: values, files, lineage, and every refusal."""
 
 import json
-import shutil
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from embedloom.artefacts import ArtefactWriter
 from embedloom.config.merging import MergingConfig
 from embedloom.encoder.model import Encoder
 from embedloom.errors import ConfigError, DataError
-from embedloom.merging import stage
-from embedloom.storage import Place
-
-
-def writer(folder):
-    return ArtefactWriter(Place(str(folder)), "model", "config", {}, "local")
-
-
-def merge(config, models, out, base=None, **settings):
-    places = {name: Place(str(folder)) for name, folder in models.items()}
-    return stage.merge(config, places, None if base is None else Place(str(base)), out, **settings)
-
-
-def variant(source, folder, seed, dtype=torch.float32):
-    """The same model with other weights."""
-    shutil.copytree(source, folder)
-    generator = torch.Generator().manual_seed(seed)
-    tensors = load_file(folder / "model.safetensors")
-    for name, tensor in tensors.items():
-        if tensor.is_floating_point():
-            tensors[name] = (tensor + 0.05 * torch.randn(tensor.shape, generator=generator)).to(dtype)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    return folder
-
-
-def shard(folder, parts):
-    """Cut the folder's weights into several files with an index, as transformers does."""
-    tensors = load_file(folder / "model.safetensors")
-    names, mapping = sorted(tensors), {}
-    for part in range(parts):
-        file = f"model-{part + 1:05d}-of-{parts:05d}.safetensors"
-        mapping |= dict.fromkeys(names[part::parts], file)
-        save_file(
-            {name: tensors[name] for name in names[part::parts]}, folder / file, metadata={"format": "pt"}
-        )
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": mapping}))
-    (folder / "model.safetensors").unlink()
+from fakes_merging import edit_json, merge, shard, variant, writer
 
 
 @pytest.fixture
 def candidates(tiny_model, tmp_path):
     return {f"c{seed}": variant(tiny_model, tmp_path / f"c{seed}", seed) for seed in range(3)}
-
-
-def edit_json(path, **changes):
-    content = json.loads(path.read_text())
-    path.write_text(json.dumps({**content, **changes}))
 
 
 @pytest.mark.parametrize("weights", [None, (3.0, 1.0, 0.0)])

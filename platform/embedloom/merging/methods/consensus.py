@@ -5,6 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+_LEAST_SHARE = 1e-30  # nobody agrees: the sum is 0 as well, and stays it
+
 
 def elected_mean(deltas: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     """Weighted mean, element by element, of the task vectors whose sign is that of their weighted sum.
@@ -22,11 +24,10 @@ def elected_mean(deltas: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     total = torch.zeros_like(deltas[0])
     for delta, weight in zip(deltas, weights, strict=True):
         total += delta.mul_(weight)
-    sign = torch.where(total >= 0, 1.0, -1.0)
+    # Selecting (where, masked_fill) takes ten times as long here as arithmetic, so signs are factors.
+    sign = torch.copysign(torch.ones_like(total), total)
     agreeing, share = total.zero_(), torch.zeros_like(total)
     for delta, weight in zip(deltas, weights, strict=True):
-        delta.mul_(sign).clamp_(min=0)
-        agreeing += delta
-        share.add_(delta > 0, alpha=weight)
-    share[share == 0] = 1
-    return agreeing.div_(share).mul_(sign)
+        agreeing += delta.mul_(sign).clamp_(min=0)
+        share.add_(delta.sign_(), alpha=weight)
+    return agreeing.div_(share.clamp_(min=_LEAST_SHARE)).mul_(sign)

@@ -20,16 +20,17 @@ _LOWER_BINS = 2**16
 def prepare(operands: Operands, weights: Sequence[float], config: MergingConfig) -> BlockFunction:
     """``base + scale * elected mean``; three passes, memory of a block whatever the tensor's size."""
     kept = min(operands.elements, max(1, int(config.density * operands.elements)))
-    thresholds = [0.0] * len(operands.models)
+    below = [0.0] * len(operands.models)
     if kept < operands.elements:
-        thresholds = magnitude_thresholds(operands, kept)
+        # hardshrink drops what is not above its limit; what equals the threshold stays.
+        below = [float(np.nextafter(np.float32(t), np.float32(0))) for t in magnitude_thresholds(operands, kept)]
 
     def block(start: int, stop: int) -> Tensor:
         base = operands.reference().read(start, stop)
         deltas = []
-        for model, threshold in zip(operands.models, thresholds, strict=True):
+        for model, limit in zip(operands.models, below, strict=True):
             delta = model.read(start, stop).sub_(base)
-            deltas.append(delta.masked_fill_(delta.abs() < threshold, 0.0) if threshold else delta)
+            deltas.append(torch.hardshrink(delta, limit))
         return base.add_(elected_mean(deltas, weights), alpha=config.scale)
 
     return block
