@@ -199,7 +199,9 @@ def test_task_vectors_start_at_the_base(candidates, tiny_model, tmp_path):
 def test_a_base_of_another_kind_is_refused(candidates, tiny_model, tmp_path):
     base = variant(tiny_model, tmp_path / "odd", 9)
     edit_json(base / "config.json", num_attention_heads=2)
-    with pytest.raises(DataError, match=r"config\.json num_attention_heads is 4 in 'c0', but 2 in 'the base'"):
+    with pytest.raises(
+        DataError, match=r"config\.json num_attention_heads is 4 in 'c0', but 2 in 'the base'"
+    ):
         merge(MergingConfig(method="ties"), candidates, writer(tmp_path / "out"), base)
 
 

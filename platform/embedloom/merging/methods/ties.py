@@ -23,7 +23,9 @@ def prepare(operands: Operands, weights: Sequence[float], config: MergingConfig)
     below = [0.0] * len(operands.models)
     if kept < operands.elements:
         # hardshrink drops what is not above its limit; what equals the threshold stays.
-        below = [float(np.nextafter(np.float32(t), np.float32(0))) for t in magnitude_thresholds(operands, kept)]
+        below = [
+            float(np.nextafter(np.float32(t), np.float32(0))) for t in magnitude_thresholds(operands, kept)
+        ]
 
     def block(start: int, stop: int) -> Tensor:
         base = operands.reference().read(start, stop)
