@@ -9,9 +9,10 @@ from torch import Tensor
 
 from embedloom.merging.reader import TensorReader
 
-# Elements of a block. Small enough that the few float32 rows of a block stay in a core's cache, large enough that
-# the calls into torch cost nothing beside the work.
-_BLOCK = 2**18
+# Elements of a block: the float32 rows of a few models stay in a core's cache, and malloc hands the same pages out
+# again (from half a megabyte on it gives them back to the system between blocks, which takes four times as long);
+# the calls into torch still cost little beside the work.
+_BLOCK = 2**16
 _BLOCKS_HELD = 2**23  # elements of all models that a thread holds at once; more models, smaller blocks
 _SMALLEST = 2**12
 
@@ -46,11 +47,17 @@ class Operands:
             raise RuntimeError(f"{self.name}: this method reads the base, and there is none")
         return self.base
 
-    def each(self, work: Callable[[int, int], Result]) -> Iterator[Result]:
-        """``work(start, stop)`` of every block; results in the order of the blocks, on any number of threads."""
-        starts = range(0, self.elements, self.block)
-        stops = [min(start + self.block, self.elements) for start in starts]
+    def each(self, work: Callable[[int, int], Result], blocks: int = 1) -> Iterator[Result]:
+        """``work(start, stop)`` of every block, or of so many in a row; results in order, on any number of threads."""
+        size = self.block * blocks
+        starts = range(0, self.elements, size)
+        stops = [min(start + size, self.elements) for start in starts]
         if self.threads is None:
             yield from map(work, starts, stops)
         else:
             yield from self.threads.map(work, starts, stops)
+
+    def split(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
+        """The blocks of a row of blocks."""
+        for first in range(start, stop, self.block):
+            yield first, min(first + self.block, stop)

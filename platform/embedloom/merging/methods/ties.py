@@ -15,6 +15,9 @@ from embedloom.merging.operands import BlockFunction, Operands
 # The bits of a non-negative float32 sort like the number itself: 2^15 bins by the upper half, then 2^16 by the lower.
 _UPPER_BINS = 2**15
 _LOWER_BINS = 2**16
+_ROW_BLOCKS = (
+    8  # the few values of the second pass are counted together: filling the bins costs as much as a block
+)
 
 
 def prepare(operands: Operands, weights: Sequence[float], config: MergingConfig) -> BlockFunction:
@@ -74,14 +77,21 @@ def _counts(operands: Operands, bins: int, select: Callable[[Tensor, int], Tenso
     totals = np.zeros((len(operands.models), bins), dtype=np.int64)
     lock = threading.Lock()
 
-    def block(start: int, stop: int) -> None:
-        base = operands.reference().read(start, stop)
-        for index, model in enumerate(operands.models):
-            bits = model.read(start, stop).sub_(base).abs_().view(torch.int32)
-            counts = torch.bincount(select(bits, index), minlength=bins).numpy()
-            with lock:
-                totals[index] += counts[:bins]
+    def count(index: int, pieces: list[Tensor]) -> None:
+        counts = torch.bincount(torch.cat(pieces) if len(pieces) > 1 else pieces[0], minlength=bins).numpy()
+        with lock:
+            totals[index] += counts
 
-    for _ in operands.each(block):
+    def row(start: int, stop: int) -> None:
+        for index, model in enumerate(operands.models):
+            pieces: list[Tensor] = []
+            for first, last in operands.split(start, stop):
+                delta = model.read(first, last).sub_(operands.reference().read(first, last))
+                pieces.append(select(delta.abs_().view(torch.int32), index))
+                if sum(piece.numel() for piece in pieces) >= bins or last == stop:
+                    count(index, pieces)
+                    pieces = []
+
+    for _ in operands.each(row, _ROW_BLOCKS):
         pass
     return totals
