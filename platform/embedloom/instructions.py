@@ -122,15 +122,24 @@ class PromptContract(BaseModel):
         path = folder / CONTRACT_FILE
         if not path.is_file():
             raise DataError(f"{path}: missing; every embedloom model folder carries its prompt contract")
+        return cls.parse(path.read_bytes(), str(path))
+
+    @classmethod
+    def parse(cls, content: bytes, where: str) -> "PromptContract":
+        """Verify the content of a ``contract.json``; ``where`` names it in errors.
+
+        Raises:
+            DataError: malformed, or edited without its hash.
+        """
         try:
-            stored = json.loads(path.read_text())
+            stored = json.loads(content)
             stated_hash = stored.pop("hash", None)
             contract = cls.model_validate(stored)
         except (ValueError, AttributeError, ValidationError) as error:
-            raise DataError(f"{path}: not a prompt contract: {error}") from error
+            raise DataError(f"{where}: not a prompt contract: {error}") from error
         if stated_hash not in (None, contract.hash):
             raise DataError(
-                f"{path}: hash is {stated_hash}, its fields hash to {contract.hash}; it was edited by hand"
+                f"{where}: hash is {stated_hash}, its fields hash to {contract.hash}; it was edited by hand"
             )
         return contract
 

@@ -38,8 +38,9 @@ def preflight(run: Run, verbs: set[str]) -> None:
     """
     config = run.config
     gpu = run.profile.stages.synthesis.gpus > 0
+    needs = _NEEDS if config.merging.search is None else {**_NEEDS, "merge": _NEEDS["evaluate"]}
     for verb in sorted(verbs):
-        for package, extra in _NEEDS.get(verb, ()):
+        for package, extra in needs.get(verb, ()):
             if importlib.util.find_spec(package) is None:
                 raise MissingDependency(package, "gpu" if gpu else extra, f"`embedloom {verb}`")
     if verbs & {"encoder", "corpus"}:

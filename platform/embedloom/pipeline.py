@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from embedloom import merge_build
 from embedloom.artefacts import Artefact, ArtefactWriter, fingerprint
 from embedloom.cluster.config import ClusterConfig, Profile
 from embedloom.config.run import RunConfig
@@ -85,7 +86,7 @@ def graph(run: Run) -> dict[str, Node]:
             nodes.append(Node(name, "train", (shared, candidate, stage), ("examples", start), _training))
             start = name
         trained.append(start)
-    nodes.append(Node("merged", "merge", (config.merging,), tuple(trained), _merged))
+    nodes.append(Node("merged", "merge", *merge_build.node(config, trained), _merged))
     scored = ("corpus", "encoder", *trained, "merged")
     settings = (config.evaluation, config.mining.teachers[0].model)
     nodes.append(Node("evaluation", "evaluate", settings, scored, _evaluation))
@@ -258,9 +259,7 @@ def _training(run: Run, inputs: Inputs, out: ArtefactWriter) -> Artefact:
 
 
 def _merged(run: Run, inputs: Inputs, out: ArtefactWriter) -> Artefact:
-    from embedloom.merging.stage import merge
-
-    return merge(run.config.merging, {name: model_folder(artefact) for name, artefact in inputs.items()}, out)
+    return merge_build.build_merged(run.config, run.profile.stages, inputs, out)
 
 
 def _evaluation(run: Run, inputs: Inputs, out: ArtefactWriter) -> Artefact:

@@ -31,6 +31,7 @@ def _resources(run: Run, verb: str) -> str:
         "mine": stages.mining,
         "evaluate": stages.evaluation,
         "embed": stages.embedding,
+        "merge": stages.merging,
     }
     if verb == "train":
         group = stages.training
@@ -70,7 +71,8 @@ def _planned_work(run: Run, name: str) -> str:
         steps = f"{stage.max_steps:,} steps" if stage.max_steps else f"{stage.epochs:g} epochs"
         return f"{steps} x {stage.global_batch:,} queries, {stage.negatives} negatives, ZeRO-{config.training.zero_stage}"
     if name == "merged":
-        return f"{len(config.training.candidates)} models, {config.merging.method}"
+        search = "" if config.merging.search is None else f", {config.merging.search.kind} on dev tasks"
+        return f"{len(config.training.candidates)} models, {config.merging.method}{search}"
     if name == "evaluation":
         return f"{len(config.evaluation.tasks)} tasks x {len(config.training.candidates) + 2} models"
     return ""

@@ -65,6 +65,22 @@ class Place:
             if name.endswith(suffix) and not name.startswith(("_tmp", "."))
         )
 
+    def files(self) -> list[str]:
+        """Sorted names of all files below this place, relative to it; hidden and half-written ones left out."""
+        filesystem, root = self._resolve()
+        found = [str(path) for path in filesystem.find(root)] if filesystem.exists(root) else []
+        names = [posixpath.relpath(path, filesystem._strip_protocol(root)) for path in found]
+        return sorted(
+            name for name in names if not any(part.startswith(("_tmp", ".")) for part in name.split("/"))
+        )
+
+    def state(self, name: str) -> list[Any]:
+        """What a change of one file changes, without reading it: its size and its time of change or its tag."""
+        filesystem, path = self._resolve(name)
+        info = filesystem.info(path)
+        stamps = (info.get(key) for key in ("mtime", "ETag", "etag", "LastModified", "updated", "created"))
+        return [info["size"], str(next((stamp for stamp in stamps if stamp is not None), None))]
+
     def read_bytes(self, name: str) -> bytes:
         """Content of one file."""
         filesystem, path = self._resolve(name)
@@ -86,6 +102,21 @@ class Place:
             local_stream.flush()
             os.fsync(local_stream.fileno())
         temporary.replace(path)
+
+    def read_range(self, name: str, start: int, stop: int) -> bytes:
+        """Bytes ``start`` to ``stop`` of one file."""
+        filesystem, path = self._resolve(name)
+        return bytes(filesystem.cat_file(path, start=start, end=stop))
+
+    def put_file(self, source: Path, name: str) -> None:
+        """Move a finished local file here: renamed if it lies in this place already, else uploaded whole."""
+        if self.is_local:
+            source.replace(self.local / name)
+            return
+        filesystem, path = self._resolve(name)
+        filesystem.makedirs(posixpath.dirname(path), exist_ok=True)
+        filesystem.put_file(str(source), path)
+        source.unlink()
 
     def write_json(self, name: str, content: Mapping[str, Any]) -> None:
         """Write indented JSON atomically."""

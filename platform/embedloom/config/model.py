@@ -1,4 +1,4 @@
-"""Sections about the model: encoder, training, merging."""
+"""Sections about the model: encoder and training."""
 
 from typing import Literal
 
@@ -114,11 +114,3 @@ def check_mix(mix: dict[str, float]) -> dict[str, float]:
     if any(share < 0 for share in mix.values()) or sum(mix.values()) <= 0:
         raise ValueError(f"the shares of a mix must be 0 or more and sum to something positive, found {mix}")
     return mix
-
-
-class MergingConfig(FrozenConfig):
-    """How the candidates become one model; the paper averages six with equal weights (§3.3)."""
-
-    method: Literal["linear"] = "linear"
-    weights: tuple[float, ...] | None = None  # one per candidate; null: equal
-    dtype: Literal["float32", "bfloat16"] = "float32"  # of the written tensors; sums are always float32

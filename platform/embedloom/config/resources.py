@@ -74,5 +74,6 @@ class StageResources(FrozenConfig):
     synthesis: PoolConfig = PoolConfig()
     mining: PoolConfig = PoolConfig()
     embedding: PoolConfig = PoolConfig()
+    merging: PoolConfig = PoolConfig()  # an actor: one task, which writes one weight file at a time
     evaluation: PoolConfig = PoolConfig()
     training: TrainingGroup = TrainingGroup()

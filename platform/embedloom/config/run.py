@@ -7,8 +7,9 @@ from pydantic import Field, model_validator
 
 from embedloom.config.base import FrozenConfig, apply_overrides, read_yaml, validate
 from embedloom.config.data import CorpusConfig, SynthesisConfig
+from embedloom.config.merging import MergingConfig
 from embedloom.config.mining import MiningConfig
-from embedloom.config.model import EncoderConfig, MergingConfig, TrainingConfig
+from embedloom.config.model import EncoderConfig, TrainingConfig
 from embedloom.config.use import EmbeddingConfig, EvaluationConfig, ServingConfig
 
 

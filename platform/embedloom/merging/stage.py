@@ -1,162 +1,87 @@
-"""Merging the candidates into one model, tensor by tensor; sidecars and lineage come along."""
+"""The merge stage: check, carry over, write the files that are missing, commit."""
 
-import json
-import math
-import shutil
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from embedloom.artefacts import BUILDING_FILE, MANIFEST_FILE, Artefact, ArtefactWriter
-from embedloom.config.model import MergingConfig
-from embedloom.errors import ConfigError, DataError
-from embedloom.instructions import CONTRACT_FILE, PromptContract
-from embedloom.merging.checks import CONFIG_FILE, check_mergeable, check_tensors
-from embedloom.merging.linear import check_weights, linear
-from embedloom.merging.tensors import TensorFolder, TensorInfo, write_tensors
+from embedloom.artefacts import Artefact, ArtefactWriter
+from embedloom.config.merging import MergingConfig
+from embedloom.config.resources import PoolConfig
+from embedloom.merging.carry import LINEAGE_FILE, carry_over, keep_folders, lineage_of, model_card
+from embedloom.merging.layout import write_index
+from embedloom.merging.origin import CARD_FILE
+from embedloom.merging.plan import MergePlan, plan_merge
+from embedloom.merging.tasks import write_here, write_with_ray
 from embedloom.progress import Progress
-
-LINEAGE_FILE = "lineage.json"
-_WEIGHT_SUFFIXES = (".safetensors", ".safetensors.index.json", ".bin", ".pt", ".pth")
-# What an artefact folder adds to a model folder describes its own making, not the merged model's.
-_OWN_FILES = {MANIFEST_FILE, BUILDING_FILE, LINEAGE_FILE, "metrics.jsonl"}
+from embedloom.storage import Place
 
 
-def merge(config: MergingConfig, models: dict[str, Path], out: ArtefactWriter) -> Artefact:
-    """Average the models and commit a model folder.
+def merge(
+    config: MergingConfig,
+    models: dict[str, Place],
+    base: Place | None,
+    out: ArtefactWriter,
+    pool: PoolConfig | None = None,
+    *,
+    threads: int = 1,
+    base_model: str | None = None,
+    search: Mapping[str, Any] | None = None,
+) -> Artefact:
+    """Merge the models and commit a model folder; an interrupted merge continues with its whole files.
 
-    Everything is checked before a byte is written. Files other than weights come from the first model. One
-    model alone is allowed, so that a run with one candidate has the same shape; the merge is then a copy in
-    the asked dtype, and ``counts.models`` is 1.
+    Everything is checked before a byte is written. Files other than weights come from the first model. One model
+    alone is allowed with the methods that need no second, so that a run with one candidate has the same shape;
+    ``counts.models`` is then 1.
 
     Args:
         config: the merging section.
-        models: name → model folder, in the order of ``config.weights``.
+        models: name -> model folder, local or in an object store, in the order of the weights.
+        base: the model all were trained from, for methods on task vectors; None if not known.
         out: writer of the model artefact; its own folder becomes the model folder.
+        pool: Ray tasks that write the files; None: this process does, without Ray.
+        threads: without Ray, how many compute.
+        base_model: what the model card calls the base.
+        search: how the weights were found, for the lineage.
 
     Raises:
-        ConfigError: no model, or weights that do not fit the models.
+        ConfigError: no model, a method without its base, or weights that do not fit the models.
         DataError: models that differ in anything but the values of their weights, or a value that is not finite.
+        StageError: a file could not be written.
     """
-    weights = model_weights(config, list(models))
-    check_mergeable(models)
-    folders = {name: TensorFolder(folder) for name, folder in models.items()}
-    check_tensors(folders)
-    dtype = getattr(torch, config.dtype)
-    first = next(iter(folders.values()))
-    infos = [
-        TensorInfo(info.name, dtype if info.dtype.is_floating_point else info.dtype, info.shape)
-        for info in first.infos.values()
-    ]
-    progress = Progress("merge", len(infos), "tensors")
-
-    def merged(name: str) -> Tensor:
-        tensor = merge_tensor(name, folders, weights, dtype)
-        progress.advance(1)
-        return tensor
-
-    with out.local_folder() as folder:
-        carry_over(next(iter(models.values())), folder, config.dtype)
-        files = write_tensors(folder, infos, merged)
-        lineage = _lineage(config, models, weights)
-        (folder / LINEAGE_FILE).write_text(json.dumps(lineage, indent=2) + "\n")
-    averaged = [info for info in infos if info.dtype.is_floating_point]
-    counts = {
-        "models": len(models),
-        "tensors": len(averaged),
-        "buffers_copied": len(infos) - len(averaged),
-        "parameters": sum(info.elements for info in averaged),
-        "weight_files": len(files),
-    }
-    return out.commit(counts, lineage)
+    plan = plan_merge(config, models, base)
+    lineage = lineage_of(plan, base, search)
+    carry_over(next(iter(plan.models.values())).place, out.place, config.dtype)
+    keep_folders(next(iter(plan.models.values())).place, out.place)
+    write_weights(plan, out.place, pool, threads)
+    out.place.write_json(LINEAGE_FILE, lineage)
+    out.place.write_bytes(CARD_FILE, model_card(plan, lineage, base_model).encode())
+    return out.commit(_counts(plan), lineage)
 
 
-def model_weights(config: MergingConfig, names: list[str]) -> dict[str, float]:
-    """Normalised weight of each model.
-
-    Raises:
-        ConfigError: no model, another number of weights than models, or weights that cannot be normalised.
-    """
-    if not names:
-        raise ConfigError("merging: no model to merge; training.candidates must name at least one")
-    given = config.weights if config.weights is not None else (1.0,) * len(names)
-    if len(given) != len(names):
-        raise ConfigError(
-            f"merging.weights: {len(given)} given for {len(names)} models ({', '.join(names)}); one each is needed"
-        )
-    total = check_weights(given)
-    return {name: weight / total for name, weight in zip(names, given, strict=True)}
+def write_weights(plan: MergePlan, place: Place, pool: PoolConfig | None = None, threads: int = 1) -> None:
+    """Write the weight files that are not there yet, then their index; half-written ones are swept away."""
+    place.sweep()
+    missing = [file for file in plan.files if not _is_whole(place, file.name, file.nbytes)]
+    total = sum(info.nbytes for info in plan.infos)
+    left = sum(info.nbytes for file in missing for info in file.infos)
+    progress = Progress("merge", total, "bytes", done=total - left)
+    if pool is None:
+        write_here(plan, missing, place, threads, progress)
+    else:
+        write_with_ray(plan, missing, place, pool, progress)
+    write_index(place, list(plan.files))
 
 
-def merge_tensor(
-    name: str, folders: dict[str, TensorFolder], weights: dict[str, float], dtype: torch.dtype
-) -> Tensor:
-    """One tensor of the merged model: averaged if floating, else the common value.
-
-    Raises:
-        DataError: a buffer that differs between models, or a result that is not finite.
-    """
-    first, *others = folders
-    if not folders[first].infos[name].dtype.is_floating_point:
-        buffer = folders[first].load(name)
-        for other in others:
-            if not torch.equal(buffer, folders[other].load(name)):
-                raise DataError(
-                    f"merging: tensor {name!r} holds integers that differ between {first!r} and {other!r}; they cannot be averaged"
-                )
-        return buffer
-    heaviest_first = sorted(folders, key=lambda model: -weights[model])
-
-    def tensors() -> Iterator[Tensor]:
-        for model in heaviest_first:
-            yield folders[model].load(name)
-
-    result = linear(tensors(), [weights[model] for model in heaviest_first])
-    # The extremes decide, in one pass: both are NaN if any value is.
-    if result.numel() and not all(map(math.isfinite, map(float, torch.aminmax(result)))):
-        guilty = [model for model in folders if not torch.isfinite(folders[model].load(name)).all()]
-        raise DataError(
-            f"merging: tensor {name!r} is not finite in {', '.join(map(repr, guilty)) or 'the average'}"
-        )
-    return result.to(dtype)
+def _is_whole(place: Place, name: str, nbytes: int) -> bool:
+    """Files appear by rename, so one that is there is whole; the size catches a foreign file of the same name."""
+    return place.exists(name) and place.state(name)[0] == nbytes
 
 
-def carry_over(source: Path, target: Path, dtype: str) -> None:
-    """Copy everything but weights and artefact files, and state the written dtype in ``config.json``."""
-    for path in sorted(source.rglob("*")):
-        relative = path.relative_to(source)
-        if any(part.startswith(("_", ".")) for part in relative.parts) or path.name in _OWN_FILES:
-            continue
-        if path.is_dir():
-            (target / relative).mkdir(parents=True, exist_ok=True)
-        elif not path.name.endswith(_WEIGHT_SUFFIXES):
-            (target / relative).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, target / relative)
-    config: dict[str, Any] = json.loads((source / CONFIG_FILE).read_text())
-    config.pop("torch_dtype", None)
-    (target / CONFIG_FILE).write_text(json.dumps({**config, "dtype": dtype}, indent=2) + "\n")
-
-
-def _lineage(config: MergingConfig, models: dict[str, Path], weights: dict[str, float]) -> dict[str, Any]:
-    """What the merged model was made of; sources that are artefacts are named by fingerprint too."""
-    first = next(iter(models.values()))
-    contract = PromptContract.load(first).hash if (first / CONTRACT_FILE).is_file() else None
-    sources = [
-        {"name": name, "weight": weights[name], "fingerprint": _fingerprint(folder)}
-        for name, folder in models.items()
-    ]
+def _counts(plan: MergePlan) -> dict[str, Any]:
+    merged = [info for info in plan.infos if info.dtype.is_floating_point]
     return {
-        "made_by": "merge",
-        "method": config.method,
-        "dtype": config.dtype,
-        "contract_hash": contract,
-        "sources": sources,
+        "models": len(plan.models),
+        "tensors": len(merged),
+        "buffers_copied": len(plan.infos) - len(merged),
+        "parameters": sum(info.elements for info in merged),
+        "weight_files": len(plan.files),
     }
-
-
-def _fingerprint(folder: Path) -> str | None:
-    manifest = folder / MANIFEST_FILE
-    return str(json.loads(manifest.read_text())["fingerprint"]) if manifest.is_file() else None

@@ -1,0 +1,129 @@
+"""What a merged folder takes over from its first model, and the card and lineage that are its own."""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import yaml
+
+from embedloom.artefacts import BUILDING_FILE, MANIFEST_FILE
+from embedloom.instructions import CONTRACT_FILE, PromptContract
+from embedloom.merging.checks import CONFIG_FILE
+from embedloom.merging.origin import CARD_FILE, card_header, stated_base
+from embedloom.merging.plan import MergePlan
+from embedloom.storage import Place
+
+LINEAGE_FILE = "lineage.json"
+SEARCH_FILE = "search.json"
+# Weights in any format, and what goes with them: the merged model's are written anew, in one format.
+_WEIGHTS = (
+    ".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt", ".pth", ".onnx", ".onnx_data", ".gguf",
+    ".h5", ".msgpack", ".ot",
+)  # fmt: skip
+_OTHER_FORMATS = ("onnx/", "openvino/")
+# What an artefact folder adds to a model folder describes its own making, not the merged model's.
+_OWN_FILES = {
+    MANIFEST_FILE,
+    BUILDING_FILE,
+    LINEAGE_FILE,
+    SEARCH_FILE,
+    CARD_FILE,
+    "gate.json",
+    "metrics.jsonl",
+}
+_METHOD_PAPERS = {
+    "linear": "arXiv 2203.05482", "slerp": "Shoemake 1985", "karcher": "arXiv 2603.04972",
+    "task_arithmetic": "arXiv 2212.04089", "ties": "arXiv 2306.01708", "dare_linear": "arXiv 2311.03099",
+    "dare_ties": "arXiv 2311.03099", "model_stock": "arXiv 2403.19522",
+}  # fmt: skip
+
+
+def carry_over(source: Place, target: Place, dtype: str) -> None:
+    """Copy everything but weights and artefact files, and state the written dtype in ``config.json``."""
+    for name in source.files():
+        parts = name.split("/")
+        hidden = any(part.startswith(("_", ".")) for part in parts)
+        if hidden or parts[-1] in _OWN_FILES or name.endswith(_WEIGHTS) or name.startswith(_OTHER_FORMATS):
+            continue
+        target.write_bytes(name, source.read_bytes(name))
+    config = source.read_json(CONFIG_FILE)
+    config.pop("torch_dtype", None)
+    text = json.dumps({**config, "dtype": dtype}, indent=2) + "\n"
+    target.write_bytes(CONFIG_FILE, text.encode())
+
+
+def keep_folders(source: Place, target: Place) -> None:
+    """Make the folders that sentence-transformers modules name; one without files (Normalize) is lost by copying."""
+    if not target.is_local or not source.exists("modules.json"):
+        return
+    for module in json.loads(source.read_bytes("modules.json")):
+        (target.local / str(module.get("path", ""))).mkdir(parents=True, exist_ok=True)
+
+
+def lineage_of(plan: MergePlan, base: Place | None, search: Mapping[str, Any] | None) -> dict[str, Any]:
+    """What the merged model is made of; sources that are artefacts are named by fingerprint too."""
+    config = plan.config
+    first = next(iter(plan.models.values())).place
+    stated = first.exists(CONTRACT_FILE)
+    contract = PromptContract.parse(first.read_bytes(CONTRACT_FILE), first.uri).hash if stated else None
+    origin = stated_base(base, itself=True) if base is not None else stated_base(first)
+    lineage: dict[str, Any] = {
+        "made_by": "merge",
+        "method": config.method,
+        "dtype": config.dtype,
+        "contract_hash": contract,
+        "base": origin[1] if origin is not None else (base.uri if base is not None else None),
+        "sources": [
+            {"name": name, "weight": weight, "fingerprint": _fingerprint(folder.place)}
+            for (name, folder), weight in zip(plan.models.items(), plan.weights, strict=True)
+        ],
+    }
+    settings = config.model_dump(mode="json", include={"density", "scale", "seed"} & config.model_fields_set)
+    lineage |= settings
+    if config.layers:
+        lineage["layers"] = [rule.model_dump(mode="json", exclude_none=True) for rule in config.layers]
+    if search is not None:
+        lineage["search"] = {
+            key: search[key] for key in ("kind", "chosen", "kept", "reason") if key in search
+        }
+    return lineage
+
+
+def _fingerprint(place: Place) -> str | None:
+    return str(place.read_json(MANIFEST_FILE).get("fingerprint")) if place.exists(MANIFEST_FILE) else None
+
+
+def model_card(plan: MergePlan, lineage: Mapping[str, Any], base_model: str | None) -> str:
+    """``README.md`` of the merged model: the header the Hub reads, and what was merged how."""
+    headers = [card_header(folder.place) for folder in plan.models.values()]
+    stated = base_model or next(
+        (h["base_model"] for h in headers if isinstance(h.get("base_model"), str)), None
+    )
+    header: dict[str, Any] = {
+        "library_name": "sentence-transformers",
+        "pipeline_tag": "sentence-similarity",
+        "tags": ["sentence-transformers", "feature-extraction", "sentence-similarity", "merge", "embedloom"],
+        "base_model": stated if stated is not None else list(plan.models),
+        "base_model_relation": "merge" if stated is None else "finetune",
+    }
+    for key in ("license", "language"):
+        values = [h.get(key) for h in headers]
+        if values[0] is not None and all(value == values[0] for value in values):
+            header[key] = values[0]
+    datasets = sorted({str(name) for h in headers for name in h.get("datasets") or []})
+    if datasets:
+        header["datasets"] = datasets
+    paper = _METHOD_PAPERS.get(plan.config.method)
+    rows = [f"| {s['name']} | {s['weight']:.6g} | {s['fingerprint'] or ''} |" for s in lineage["sources"]]
+    settings = [
+        f"- {key}: {lineage[key]}"
+        for key in ("density", "scale", "seed", "base", "layers")
+        if lineage.get(key)
+    ]
+    lines = [
+        "---", yaml.safe_dump(header, sort_keys=False).strip(), "---", "", "# Merged embedding model", "",
+        f"{len(rows)} models, method {plan.config.method}{f' ({paper})' if paper else ''}, summed in float32, written "
+        f"in {plan.config.dtype}.", "", "| model | weight | fingerprint |", "|---|---|---|", *rows, "", *settings,
+        "", f"Prompts, pooling and lengths are in `{CONTRACT_FILE}`; the sources by fingerprint in `{LINEAGE_FILE}`.",
+    ]  # fmt: skip
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,84 @@
+"""A merge that was checked and laid out: all that a task needs to write one of its files."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from embedloom.config.merging import MergingConfig
+from embedloom.errors import ConfigError
+from embedloom.merging.checks import BASE, check_mergeable, check_tensors
+from embedloom.merging.layout import WeightFile, weight_files
+from embedloom.merging.tensors import TensorFolder, TensorInfo
+from embedloom.merging.weights import Weights, check_weights, tensor_weights
+from embedloom.storage import Place
+
+_MIB = 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class MergePlan:
+    """Sources, weights and files; picklable, and holding no tensor."""
+
+    config: MergingConfig
+    models: dict[str, TensorFolder]
+    base: TensorFolder | None
+    weights: Weights
+    files: tuple[WeightFile, ...]
+
+    def tensor_weights(self, tensor: str) -> Weights:
+        """Weight of each model for one tensor."""
+        return tensor_weights(self.config, self.weights, tensor)
+
+    @property
+    def infos(self) -> list[TensorInfo]:
+        """All tensors that will be written."""
+        return [info for file in self.files for info in file.infos]
+
+
+def plan_merge(config: MergingConfig, models: dict[str, Place], base: Place | None) -> MergePlan:
+    """Check everything that can be checked without reading weights, and lay out the files.
+
+    Args:
+        config: the merging section.
+        models: name -> model folder, in the order of the weights.
+        base: the model all were trained from; read by methods on task vectors, checked by all.
+
+    Raises:
+        ConfigError: a method without its base, or weights that do not fit the models.
+        DataError: models that differ in anything but the values of their weights.
+    """
+    if not models:
+        raise ConfigError("merging: no model to merge")
+    if config.needs_base and base is None:
+        raise ConfigError(f"merging: method {config.method} needs the base that the models were trained from")
+    every = _absolute(models if base is None else {**models, BASE: base})
+    check_mergeable({name: every[name] for name in models}, every.get(BASE))
+    folders = {name: TensorFolder(place) for name, place in every.items()}
+    check_tensors(folders)
+    first = folders[next(iter(models))]
+    weights = check_weights(config, list(models), list(first.infos))
+    dtype = getattr(torch, config.dtype)
+    infos = [
+        TensorInfo(info.name, dtype if info.dtype.is_floating_point else info.dtype, info.shape)
+        for info in first.infos.values()
+    ]
+    files = weight_files(infos, config.file_mib * _MIB)
+    sources = {name: folders[name] for name in models}
+    return MergePlan(config, sources, folders.get(BASE) if config.needs_base else None, weights, tuple(files))
+
+
+def _absolute(places: dict[str, Place]) -> dict[str, Place]:
+    """A task may run in another folder, so relative places would point elsewhere there."""
+    return {name: Place(str(place.local)) if place.is_local else place for name, place in places.items()}
+
+
+def model_names(paths: Sequence[str]) -> list[str]:
+    """A name for each path: its last parts, as few as tell all apart."""
+    parts = [path.rstrip("/").split("/") for path in paths]
+    for length in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(part[-length:]) for part in parts]
+        if len(set(names)) == len(names):
+            return names
+    repeated = next(path for path in paths if paths.count(path) > 1)
+    raise ConfigError(f"merging: {repeated!r} is given twice")

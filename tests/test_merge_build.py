@@ -1,0 +1,88 @@
+"""The merged node of a run: what it depends on, and the scorer that a search is handed."""
+
+import sys
+from types import ModuleType, SimpleNamespace
+
+import pytest
+
+from embedloom import merge_build
+from embedloom.artefacts import Artefact
+from embedloom.config.merging import MergingConfig
+from embedloom.config.resources import PoolConfig
+from embedloom.merging import stage, trial
+from embedloom.storage import Place
+from fakes_merging import variant, writer
+
+
+def config_of(**merging):
+    return SimpleNamespace(
+        merging=MergingConfig(**merging), encoder=SimpleNamespace(dtype="float32", base="tiny-base")
+    )
+
+
+def test_the_node_reads_what_its_method_and_search_need():
+    trained = ["training/a/finetune", "training/b/finetune"]
+    assert merge_build.node(config_of(), trained)[1] == tuple(trained)
+    assert merge_build.node(config_of(method="ties"), trained)[1] == (*trained, "encoder")
+    settings, inputs = merge_build.node(config_of(search={"kind": "greedy_soup"}), trained)
+    assert inputs == (*trained, "corpus")
+    assert settings[1] == "float32"
+
+
+@pytest.fixture
+def scorers(monkeypatch):
+    """A scorer of evaluation that likes the candidate b, in place of the real one."""
+    made = []
+
+    class Scorer:
+        def __init__(self, tasks, corpus, pool, place, dtype):
+            self.tasks, self.corpus, self.place, self.calls = tasks, corpus, place, []
+            made.append(self)
+
+        def __enter__(self):
+            self.place.write_json("cache.json", {})
+            return self
+
+        def __exit__(self, *_):
+            return None
+
+        def __call__(self, name, folder):
+            self.calls.append(name)
+            value = 1.0 if "training/b" in str(folder) else 0.5
+            return {"dev": value}, {"dev": {f"dev/default/{number}": value for number in range(20)}}
+
+    module = ModuleType("embedloom.evaluation.score")
+    module.DevScorer = Scorer
+    monkeypatch.setitem(sys.modules, "embedloom.evaluation.score", module)
+    return made
+
+
+def test_a_search_decides_the_weights_and_is_not_done_twice(scorers, tiny_model, tmp_path, monkeypatch):
+    monkeypatch.setattr(stage, "write_with_ray", lambda plan, files, place, _, progress: stage.write_here(
+        plan, files, place, 1, progress))  # fmt: skip
+    inputs = {"corpus": Artefact(Place(str(tmp_path / "corpus")), {})}
+    for seed, name in enumerate("ab"):
+        (tmp_path / "training" / name).mkdir(parents=True)
+        folder = variant(tiny_model, tmp_path / "training" / name / "finetune", seed)
+        inputs[f"training/{name}/finetune"] = Artefact(Place(str(folder)), {})
+    resources = SimpleNamespace(evaluation=PoolConfig(), merging=PoolConfig())
+    config, out = config_of(search={"kind": "greedy_soup"}), tmp_path / "merged"
+
+    def fail(*_args, **_kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:  # killed between the search and the merge
+        patch.setattr(stage, "write_weights", fail)
+        with pytest.raises(KeyboardInterrupt):
+            merge_build.build_merged(config, resources, inputs, writer(out))
+    assert len(scorers) == 1
+    assert (out / trial.SEARCH_FILE).is_file()
+    assert scorers[0].corpus is inputs["corpus"]
+    assert [task.name for task in scorers[0].tasks] == ["dev"]
+    done = merge_build.build_merged(config, resources, inputs, writer(out))
+    assert len(scorers) == 1  # search.json was there
+    details = done.manifest["details"]
+    assert [(s["name"], s["weight"]) for s in details["sources"]] == [("a", 0.0), ("b", 1.0)]
+    assert details["search"]["kept"] == [0.0, 1.0]
+    assert not (out / "_scores").exists() and not (out / "search").exists()
+    assert "base_model: tiny-base" in (out / "README.md").read_text()
