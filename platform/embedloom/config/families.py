@@ -41,7 +41,7 @@ class FamilyConfig(FrozenConfig):
         return self.name or self.family
 
 
-class _TaskFamily(FamilyConfig):
+class TaskFamilyConfig(FamilyConfig):
     """A family written from scratch, after a list of tasks has been brainstormed (two steps)."""
 
     tasks_prompt: str | None = None  # null: the family's own
@@ -58,7 +58,7 @@ class SeedQueriesConfig(FamilyConfig):
     max_query_characters: int = Field(default=160, ge=10)
 
 
-class ShortLongConfig(_TaskFamily):
+class ShortLongConfig(TaskFamilyConfig):
     """A short query, a document that answers it and one that only seems to (strategy S1)."""
 
     family: Literal["short_long"] = "short_long"
@@ -66,21 +66,21 @@ class ShortLongConfig(_TaskFamily):
     max_document_characters: int = Field(default=4000, ge=50)
 
 
-class LongLongConfig(_TaskFamily):
+class LongLongConfig(TaskFamilyConfig):
     """Two long texts that match, and a third that does not."""
 
     family: Literal["long_long"] = "long_long"
     max_document_characters: int = Field(default=4000, ge=50)
 
 
-class ShortShortConfig(_TaskFamily):
+class ShortShortConfig(TaskFamilyConfig):
     """Two phrases or sentences that match, and a third that does not."""
 
     family: Literal["short_short"] = "short_short"
     max_query_characters: int = Field(default=200, ge=10)
 
 
-class ClassificationConfig(_TaskFamily):
+class ClassificationConfig(TaskFamilyConfig):
     """A text, its label and misleading labels; the task's sentence is the training instruction (§6.2)."""
 
     family: Literal["classification"] = "classification"
@@ -122,6 +122,7 @@ class TranslationConfig(FamilyConfig):
     """Existing pairs, translated into ``languages`` (strategy S3)."""
 
     family: Literal["translation"] = "translation"
+    pairs: Literal["corpus", "synthetic"] = "corpus"  # of the train split, or rows this stage wrote before
     sides: Literal["query", "both"] = "query"
     max_query_characters: int = Field(default=300, ge=10)
     max_document_characters: int = Field(default=2400, ge=50)

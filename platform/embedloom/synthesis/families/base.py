@@ -87,9 +87,10 @@ class Family(Protocol[Options]):
     extracts: (
         bool  # rows are read out of the document, no LLM is asked; use ``extract``, not ``ask`` and ``rows``
     )
-    prompt: str  # its own prompt; a file of synthesis/prompts, with a variant "<prompt>_small"
-    rules: PromptRules  # placeholders and answer fields of its prompts
-    tasks_prompt: str  # of step 1, empty unless source is tasks; for families.tasks
+
+    def own_prompt(self, options: Options) -> tuple[str, PromptRules]:
+        """Its own prompt, a file of synthesis/prompts with a variant ``<name>_small``, and what prompts may hold."""
+        ...
 
     def asked_rows(self, options: Options) -> int:
         """Rows and rejects that one attempt gives, always this many."""
