@@ -5,10 +5,11 @@ its seed, so that the same attempt is the same request in every run.
 """
 
 import hashlib
+import json
 import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
 
 from embedloom.config.families import FamilyConfig
 from embedloom.records import content_id
@@ -107,6 +108,7 @@ class Family(Protocol[Options]):
         ...
 
 
+@runtime_checkable
 class ExtractingFamily(Protocol[Options]):
     """A family whose rows stand in the documents already."""
 
@@ -201,4 +203,5 @@ def synthetic_row(
         "origin": "synthetic",
         "generator": attempt.generator,
         "prompt_hash": prompt.hash,
+        "attributes": json.dumps(drawn(attempt, prompt), ensure_ascii=False, sort_keys=True),
     }
