@@ -35,6 +35,10 @@ class FamilyConfig(FrozenConfig):
             check_languages(weights)
         return weights
 
+    def document_weights(self, language: str) -> Weights:
+        """Languages of the other side for queries of ``language``, by weight."""
+        return self.document_languages or {language: 1.0}
+
     @property
     def key(self) -> str:
         """Name of the section in cells, files and reports."""
@@ -106,7 +110,24 @@ class BitextConfig(FamilyConfig):
     def _translates(self) -> "BitextConfig":
         if self.document_languages is None:
             raise ValueError("bitext needs document_languages, the languages translated into")
+        for language in self.languages or {}:
+            self.document_weights(language)
         return self
+
+    def document_weights(self, language: str) -> Weights:
+        """Languages to translate into, the text's own left out.
+
+        Raises:
+            ValueError: none is left.
+        """
+        others = {
+            code: weight for code, weight in (self.document_languages or {}).items() if code != language
+        }
+        if not others:
+            raise ValueError(
+                f"bitext: document_languages has no language but {language!r}, that of the text itself"
+            )
+        return others
 
 
 class ExistingQuestionsConfig(FamilyConfig):
