@@ -7,7 +7,11 @@ import numpy as np
 import numpy.typing as npt
 
 # Scripts that set no blanks count each character as a word; elsewhere a word is a run of letters and digits.
-_SINGLE = r"\u2e80-\u9fff\uac00-\ud7af\uf900-\ufaff\U00020000-\U0003ffff"
+# Their punctuation (U+3000 to U+303F, and the middle dot) is none.
+_SINGLE = (
+    r"\u2e80-\u2fff\u3005-\u3007\u3021-\u3029\u3031-\u3035\u303b\u3040-\u30fa\u30fc-\u9fff"
+    r"\uac00-\ud7af\uf900-\ufaff\U00020000-\U0003ffff"
+)
 _WORD = re.compile(rf"[{_SINGLE}]|[^\W{_SINGLE}]+")
 _MULTIPLIER = 0x9E3779B97F4A7C15
 
