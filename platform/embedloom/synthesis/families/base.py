@@ -155,6 +155,14 @@ def clean(value: str, limit: int, paragraphs: bool = False) -> str | Reject:
     return reject("too_long", text) if len(text) > limit else text
 
 
+def cut(text: str, max_characters: int) -> str:
+    """The text up to the last blank before the limit; one long word is cut inside."""
+    if len(text) <= max_characters:
+        return text
+    head = text[:max_characters]
+    return head if text[max_characters].isspace() else (head.rsplit(maxsplit=1) or [""])[0] or head
+
+
 def clean_fields(
     answer: Mapping[str, Any], limits: Mapping[str, int], paragraphs: Sequence[str] = ()
 ) -> dict[str, str] | Reject:

@@ -18,6 +18,7 @@ from embedloom.synthesis.families.base import (
     SeedDocument,
     Source,
     clean,
+    cut,
     drawn,
     synthetic_row,
 )
@@ -93,9 +94,5 @@ def seed_of(attempt: Attempt) -> SeedDocument:
 
 
 def shown_text(document: SeedDocument, max_characters: int) -> str:
-    """The document's text up to the last blank before the limit; one long word is cut inside."""
-    text = document_text(document.title, document.text)
-    if len(text) <= max_characters:
-        return text
-    head = text[:max_characters]
-    return head if text[max_characters].isspace() else (head.rsplit(maxsplit=1) or [""])[0] or head
+    """The document's title and text as the prompt shows them."""
+    return cut(document_text(document.title, document.text), max_characters)

@@ -12,6 +12,7 @@ from embedloom.synthesis.families.base import (
     Row,
     Source,
     clean_fields,
+    cut,
     drawn,
     reject,
     synthetic_row,
@@ -47,7 +48,7 @@ class Translation:
         pair = _pair(attempt)
         values = {
             "query": pair["query"],
-            "document": (pair["positive"] or "")[: options.max_document_characters],
+            "document": cut(pair["positive"] or "", options.max_document_characters),
             **language_values(attempt),
             **drawn(attempt, prompt),
             "source_language": language_name(pair["lang"]),

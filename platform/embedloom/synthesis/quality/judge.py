@@ -7,7 +7,7 @@ from embedloom.config.quality import JudgeCheck
 from embedloom.engines.protocol import GenerationResult
 from embedloom.instructions import DEFAULT_INSTRUCTIONS
 from embedloom.synthesis.answers import read_json
-from embedloom.synthesis.families.base import Ask, Reject
+from embedloom.synthesis.families.base import Ask, Reject, cut
 from embedloom.synthesis.prompt import Prompt, PromptRules, load_prompt
 
 RULES = PromptRules(
@@ -34,8 +34,8 @@ def judge_ask(row: Mapping[str, Any], document: str, prompt: Prompt, check: Judg
         check: bounds what is shown.
     """
     values = {
-        "query": str(row["query"])[: check.max_characters],
-        "positive": document[: check.max_characters],
+        "query": cut(str(row["query"]), check.max_characters),
+        "positive": cut(document, check.max_characters),
         "instruction": str(row.get("instruction") or DEFAULT_INSTRUCTIONS[str(row["task_type"])]),
         "task_type": str(row["task_type"]),
     }

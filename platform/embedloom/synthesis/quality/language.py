@@ -2,7 +2,9 @@
 
 py3langid, because its model lies inside the wheel (4.6 MB, 140 languages, no download), its import is light and a
 call takes 50 microseconds; fastText's and lingua's models are downloads or a hundred megabytes. Its weakness is
-short text and close relatives, so only a confident verdict for another, unrelated language refuses a text.
+short text and close relatives, so only a confident verdict for another, unrelated language refuses a text. Of 7,025
+queries of tldr pages (38 languages) and Natural Questions it refused none; with a wrong language it refused 64 % of
+the tldr queries, which are half a dozen words long.
 """
 
 from functools import lru_cache

@@ -68,19 +68,19 @@ def _echo(row: Row, context: RowContext) -> Reject | None:
 
 
 def _copy(row: Row, context: RowContext) -> Reject | None:
-    """A query that stands in its document word for word."""
-    if not context.quality.copies:
+    """A query that stands in its document word for word; extracted and translated ones are judged by their families."""
+    attempt = context.attempt
+    if (
+        not context.quality.copies
+        or row["task_type"] != "retrieval"
+        or row["origin"] != "synthetic"
+        or attempt.pair
+    ):
         return None
-    document = context.attempt.document
-    # A translated query that equals a part of its document is a name, and translation checks its own copies.
+    document = attempt.document
     shown = (
-        document_text(document.title, document.text)
-        if document is not None
-        else str(row.get("positive") or "")
+        str(row.get("positive") or "") if document is None else document_text(document.title, document.text)
     )
-    extracted = row["origin"] != "synthetic"
-    if extracted or row["task_type"] != "retrieval" or context.attempt.pair is not None:
-        return None
     return (
         reject("copies_document", str(row["query"])) if _plain(str(row["query"])) in _plain(shown) else None
     )
