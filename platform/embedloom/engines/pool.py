@@ -5,21 +5,28 @@ task to the driver as text with its cause stripped, so an error of ours travels 
 raised again here, whole: a bad row must end the command with its own message, not with Ray's.
 """
 
+import os
 import pickle
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import pyarrow as pa
 
 from embedloom.config.resources import PoolConfig
+from embedloom.engines.protocol import EngineLostError
 from embedloom.errors import EmbedloomError, StageError
+from embedloom.storage import Place
 
 # An actor that cannot be placed must say so, not wait for the half hour that is Ray's default.
 PLACEMENT_TIMEOUT_SECONDS = 600
 _TASK_CPUS = 0.25  # reading and writing wait for disks more than they compute
+_FINISH_CPUS = 0.5
 
 Row = dict[str, Any]
+Finish = Callable[[dict[str, pa.Table]], dict[str, pa.Table]]
 
 
 class ShardWorker(Protocol):
@@ -30,16 +37,47 @@ class ShardWorker(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class Starts:
+    """Remembers how often actors began each item, so that an item that kills its engine does not do so for ever.
+
+    Ray restarts a dead actor and gives it the same items again, which is right for a lost machine and endless for
+    a poisonous prompt. A note is written before an item is worked on; ``run`` sets the notes of one driver apart.
+    """
+
+    place: Place
+    run: str
+    limit: int = 5
+
+    def begin(self, item: int) -> None:
+        """Note one more start.
+
+        Raises:
+            StageError: the item was begun ``limit`` times and never ended.
+        """
+        folder = f"{self.run}/{item}"
+        begun = len(self.place.names(folder))
+        if begun >= self.limit:
+            raise StageError(
+                f"item {item} was begun {begun} times and took its process with it every time; its rows, or those "
+                "worked on beside them, kill the engine"
+            )
+        self.place.write_bytes(f"{folder}/{begun}", b"")
+
+
 def stream(
     *,
     stage: str,
     items: int,
     read: Callable[[int], pa.Table],
     write: Callable[[int, str, pa.Table], None],
-    worker: Callable[..., ShardWorker],
+    worker: Callable[..., ShardWorker] | None,
     worker_arguments: dict[str, Any],
     done_folder: str,
     pool: PoolConfig,
+    finish: Finish | None = None,
+    in_flight: int = 1,
+    starts: Starts | None = None,
 ) -> Iterator[int]:
     """Run items 0 to ``items`` - 1 through the pool and yield each number once its tables are written.
 
@@ -48,9 +86,12 @@ def stream(
         items: how many; each is one table in.
         read: the table of an item; runs in a task.
         write: stores (item, folder, table); runs in a task, in the order the worker named the folders.
-        worker: class of the actors; called with ``worker_arguments``.
-        done_folder: what the worker must name last.
+        worker: class of the actors; called with ``worker_arguments``. None: no actors, ``finish`` does the work.
+        done_folder: what ``finish``, or else the worker, must name last.
         pool: actors and what each reserves.
+        finish: from the worker's tables to those that are written; runs in a task, on CPUs the actors leave free.
+        in_flight: items an actor works on at once; above 1 its worker is called by several threads.
+        starts: counts how often each item was begun, and stops one that keeps killing actors.
 
     Raises:
         UserError: the worker, its constructor, ``read`` or ``write`` raised one.
@@ -62,21 +103,27 @@ def stream(
     context = DataContext.get_current()
     context.enable_progress_bars = False
     context.wait_for_min_actors_s = PLACEMENT_TIMEOUT_SECONDS
-    dataset = (
-        ray.data.from_items(list(range(items)), override_num_blocks=items)
-        .map(_reading(read), num_cpus=_TASK_CPUS)
-        .map_batches(
+    dataset = ray.data.from_items(list(range(items)), override_num_blocks=items).map(
+        _reading(read), num_cpus=_TASK_CPUS
+    )
+    if worker is not None:
+        checked = done_folder if finish is None else None
+        dataset = dataset.map_batches(
             _PoolActor,
-            fn_constructor_args=(worker, worker_arguments, done_folder, pool.compute_threads),
+            fn_constructor_args=(worker, worker_arguments, checked, pool.compute_threads, starts),
             batch_size=1,
             compute=ActorPoolStrategy(
-                min_size=min(pool.min_actors, items), max_size=min(pool.max_actors, items)
+                min_size=min(pool.min_actors, items),
+                max_size=min(pool.max_actors, items),
+                max_concurrent_calls_per_actor=in_flight,
+                enable_true_multi_threading=in_flight > 1,
             ),
             num_cpus=pool.cpus,
             num_gpus=pool.gpus or None,
             memory=int(pool.memory_gib * 2**30) or None,
         )
-        .map(_writing(write), num_cpus=_TASK_CPUS)
+    dataset = dataset.map(
+        _writing(write, finish, done_folder), num_cpus=_TASK_CPUS if finish is None else _FINISH_CPUS
     )
     try:
         with closing(iter(dataset.iter_rows())) as rows:
@@ -102,13 +149,22 @@ def _reading(read: Callable[[int], pa.Table]) -> Callable[[Row], Row]:
     return task
 
 
-def _writing(write: Callable[[int, str, pa.Table], None]) -> Callable[[Row], Row]:
+def _writing(
+    write: Callable[[int, str, pa.Table], None], finish: Finish | None, done_folder: str
+) -> Callable[[Row], Row]:
     def task(row: Row) -> Row:
         failure = row["failure"]
         if not failure:
             try:
-                for folder, content in zip(row["folders"], row["tables"], strict=True):
-                    write(row["position"], folder, _from_ipc(content))
+                tables = {
+                    folder: _from_ipc(content)
+                    for folder, content in zip(row["folders"], row["tables"], strict=True)
+                }
+                if finish is not None:
+                    tables = finish(tables)
+                    _check_last(tables, done_folder)
+                for folder, table in tables.items():
+                    write(row["position"], folder, table)
             except EmbedloomError as error:
                 failure = pickle.dumps(error)
         return {"position": row["position"], "failure": failure}
@@ -116,16 +172,28 @@ def _writing(write: Callable[[int, str, pa.Table], None]) -> Callable[[Row], Row
     return task
 
 
+def _check_last(tables: dict[str, pa.Table], done_folder: str) -> None:
+    """A shard counts as done when its file is in the last folder, so that folder must be written last."""
+    if list(tables)[-1:] != [done_folder]:
+        raise StageError(f"the worker returned folders {list(tables)}, expected {done_folder!r} last")
+
+
 class _PoolActor:
     """Adapts a ShardWorker to Ray Data: one row is one item."""
 
     def __init__(
-        self, worker: Callable[..., ShardWorker], arguments: dict[str, Any], done_folder: str, threads: int
+        self,
+        worker: Callable[..., ShardWorker],
+        arguments: dict[str, Any],
+        done_folder: str | None,
+        threads: int,
+        starts: Starts | None = None,
     ) -> None:
         import torch
 
         torch.set_num_threads(threads)
         self._done_folder = done_folder
+        self._starts = starts
         self._failure: EmbedloomError | None = None
         try:
             self._worker = worker(**arguments)
@@ -142,12 +210,17 @@ class _PoolActor:
         if self._failure is not None:
             return _row(row["position"], {}, self._failure)
         try:
+            if self._starts is not None:
+                self._starts.begin(int(row["position"]))
             tables = self._worker(_from_ipc(row["tables"][0]))
-            if list(tables)[-1:] != [self._done_folder]:
-                raise StageError(
-                    f"the worker returned folders {list(tables)}, expected {self._done_folder!r} last"
-                )
+            if self._done_folder is not None:
+                _check_last(tables, self._done_folder)
             return _row(row["position"], tables)
+        except EngineLostError as error:
+            # Ray starts the actor anew and gives it what it held; this process has nothing left to serve with.
+            sys.stderr.write(f"{error}; this actor ends and is started again\n")
+            sys.stderr.flush()
+            os._exit(1)
         except EmbedloomError as error:
             return _row(row["position"], {}, error)
 

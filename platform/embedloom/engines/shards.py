@@ -14,7 +14,7 @@ from typing import Any
 import pyarrow as pa
 
 from embedloom.config.resources import PoolConfig
-from embedloom.engines.pool import ShardWorker, stream
+from embedloom.engines.pool import Finish, ShardWorker, Starts, stream
 from embedloom.errors import DataError
 from embedloom.progress import Progress
 from embedloom.storage import Place
@@ -97,12 +97,17 @@ def run_sharded(
     output: Place,
     done_folder: str,
     shard_rows: int,
-    worker: Callable[..., ShardWorker],
+    worker: Callable[..., ShardWorker] | None,
     worker_arguments: dict[str, Any] | Callable[[], dict[str, Any]],
     pool: PoolConfig,
     unit: str = "rows",
     first_part: int = 0,
     by_file: bool = False,
+    prepare: Callable[[pa.Table], pa.Table] | None = None,
+    finish: Finish | None = None,
+    in_flight: int = 1,
+    starts: Starts | None = None,
+    watch: Callable[[], None] | None = None,
 ) -> list[str]:
     """Stream every missing shard through an actor pool.
 
@@ -118,6 +123,11 @@ def run_sharded(
         unit: what a row is, on the progress lines.
         first_part: number of the first part, where several calls share the output folders.
         by_file: no shard holds rows of two files.
+        prepare: what the worker is given of a shard's rows; runs in the reading task.
+        finish: what is written of the worker's tables; runs in the writing task.
+        in_flight: shards an actor works on at once.
+        starts: stops a shard that keeps killing actors.
+        watch: called after every shard; what it raises ends the run.
 
     Returns:
         The names of all finished parts of this call, in order.
@@ -137,13 +147,22 @@ def run_sharded(
         finished_items = stream(
             stage=stage,
             items=len(missing),
-            read=lambda item: read_shard(source, missing[item]),
+            read=lambda item: (prepare or _unchanged)(read_shard(source, missing[item])),
             write=lambda item, folder, table: output.write_table(f"{folder}/{missing[item].part}", table),
             worker=worker,
             worker_arguments=worker_arguments() if callable(worker_arguments) else worker_arguments,
             done_folder=done_folder,
             pool=pool,
+            finish=finish,
+            in_flight=in_flight,
+            starts=starts,
         )
         for item in finished_items:
             progress.advance(missing[item].rows)
+            if watch is not None:
+                watch()
     return [f"{done_folder}/{shard.part}" for shard in shards]
+
+
+def _unchanged(rows: pa.Table) -> pa.Table:
+    return rows
