@@ -20,6 +20,7 @@ from embedloom.synthesis.duplicate_pass import bucket_count
 from embedloom.synthesis.quality.duplicates import signature, similarity
 from embedloom.synthesis.stage import synthesize
 from fakes_engines import WORDS, FakeEngine
+from fakes_serial import patch_serial
 
 POOL = PoolConfig(cpus=1)
 OFF: dict[str, Any] = {
@@ -32,7 +33,8 @@ class RepeatingEngine(FakeEngine):
 
     def _answer(self, request):
         draw = random.Random(request.seed)
-        words = [WORDS[(11 * draw.randrange(12) + n) % len(WORDS)] for n in range(14)]
+        first = 11 * draw.randrange(12)
+        words = [WORDS[(first + n) % len(WORDS)] for n in range(14)]
         if draw.random() < 0.5:
             words[draw.randrange(14)] = draw.choice(WORDS)
         text = " ".join(words)
@@ -68,9 +70,14 @@ def run(corpus: Artefact, folder: Path, quality: dict[str, Any], rows: int, **ar
     return synthesize(section, 3, corpus, POOL, out, models, **arguments)
 
 
-@pytest.mark.ray
+@pytest.fixture
+def serial(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without Ray: seconds less a test."""
+    patch_serial(monkeypatch)
+
+
 @pytest.mark.parametrize("scope", ["all", "generator"])
-def test_no_two_rows_are_nearly_the_same(corpus: Artefact, tmp_path: Path, ray_local: None, scope: str):
+def test_no_two_rows_are_nearly_the_same(corpus: Artefact, tmp_path: Path, serial: None, scope: str):
     quality = {"exact_duplicates": scope == "all", "near_duplicates": {"threshold": 0.7, "scope": scope}}
     artefact = run(corpus, tmp_path, quality, 12, engine_factory=RepeatingEngine)
     rows = artefact.place.read_tables("pairs", "pairs").to_pylist()
@@ -120,8 +127,7 @@ def test_the_round_trip_keeps_exactly_the_queries_whose_document_the_teacher_fin
     assert artefact.counts["rejects"]["round_trip"] >= 8, "a random encoder finds about 15 of 40"
 
 
-@pytest.mark.ray
-def test_the_judge_refuses_grades_below_the_threshold(corpus: Artefact, tmp_path: Path, ray_local: None):
+def test_the_judge_refuses_grades_below_the_threshold(corpus: Artefact, tmp_path: Path, serial: None):
     artefact = run(corpus, tmp_path, {"judge": {"model": "judge", "threshold": 8}}, 16)
     rejects = artefact.place.read_tables("rejects").to_pylist()
     grades = [float(row["detail"].split()[1].rstrip(",")) for row in rejects]

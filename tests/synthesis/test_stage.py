@@ -16,6 +16,7 @@ from embedloom.storage import Place
 from embedloom.synthesis.families.registry import FAMILIES
 from embedloom.synthesis.stage import synthesize
 from fakes_engines import WORDS, CrashingEngine, FakeEngine, MumblingEngine, MuteEngine
+from fakes_serial import patch_serial
 
 POOL = PoolConfig(cpus=1)
 EVERY_FAMILY: list[dict[str, Any]] = [
@@ -88,12 +89,19 @@ def everything(artefact: Artefact) -> dict[str, Any]:
     }
 
 
+@pytest.fixture
+def serial(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without Ray: seconds less a test."""
+    patch_serial(monkeypatch)
+
+
 @pytest.fixture(scope="module")
-def every_family(corpus: Artefact, ray_local: None, tmp_path_factory: pytest.TempPathFactory) -> Artefact:
-    return run(corpus, tmp_path_factory.mktemp("every"), config(families=EVERY_FAMILY))
+def every_family(corpus: Artefact, tmp_path_factory: pytest.TempPathFactory) -> Artefact:
+    with pytest.MonkeyPatch.context() as patched:
+        patch_serial(patched)
+        return run(corpus, tmp_path_factory.mktemp("every"), config(families=EVERY_FAMILY))
 
 
-@pytest.mark.ray
 def test_every_family_fills_its_quota_and_the_shares_follow_the_weights(every_family: Artefact):
     counts = every_family.counts
     assert counts["families"] == {section["family"]: section["rows"] for section in EVERY_FAMILY}
@@ -107,7 +115,6 @@ def test_every_family_fills_its_quota_and_the_shares_follow_the_weights(every_fa
     assert Counter(row["generator"] for row in found) == {**counts["generators"], None: 3}
 
 
-@pytest.mark.ray
 def test_rows_say_where_they_come_from(every_family: Artefact, corpus: Artefact):
     train = set(corpus.place.read_tables("documents/train").column("id").to_pylist())
     hashes = every_family.manifest["details"]["prompts"]["rows"]
@@ -132,7 +139,6 @@ def test_rows_say_where_they_come_from(every_family: Artefact, corpus: Artefact)
     assert {row["document_id"] for row in translated} <= originals
 
 
-@pytest.mark.ray
 def test_mining_takes_every_row(every_family: Artefact, corpus: Artefact, tmp_path: Path):
     files = pair_files(corpus, [every_family])
     counts = write_queries(files, (corpus.place, "documents/train"), Place(str(tmp_path)), 16)
@@ -141,7 +147,6 @@ def test_mining_takes_every_row(every_family: Artefact, corpus: Artefact, tmp_pa
     assert counts["pairs"] == {"public": 3, "synthetic": 70}
 
 
-@pytest.mark.ray
 def test_intermediate_files_are_gone_and_every_count_adds_up(every_family: Artefact):
     place = every_family.place
     assert not place.exists("steps")
@@ -159,12 +164,13 @@ def test_intermediate_files_are_gone_and_every_count_adds_up(every_family: Artef
 
 
 @pytest.fixture(scope="module")
-def undisturbed(corpus: Artefact, ray_local: None, tmp_path_factory: pytest.TempPathFactory) -> Artefact:
-    """A third of the answers is mumbled."""
-    return run(corpus, tmp_path_factory.mktemp("undisturbed"), engine_factory=MumblingEngine)
+def undisturbed(corpus: Artefact, tmp_path_factory: pytest.TempPathFactory) -> Artefact:
+    """Three of ten answers are mumbled."""
+    with pytest.MonkeyPatch.context() as patched:
+        patch_serial(patched)
+        return run(corpus, tmp_path_factory.mktemp("undisturbed"), engine_factory=MumblingEngine)
 
 
-@pytest.mark.ray
 def test_rejects_are_refilled_until_the_quota_and_the_shares_are_met(undisturbed: Artefact):
     counts = undisturbed.counts
     assert counts["generators"] == {"first": 30, "second": 10}
@@ -187,8 +193,8 @@ class CrashingMumbler(CrashingEngine, MumblingEngine):
 
 
 @pytest.mark.ray
-def test_an_interrupted_run_continues_to_the_same_rows(
-    undisturbed: Artefact, corpus: Artefact, tmp_path: Path
+def test_on_ray_an_interrupted_run_continues_to_the_same_rows(
+    undisturbed: Artefact, corpus: Artefact, tmp_path: Path, ray_local: None
 ):
     with pytest.raises(StageError, match=r"second: a worker failed: RuntimeError: engine lost$"):
         run(corpus, tmp_path, engine_factory=FailingSecond)
@@ -203,9 +209,8 @@ def test_an_interrupted_run_continues_to_the_same_rows(
     assert again.counts == undisturbed.counts
 
 
-@pytest.mark.ray
 def test_a_generator_that_is_always_refused_stops_at_the_limit(
-    corpus: Artefact, tmp_path: Path, ray_local: None
+    corpus: Artefact, tmp_path: Path, serial: None
 ):
     settings = config(families=[{"family": "sts", "rows": 4}], max_attempts_per_row=2)
     with pytest.raises(StageError) as caught:
@@ -217,9 +222,8 @@ def test_a_generator_that_is_always_refused_stops_at_the_limit(
     assert not Place(str(tmp_path / "out")).exists(MANIFEST_FILE)
 
 
-@pytest.mark.ray
 def test_more_existing_questions_than_there_are_stop_with_their_number(
-    corpus: Artefact, tmp_path: Path, ray_local: None
+    corpus: Artefact, tmp_path: Path, serial: None
 ):
     with pytest.raises(StageError, match=r"5 of 9 rows kept .*lower the family's rows to 5"):
         run(corpus, tmp_path, config(families=[{"family": "existing_questions", "rows": 9}]))
