@@ -58,7 +58,7 @@ class ExistingQuestions:
         found: list[Row | Reject] = []
         for number, question in enumerate(questions[: options.questions_per_document]):
             query = clean(question, options.max_query_characters)
-            row = {
+            row: Row = {
                 "id": row_id(attempt, number),
                 # The corpus's own document shows the question, so the pair gets its text without it.
                 "document_id": content_id("without questions", document.id),
