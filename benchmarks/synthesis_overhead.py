@@ -16,20 +16,24 @@ import argparse
 import itertools
 import json
 import math
+import random
+import resource
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
+from embedloom.artefacts import ArtefactWriter
 from embedloom.cluster.config import AuthConfig, Profile
 from embedloom.cluster.session import ray_session
 from embedloom.config.resources import PoolConfig
-from embedloom.config.synthesis import EngineOptions
+from embedloom.config.synthesis import EngineOptions, SynthesisConfig
 from embedloom.encoder.registry import resolve_model
 from embedloom.engines.generation import (
     ANSWERS,
@@ -38,10 +42,13 @@ from embedloom.engines.generation import (
     read_requests,
     request_table,
 )
-from embedloom.engines.protocol import GenerationRequest
+from embedloom.engines.pool import Handling
+from embedloom.engines.protocol import GenerationRequest, GenerationResult
 from embedloom.engines.shards import run_sharded
 from embedloom.engines.vllm_engine import VLLMEngine
+from embedloom.records import table_from_rows
 from embedloom.storage import Place
+from embedloom.synthesis.stage import synthesize
 
 TOPICS = ("graphs", "rivers", "sorting", "bread", "moons", "databases", "sockets", "paint", "chess", "trees")
 POOL = PoolConfig(cpus=1, threads=2)
@@ -101,7 +108,9 @@ def measure(model: Path, requests: list[GenerationRequest], in_flight: int, fold
         stage="bench", source=place, source_folder="requests", output=place, done_folder="texts",
         shard_rows=max(1, len(requests) // 4), worker=MeasuringWorker,
         worker_arguments={"notes": str(notes), "requests": table, **arguments}, pool=POOL,
-        finish=lambda tables: {"texts": tables[ANSWERS].select(["answer", "output_tokens"])}, in_flight=in_flight,
+        handling=Handling(
+            finish=lambda tables: {"texts": tables[ANSWERS].select(["answer", "output_tokens"])}, in_flight=in_flight
+        ),
     )  # fmt: skip
     done = max(path.stat().st_mtime for path in (folder / "texts").glob("*.parquet"))
     peer = json.loads(notes.read_text())
@@ -113,6 +122,58 @@ def measure(model: Path, requests: list[GenerationRequest], in_flight: int, fold
         "ours": round(ours, 1), "peer": round(theirs, 1), "ratio": round(ours / theirs, 3),
         "output_tokens": tokens, "same_texts": round(sum(same) / len(same), 3),
     }  # fmt: skip
+
+
+class InstantEngine:
+    """Answers at once with a query made of the request's seed."""
+
+    def __init__(self, **arguments: Any) -> None:
+        pass
+
+    def generate(self, requests: Sequence[GenerationRequest]) -> list[GenerationResult]:
+        """Write one JSON answer per request."""
+        return [self._answer(one) for one in requests]
+
+    def _answer(self, request: GenerationRequest) -> GenerationResult:
+        draw = random.Random(request.seed)
+        text = " ".join(f"{draw.choice(TOPICS)}{draw.randrange(10**6)}" for _ in range(8))
+        return GenerationResult(request.id, json.dumps({"queries": [text]}), "stop", 100, 30)
+
+
+def synthesize_fakes(rows: int) -> dict[str, float]:
+    """A whole synthesis of so many rows in this process as driver; its peak memory once Ray is up and at the end."""
+    section = SynthesisConfig.model_validate(
+        {
+            "generators": [{"model": "instant"}],
+            "families": [{"family": "seed_queries", "rows": rows}],
+            "quality": {"language": None, "contamination": None},
+            "shard_rows": 500,
+        }
+    )
+    with (
+        tempfile.TemporaryDirectory(prefix="el-", dir="/tmp") as temporary,
+        ray_session(Profile(logical_cpus=8), AuthConfig(token_path=f"{temporary}/token")),
+    ):
+        corpus = Place(f"{temporary}/corpus")
+        writer = ArtefactWriter(corpus, "corpus", "c", {}, "local")
+        for part in range(4):
+            documents = [
+                {"id": f"d{n}", "text": f"{TOPICS[n % len(TOPICS)]} number {n}", "source": "s"}
+                for n in range(part * 1_000, part * 1_000 + 1_000)
+            ]
+            name = f"documents/train/part-{part:06d}.parquet"
+            corpus.write_table(name, table_from_rows("documents", documents))
+        out = ArtefactWriter(Place(f"{temporary}/out"), "synthesis", "c", {}, "local")
+        models = {"instant": lambda: Path(temporary)}
+        started = time.monotonic()
+        done = synthesize(
+            section, 1, writer.commit({}), PoolConfig(cpus=1), out, models, engine_factory=InstantEngine
+        )
+        seconds = time.monotonic() - started
+    if done.counts["rows"] != rows:
+        raise RuntimeError(f"{done.counts['rows']} rows were written, {rows} asked for")
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return {"rows": rows, "peak_mib": round(peak, 1), "seconds": round(seconds, 1)}
 
 
 def driver_memory(rows: int) -> float:
@@ -138,8 +199,6 @@ def main() -> None:
     parser.add_argument("--driver-of", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.driver_of:
-        from synthesis_driver import synthesize_fakes
-
         print(json.dumps(synthesize_fakes(options.driver_of)))
         return
     count, median = (64, 24) if options.quick else (256, 32)

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 import embedloom.synthesis.stage  # noqa: F401 - so that every module that runs tasks is there to be patched
+from embedloom.engines.pool import PLAIN, Handling
 
 
 def serial_tasks(stage: str, function: Any, items: Any, *shared: Any, cpus: float = 0.5) -> Iterator[Any]:
@@ -18,16 +19,17 @@ def serial_tasks(stage: str, function: Any, items: Any, *shared: Any, cpus: floa
 
 def serial_stream(
     *, stage: str, items: int, read: Any, write: Any, worker: Any, worker_arguments: Any, done_folder: str,
-    pool: Any, finish: Any = None, in_flight: int = 1, starts: Any = None,
+    pool: Any, handling: Handling = PLAIN,
 ) -> Iterator[int]:  # fmt: skip
     """In place of engines.pool.stream; one actor."""
     actor = worker(**worker_arguments) if worker else None
     for item in range(items):
-        tables = {"": read(item)}
+        table = read(item)
+        tables = {"": table if handling.prepare is None else handling.prepare(table)}
         if actor is not None:
             tables = actor(tables[""])
-        if finish is not None:
-            tables = finish(tables)
+        if handling.finish is not None:
+            tables = handling.finish(tables)
         for folder, table in tables.items():
             write(item, folder, table)
         yield item

@@ -17,7 +17,7 @@ from embedloom.engines.generation import (
     shards_in_flight,
     side_by_side,
 )
-from embedloom.engines.pool import Starts
+from embedloom.engines.pool import Handling, Starts
 from embedloom.engines.protocol import GenerationRequest
 from embedloom.engines.shards import run_sharded
 from embedloom.errors import StageError
@@ -92,9 +92,11 @@ class Runs:
             worker=GenerationWorker,
             worker_arguments=generation_arguments(lambda: model, EngineOptions(), POOL, engine),
             pool=POOL,
-            finish=lambda tables: {"texts": tables[ANSWERS].select(["request_id", "answer"])},
-            in_flight=in_flight,
-            starts=Starts(self.place.child("starts"), "run-1", limit=3),
+            handling=Handling(
+                finish=lambda tables: {"texts": tables[ANSWERS].select(["request_id", "answer"])},
+                in_flight=in_flight,
+                starts=Starts(self.place.child("starts"), "run-1", limit=3),
+            ),
         )
         return self.place.read_tables("texts").column("request_id").to_pylist()
 

@@ -65,6 +65,29 @@ class Starts:
         self.place.write_bytes(f"{folder}/{begun}", b"")
 
 
+@dataclass(frozen=True)
+class Handling:
+    """What happens to items around and inside the actors, where the defaults do not do.
+
+    Attributes:
+        prepare: what the worker is given of an item; runs in the reading task.
+        finish: from the worker's tables to those that are written; runs in the writing task, on CPUs the actors leave
+            free. Names the done folder last in the worker's place.
+        in_flight: items an actor works on at once; above 1 its worker is called by several threads.
+        starts: counts how often each item was begun, and stops one that keeps killing actors.
+        watch: called after every item; what it raises ends the run.
+    """
+
+    prepare: Callable[[pa.Table], pa.Table] | None = None
+    finish: Finish | None = None
+    in_flight: int = 1
+    starts: Starts | None = None
+    watch: Callable[[], None] | None = None
+
+
+PLAIN = Handling()
+
+
 def stream(
     *,
     stage: str,
@@ -75,9 +98,7 @@ def stream(
     worker_arguments: dict[str, Any],
     done_folder: str,
     pool: PoolConfig,
-    finish: Finish | None = None,
-    in_flight: int = 1,
-    starts: Starts | None = None,
+    handling: Handling = PLAIN,
 ) -> Iterator[int]:
     """Run items 0 to ``items`` - 1 through the pool and yield each number once its tables are written.
 
@@ -87,50 +108,39 @@ def stream(
         read: the table of an item; runs in a task.
         write: stores (item, folder, table); runs in a task, in the order the worker named the folders.
         worker: class of the actors; called with ``worker_arguments``. None: no actors, ``finish`` does the work.
-        done_folder: what ``finish``, or else the worker, must name last.
+        done_folder: what the worker must name last.
         pool: actors and what each reserves.
-        finish: from the worker's tables to those that are written; runs in a task, on CPUs the actors leave free.
-        in_flight: items an actor works on at once; above 1 its worker is called by several threads.
-        starts: counts how often each item was begun, and stops one that keeps killing actors.
+        handling: see Handling.
 
     Raises:
         UserError: the worker, its constructor, ``read`` or ``write`` raised one.
         StageError: anything else went wrong in them.
     """
     import ray
-    from ray.data import ActorPoolStrategy, DataContext
+    from ray.data import DataContext
 
     context = DataContext.get_current()
     context.enable_progress_bars = False
     context.wait_for_min_actors_s = PLACEMENT_TIMEOUT_SECONDS
-    dataset = ray.data.from_items(list(range(items)), override_num_blocks=items).map(
-        _reading(read), num_cpus=_TASK_CPUS
-    )
+    finish = handling.finish
+    dataset = ray.data.from_items(list(range(items)), override_num_blocks=items)
+    dataset = dataset.map(_reading(read, handling.prepare), num_cpus=_TASK_CPUS)
     if worker is not None:
         checked = done_folder if finish is None else None
+        arguments = (worker, worker_arguments, checked, pool.compute_threads, handling.starts)
         dataset = dataset.map_batches(
-            _PoolActor,
-            fn_constructor_args=(worker, worker_arguments, checked, pool.compute_threads, starts),
-            batch_size=1,
-            compute=ActorPoolStrategy(
-                min_size=min(pool.min_actors, items),
-                max_size=min(pool.max_actors, items),
-                max_concurrent_calls_per_actor=in_flight,
-                enable_true_multi_threading=in_flight > 1,
-            ),
-            num_cpus=pool.cpus,
-            num_gpus=pool.gpus or None,
-            memory=int(pool.memory_gib * 2**30) or None,
+            _PoolActor, fn_constructor_args=arguments, **_actors(pool, items, handling.in_flight)
         )
-    dataset = dataset.map(
-        _writing(write, finish, done_folder), num_cpus=_TASK_CPUS if finish is None else _FINISH_CPUS
-    )
+    task_cpus = _TASK_CPUS if finish is None else _FINISH_CPUS
+    dataset = dataset.map(_writing(write, finish, done_folder), num_cpus=task_cpus)
     try:
         with closing(iter(dataset.iter_rows())) as rows:
             for row in rows:
                 if row["failure"]:
                     raise pickle.loads(row["failure"])
                 yield int(row["position"])
+                if handling.watch is not None:
+                    handling.watch()
     except StageError as error:
         raise StageError(f"{stage}: {error}") from error
     except EmbedloomError:
@@ -139,10 +149,32 @@ def stream(
         raise StageError(f"{stage}: a worker failed: {_cause(error)}") from error
 
 
-def _reading(read: Callable[[int], pa.Table]) -> Callable[[Row], Row]:
+def _actors(pool: PoolConfig, items: int, in_flight: int) -> dict[str, Any]:
+    """Options of Ray Data for the pool; one row is one batch."""
+    from ray.data import ActorPoolStrategy
+
+    strategy = ActorPoolStrategy(
+        min_size=min(pool.min_actors, items),
+        max_size=min(pool.max_actors, items),
+        max_concurrent_calls_per_actor=in_flight,
+        enable_true_multi_threading=in_flight > 1,
+    )
+    return {
+        "batch_size": 1,
+        "compute": strategy,
+        "num_cpus": pool.cpus,
+        "num_gpus": pool.gpus or None,
+        "memory": int(pool.memory_gib * 2**30) or None,
+    }
+
+
+def _reading(
+    read: Callable[[int], pa.Table], prepare: Callable[[pa.Table], pa.Table] | None
+) -> Callable[[Row], Row]:
     def task(row: Row) -> Row:
         try:
-            return _row(row["item"], {"": read(row["item"])})
+            table = read(row["item"])
+            return _row(row["item"], {"": table if prepare is None else prepare(table)})
         except EmbedloomError as error:
             return _row(row["item"], {}, error)
 

@@ -17,6 +17,7 @@ from embedloom.engines.generation import (
     shards_in_flight,
     side_by_side,
 )
+from embedloom.engines.pool import Handling
 from embedloom.engines.protocol import GenerationRequest
 from embedloom.engines.shards import run_sharded
 from embedloom.engines.tasks import run_tasks
@@ -68,9 +69,11 @@ def refuse_ungraded(stage: str, judge: Judge, one: Round) -> None:
         worker=GenerationWorker,
         worker_arguments=dict(judge.arguments),
         pool=judge.pool,
-        prepare=_Prepare(judge.check, judge.prompt),
-        finish=_Finish(judge.check, judge.prompt),
-        in_flight=shards_in_flight(judge.options, judge.pool),
+        handling=Handling(
+            prepare=_Prepare(judge.check, judge.prompt),
+            finish=_Finish(judge.check, judge.prompt),
+            in_flight=shards_in_flight(judge.options, judge.pool),
+        ),
     )
 
 

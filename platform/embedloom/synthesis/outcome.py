@@ -7,7 +7,7 @@ from typing import Any
 
 from embedloom.artefacts import Artefact, ArtefactWriter
 from embedloom.storage import Place
-from embedloom.synthesis.final import PAIRS_FOLDER, Part
+from embedloom.synthesis.final import Part
 from embedloom.synthesis.prompts_used import UsedPrompts
 from embedloom.synthesis.quotas import Cell
 from embedloom.synthesis.refusals import Round
@@ -18,10 +18,9 @@ _SPEED_FOLDER = "steps/speed"
 
 @dataclass(frozen=True)
 class Written:
-    """A finished phase: its rows stand in ``folder``, in files of ``parts``."""
+    """A finished phase and the files of its rows."""
 
     phase: str
-    folder: str
     quotas: Mapping[Cell, int]
     tally: Tally
     rounds: list[Round]
@@ -39,16 +38,20 @@ class Written:
 
 
 def commit(
-    out: ArtefactWriter, prompts: UsedPrompts, written: list[Written], diversity: dict[str, Any]
+    out: ArtefactWriter,
+    prompts: UsedPrompts,
+    tasks: list[Written],
+    rows: list[Written],
+    diversity: dict[str, Any],
 ) -> Artefact:
-    """Write the manifest."""
-    cells = [cell for one in written if one.folder == PAIRS_FOLDER for cell in one.cells()]
-    task_cells = [cell for one in written if one.folder != PAIRS_FOLDER for cell in one.cells()]
+    """Write the manifest of these phases: step one, and those that wrote rows."""
+    cells = [cell for one in rows for cell in one.cells()]
+    task_cells = [cell for one in tasks for cell in one.cells()]
     details = {
         "prompts": prompts.state(),
         "cells": cells,
         "task_cells": task_cells,
-        "rounds": {one.phase: len(one.rounds) for one in written},
+        "rounds": {one.phase: len(one.rounds) for one in [*tasks, *rows]},
         "engines": _speeds(out.place),
         "diversity": diversity,
     }

@@ -17,7 +17,7 @@ from embedloom.config.families import FamilyConfig
 from embedloom.config.resources import PoolConfig
 from embedloom.config.synthesis import SynthesisConfig
 from embedloom.engines.generation import GenerationWorker, shards_in_flight
-from embedloom.engines.pool import Starts
+from embedloom.engines.pool import Handling, Starts
 from embedloom.engines.shards import run_sharded
 from embedloom.engines.tasks import run_tasks
 from embedloom.errors import StageError
@@ -188,14 +188,14 @@ class Rounds:
                 for job in jobs:
                     job.result()
         if "" in firsts:
-            self._run_sharded(one, "", firsts[""], None, _NO_ACTORS, {}, 1, None, None)
+            extract = Handling(finish=phase.maker("").extract)
+            self._run_sharded(one, "", firsts[""], None, _NO_ACTORS, {}, extract)
 
     def _run_generator(
         self, one: Round, placed: Placed, first: int, run_token: str, failed: list[BaseException]
     ) -> None:
         """One generator's shards; its speed is noted for those written now."""
         name = placed.generator.model
-        options = placed.generator.engine
         here = self._place.child(one.folder)
         before = set(here.names(ROWS_FOLDER, ".parquet"))
         started = time.monotonic()
@@ -204,12 +204,17 @@ class Rounds:
             if failed:
                 raise StageError(f"stopped, because another generator failed: {failed[0]}")
 
+        maker = self._phase.maker(name)
+        handling = Handling(
+            prepare=maker.prepare,
+            finish=maker.finish,
+            in_flight=shards_in_flight(placed.generator.engine, placed.pool),
+            starts=Starts(here.child("starts"), f"{run_token}-{first}"),
+            watch=watch,
+        )
+        arguments = self._phase.arguments(placed)
         try:
-            parts = self._run_sharded(
-                one, name, first, GenerationWorker, placed.pool, self._phase.arguments(placed),
-                shards_in_flight(options, placed.pool),
-                Starts(self._place.child(f"{one.folder}/starts"), f"{run_token}-{first}"), watch,
-            )  # fmt: skip
+            parts = self._run_sharded(one, name, first, GenerationWorker, placed.pool, arguments, handling)
         except BaseException as error:
             failed.append(error)
             raise failed[0] from None
@@ -221,9 +226,8 @@ class Rounds:
 
     def _run_sharded(
         self, one: Round, name: str, first: int, worker: Any, pool: PoolConfig, arguments: dict[str, Any],
-        in_flight: int, starts: Starts | None, watch: Callable[[], None] | None,
+        handling: Handling,
     ) -> list[str]:  # fmt: skip
-        maker = self._phase.maker(name)
         names = tuple(generator.model for generator in self._phase.config.generators)
         several = f" {name or 'existing rows'}" if len(names) > 1 or not name else ""
         return run_sharded(
@@ -238,9 +242,5 @@ class Rounds:
             pool=pool,
             unit="attempts",
             first_part=first,
-            prepare=maker.prepare if name else None,
-            finish=maker.finish if name else maker.extract,
-            in_flight=in_flight,
-            starts=starts,
-            watch=watch,
+            handling=handling,
         )

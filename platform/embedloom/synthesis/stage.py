@@ -57,14 +57,11 @@ def synthesize(
         seed: of the run; decides what every attempt reads and how its answer is sampled.
         corpus: artefact with ``documents/train`` and, for translation, ``pairs/train``.
         pool: what the stage may take, and the pool of generators that name none.
-        out: writer of the artefact; an interrupted one continues.
+        out: writer of ``pairs/``, ``rejects/`` and, where families need them, ``tasks/``; may be interrupted.
         models: per ``generators[].model`` and judge, what gives its local folder where it is called.
         teacher: of the round trip check.
         teacher_pool: its actors.
         engine_factory: builds the engine inside an actor.
-
-    Returns:
-        The artefact with ``pairs/``, ``rejects/`` and, where families need them, ``tasks/``.
 
     Raises:
         ConfigError: a malformed prompt, or a pool the profile has no room for.
@@ -87,28 +84,30 @@ def synthesize(
         teacher=teacher,
         guard=guard_file(STAGE, config.quality.contamination, corpus.place, out.place),
     )
-    written: list[Written] = []
-    tasks = task_phase(around)
-    if tasks is not None:
-        written.append(_run(tasks, out.place, TASKS_FOLDER, 0))
-    first = sum(len(one.parts) for one in written)
-    own = tuple((corpus.place, name) for name in corpus.place.names(_CORPUS_PAIRS, ".parquet"))
-    rows = row_phase(around, "rows", written_first(config), (), RowSource("pairs", own, same_language=False))
-    written.append(_run(rows, out.place, PAIRS_FOLDER, first))
-    if last := translated_last(config):
-        done = tuple((out.place, f"{PAIRS_FOLDER}/{part.file}") for part in written[-1].parts)
-        source = RowSource("pairs", done, same_language=False)
-        earlier = tuple(one.folder for one in written[-1].rounds)
-        phase = row_phase(around, "translations", last, earlier, source)
-        written.append(_run(phase, out.place, PAIRS_FOLDER, first + len(written[-1].parts)))
-    files = [
-        f"{PAIRS_FOLDER}/{part.file}" for one in written if one.folder == PAIRS_FOLDER for part in one.parts
-    ]
-    rounds = [round_ for one in written if one.folder == PAIRS_FOLDER for round_ in one.rounds]
-    diversity = measured_diversity(STAGE, out.place, files, rounds)
-    artefact = commit(out, prompts, written, diversity)
+    tasks, rows = _write_all(around)
+    files = [f"{PAIRS_FOLDER}/{part.file}" for one in rows for part in one.parts]
+    diversity = measured_diversity(STAGE, out.place, files, [one for phase in rows for one in phase.rounds])
+    artefact = commit(out, prompts, tasks, rows, diversity)
     out.place.child(STEPS_FOLDER).remove()
     return artefact
+
+
+def _write_all(around: Surroundings) -> tuple[list[Written], list[Written]]:
+    """Run the phases: step one, if any, and those that write rows."""
+    config, place = around.config, around.place
+    phase = task_phase(around)
+    tasks = [] if phase is None else [_run(phase, place, TASKS_FOLDER, 0)]
+    first = sum(len(one.parts) for one in tasks)
+    own = tuple((around.corpus, name) for name in around.corpus.names(_CORPUS_PAIRS, ".parquet"))
+    pairs = RowSource("pairs", own, same_language=False)
+    rows = [_run(row_phase(around, "rows", written_first(config), (), pairs), place, PAIRS_FOLDER, first)]
+    if last := translated_last(config):
+        done = tuple((place, f"{PAIRS_FOLDER}/{part.file}") for part in rows[0].parts)
+        earlier = tuple(one.folder for one in rows[0].rounds)
+        pairs = RowSource("pairs", done, same_language=False)
+        phase = row_phase(around, "translations", last, earlier, pairs)
+        rows.append(_run(phase, place, PAIRS_FOLDER, first + len(rows[0].parts)))
+    return tasks, rows
 
 
 def _run(phase: Phase, place: Place, folder: str, first: int) -> Written:
@@ -119,4 +118,4 @@ def _run(phase: Phase, place: Place, folder: str, first: int) -> Written:
     kept = {cell: counts.rows for cell, counts in rounds.tally.items()}
     last = last_places(STAGE, place, rounds.rounds, phase.quotas, kept)
     write_final(STAGE, place, parts, last, folder)
-    return Written(phase.name, folder, phase.quotas, rounds.tally, rounds.rounds, parts)
+    return Written(phase.name, phase.quotas, rounds.tally, rounds.rounds, parts)
