@@ -2,7 +2,7 @@
 
 import json
 import os
-import re
+import random
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,19 +12,33 @@ import pyarrow as pa
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from embedloom.engines.protocol import GenerationRequest, GenerationResult
+from embedloom.config.synthesis import EngineOptions
+from embedloom.engines.protocol import EngineLostError, GenerationRequest, GenerationResult
 from embedloom.errors import DataError, MissingDependency
 from fakes import byte_tokenizer
 
+_WORDS = (
+    "about after again almost along always another answer around because before better between bring build carry "
+    "change choose clear close common course cover cross decide describe differ direct double draw early enough every "
+    "example family father figure follow force forest friend garden general govern great ground happen heavy history "
+    "house hundred idea island kind knowledge language large learn letter light little machine matter measure minute "
+    "morning mother mountain nature never north notice number object often order paper pattern people perhaps person "
+    "picture place plant point power present problem product question quick reach ready reason receive record remember "
+    "river road round science second sentence several short simple something special stand start state still story "
+    "street strong study summer surface system table teach thought thousand through together toward travel under "
+    "usual valley value village voice water weather wheel whether white winter wonder world write yellow young"
+)
+WORDS = _WORDS.split()
+
 
 class FakeEngine:
-    """Answers at once: a question made of the document's first word and the request's seed.
+    """Answers at once with JSON of the schema that is asked for; its texts are drawn by the request's seed alone.
 
-    Documents that contain "refuse" get an engine error, "ramble" a cut answer, "mumble" no JSON.
+    Messages that contain "refuse" get an engine error, "ramble" a cut answer, "mumble" no JSON.
     """
 
     def __init__(
-        self, *, model_folder: Path, max_model_tokens: int, threads: int, gpu: bool, tensor_parallel: int
+        self, *, model_folder: Path, options: EngineOptions, threads: int, gpu: bool, tensor_parallel: int
     ) -> None:
         self.folder = model_folder
 
@@ -38,16 +52,36 @@ class FakeEngine:
         if "ramble" in text:
             return GenerationResult(request.id, '{"query": "What is', "length", 7, request.max_tokens)
         if "mumble" in text:
-            return GenerationResult(request.id, "mmm", "stop", 7, 3)
-        word = text.split()[0]
+            return self._mumble(request)
         assert request.json_schema is not None
-        (key,) = request.json_schema["required"]
-        asked = re.search(r"Write (\d+)", text)
-        questions = [
-            f"What does {word} do in case {request.seed}-{n}?" for n in range(int(asked[1]) if asked else 1)
-        ]
-        answer = {key: questions[0] if key == "query" else questions}
+        answer = fake_value(request.json_schema, random.Random(request.seed))
         return GenerationResult(request.id, json.dumps(answer), "stop", 7, 5)
+
+    def _mumble(self, request: GenerationRequest) -> GenerationResult:
+        return GenerationResult(request.id, "mmm", "stop", 7, 3)
+
+
+def fake_value(schema: dict[str, Any], draw: random.Random) -> Any:
+    """A value of a JSON schema of objects, lists, enums and texts without patterns."""
+    if "enum" in schema:
+        return draw.choice(schema["enum"])
+    if schema["type"] == "object":
+        return {key: fake_value(value, draw) for key, value in schema["properties"].items()}
+    if schema["type"] == "array":
+        return [fake_value(schema["items"], draw) for _ in range(schema["minItems"])]
+    if schema["type"] in ("integer", "number"):
+        return draw.randint(schema.get("minimum", 1), schema.get("maximum", 10))
+    assert "pattern" not in schema, "the fake knows no patterns; use a generator without small: true"
+    limit = schema.get("maxLength", 100) - 1
+    words = " ".join(draw.choices(WORDS, k=12))
+    return words[: min(limit, 70)].rsplit(maxsplit=1)[0]
+
+
+class MumblingEngine(FakeEngine):
+    """Mumbles three answers of ten, by seed."""
+
+    def _answer(self, request: GenerationRequest) -> GenerationResult:
+        return self._mumble(request) if request.seed % 10 < 3 else super()._answer(request)
 
 
 class MuteEngine(FakeEngine):
@@ -66,6 +100,15 @@ class CrashingEngine(FakeEngine):
             crashed.touch()
             os._exit(1)
         first.touch()
+        return super().generate(requests)
+
+
+class LostEngine(FakeEngine):
+    """Is lost on a batch that holds a message with "poison", every time."""
+
+    def generate(self, requests: Sequence[GenerationRequest]) -> list[GenerationResult]:
+        if any("poison" in request.messages[-1]["content"] for request in requests):
+            raise EngineLostError("the engine died with 1 requests: RuntimeError: poisoned")
         return super().generate(requests)
 
 

@@ -9,6 +9,7 @@ from embedloom.config.run import load_run
 from embedloom.encoder.registry import check_model_name
 from embedloom.errors import ConfigError, MissingDependency
 from embedloom.pipeline import Run, build_missing, graph, missing, model_folder
+from embedloom.synthesis.pools import waves
 
 _NEEDS = {
     "mine": (("faiss", "cpu"),),
@@ -55,6 +56,11 @@ def preflight(run: Run, verbs: set[str]) -> None:
     if "synthesize" in verbs and config.synthesis is not None:
         for index, generator in enumerate(config.synthesis.generators):
             check_model_name(generator.model, f"synthesis.generators.{index}.model")
+        if config.synthesis.quality.judge is not None:
+            check_model_name(config.synthesis.quality.judge.model, "synthesis.quality.judge.model")
+        if config.synthesis.quality.round_trip is not None and config.mining.teachers[0].engine != "openai":
+            check_model_name(config.mining.teachers[0].model, "mining.teachers.0")
+        waves(config.synthesis.generators, run.profile.stages.synthesis)
 
 
 def execute(run: Run, verb: str | None, dry_run: bool) -> str:
@@ -83,7 +89,12 @@ def execute(run: Run, verb: str | None, dry_run: bool) -> str:
         return f"{summary_table(summary)}\n{report if verb is None else run.place.child('evaluation').uri}"
     own = [name for name, node in nodes.items() if node.verb == verb]
     folder = own[0] if len(own) == 1 else own[0].split("/")[0]
-    return run.place.child(folder).uri
+    lines: list[str] = []
+    if verb == "synthesize":
+        from embedloom.report.synthesis import synthesis_lines
+
+        lines = synthesis_lines(Artefact.open(run.place.child(folder)).manifest["details"])
+    return "\n".join([*lines, run.place.child(folder).uri])
 
 
 def served_model(run: Run) -> tuple[Path, str]:

@@ -23,6 +23,7 @@ from embedloom.progress import duration, note
 from embedloom.retrieval.model_id import embedding_state, model_id
 from embedloom.retrieval.previous import set_aside
 from embedloom.storage import Place
+from embedloom.synthesis.prompts_used import section_state
 
 Inputs = dict[str, Artefact]
 Build = Callable[["Run", Inputs, ArtefactWriter], Artefact]
@@ -67,9 +68,8 @@ def graph(run: Run) -> dict[str, Node]:
         Node("encoder", "encoder", (config.encoder,), (), _encoder),
     ]
     if config.synthesis is not None:
-        nodes.append(
-            Node("synthesis", "synthesize", (config.synthesis, config.run.seed), ("corpus",), _synthesis)
-        )
+        settings = section_state(config.synthesis, config.mining.teachers), config.run.seed
+        nodes.append(Node("synthesis", "synthesize", settings, ("corpus",), _synthesis))
     pairs = tuple(node.name for node in nodes if node.name in ("corpus", "synthesis"))
     found = config.mining.model_dump(mode="json", exclude={"selection", "audit", "memory_gib"})
     nodes.append(Node("mining", "mine", (found,), pairs, _mining))
@@ -209,15 +209,14 @@ def _encoder(run: Run, inputs: Inputs, out: ArtefactWriter) -> Artefact:
 
 
 def _synthesis(run: Run, inputs: Inputs, out: ArtefactWriter) -> Artefact:
-    from embedloom.encoder.registry import resolve_model
+    from embedloom.synthesis.sources import model_sources, round_trip_teacher
     from embedloom.synthesis.stage import synthesize
 
     config = run.config.synthesis
     assert config is not None  # noqa: S101 - the node exists only with the section
-    folders = {generator.model: resolve_model(generator.model) for generator in config.generators}
-    return synthesize(
-        config, run.config.run.seed, inputs["corpus"], run.profile.stages.synthesis, out, folders
-    )
+    models, teacher = model_sources(config), round_trip_teacher(config, run.config.mining.teachers)
+    pools, seed = run.profile.stages, run.config.run.seed
+    return synthesize(config, seed, inputs["corpus"], pools.synthesis, out, models, teacher, pools.mining)
 
 
 def _mining(run: Run, inputs: Inputs, out: ArtefactWriter) -> Artefact:

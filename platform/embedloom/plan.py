@@ -2,6 +2,7 @@
 
 from embedloom.config.resources import PoolConfig
 from embedloom.pipeline import Run, finished, graph
+from embedloom.synthesis.prices import describe
 
 
 def plan_table(run: Run) -> str:
@@ -21,7 +22,9 @@ def plan_table(run: Run) -> str:
     head = (
         f"{run.config.run.name} on profile {run.profile_name}: {len(done)} of {len(nodes)} artefacts finished"
     )
-    return "\n".join([head, *lines])
+    section = run.config.synthesis
+    costs = [] if section is None or "synthesis" in done else describe(section, run.profile.stages.synthesis)
+    return "\n".join([head, *lines, *costs])
 
 
 def _resources(run: Run, verb: str) -> str:
@@ -61,7 +64,8 @@ def _planned_work(run: Run, name: str) -> str:
     if name == "synthesis" and config.synthesis is not None:
         section = config.synthesis
         models = ", ".join(f"{generator.model} x{generator.weight:g}" for generator in section.generators)
-        return f"{section.documents:,} documents x {section.queries_per_document} queries by {models}"
+        rows = ", ".join(f"{options.key} {options.rows:,}" for options in section.families)
+        return f"{rows} rows by {models}"
     if name == "mining":
         return f"teachers {', '.join(t.model for t in config.mining.teachers)}, top {config.mining.top_k}"
     if name == "examples":

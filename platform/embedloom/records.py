@@ -73,8 +73,10 @@ SCHEMAS: dict[str, Schema] = {
                 "origin": pa.string(),
                 "generator": pa.string(),
                 "prompt_hash": pa.string(),
+                # JSON of what was drawn for a synthetic row: persona, length, target scores.
+                "attributes": pa.string(),
             },
-            frozenset({"positive", "negatives", "generator", "prompt_hash"}),
+            frozenset({"positive", "negatives", "generator", "prompt_hash", "attributes"}),
         ),
         Schema(
             "candidates",

@@ -53,6 +53,22 @@ def test_shipped_cluster_config_loads_and_describes_64_gpus():
         ("mining.selection.sample_from=2", "sample_from is 2, below negatives 4"),
         ("mining.selection.min_negatives=5", "min_negatives is 5, above negatives 4"),
         ("mining.teachers=[a, b, a]", "teachers must be different models"),
+        (
+            "synthesis.generators.0.weight=0",
+            r"synthesis: generators: the weights sum to 0; at least one must be above 0",
+        ),
+        ("synthesis.generators=[{model: a}, {model: a}]", "generators: model 'a' stands 2 times"),
+        (
+            "synthesis.families=[{family: sts, rows: 1}, {family: sts, rows: 2}]",
+            "families: name 'sts' stands 2 times",
+        ),
+        ("synthesis.languages={xxx: 1}", r"synthesis\.languages: 'xxx' is no known language; allowed: "),
+        (
+            "synthesis.families=[{family: bitext, rows: 1, document_languages: {eng: 1}}]",
+            "document_languages has no language but 'eng', that of the text itself",
+        ),
+        ("synthesis.families.0.familly=sts", r"synthesis\.families.*unknown key"),
+        ("synthesis.engine=fast", r"synthesis\.engine: unknown key"),
         ("synthesis=null", "training.mix.synthetic is above 0, but the config has no synthesis section"),
         ("encoder.template=hello", r"encoder\.template: template must contain \{text\}"),
         ("corpus.sources=[]", r"corpus\.sources: .*at least 1"),

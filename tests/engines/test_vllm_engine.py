@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from embedloom.engines.protocol import GenerationRequest, GenerationResult
+from embedloom.config.synthesis import EngineOptions
+from embedloom.engines.protocol import GenerationRequest
 from embedloom.engines.vllm_engine import VLLMEngine
 from embedloom.errors import DataError
 from fakes_engines import make_tiny_generator
@@ -36,10 +37,10 @@ def generate(ray_local: None, tmp_path_factory: pytest.TempPathFactory):
 
     folder: Path = make_tiny_generator(tmp_path_factory.mktemp("generator"))
     # vLLM sets process-wide state, so it never runs in the test's own process.
-    actor = ray.remote(num_cpus=1)(VLLMEngine).remote(
-        model_folder=folder, max_model_tokens=MAX_MODEL_TOKENS, threads=1, gpu=False
+    actor = ray.remote(num_cpus=1, max_concurrency=4)(VLLMEngine).remote(
+        model_folder=folder, options=EngineOptions(max_model_tokens=MAX_MODEL_TOKENS), threads=1, gpu=False
     )
-    yield lambda requests: ray.get(actor.generate.remote(requests))
+    yield lambda *batches: ray.get([actor.generate.remote(batch) for batch in batches])
     ray.kill(actor)
 
 
@@ -48,7 +49,7 @@ def generate(ray_local: None, tmp_path_factory: pytest.TempPathFactory):
 def test_schema_seeds_order_and_lengths(generate):
     # 40 requests: more than are decoded together, so the order of completion is not the order of the requests.
     requests = [request(n, words=n % 30) for n in range(40)]
-    first: list[GenerationResult] = generate(requests)
+    (first,) = generate(requests)
     assert [result.id for result in first] == [one.id for one in requests]
     assert all(result.finish_reason == "stop" and result.error is None for result in first)
     for one, result in zip(requests, first, strict=True):
@@ -59,8 +60,8 @@ def test_schema_seeds_order_and_lengths(generate):
         assert result.prompt_tokens == len(one.messages[0]["content"]) + 19
         assert result.output_tokens == len(result.text) + 1  # and the end of the text
 
-    assert generate(requests) == first, "the same requests must give the same texts"
-    other_seeds = generate([request(n, words=n % 30, seed=n + 1000) for n in range(40)])
+    assert generate(requests) == [first], "the same requests must give the same texts"
+    (other_seeds,) = generate([request(n, words=n % 30, seed=n + 1000) for n in range(40)])
     assert sum(a.text == b.text for a, b in zip(first, other_seeds, strict=True)) < 5
 
 
@@ -68,7 +69,7 @@ def test_schema_seeds_order_and_lengths(generate):
 @pytest.mark.slow
 def test_a_long_prompt_is_refused_alone(generate):
     requests = [request(1), request(2, words=40), request(3)]
-    first, second, third = generate(requests)
+    ((first, second, third),) = generate(requests)
     assert (first.error, third.error) == (None, None)
     # "2: " + 40 x "word " + 19 = 222 tokens; 256 - 64 = 192 are free.
     assert second.error == "prompt has 222 tokens, 192 fit beside 64 new ones"
@@ -81,3 +82,18 @@ def test_a_schema_the_engine_cannot_compile_is_bad_input(generate):
     schema = {"type": "object", "properties": {"query": {"type": "string", "pattern": "a+", "maxLength": 3}}}
     with pytest.raises(DataError, match="vLLM refuses these requests: The provided JSON schema"):
         generate([replace(request(1), json_schema=schema)])
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_several_batches_at_once_keep_their_order_and_one_bad_batch_fails_alone(generate):
+    batches = [[request(100 * n + m, words=m % 7) for m in range(12)] for n in range(3)]
+    schema = {"type": "object", "properties": {"query": {"type": "string", "pattern": "a+", "maxLength": 3}}}
+    found = generate(*batches)
+    assert [[one.id for one in results] for results in found] == [
+        [one.id for one in batch] for batch in batches
+    ]
+    assert all(re.match(PATTERN, json.loads(one.text)["query"]) for results in found for one in results)
+    with pytest.raises(DataError, match="vLLM refuses these requests"):
+        generate(batches[0], [replace(request(1), json_schema=schema)])
+    assert len(generate(batches[0])[0]) == 12, "the engine goes on after a refused batch"

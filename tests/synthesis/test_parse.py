@@ -1,100 +1,135 @@
+"""From an engine's text to rows and named rejects."""
+
 import json
+from typing import Any
 
 import pytest
 
+from embedloom.config.families import ExistingQuestionsConfig, SeedQueriesConfig, ShortShortConfig
+from embedloom.config.quality import JudgeCheck, QualityConfig
 from embedloom.engines.protocol import GenerationResult
-from embedloom.synthesis.parse import REJECT_REASONS, Reject, parse_queries
+from embedloom.synthesis.families.base import Attempt, Reject, SeedDocument
+from embedloom.synthesis.families.registry import FAMILIES, family_prompt
+from embedloom.synthesis.families.tasks import ask_tasks, tasks_prompt
+from embedloom.synthesis.parse import read_answer, read_extracted, read_tasks
+from embedloom.synthesis.quality.contamination import build_index
+from embedloom.synthesis.quality.judge import judge_ask, judge_grade, judge_prompt
+from embedloom.synthesis.rejects import REASONS
 
-DOCUMENT = (
-    "Sort an array along an axis. How stable the sort is depends on its kind. The default is quicksort."
+DOCUMENT = SeedDocument(
+    "d",
+    None,
+    "Sort an array along an axis. How stable the sort is depends on its kind. The default is quicksort.",
+    "eng",
 )
-TEMPLATES = ["{document}\n\nWrite one specific question that the text above answers.", "short line"]
+ATTEMPT = Attempt("a", "seed_queries", "llm", 0, "eng", "eng", 1, document=DOCUMENT)
 
 
-def answer(text: str, finish_reason: str = "stop") -> GenerationResult:
-    return GenerationResult("id", text, finish_reason, 20, 10)
+def result(text: str, finish_reason: str = "stop", error: str | None = None) -> GenerationResult:
+    return GenerationResult("a", text, finish_reason, 20, 10, error)
 
 
-def parse(result: GenerationResult, count: int = 1, max_characters: int = 60) -> list[str | Reject]:
-    return parse_queries(result, count, DOCUMENT, TEMPLATES, max_characters)
+def read(answer: GenerationResult, count: int = 1, small: bool = True, **quality: Any) -> list[Any]:
+    options = SeedQueriesConfig(rows=1, queries_per_document=count, max_query_characters=60)
+    family, prompt = FAMILIES["seed_queries"], family_prompt(options, small)
+    ask = family.ask(ATTEMPT, prompt, options)
+    return read_answer(answer, ask, ATTEMPT, family, prompt, options, QualityConfig(**quality))
 
 
-def test_a_query_is_taken_with_its_blanks_collapsed():
-    assert parse(answer('{"query": "  How do I\\n sort an\\tarray? "}')) == ["How do I sort an array?"]
+def queries(*texts: Any) -> GenerationResult:
+    return result(json.dumps({"queries": list(texts)}))
+
+
+def test_a_good_answer_is_a_row():
+    (row,) = read(queries("How do I sort an array by column?"))
+    assert row["query"] == "How do I sort an array by column?"
 
 
 @pytest.mark.parametrize(
-    ("result", "reason"),
+    ("answer", "reason"),
     [
-        (GenerationResult("id", "", "error", 900, 0, "prompt has 900 tokens"), "engine_error"),
-        (answer('{"query": "How do I so', "length"), "truncated"),
-        (answer("How do I sort an array?"), "invalid_json"),
-        (answer(""), "invalid_json"),
-        (answer('["How do I sort an array?"]'), "missing_field"),
-        (answer('{"question": "How do I sort an array?"}'), "missing_field"),
-        (answer('{"query": null}'), "missing_field"),
-        (answer('{"query": 7}'), "missing_field"),
-        (answer('{"query": ""}'), "empty"),
-        (answer('{"query": "  ... 12 ?"}'), "empty"),
-        (answer(json.dumps({"query": "Why " + "so " * 19 + "?"})), "too_long"),  # 4 + 57 + 1 = 62
-        (answer('{"query": "how stable the sort is depends on its KIND?"}'), "copies_document"),
-        (answer('{"query": "The default is quicksort"}'), "copies_document"),
-        (answer('{"query": "the text above"}'), "echoes_prompt"),
-        (answer('{"query": "Write one specific question that the text above answers."}'), "echoes_prompt"),
-        (answer('{"query": "How \\ud800 is this?"}'), "invalid_json"),
-        (answer('{"query": "How \\u0000 is this?"}'), "invalid_json"),
+        (result("", "error", "prompt has 900 tokens"), "engine_error"),
+        (result('{"queries": ["How do I so', "length"), "truncated"),
+        (result("How do I sort an array?"), "invalid_json"),
+        (result(""), "invalid_json"),
+        (result('["How do I sort an array?"]'), "schema"),
+        (result('{"query": "How do I sort an array?"}'), "schema"),
+        (queries(), "schema"),
+        (queries("a b", "c d"), "schema"),
+        (queries(7), "schema"),
+        (queries("Why " + "so " * 19 + "?"), "schema"),  # 4 + 57 + 1 = 62, the schema's bound is 61
+        (queries("x" * 61), "too_long"),
+        (queries("  ... 12 ?"), "empty"),
+        (queries("ab"), "too_short"),
+        (queries("how stable the sort is depends on its KIND?"), "copies_document"),
+        (queries("no placeholders of the author"), None),
+        (queries("understandable without the document"), "echoes_prompt"),
+        (result('{"queries": ["How \\ud800 is this?"]}'), "unusable_characters"),
+        (result('{"queries": ["How \\u0000 is this?"]}'), "unusable_characters"),
+        (queries("Wie sortiere ich ein Feld entlang einer Achse?"), "language"),
     ],
 )
-def test_rejects_are_named(result: GenerationResult, reason: str):
-    (outcome,) = parse(result)
+def test_rejects_are_named(answer: GenerationResult, reason: str | None):
+    (outcome,) = read(answer, small=False)
+    if reason is None:
+        assert not isinstance(outcome, Reject)
+        return
     assert isinstance(outcome, Reject)
     assert outcome.reason == reason
-    assert reason in REJECT_REASONS
+    assert outcome.reason in REASONS
     outcome.detail.encode()
 
 
+def test_a_lost_answer_rejects_every_row_asked_for():
+    outcomes = read(result("{"), count=3)
+    assert [outcome.reason for outcome in outcomes] == ["invalid_json"] * 3
+    assert len(read(result("x" * 5000))[0].detail) == 200
+
+
 def test_complete_json_at_the_token_limit_is_kept():
-    assert parse(answer('{"query": "How do I sort an array?"}', "length")) == ["How do I sort an array?"]
+    whole = queries("How do I sort an array by column?")
+    (row,) = read(result(whole.text, "length"))
+    assert not isinstance(row, Reject)
 
 
-def test_a_limit_is_the_longest_query_that_is_kept():
-    query = "Why is it?"
-    result = answer(json.dumps({"query": query}))
-    assert parse(result, max_characters=10) == [query]
-    assert [outcome.reason for outcome in parse(result, max_characters=9) if isinstance(outcome, Reject)] == [
-        "too_long"
-    ]
+def test_checks_can_be_switched_off():
+    (row,) = read(queries("how stable the sort is depends on its KIND?"), small=False, copies=False)
+    assert not isinstance(row, Reject)
+    (foreign,) = read(queries("Wie sortiere ich ein Feld entlang einer Achse?"), small=False, language=None)
+    assert not isinstance(foreign, Reject)
 
 
-def test_a_prompts_short_line_inside_a_query_is_chance():
-    assert parse(answer('{"query": "How do I draw a short line?"}')) == ["How do I draw a short line?"]
+def test_tasks_that_repeat_the_prompt_are_refused():
+    options = ShortShortConfig(rows=1, tasks_per_answer=2)
+    prompt = tasks_prompt(options, small=False)
+    ask = ask_tasks(Attempt("a", "short_short", "llm", 0, "eng", "eng", 1), prompt, options)
+    tasks = ["Given a quotation, find the proverb that means the same", "Given a riddle, find its answer"]
+    copied, new = read_tasks(result(json.dumps({"tasks": tasks})), ask, prompt, options)
+    assert isinstance(copied, Reject) and copied.reason == "echoes_prompt"
+    assert new == "Given a riddle, find its answer"
+    assert [one.reason for one in read_tasks(result("["), ask, prompt, options) if isinstance(one, Reject)] == [
+        "invalid_json", "invalid_json",
+    ]  # fmt: skip
 
 
-def test_joiners_that_languages_need_are_kept():
-    query = (
-        "Was ist ein Auf\u200clage-Wert?"  # a zero-width non-joiner, as Persian and German typesetting use
-    )
-    assert parse(answer(json.dumps({"query": query}))) == [query]
+def test_extracted_questions_are_held_against_evaluation_texts():
+    text = f"{DOCUMENT.text}\n\nQuestion: Which algorithm is the default one? Answer: Quicksort."
+    attempt = Attempt("a", "q", "", 0, "eng", "eng", 1, document=SeedDocument("d", None, text, "eng"))
+    arguments = (attempt, FAMILIES["existing_questions"], ExistingQuestionsConfig(rows=1), QualityConfig())
+    (row,) = read_extracted(*arguments)
+    assert row["query"] == "Which algorithm is the default one?"
+    (refused,) = read_extracted(*arguments, guard=build_index(["Which algorithm is the default one?"]))
+    assert refused.reason == "contamination"
+    with pytest.raises(TypeError, match="sts asks an LLM"):
+        read_extracted(attempt, FAMILIES["sts"], ExistingQuestionsConfig(rows=1), QualityConfig())
 
 
-def test_of_several_queries_each_is_judged_alone():
-    queries = ["How do I sort an array?", "how do i SORT an array", 3, "Which kind of sort is stable?"]
-    outcomes = parse(answer(json.dumps({"queries": queries})), count=5)
-    assert [outcome.reason if isinstance(outcome, Reject) else outcome for outcome in outcomes] == [
-        "How do I sort an array?",
-        "duplicate",
-        "missing_field",
-        "Which kind of sort is stable?",
-        "missing_field",  # four came, five were asked for
-    ]
-
-
-def test_more_queries_than_asked_for_are_cut():
-    queries = [f"What is number {n} for?" for n in range(5)]
-    assert parse(answer(json.dumps({"queries": queries})), count=2) == queries[:2]
-
-
-def test_a_lost_answer_rejects_every_query_asked_for():
-    outcomes = parse(answer("{"), count=3)
-    assert [outcome.reason for outcome in outcomes if isinstance(outcome, Reject)] == ["invalid_json"] * 3
-    assert [len(o.detail) for o in parse(answer("x" * 5000)) if isinstance(o, Reject)] == [200]
+def test_the_judge_grades_by_a_number():
+    check = JudgeCheck(model="judge", max_characters=50)
+    row = {"query": "q" * 60, "instruction": "Find it", "task_type": "retrieval"}
+    ask = judge_ask(row, "THE TEXT", judge_prompt(check), check)
+    shown = ask.messages[-1]["content"]
+    assert "Task: Find it" in shown and "THE TEXT" in shown and "q" * 50 in shown and "q" * 51 not in shown
+    assert judge_grade(result('{"score": 8}'), ask) == 8.0
+    bad = judge_grade(result('{"score": 11}'), ask)
+    assert isinstance(bad, Reject) and bad.reason == "schema"

@@ -1,101 +1,114 @@
 import hashlib
+from collections import Counter
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from embedloom.errors import DataError
-from embedloom.records import content_id, table_from_rows
+from embedloom.instructions import document_text
+from embedloom.records import table_from_rows
 from embedloom.storage import Place
-from embedloom.synthesis.selection import hash_ranks, quotas, work_folder, write_work
-
-
-@pytest.mark.parametrize(
-    ("total", "weights", "shares"),
-    [
-        (10, [1.0], [10]),
-        (10, [1.0, 1.0], [5, 5]),
-        (10, [2.0, 1.0], [7, 3]),  # 6.67 and 3.33: the larger remainder gets the odd one
-        (10, [1.0, 1.0, 1.0], [4, 3, 3]),  # equal remainders: the first
-        (7, [0.5, 0.3, 0.2], [4, 2, 1]),  # 3.5, 2.1, 1.4
-        (2, [5.0, 5.0, 0.001], [1, 1, 0]),
-        (1, [1.0, 3.0], [0, 1]),
-    ],
+from embedloom.synthesis.selection import (
+    RowSource,
+    chosen_rows,
+    fill_positives,
+    hash_ranks,
+    ordered_ranks,
 )
-def test_quotas_by_hand(total: int, weights: list[float], shares: list[int]):
-    assert quotas(total, weights) == shares
 
 
-@given(total=st.integers(0, 10_000), weights=st.lists(st.floats(1e-3, 1e3), min_size=1, max_size=8))
-def test_quotas_sum_up_and_are_within_one_of_the_exact_share(total: int, weights: list[float]):
-    shares = quotas(total, weights)
-    assert sum(shares) == total
-    for share, weight in zip(shares, weights, strict=True):
-        assert abs(share - total * weight / sum(weights)) <= 1 + 1e-6
-
-
-def test_hash_ranks_are_the_first_eight_bytes_of_a_blake2b():
-    (rank,) = hash_ranks(42, ["abc"])
-    assert int(rank) == int.from_bytes(hashlib.blake2b(b"42:abc", digest_size=8).digest(), "little")
+def documents(place: Place, langs: list[str | None]) -> RowSource:
+    """One document a language given, five to a file."""
+    rows = [
+        {"id": f"d{n}", "text": f"text {n}", "title": f"title {n}", "lang": lang, "source": "s"}
+        for n, lang in enumerate(langs)
+    ]
+    for start in range(0, len(rows), 5):
+        table = table_from_rows("documents", rows[start : start + 5])
+        place.write_table(f"documents/part-{start:06d}.parquet", table)
+    names = place.names("documents", ".parquet")
+    return RowSource("documents", tuple((place, name) for name in names), same_language=True)
 
 
 @pytest.fixture
-def corpus(tmp_path: Path) -> Place:
-    """100 documents in three files, one of them empty."""
-    place = Place(str(tmp_path / "corpus"))
-    rows = [{"id": content_id(str(n)), "text": f"text {n}", "source": "s"} for n in range(100)]
-    for number, (start, stop) in enumerate([(0, 61), (61, 61), (61, 100)]):
-        place.write_table(f"train/part-{number:06d}.parquet", table_from_rows("documents", rows[start:stop]))
-    return place
+def mixed(tmp_path: Path) -> RowSource:
+    """12 German documents, and 8 English ones of which two do not say so."""
+    langs = ["deu", "eng", "deu", "deu", "eng"] * 4
+    return documents(Place(str(tmp_path)), [None if n in (1, 6) else lang for n, lang in enumerate(langs)])
 
 
-def ids(out: Place, generator: int) -> list[str]:
-    return out.read_tables(work_folder(generator), "documents").column("id").to_pylist()
+def test_hash_ranks_are_the_first_eight_bytes_of_a_blake2b():
+    (rank,) = hash_ranks("42:sts", ["abc"])
+    assert int(rank) == int.from_bytes(hashlib.blake2b(b"42:sts:abc", digest_size=8).digest(), "little")
 
 
-def test_each_generator_gets_its_quota_of_the_lowest_hashes(corpus: Place, tmp_path: Path):
-    out = Place(str(tmp_path / "out"))
-    assert write_work(corpus, "train", out, 30, [2.0, 0.001, 1.0], seed=7) == [20, 0, 10]
-    everyone = corpus.read_tables("train").column("id").to_pylist()
-    order = sorted(
-        everyone,
-        key=lambda one: int.from_bytes(
-            hashlib.blake2b(f"7:{one}".encode(), digest_size=8).digest(), "little"
-        ),
+def test_every_place_of_an_order_is_a_different_document_of_its_language(mixed: RowSource):
+    orders = ordered_ranks(mixed, ["deu", "eng"], "1:f", "synthesis.families.f")
+    assert {label: len(order) for label, order in orders.items()} == {"deu": 12, "eng": 8}
+    wanted = {"deu": np.arange(12), "eng": np.arange(8)}
+    found = list(chosen_rows(mixed, orders, wanted, "1:f"))
+    assert Counter((label, index) for label, index, _ in found) == {
+        **{("deu", n): 1 for n in range(12)},
+        **{("eng", n): 1 for n in range(8)},
+    }
+    assert {row["id"] for label, _, row in found if label == "eng"} == {
+        "d1", "d4", "d6", "d9", "d11", "d14", "d16", "d19",
+    }  # fmt: skip
+    by_hash = sorted(
+        (int(hash_ranks("1:f", [row["id"]])[0]), row["id"]) for label, _, row in found if label == "deu"
     )
-    assert set(ids(out, 0)) == set(order[:20])
-    assert set(ids(out, 2)) == set(order[20:30])
-    assert out.names(work_folder(1)) == []
-    assert ids(out, 0) == [one for one in everyone if one in order[:20]], "rows keep the corpus order"
+    assert [row["id"] for _, _, row in sorted((i, i, r) for label, i, r in found if label == "deu")] == [
+        identity for _, identity in by_hash
+    ]
 
 
-def test_more_documents_keep_the_smaller_choice(corpus: Place, tmp_path: Path):
-    few, many, other = (Place(str(tmp_path / name)) for name in ("few", "many", "other"))
-    write_work(corpus, "train", few, 10, [1.0], seed=7)
-    write_work(corpus, "train", many, 40, [1.0], seed=7)
-    write_work(corpus, "train", other, 10, [1.0], seed=8)
-    assert set(ids(few, 0)) < set(ids(many, 0))
-    assert set(ids(few, 0)) != set(ids(other, 0))
+def test_a_place_may_be_wanted_twice_and_most_not_at_all(mixed: RowSource):
+    orders = ordered_ranks(mixed, ["deu"], "1:f", "f")
+    found = list(chosen_rows(mixed, orders, {"deu": np.array([3, 7, 3])}, "1:f"))
+    by_index = {index: row["id"] for _, index, row in found}
+    assert sorted(by_index) == [0, 1, 2]
+    assert by_index[0] == by_index[2] != by_index[1]
 
 
-def test_a_small_corpus_gives_all_it_has(corpus: Place, tmp_path: Path):
-    out = Place(str(tmp_path / "out"))
-    assert write_work(corpus, "train", out, 1000, [1.0, 3.0], seed=7) == [25, 75]
-    assert sorted(ids(out, 0) + ids(out, 1)) == sorted(corpus.read_tables("train").column("id").to_pylist())
+def test_pairs_serve_every_language_but_their_own(tmp_path: Path):
+    place = Place(str(tmp_path))
+    pairs = [
+        {"id": f"p{n}", "query": f"q{n}", "document_id": "d", "task_type": "retrieval", "instruction": "i",
+         "lang": lang, "document_lang": lang, "origin": "public"}
+        for n, lang in enumerate(["eng", "deu", "eng"])
+    ]  # fmt: skip
+    place.write_table("pairs/part-000000.parquet", table_from_rows("pairs", pairs))
+    source = RowSource("pairs", ((place, "pairs/part-000000.parquet"),), same_language=False)
+    orders = ordered_ranks(source, ["deu", "fra"], "1", "f")
+    assert {label: len(order) for label, order in orders.items()} == {"deu": 2, "fra": 3}
+    found = chosen_rows(source, orders, {"deu": np.arange(2), "fra": np.arange(0)}, "1")
+    assert sorted(row["id"] for _, _, row in found) == ["p0", "p2"]
 
 
-def test_finished_work_is_not_written_again(corpus: Place, tmp_path: Path):
-    out = Place(str(tmp_path / "out"))
-    counts = write_work(corpus, "train", out, 30, [1.0, 1.0], seed=7)
-    corpus.remove()
-    assert write_work(corpus, "train", out, 30, [1.0, 1.0], seed=7) == counts
+def test_a_language_without_documents_is_named_with_those_there_are(mixed: RowSource):
+    with pytest.raises(
+        DataError,
+        match=r"^synthesis.families.f: the corpus has no documents in 'fra'; its languages: deu, eng$",
+    ):
+        ordered_ranks(mixed, ["fra"], "1", "synthesis.families.f")
 
 
-def test_an_empty_corpus_is_named(tmp_path: Path):
-    corpus = Place(str(tmp_path / "corpus"))
-    with pytest.raises(DataError, match="train: no Parquet file"):
-        write_work(corpus, "train", Place(str(tmp_path / "out")), 30, [1.0], seed=7)
-    corpus.write_table("train/part-000000.parquet", table_from_rows("documents", []))
-    with pytest.raises(DataError, match="train: no document to write queries for"):
-        write_work(corpus, "train", Place(str(tmp_path / "out")), 30, [1.0], seed=7)
+def test_a_corpus_without_the_needed_columns_is_named(tmp_path: Path):
+    place = Place(str(tmp_path))
+    place.write_table("documents/part-000000.parquet", pa.table({"key": ["a"], "text": ["b"]}))
+    source = RowSource("documents", ((place, "documents/part-000000.parquet"),), same_language=True)
+    with pytest.raises(DataError, match=r"part-000000.parquet: no column 'id'; a documents table needs"):
+        ordered_ranks(source, ["eng"], "1", "f")
+
+
+def test_positives_come_from_the_corpus_where_a_pair_has_none(mixed: RowSource):
+    rows = [
+        {"id": "a", "document_id": "d3", "positive": None},
+        {"id": "b", "document_id": "elsewhere", "positive": "own"},
+    ]
+    fill_positives(rows, mixed, document_text)
+    assert [row["positive"] for row in rows] == ["title 3 text 3", "own"]
+    with pytest.raises(DataError, match="pair 'c': its document 'd99' is not in the train split"):
+        fill_positives([{"id": "c", "document_id": "d99", "positive": None}], mixed, document_text)

@@ -1,36 +1,61 @@
+"""The whole stage with engines that answer at once: quotas, refills, lineage, comparisons with other rows, kills."""
+
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from embedloom.artefacts import MANIFEST_FILE, Artefact, ArtefactWriter
-from embedloom.config.data import SynthesisConfig
 from embedloom.config.resources import PoolConfig
+from embedloom.config.synthesis import SynthesisConfig
 from embedloom.errors import ConfigError, DataError, StageError
+from embedloom.mining.queries import pair_files, write_queries
 from embedloom.records import content_id, table_from_rows
 from embedloom.storage import Place
-from embedloom.synthesis.prompt import load_prompt
+from embedloom.synthesis.families.registry import FAMILIES
 from embedloom.synthesis.stage import synthesize
-from fakes_engines import CrashingEngine, FakeEngine, MuteEngine
+from fakes_engines import WORDS, CrashingEngine, FakeEngine, MumblingEngine, MuteEngine
+from fakes_serial import patch_serial
 
 POOL = PoolConfig(cpus=1)
-WORDS = ("alpha", "beta ramble", "gamma", "delta", "epsilon mumble", "zeta")
+EVERY_FAMILY: list[dict[str, Any]] = [
+    {"family": "seed_queries", "rows": 30, "queries_per_document": 2},
+    {"family": "short_long", "rows": 6},
+    {"family": "long_long", "rows": 6},
+    {"family": "short_short", "rows": 6},
+    {"family": "classification", "rows": 6},
+    {"family": "sts", "rows": 6},
+    {"family": "bitext", "rows": 6, "document_languages": {"deu": 1}},
+    {"family": "existing_questions", "rows": 3},
+    {"family": "translation", "rows": 4, "languages": {"deu": 1}, "pairs": "synthetic"},
+]
+# The fake writes English words whatever language it is asked for, and labels of the same words as its texts.
+QUALITY = {"language": None, "label_leak": False, "contamination": None}
 
 
-def config(**changes) -> SynthesisConfig:
-    values = {
-        "generators": ({"model": "first", "weight": 3}, {"model": "second", "weight": 1}),
-        "documents": 40,
+def config(**changes: Any) -> SynthesisConfig:
+    values: dict[str, Any] = {
+        "generators": [{"model": "first", "weight": 3}, {"model": "second", "weight": 1}],
+        "families": [{"family": "seed_queries", "rows": 40}],
+        "tasks": {"count": 8},
+        "quality": QUALITY,
         "shard_rows": 8,
-        "max_reject_share": 0.9,
     }
     return SynthesisConfig.model_validate(values | changes)
 
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Artefact:
+    """60 documents of which five hold questions, and one held out."""
     place = Place(str(tmp_path_factory.mktemp("corpus")))
     writer = ArtefactWriter(place, "corpus", "c", {}, "local")
-    rows = [{"id": content_id(str(n)), "text": f"{WORDS[n % 6]} {n}", "source": "s"} for n in range(60)]
+    rows = []
+    for n in range(60):
+        text = f"Document {n} tells about {' '.join(WORDS[(7 * n + m) % len(WORDS)] for m in range(12))}."
+        if n % 12 == 0:
+            text += f"\n\nQuestion: Which number does document {n} have? Answer: {n}"
+        rows.append({"id": content_id(str(n)), "text": text, "source": "s"})
     place.write_table("documents/train/part-000000.parquet", table_from_rows("documents", rows[:33]))
     place.write_table("documents/train/part-000001.parquet", table_from_rows("documents", rows[33:]))
     held_out = [{"id": content_id("held out"), "text": "held out", "source": "s"}]
@@ -38,63 +63,123 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Artefact:
     return writer.commit({"rows": 61})
 
 
-def run(corpus: Artefact, folder: Path, settings: SynthesisConfig | None = None, **arguments) -> Artefact:
+def run(
+    corpus: Artefact, folder: Path, settings: SynthesisConfig | None = None, **arguments: Any
+) -> Artefact:
     out = ArtefactWriter(
         Place(str(folder / "out")), "synthesis", "c", {"corpus": corpus.fingerprint}, "local"
     )
-    arguments = {"engine_factory": FakeEngine, "pool": POOL} | arguments
-    models = {name: folder / name for name in ("first", "second")}
-    for model in models.values():
-        model.mkdir(parents=True, exist_ok=True)
-    return synthesize(settings or config(), 42, corpus, out=out, model_folders=models, **arguments)
+    for name in ("first", "second"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    models = {name: lambda name=name: folder / name for name in ("first", "second")}
+    arguments = {"engine_factory": FakeEngine, "pool": POOL, "models": models} | arguments
+    return synthesize(settings or config(), 42, corpus, out=out, **arguments)
 
 
-def rows(artefact: Artefact) -> list[dict[str, object]]:
+def rows(artefact: Artefact) -> list[dict[str, Any]]:
     return artefact.place.read_tables("pairs", "pairs").to_pylist()
 
 
+def everything(artefact: Artefact) -> dict[str, Any]:
+    place = artefact.place
+    return {
+        name: place.read_table(name).to_pylist()
+        for f in ("pairs", "rejects", "tasks")
+        for name in place.names(f)
+    }
+
+
+@pytest.fixture
+def serial(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without Ray: seconds less a test."""
+    patch_serial(monkeypatch)
+
+
 @pytest.fixture(scope="module")
-def undisturbed(corpus: Artefact, ray_local: None, tmp_path_factory: pytest.TempPathFactory) -> Artefact:
-    return run(corpus, tmp_path_factory.mktemp("undisturbed"))
+def every_family(corpus: Artefact, tmp_path_factory: pytest.TempPathFactory) -> Artefact:
+    with pytest.MonkeyPatch.context() as patched:
+        patch_serial(patched)
+        return run(corpus, tmp_path_factory.mktemp("every"), config(families=EVERY_FAMILY))
 
 
-@pytest.mark.ray
-def test_the_mix_is_exact_and_the_counts_add_up(undisturbed: Artefact):
-    pairs = undisturbed.place.read_tables("pairs", "pairs")
-    rejects = undisturbed.place.read_tables("rejects", "rejects")
-    counts = undisturbed.counts
-    assert counts["documents"] == 40
-    assert pairs.num_rows == counts["rows"] == counts["generators"]["first"] + counts["generators"]["second"]
-    assert sum(counts["rejects"].values()) == rejects.num_rows == 40 - pairs.num_rows
-    assert set(counts["rejects"]) == {"truncated", "invalid_json"}
-    ids = pairs.column("id").to_pylist() + rejects.column("id").to_pylist()
-    assert len(set(ids)) == 40
-
-    # Three to one of 40 documents, told apart by the folder each was written to.
-    assert [undisturbed.place.read_tables(f"work/{n}").num_rows for n in (0, 1)] == [30, 10]
-    # 30 documents make four shards of eight, 10 make two more.
-    assert undisturbed.place.names("pairs") == [f"pairs/part-{n:06d}.parquet" for n in range(6)]
-    assert undisturbed.place.names("rejects") == [f"rejects/part-{n:06d}.parquet" for n in range(6)]
-
-    # The fake reads 7 tokens a prompt; it writes 5 a good answer, 3 a mumble, 64 (all it may) a ramble.
-    mumbles, rambles = counts["rejects"]["invalid_json"], counts["rejects"]["truncated"]
-    assert counts["prompt_tokens"] == 7 * 40
-    assert counts["output_tokens"] == 5 * pairs.num_rows + 3 * mumbles + 64 * rambles
-    assert counts["tokens"] == counts["prompt_tokens"] + counts["output_tokens"]
+def test_every_family_fills_its_quota_and_the_shares_follow_the_weights(every_family: Artefact):
+    counts = every_family.counts
+    assert counts["families"] == {section["family"]: section["rows"] for section in EVERY_FAMILY}
+    written = counts["rows"] - 3  # the existing questions have no generator
+    assert counts["generators"]["first"] / written == pytest.approx(0.75, abs=0.01)
+    assert counts["generators"]["first"] + counts["generators"]["second"] == written
+    found = rows(every_family)
+    assert len(found) == counts["rows"] == 73
+    ids = [row["id"] for row in found] + every_family.place.read_tables("rejects").column("id").to_pylist()
+    assert len(set(ids)) == len(ids)
+    assert Counter(row["generator"] for row in found) == {**counts["generators"], None: 3}
 
 
-@pytest.mark.ray
-def test_pairs_point_at_train_documents_and_say_where_they_come_from(undisturbed: Artefact, corpus: Artefact):
+def test_rows_say_where_they_come_from(every_family: Artefact, corpus: Artefact):
     train = set(corpus.place.read_tables("documents/train").column("id").to_pylist())
-    prompt = load_prompt("seed_query")
-    for row in rows(undisturbed):
-        assert row["document_id"] in train
-        assert row["id"] == content_id(str(row["document_id"]), str(row["generator"]), prompt.hash, "0")
-        assert (row["origin"], row["prompt_hash"]) == ("synthetic", prompt.hash)
-    assert undisturbed.manifest["details"]["prompt_hash"] == prompt.hash
+    hashes = every_family.manifest["details"]["prompts"]["rows"]
+    tasks = {row["text"]: row for row in every_family.place.read_tables("tasks").to_pylist()}
+    found = rows(every_family)
+    for row in found:
+        if row["generator"] is None:
+            assert row["origin"] == "public"
+            continue
+        assert row["origin"] == "synthetic"
+        assert row["prompt_hash"] in hashes[row["generator"]].values()
+        if row["task_type"] == "retrieval" and row["positive"] is None:
+            assert row["document_id"] in train
+        if row["task_type"] == "classification":
+            assert row["negatives"], "misleading labels are the negatives"
+            assert tasks[row["instruction"]]["generator"] != row["generator"], "tasks are another generator's"
+    assert {row["task_type"] for row in found} == {family.task_type for family in FAMILIES.values()}
+    # Translations: the query is German, document and task type are those of an English row of this stage.
+    translated = [row for row in found if row["lang"] == "deu"]
+    assert len(translated) == 4
+    originals = {row["document_id"] for row in found if row["lang"] != "deu"}
+    assert {row["document_id"] for row in translated} <= originals
 
 
-class FailingSecond(FakeEngine):
+def test_mining_takes_every_row(every_family: Artefact, corpus: Artefact, tmp_path: Path):
+    files = pair_files(corpus, [every_family])
+    counts = write_queries(files, (corpus.place, "documents/train"), Place(str(tmp_path)), 16)
+    assert counts["rows"] == 73
+    assert counts["rejects"] == {}
+    assert counts["pairs"] == {"public": 3, "synthetic": 70}
+
+
+def test_intermediate_files_are_gone_and_every_count_adds_up(every_family: Artefact):
+    place = every_family.place
+    assert not place.exists("steps")
+    details = every_family.manifest["details"]
+    for cell in [*details["cells"], *details["task_cells"]]:
+        if cell["generator"]:
+            assert cell["rows"] + cell["surplus"] + sum(cell["rejects"].values()) == cell["asked"]
+    counts = every_family.counts
+    assert sum(counts["rejects"].values()) == place.read_tables("rejects").num_rows
+    assert counts["output_tokens"] == 5 * sum(
+        cell["attempts"] for cell in [*details["cells"], *details["task_cells"]] if cell["generator"]
+    )
+    assert counts["tokens"] == counts["prompt_tokens"] + counts["output_tokens"]
+    assert set(details["engines"]) == {"first", "second"}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(corpus: Artefact, tmp_path_factory: pytest.TempPathFactory) -> Artefact:
+    """Three of ten answers are mumbled."""
+    with pytest.MonkeyPatch.context() as patched:
+        patch_serial(patched)
+        return run(corpus, tmp_path_factory.mktemp("undisturbed"), engine_factory=MumblingEngine)
+
+
+def test_rejects_are_refilled_until_the_quota_and_the_shares_are_met(undisturbed: Artefact):
+    counts = undisturbed.counts
+    assert counts["generators"] == {"first": 30, "second": 10}
+    assert counts["rejects"]["invalid_json"] >= 5
+    assert undisturbed.manifest["details"]["rounds"]["rows"] >= 2
+    assert counts["attempts"] > 40
+
+
+class FailingSecond(MumblingEngine):
     """Fails for the second generator."""
 
     def generate(self, requests):
@@ -103,51 +188,51 @@ class FailingSecond(FakeEngine):
         return super().generate(requests)
 
 
+class CrashingMumbler(CrashingEngine, MumblingEngine):
+    """Takes its process with it once, and mumbles."""
+
+
 @pytest.mark.ray
-def test_an_interrupted_run_continues_to_the_same_rows(
-    undisturbed: Artefact, corpus: Artefact, tmp_path: Path
+def test_on_ray_an_interrupted_run_continues_to_the_same_rows(
+    undisturbed: Artefact, corpus: Artefact, tmp_path: Path, ray_local: None
 ):
-    with pytest.raises(StageError, match=r"^synthesize second: a worker failed: RuntimeError: engine lost$"):
+    with pytest.raises(StageError, match=r"second: a worker failed: RuntimeError: engine lost$"):
         run(corpus, tmp_path, engine_factory=FailingSecond)
     place = Place(str(tmp_path / "out"))
     assert not place.exists(MANIFEST_FILE)
-    assert len(place.names("pairs")) == 4, "what the first generator finished stays"
-    for name in ("pairs/part-000001.parquet", "rejects/part-000002.parquet", "pairs/part-000002.parquet"):
-        (tmp_path / "out" / name).unlink()
-    again = run(corpus, tmp_path)
-    assert rows(again) == rows(undisturbed)
-    assert again.counts == undisturbed.counts
-    assert again.place.read_tables("rejects").equals(undisturbed.place.read_tables("rejects"))
-
-
-@pytest.mark.ray
-def test_a_dying_engine_loses_and_repeats_nothing(undisturbed: Artefact, corpus: Artefact, tmp_path: Path):
-    crashed = run(corpus, tmp_path, engine_factory=CrashingEngine)
+    done = place.names("steps/rows/round-000/rows")
+    assert len(done) == 4, "what the first generator finished stays"
+    Path(place.uri, done[2]).unlink()
+    again = run(corpus, tmp_path, engine_factory=CrashingMumbler)
     assert (tmp_path / "first/crashed").exists()
-    assert rows(crashed) == rows(undisturbed)
+    assert everything(again) == everything(undisturbed)
+    assert again.counts == undisturbed.counts
 
 
-@pytest.mark.ray
-def test_too_many_rejects_fail_the_stage_with_the_counts(corpus: Artefact, tmp_path: Path, ray_local: None):
-    settings = config(max_reject_share=0.5, documents=12)
+def test_a_generator_that_is_always_refused_stops_at_the_limit(
+    corpus: Artefact, tmp_path: Path, serial: None
+):
+    settings = config(families=[{"family": "sts", "rows": 4}], max_attempts_per_row=2)
     with pytest.raises(StageError) as caught:
         run(corpus, tmp_path, settings, engine_factory=MuteEngine)
     assert str(caught.value) == (
-        "synthesize: first had 9 of 9 queries refused (invalid_json 9); synthesis.max_reject_share allows a share of 0.5"
+        "synthesize: first, family sts, language eng: 0 of 3 rows kept of 6 asked for (refused: invalid_json 6); "
+        "synthesis.max_attempts_per_row allows to ask for 2 times the rows"
     )
     assert not Place(str(tmp_path / "out")).exists(MANIFEST_FILE)
 
 
-def test_a_generator_given_twice_is_refused(corpus: Artefact, tmp_path: Path):
-    settings = config(generators=({"model": "first"}, {"model": "first"}))
-    with pytest.raises(ConfigError, match=r"^synthesis.generators: 'first' stands 2 times"):
-        run(corpus, tmp_path, settings)
+def test_more_existing_questions_than_there_are_stop_with_their_number(
+    corpus: Artefact, tmp_path: Path, serial: None
+):
+    with pytest.raises(StageError, match=r"5 of 9 rows kept .*lower the family's rows to 5"):
+        run(corpus, tmp_path, config(families=[{"family": "existing_questions", "rows": 9}]))
 
 
 def test_an_unknown_prompt_is_refused_before_anything_is_written(corpus: Artefact, tmp_path: Path):
-    with pytest.raises(ConfigError, match=r"^synthesis.prompt: 'haiku' is unknown"):
-        run(corpus, tmp_path, config(prompt="haiku"))
-    assert not Place(str(tmp_path / "out")).exists("work")
+    with pytest.raises(ConfigError, match=r"^synthesis.families.seed_queries.prompt: 'haiku' is unknown"):
+        run(corpus, tmp_path, config(families=[{"family": "seed_queries", "rows": 1, "prompt": "haiku"}]))
+    assert not Place(str(tmp_path / "out")).exists("steps")
 
 
 def test_a_corpus_without_train_documents_is_refused(tmp_path: Path):

@@ -1,4 +1,4 @@
-"""Sections about texts: corpus and synthesis."""
+"""The section about documents."""
 
 from typing import Literal
 
@@ -68,31 +68,3 @@ class CorpusConfig(FrozenConfig):
                 f"chunk_overlap_tokens is {self.chunk_overlap_tokens}, not below chunk_tokens {self.chunk_tokens}"
             )
         return self
-
-
-class Generator(FrozenConfig):
-    """One LLM of the mix and its share of the rows."""
-
-    model: str
-    weight: float = Field(default=1.0, gt=0)
-
-
-class SynthesisConfig(FrozenConfig):
-    """Queries written by LLMs for seed documents (arXiv 2511.07025 §4.3, strategy S2)."""
-
-    generators: tuple[Generator, ...] = Field(min_length=1)
-    documents: int = Field(ge=1)  # seed documents, sampled by hash from the train split
-    queries_per_document: int = Field(default=1, ge=1, le=16)
-    prompt: str = "seed_query"  # a file of embedloom/synthesis/prompts, or the path of a .yaml file
-    instruction: str | None = Field(
-        default=None, min_length=1
-    )  # the pairs' training instruction; null: the prompt's
-    max_document_characters: int = Field(default=600, ge=50)
-    max_query_characters: int = Field(default=120, ge=10)
-    sampling_temperature: float = Field(default=0.7, ge=0)
-    top_p: float = Field(default=0.95, gt=0, le=1)
-    max_new_tokens: int = Field(default=64, ge=8)
-    max_model_tokens: int = Field(default=1024, ge=128)
-    shard_rows: int = Field(default=128, ge=1)  # documents per exactly-once shard
-    max_reject_share: float = Field(default=0.5, gt=0, le=1)  # above it the stage fails instead of going on
-    task_type: Literal["retrieval"] = "retrieval"

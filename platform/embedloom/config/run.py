@@ -6,10 +6,11 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from embedloom.config.base import FrozenConfig, apply_overrides, read_yaml, validate
-from embedloom.config.data import CorpusConfig, SynthesisConfig
+from embedloom.config.data import CorpusConfig
 from embedloom.config.merging import MergingConfig
 from embedloom.config.mining import MiningConfig
 from embedloom.config.model import EncoderConfig, TrainingConfig
+from embedloom.config.synthesis import SynthesisConfig
 from embedloom.config.use import EmbeddingConfig, EvaluationConfig, ServingConfig
 
 

@@ -8,22 +8,17 @@ entry in a table: about 0.5 KB a document beside its hashes.
 """
 
 import hashlib
-import re
 from collections.abc import Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
 
+from embedloom.ngrams import Hashes, mix, ngram_hashes
+
 WORDS_PER_SHINGLE = 5
 _PERMUTATIONS = 128
 _MISS_CHANCE = 1e-6  # of a pair whose similarity is exactly the threshold
 _ROWS_PER_BATCH = 8192  # 5-grams permuted at once: 4 MiB, which stays in the cache
-
-# Scripts that set no blanks count each character as a word; elsewhere a word is a run of letters and digits.
-_SINGLE = r"\u2e80-\u9fff\uac00-\ud7af\uf900-\ufaff\U00020000-\U0003ffff"
-_WORD = re.compile(rf"[{_SINGLE}]|[^\W{_SINGLE}]+")
-
-Hashes = npt.NDArray[np.uint64]
 
 
 def exact_duplicates(texts: Sequence[str]) -> dict[int, int]:
@@ -88,33 +83,8 @@ def jaccard(left: Hashes, right: Hashes) -> float:
 def _shingles(texts: Sequence[str]) -> Iterator[Hashes]:
     """Sorted distinct 64-bit hashes of each text's word 5-grams; a shorter text is one shingle, if any."""
     vocabulary: dict[str, int] = {}
-    weights = np.array(
-        [pow(0x9E3779B97F4A7C15, power, 2**64) for power in range(WORDS_PER_SHINGLE)], dtype=np.uint64
-    )
     for text in texts:
-        words = _WORD.findall(text.casefold())
-        codes = np.array([_word_code(word, vocabulary) for word in words], dtype=np.uint64)
-        if not len(codes):
-            yield codes
-            continue
-        size = min(WORDS_PER_SHINGLE, len(codes))
-        windows = np.lib.stride_tricks.sliding_window_view(codes, size)
-        yield np.unique(_mix((windows * weights[:size]).sum(axis=1, dtype=np.uint64) + np.uint64(size)))
-
-
-def _word_code(word: str, vocabulary: dict[str, int]) -> int:
-    code = vocabulary.get(word)
-    if code is None:
-        code = int.from_bytes(hashlib.blake2b(word.encode(), digest_size=8).digest(), "little")
-        vocabulary[word] = code
-    return code
-
-
-def _mix(values: Hashes) -> Hashes:
-    """The 64-bit finaliser of MurmurHash3 (public domain): a bijection that spreads close values."""
-    values = (values ^ (values >> np.uint64(33))) * np.uint64(0xFF51AFD7ED558CCD)
-    values = (values ^ (values >> np.uint64(33))) * np.uint64(0xC4CEB9FE1A85EC53)
-    return values ^ (values >> np.uint64(33))
+        yield np.unique(ngram_hashes(text, WORDS_PER_SHINGLE, vocabulary))
 
 
 def _signatures(shingles: Sequence[Hashes], permutations: int) -> npt.NDArray[np.uint32]:
@@ -149,7 +119,7 @@ def _shared_buckets(signatures: npt.NDArray[np.uint32], band_rows: int) -> dict[
     for band in range(signatures.shape[1] // band_rows):
         keys = np.zeros(len(signatures), dtype=np.uint64)
         for column in range(band * band_rows, (band + 1) * band_rows):
-            keys = _mix(keys ^ signatures[:, column])  # a collision of keys only proposes one pair more
+            keys = mix(keys ^ signatures[:, column])  # a collision of keys only proposes one pair more
         _, numbers, sizes = np.unique(keys, return_inverse=True, return_counts=True)
         for position in np.flatnonzero(sizes[numbers] > 1).tolist():
             shared.setdefault(position, []).append(bucket + int(numbers[position]))

@@ -76,6 +76,23 @@ def resolve_model(name: str) -> Path:
     return _from_hub(name)
 
 
+def resolve_on_node(name: str) -> Path:
+    """As ``resolve_model``, where an actor needs the weights: of several on a machine one fetches, the others wait.
+
+    Raises:
+        MissingDependency: see resolve_model.
+        DataError: see resolve_model.
+    """
+    if Path(name).expanduser().is_dir():
+        return resolve_model(name)
+    from filelock import FileLock
+
+    locks = cache_folder() / "locks"
+    locks.mkdir(parents=True, exist_ok=True)
+    with FileLock(locks / f"{hashlib.sha256(name.encode()).hexdigest()[:16]}.lock"):
+        return resolve_model(name)
+
+
 def _packaged_file(name: str) -> Path:
     model = REGISTRY[name]
     spec = importlib.util.find_spec(model.package)

@@ -5,6 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from embedloom.config.synthesis import EngineOptions
+from embedloom.errors import StageError
+
 ENGINE_FINISHED = "stop"  # the model ended its text itself
 ENGINE_CUT = "length"  # the token limit ended it
 ENGINE_FAILED = "error"  # there is no text; GenerationResult.error says why
@@ -44,13 +47,20 @@ class GenerationResult:
         return cls(request.id, "", ENGINE_FAILED, prompt_tokens, 0, error)
 
 
+class EngineLostError(StageError):
+    """The engine died and will not answer again in this process; another process may well serve the same requests."""
+
+
 class TextEngine(Protocol):
     """Anything that writes texts."""
 
     def generate(self, requests: Sequence[GenerationRequest]) -> list[GenerationResult]:
-        """Write one text per request, in the order of the requests.
+        """Write one text per request, in the order of the requests; several threads may call at once.
 
         A request the engine cannot serve (too long, say) gets a result with ``error``; the others are served.
+
+        Raises:
+            EngineLostError: the engine died.
         """
         ...
 
@@ -59,7 +69,7 @@ class EngineFactory(Protocol):
     """Builds an engine inside an actor: VLLMEngine itself, or anything with the same arguments."""
 
     def __call__(
-        self, *, model_folder: Path, max_model_tokens: int, threads: int, gpu: bool, tensor_parallel: int
+        self, *, model_folder: Path, options: EngineOptions, threads: int, gpu: bool, tensor_parallel: int
     ) -> TextEngine:
         """Load the model; called once per actor."""
         ...

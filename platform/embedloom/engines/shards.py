@@ -14,7 +14,7 @@ from typing import Any
 import pyarrow as pa
 
 from embedloom.config.resources import PoolConfig
-from embedloom.engines.pool import ShardWorker, stream
+from embedloom.engines.pool import PLAIN, Handling, ShardWorker, stream
 from embedloom.errors import DataError
 from embedloom.progress import Progress
 from embedloom.storage import Place
@@ -97,27 +97,29 @@ def run_sharded(
     output: Place,
     done_folder: str,
     shard_rows: int,
-    worker: Callable[..., ShardWorker],
+    worker: Callable[..., ShardWorker] | None,
     worker_arguments: dict[str, Any] | Callable[[], dict[str, Any]],
     pool: PoolConfig,
     unit: str = "rows",
     first_part: int = 0,
     by_file: bool = False,
+    handling: Handling = PLAIN,
 ) -> list[str]:
     """Stream every missing shard through an actor pool.
 
     Args:
         stage: name on the progress lines and in errors.
-        source: place whose ``source_folder`` (or several, in this order) holds the input Parquet files.
-        output: place the workers' tables are written to, ``<folder>/part-000000.parquet``.
+        source: place whose ``source_folder`` (or several, in order) holds the input Parquet files.
+        output: place of the tables, ``<folder>/part-000000.parquet``.
         done_folder: the output folder whose part marks a shard as done; workers return it last.
         shard_rows: rows per shard.
         worker: class of the actors; called with ``worker_arguments``.
         worker_arguments: a dict, or what makes it; then made only if a shard is missing.
         pool: actors and what each reserves.
-        unit: what a row is, on the progress lines.
+        unit: name of a row on progress lines.
         first_part: number of the first part, where several calls share the output folders.
         by_file: no shard holds rows of two files.
+        handling: what happens to shards around and inside the actors; see Handling.
 
     Returns:
         The names of all finished parts of this call, in order.
@@ -134,7 +136,7 @@ def run_sharded(
     total, left = sum(shard.rows for shard in shards), sum(shard.rows for shard in missing)
     progress = Progress(stage, total, unit, done=total - left)
     if missing:
-        finished_items = stream(
+        for item in stream(
             stage=stage,
             items=len(missing),
             read=lambda item: read_shard(source, missing[item]),
@@ -143,7 +145,7 @@ def run_sharded(
             worker_arguments=worker_arguments() if callable(worker_arguments) else worker_arguments,
             done_folder=done_folder,
             pool=pool,
-        )
-        for item in finished_items:
+            handling=handling,
+        ):
             progress.advance(missing[item].rows)
     return [f"{done_folder}/{shard.part}" for shard in shards]

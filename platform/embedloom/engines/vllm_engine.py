@@ -8,31 +8,37 @@ vLLM is imported by the constructor, not by this module: it reads its thread and
 environment, which only the actor knows, and the driver that merely names this class must stay light.
 """
 
+import copy
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
+from embedloom.config.synthesis import EngineOptions
+from embedloom.engines.continuous import ContinuousBatches
 from embedloom.engines.protocol import ENGINE_CUT, ENGINE_FINISHED, GenerationRequest, GenerationResult
 from embedloom.engines.requirements import require_engine
 from embedloom.errors import DataError, StageError
 
 CPU_SEQUENCES = 32  # decoded together; more only lengthens a step on a few cores
-CPU_KV_CACHE_BYTES = 2**30
+CPU_KV_CACHE_GIB = 1.0
 _BF16_CPU_FLAGS = {"avx512_bf16", "amx_bf16"}
+_Prompt = tuple[list[int], GenerationRequest]
 
 
 class VLLMEngine:
     """A vLLM model that answers chat requests, optionally as JSON of a given schema."""
 
     def __init__(
-        self, *, model_folder: Path, max_model_tokens: int, threads: int, gpu: bool, tensor_parallel: int = 1
+        self, *, model_folder: Path, options: EngineOptions, threads: int, gpu: bool, tensor_parallel: int = 1
     ) -> None:
         """Load the model.
 
         Args:
             model_folder: Hugging Face folder with weights, tokenizer and chat template.
-            max_model_tokens: prompt and output together; longer requests are refused one by one.
+            options: lengths, batch, cache and number formats; requests longer than ``max_model_tokens`` are
+                refused one by one.
             threads: compute threads (CPU only).
             gpu: whether this actor was given GPUs.
             tensor_parallel: GPUs the model spans.
@@ -42,41 +48,36 @@ class VLLMEngine:
             DataError: the folder is no model vLLM can load, or its tokenizer has no chat template.
         """
         require_engine(gpu)
-        _set_environment(gpu, threads)
-        from vllm import LLM
+        _set_environment(gpu, threads, options.batch_invariant)
+        self._max_model_tokens = options.max_model_tokens
+        self._encoding = Lock()
 
-        options = _gpu_options(tensor_parallel) if gpu else _cpu_options()
-        try:
-            self._llm = LLM(
-                model=str(model_folder),
-                max_model_len=max_model_tokens,
-                # With cached prefixes a prompt's first forward pass covers fewer tokens, which rounds
-                # differently, so a shard run again by a fresh engine could get other texts.
-                enable_prefix_caching=False,
-                use_tqdm_on_load=False,
-                structured_outputs_config={"backend": "xgrammar", "disable_any_whitespace": True},
-                **options,
-            )
-        except (ValueError, OSError) as error:
-            raise DataError(f"{model_folder}: vLLM cannot load this model: {_first_line(error)}") from error
-        self._max_model_tokens = max_model_tokens
-        self._tokenizer: Any = self._llm.get_tokenizer()
+        def open_engine() -> _Steps:
+            if not gpu:
+                # OpenMP counts threads per calling thread, and vLLM disables the setter once it is loaded.
+                import torch
+
+                torch.set_num_threads(threads)
+            self._llm = _load(model_folder, options, gpu, tensor_parallel)
+            return _Steps(self._llm.llm_engine)
+
+        self._loop: ContinuousBatches[_Prompt, GenerationResult] = ContinuousBatches(open_engine)
+        # A copy: the loop's thread decodes with vLLM's own while callers encode with this one.
+        self._tokenizer: Any = copy.deepcopy(self._llm.get_tokenizer())
         if not self._tokenizer.chat_template:
             raise DataError(
                 f"{model_folder}: its tokenizer has no chat template; a generator must be an instruction-tuned model"
             )
-        if not gpu:
-            _compile_grammars_in_order(self._llm)
 
     def generate(self, requests: Sequence[GenerationRequest]) -> list[GenerationResult]:
         """Write one text per request; see TextEngine.
 
         Raises:
             DataError: vLLM cannot serve the schema or a sampling parameter.
-            StageError: vLLM died on the batch.
+            EngineLostError: vLLM died.
         """
         results: dict[int, GenerationResult] = {}
-        prompts: dict[int, list[int]] = {}
+        prompts: dict[int, _Prompt] = {}
         for position, request in enumerate(requests):
             prompt = self._prompt_tokens(request)
             room = self._max_model_tokens - request.max_tokens
@@ -84,39 +85,77 @@ class VLLMEngine:
                 message = f"prompt has {len(prompt)} tokens, {room} fit beside {request.max_tokens} new ones"
                 results[position] = GenerationResult.failed(request, message, len(prompt))
             else:
-                prompts[position] = prompt
-        if prompts:
-            served = [requests[position] for position in prompts]
-            written = self._run(list(prompts.values()), served)
-            results.update(zip(prompts, written, strict=True))
+                prompts[position] = (prompt, request)
+        written = self._loop.generate(list(prompts.values()))
+        results.update(zip(prompts, written, strict=True))
         return [results[position] for position in range(len(requests))]
 
     def _prompt_tokens(self, request: GenerationRequest) -> list[int]:
-        text = self._tokenizer.apply_chat_template(
-            list(request.messages), tokenize=False, add_generation_prompt=True
-        )
-        # The template writes the special tokens itself.
-        return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+        with self._encoding:
+            text = self._tokenizer.apply_chat_template(
+                list(request.messages), tokenize=False, add_generation_prompt=True
+            )
+            # The template writes the special tokens itself.
+            return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
 
-    def _run(self, prompts: list[list[int]], requests: list[GenerationRequest]) -> list[GenerationResult]:
-        inputs = [{"prompt_token_ids": prompt} for prompt in prompts]
+
+class _Steps:
+    """vLLM's engine as a Stepper."""
+
+    def __init__(self, engine: Any) -> None:
+        self._engine = engine
+        self._served: dict[str, GenerationRequest] = {}
+
+    def add(self, key: str, request: _Prompt) -> None:
+        """Admit one request; lengths were checked, so a refusal is about the schema or a sampling parameter."""
         from vllm.exceptions import VLLMClientError
 
+        tokens, asked = request
         try:
-            outputs = self._llm.generate(inputs, [_sampling(request) for request in requests], use_tqdm=False)
-        except VLLMClientError as error:  # lengths were checked, so it is the schema or a sampling parameter
+            self._engine.add_request(key, {"prompt_token_ids": tokens}, _sampling(asked))
+        except (VLLMClientError, ValueError) as error:
             raise DataError(f"vLLM refuses these requests: {_first_line(error)}") from error
-        except Exception as error:  # vLLM raises many types; none of them is about one request alone
-            message = f"vLLM failed on a batch of {len(requests)} requests: {_first_line(error)}"
-            raise StageError(message) from error
-        return [_result(request, output) for request, output in zip(requests, outputs, strict=True)]
+        self._served[key] = asked
+
+    def step(self) -> list[tuple[str, GenerationResult]]:
+        """Decode once."""
+        ended = [output for output in self._engine.step() if output.finished]
+        return [(output.request_id, _result(self._served.pop(output.request_id), output)) for output in ended]
+
+    def drop(self, keys: Sequence[str]) -> None:
+        """Forget admitted requests."""
+        self._engine.abort_request(list(keys))
+        for key in keys:
+            self._served.pop(key, None)
 
 
-def _set_environment(gpu: bool, threads: int) -> None:
+def _load(model_folder: Path, options: EngineOptions, gpu: bool, tensor_parallel: int) -> Any:
+    from vllm import LLM
+
+    try:
+        llm = LLM(
+            model=str(model_folder),
+            max_model_len=options.max_model_tokens,
+            # With cached prefixes a prompt's first forward pass covers fewer tokens, which rounds
+            # differently, so a shard run again by a fresh engine could get other texts.
+            enable_prefix_caching=options.prefix_caching,
+            use_tqdm_on_load=False,
+            structured_outputs_config={"backend": "xgrammar", "disable_any_whitespace": True},
+            **(_gpu_options(options, tensor_parallel) if gpu else _cpu_options(options)),
+        )
+    except (ValueError, OSError) as error:
+        raise DataError(f"{model_folder}: vLLM cannot load this model: {_first_line(error)}") from error
+    if not gpu:
+        _compile_grammars_in_order(llm)
+    return llm
+
+
+def _set_environment(gpu: bool, threads: int, batch_invariant: bool) -> None:
     """What vLLM reads from the environment when it is imported."""
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # below it stands one line per converted weight
     os.environ["VLLM_NO_USAGE_STATS"] = "1"
     if gpu:
+        os.environ["VLLM_BATCH_INVARIANT"] = str(int(batch_invariant))
         return
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     # Binding picks the same cores for every engine of a pool; the pool's thread counts share them out instead.
@@ -124,20 +163,32 @@ def _set_environment(gpu: bool, threads: int) -> None:
     os.environ["OMP_NUM_THREADS"] = str(threads)
 
 
-def _cpu_options() -> dict[str, Any]:
+def _cpu_options(options: EngineOptions) -> dict[str, Any]:
+    dtype = options.dtype
+    if dtype == "auto":
+        dtype = "bfloat16" if _has_bf16() else "float32"
     return {
-        "dtype": "bfloat16" if _has_bf16() else "float32",
+        "dtype": dtype,
         "enforce_eager": True,  # compiling takes over a minute and gains nothing on small batches
-        "max_num_seqs": CPU_SEQUENCES,
-        "kv_cache_memory_bytes": CPU_KV_CACHE_BYTES,
+        "max_num_seqs": options.sequences or CPU_SEQUENCES,
+        "kv_cache_memory_bytes": int((options.kv_cache_gib or CPU_KV_CACHE_GIB) * 2**30),
         # A prompt split over two steps makes vLLM 0.32 rewind the request's random generator, which torch's
         # CPU generator cannot do: the engine dies as soon as seeded requests fill a step.
         "enable_chunked_prefill": False,
     }
 
 
-def _gpu_options(tensor_parallel: int) -> dict[str, Any]:
-    return {"dtype": "auto", "tensor_parallel_size": tensor_parallel}
+def _gpu_options(options: EngineOptions, tensor_parallel: int) -> dict[str, Any]:
+    chosen: dict[str, Any] = {
+        "dtype": options.dtype,
+        "tensor_parallel_size": tensor_parallel,
+        "gpu_memory_utilization": options.gpu_memory_share,
+    }
+    if options.sequences is not None:
+        chosen["max_num_seqs"] = options.sequences
+    if options.kv_cache_gib is not None:
+        chosen["kv_cache_memory_bytes"] = int(options.kv_cache_gib * 2**30)
+    return chosen
 
 
 def _has_bf16() -> bool:
@@ -166,9 +217,10 @@ def _compile_grammars_in_order(llm: Any) -> None:
 
 def _sampling(request: GenerationRequest) -> Any:
     from vllm import SamplingParams
-    from vllm.sampling_params import StructuredOutputsParams
+    from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 
     return SamplingParams(
+        output_kind=RequestOutputKind.FINAL_ONLY,
         temperature=request.temperature,
         top_p=request.top_p,
         max_tokens=request.max_tokens,

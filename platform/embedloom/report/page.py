@@ -10,6 +10,7 @@ from embedloom.report.charts import Bar, bar_chart, line_chart
 from embedloom.report.markup import number_text, table_markup
 from embedloom.report.negatives import negatives_section
 from embedloom.report.summary import Curve, Stage
+from embedloom.report.synthesis import synthesis_section
 from embedloom.report.table import in_order, label_of, score_rows, task_names
 
 _METRIC_NAMES = {
@@ -36,6 +37,7 @@ def render_page(
     sections = [
         _overview(summary, stages),
         _section("Scores", _scores(summary["scores"], scores, _described_tasks(stages))),
+        _section("Synthesis", synthesis_section(stages)),
         _section("Hard negatives", negatives_section(stages)),
         _section("Training loss", _losses(curves)),
         _section("Stages", _stage_table(stages)),

@@ -1,29 +1,42 @@
-"""Synthesis: LLMs write search queries for documents of the corpus.
+"""Synthesis: a mix of LLMs writes rows of many families, and every row says where it came from.
 
-The seed documents and who writes for them are put on disk first. Each generator then streams its own through
-an actor pool, one generator after another, in shards that are committed exactly once; see engines.shards.
+    tasks (step one) ─► rows of all families ─► translations of them ─► pairs/, rejects/
+
+Each is a phase: rounds of attempts until the quota of every generator, family and language is met (rounds.py). Rows
+and shards are files; the driver holds counts and file names only.
 """
 
-import math
-from collections import Counter
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 from embedloom.artefacts import Artefact, ArtefactWriter
-from embedloom.config.data import SynthesisConfig
 from embedloom.config.resources import PoolConfig
+from embedloom.config.synthesis import SynthesisConfig
 from embedloom.engines.protocol import EngineFactory
-from embedloom.engines.shards import run_sharded
+from embedloom.engines.shards import parquet_rows
 from embedloom.engines.vllm_engine import VLLMEngine
-from embedloom.errors import ConfigError, StageError
-from embedloom.progress import note
+from embedloom.retrieval.embedder import EmbedderSource
 from embedloom.storage import Place
-from embedloom.synthesis.prompt import Prompt, load_prompt
-from embedloom.synthesis.selection import work_folder, write_work
-from embedloom.synthesis.worker import COUNT_KEYS, PAIRS_FOLDER, REJECTS_FOLDER, Recipe, SynthesisWorker
+from embedloom.synthesis.final import PAIRS_FOLDER, last_places, numbered_parts, write_final
+from embedloom.synthesis.guard import guard_file
+from embedloom.synthesis.outcome import Written, commit
+from embedloom.synthesis.phases import (
+    TASKS_FOLDER,
+    Surroundings,
+    row_phase,
+    task_phase,
+    translated_last,
+    written_first,
+)
+from embedloom.synthesis.pools import waves
+from embedloom.synthesis.prompts_used import used_prompts
+from embedloom.synthesis.round_trip_pass import DOCUMENTS_FOLDER
+from embedloom.synthesis.rounds import STAGE, Phase, Rounds
+from embedloom.synthesis.sampled import measured_diversity
+from embedloom.synthesis.selection import RowSource
 
-STAGE = "synthesize"
-SEED_DOCUMENTS = "documents/train"  # held-out modules are never shown to an LLM
+STEPS_FOLDER = "steps"  # what is in work; gone once the artefact is done
+_CORPUS_PAIRS = "pairs/train"
 
 
 def synthesize(
@@ -32,127 +45,77 @@ def synthesize(
     corpus: Artefact,
     pool: PoolConfig,
     out: ArtefactWriter,
-    model_folders: dict[str, Path],
+    models: Mapping[str, Callable[[], Path]],
+    teacher: EmbedderSource | None = None,
+    teacher_pool: PoolConfig | None = None,
     engine_factory: EngineFactory = VLLMEngine,
 ) -> Artefact:
-    """Write queries for ``config.documents`` documents of the train split and commit the pairs.
+    """Write the rows of every family and commit them.
 
     Args:
-        config: generators, prompt, sampling, limits.
-        seed: of the run; decides the documents and every row's sampling.
-        corpus: artefact with ``documents/train``.
-        pool: actors of a generator and what each reserves.
-        out: writer of the artefact; an interrupted one continues.
-        model_folders: local model folder per ``generators[].model``.
+        config: generators, families, sampling, quality, limits.
+        seed: of the run; decides what every attempt reads and how its answer is sampled.
+        corpus: artefact with ``documents/train`` and, for translation, ``pairs/train``.
+        pool: what the stage may take, and the pool of generators that name none.
+        out: writer of ``pairs/``, ``rejects/`` and, where families need them, ``tasks/``; may be interrupted.
+        models: per ``generators[].model`` and judge, what gives its local folder where it is called.
+        teacher: of the round trip check.
+        teacher_pool: its actors.
         engine_factory: builds the engine inside an actor.
 
-    Returns:
-        The artefact with ``pairs/`` and ``rejects/``.
-
     Raises:
-        ConfigError: a malformed prompt, or a generator given twice.
-        StageError: a generator's rejects exceed ``config.max_reject_share``, or an engine failed.
+        ConfigError: a malformed prompt, or a pool the profile has no room for.
+        DataError: a corpus without what a family starts from.
+        StageError: a generator did not fill its quota within the stated limit, or an engine failed for good.
     """
-    prompt = load_prompt(config.prompt)
-    prompt.templates(config.queries_per_document)
-    names = _generator_names(config)
-    weights = [generator.weight for generator in config.generators]
-    documents = write_work(corpus.place, SEED_DOCUMENTS, out.place, config.documents, weights, seed)
-    _note_shortage(sum(documents), config.documents)
-    per_generator: dict[str, dict[str, Any]] = {}
-    first_part = 0
-    for number, (name, count) in enumerate(zip(names, documents, strict=True)):
-        if not count:  # its weight is below one document
-            continue
-        recipe = Recipe(name, seed, prompt, config)
-        parts = run_sharded(
-            stage=f"{STAGE} {name}" if len(names) > 1 else STAGE,
-            source=out.place,
-            source_folder=work_folder(number),
-            output=out.place,
-            done_folder=PAIRS_FOLDER,
-            shard_rows=config.shard_rows,
-            worker=SynthesisWorker,
-            worker_arguments={
-                "engine_factory": engine_factory,
-                **_worker_arguments(config, pool, model_folders[name], recipe),
-            },
-            pool=pool,
-            unit="documents",
-            first_part=first_part,
-        )
-        per_generator[name] = _count(out.place, parts)
-        _check_rejects(name, per_generator[name], config.max_reject_share)
-        first_part += math.ceil(count / config.shard_rows)
-    return _commit(out, config, prompt, per_generator)
+    prompts = used_prompts(config)
+    waves(config.generators, pool)  # a pool that never fits is told before anything runs
+    parquet_rows(corpus.place, DOCUMENTS_FOLDER)
+    around = Surroundings(
+        config=config,
+        seed=seed,
+        corpus=corpus.place,
+        place=out.place,
+        pool=pool,
+        models=models,
+        engine_factory=engine_factory,
+        prompts=prompts,
+        teacher_pool=teacher_pool or pool,
+        teacher=teacher,
+        guard=guard_file(STAGE, config.quality.contamination, corpus.place, out.place),
+    )
+    tasks, rows = _write_all(around)
+    files = [f"{PAIRS_FOLDER}/{part.file}" for one in rows for part in one.parts]
+    diversity = measured_diversity(STAGE, out.place, files, [one for phase in rows for one in phase.rounds])
+    artefact = commit(out, prompts, tasks, rows, diversity)
+    out.place.child(STEPS_FOLDER).remove()
+    return artefact
 
 
-def _note_shortage(found: int, asked: int) -> None:
-    if found < asked:
-        note(STAGE, f"the train split has {found:,} documents, {asked:,} are asked for; all are used")
+def _write_all(around: Surroundings) -> tuple[list[Written], list[Written]]:
+    """Run the phases: step one, if any, and those that write rows."""
+    config, place = around.config, around.place
+    phase = task_phase(around)
+    tasks = [] if phase is None else [_run(phase, place, TASKS_FOLDER, 0)]
+    first = sum(len(one.parts) for one in tasks)
+    own = tuple((around.corpus, name) for name in around.corpus.names(_CORPUS_PAIRS, ".parquet"))
+    pairs = RowSource("pairs", own, same_language=False)
+    rows = [_run(row_phase(around, "rows", written_first(config), (), pairs), place, PAIRS_FOLDER, first)]
+    if last := translated_last(config):
+        done = tuple((place, f"{PAIRS_FOLDER}/{part.file}") for part in rows[0].parts)
+        earlier = tuple(one.folder for one in rows[0].rounds)
+        pairs = RowSource("pairs", done, same_language=False)
+        phase = row_phase(around, "translations", last, earlier, pairs)
+        rows.append(_run(phase, place, PAIRS_FOLDER, first + len(rows[0].parts)))
+    return tasks, rows
 
 
-def _commit(
-    out: ArtefactWriter, config: SynthesisConfig, prompt: Prompt, per_generator: dict[str, dict[str, Any]]
-) -> Artefact:
-    details = {"prompt": config.prompt, "prompt_hash": prompt.hash, "generators": per_generator}
-    return out.commit(_total(per_generator), details)
-
-
-def _generator_names(config: SynthesisConfig) -> list[str]:
-    names = [generator.model for generator in config.generators]
-    for name, times in Counter(names).items():
-        if times > 1:
-            raise ConfigError(
-                f"synthesis.generators: {name!r} stands {times} times; give it once, with the summed weight"
-            )
-    return names
-
-
-def _worker_arguments(
-    config: SynthesisConfig, pool: PoolConfig, folder: Path, recipe: Recipe
-) -> dict[str, Any]:
-    engine_arguments = {
-        "model_folder": folder,
-        "max_model_tokens": config.max_model_tokens,
-        "threads": pool.compute_threads,
-        "gpu": pool.gpus > 0,
-        "tensor_parallel": pool.tensor_parallel,
-    }
-    return {"engine_arguments": engine_arguments, "recipe": recipe}
-
-
-def _count(place: Place, parts: list[str]) -> dict[str, Any]:
-    """Sums over finished parts, from footers and the reject reasons alone."""
-    counts: dict[str, Any] = {"rows": 0, **dict.fromkeys(COUNT_KEYS, 0)}
-    reasons: Counter[str] = Counter()
-    for part in parts:
-        schema, rows = place.parquet_footer(part)
-        counts["rows"] += rows
-        for key in COUNT_KEYS:
-            counts[key] += int(schema.metadata[key.encode()])
-        rejects = place.read_table(part.replace(PAIRS_FOLDER, REJECTS_FOLDER, 1), columns=["reason"])
-        reasons.update(rejects.column("reason").to_pylist())
-    counts["rejects"] = dict(sorted(reasons.items()))
-    return counts
-
-
-def _check_rejects(name: str, counts: dict[str, Any], limit: float) -> None:
-    rejected = sum(counts["rejects"].values())
-    asked = rejected + counts["rows"]
-    if rejected > limit * asked:
-        reasons = ", ".join(f"{reason} {number}" for reason, number in counts["rejects"].items())
-        raise StageError(
-            f"{STAGE}: {name} had {rejected} of {asked} queries refused ({reasons}); "
-            f"synthesis.max_reject_share allows a share of {limit:g}"
-        )
-
-
-def _total(per_generator: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    total: dict[str, Any] = {
-        key: sum(counts[key] for counts in per_generator.values()) for key in ("rows", *COUNT_KEYS)
-    }
-    total["tokens"] = total["prompt_tokens"] + total["output_tokens"]
-    total["rejects"] = dict(sum((Counter(counts["rejects"]) for counts in per_generator.values()), Counter()))
-    total["generators"] = {name: counts["rows"] for name, counts in per_generator.items()}
-    return total
+def _run(phase: Phase, place: Place, folder: str, first: int) -> Written:
+    """Run a phase to its end and write its rows where they belong."""
+    rounds = Rounds(phase)
+    rounds.run()
+    parts = numbered_parts(place, rounds.rounds, first)
+    kept = {cell: counts.rows for cell, counts in rounds.tally.items()}
+    last = last_places(STAGE, place, rounds.rounds, phase.quotas, kept)
+    write_final(STAGE, place, parts, last, folder)
+    return Written(phase.name, phase.quotas, rounds.tally, rounds.rounds, parts)

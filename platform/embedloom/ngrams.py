@@ -1,0 +1,60 @@
+"""Words and hashed word n-grams of a text in any script; what duplicates and contamination are judged by."""
+
+import hashlib
+import re
+
+import numpy as np
+import numpy.typing as npt
+
+# Scripts that set no blanks count each character as a word; elsewhere a word is a run of letters and digits.
+# Their punctuation (U+3000 to U+303F, and the middle dot) is none.
+_SINGLE = (
+    r"\u2e80-\u2fff\u3005-\u3007\u3021-\u3029\u3031-\u3035\u303b\u3040-\u30fa\u30fc-\u9fff"
+    r"\uac00-\ud7af\uf900-\ufaff\U00020000-\U0003ffff"
+)
+_WORD = re.compile(rf"[{_SINGLE}]|[^\W{_SINGLE}]+")
+_MULTIPLIER = 0x9E3779B97F4A7C15
+
+Hashes = npt.NDArray[np.uint64]
+
+
+def words_of(text: str) -> list[str]:
+    """Case-folded words, without punctuation."""
+    return _WORD.findall(text.casefold())
+
+
+def hash64(text: str) -> int:
+    """64-bit hash of a text, the same on every machine."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+
+
+def ngram_hashes(text: str, size: int, vocabulary: dict[str, int]) -> Hashes:
+    """64-bit hashes of a text's word n-grams in order, repetitions included; a shorter text is one n-gram, if any.
+
+    Args:
+        text: any text.
+        size: words in an n-gram.
+        vocabulary: word -> hash, filled as words are met; share one between texts.
+    """
+    codes = np.array([_word_code(word, vocabulary) for word in words_of(text)], dtype=np.uint64)
+    if not len(codes):
+        return codes
+    size_here = min(size, len(codes))
+    weights = np.array([pow(_MULTIPLIER, power, 2**64) for power in range(size_here)], dtype=np.uint64)
+    windows = np.lib.stride_tricks.sliding_window_view(codes, size_here)
+    return mix((windows * weights).sum(axis=1, dtype=np.uint64) + np.uint64(size_here))
+
+
+def mix(values: Hashes) -> Hashes:
+    """The 64-bit finaliser of MurmurHash3 (public domain): a bijection that spreads close values."""
+    values = (values ^ (values >> np.uint64(33))) * np.uint64(0xFF51AFD7ED558CCD)
+    values = (values ^ (values >> np.uint64(33))) * np.uint64(0xC4CEB9FE1A85EC53)
+    return values ^ (values >> np.uint64(33))
+
+
+def _word_code(word: str, vocabulary: dict[str, int]) -> int:
+    code = vocabulary.get(word)
+    if code is None:
+        code = hash64(word)
+        vocabulary[word] = code
+    return code

@@ -1,0 +1,168 @@
+"""How many rows each generator writes of each family in each language, and how many more after rejects. Pure."""
+
+import math
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+
+from embedloom.errors import StageError
+
+# A second round asks for a little more than the seen acceptance says, so that few cells need a third.
+_MARGIN = Fraction(11, 10)
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Cell:
+    """What a quota belongs to; ``generator`` is empty for rows that are extracted, not written."""
+
+    family: str
+    generator: str
+    language: str
+
+    @property
+    def name(self) -> str:
+        """As it stands in files and messages."""
+        return "/".join(part for part in (self.family, self.generator, self.language) if part)
+
+
+def shares(total: int, weights: Sequence[float], carried: Sequence[float] | None = None) -> list[int]:
+    """Share ``total`` out by weight in whole numbers that sum to it (largest remainder, ties to the first).
+
+    Args:
+        total: what is shared out.
+        weights: at least one above 0.
+        carried: rows that earlier sharings still owe each, which may be negative.
+    """
+    whole = math.fsum(weights)
+    owed = carried or [0.0] * len(weights)
+    exact = [total * weight / whole + extra for weight, extra in zip(weights, owed, strict=True)]
+    found = [max(0, math.floor(value)) for value in exact]
+    missing = total - sum(found)
+    by_remainder = sorted(range(len(weights)), key=lambda i: (found[i] - exact[i], i))
+    candidates = [i for i in by_remainder if weights[i] > 0] or by_remainder
+    for turn in range(missing):
+        found[candidates[turn % len(candidates)]] += 1
+    for i in reversed(by_remainder):  # debts cut at zero may have left too much
+        taken = min(found[i], max(0, sum(found) - total))
+        found[i] -= taken
+    return found
+
+
+def quotas(
+    families: Mapping[str, int],
+    generators: Mapping[str, float],
+    languages: Mapping[str, Mapping[str, float]],
+) -> dict[Cell, int]:
+    """Rows per cell; the remainders of one family are made good by the next, so totals keep to the weights.
+
+    Args:
+        families: rows per family.
+        generators: weight per generator.
+        languages: weight per language, per family.
+
+    Returns:
+        Every cell with at least one row, in the order of the arguments. Each family's rows are exact, and over
+        all families each generator is within one row of its share.
+    """
+    found: dict[Cell, int] = {}
+    names = list(generators)
+    owed = [0.0] * len(names)
+    whole = math.fsum(generators.values())
+    for family, rows in families.items():
+        given = shares(rows, list(generators.values()), owed)
+        owed = [o + rows * generators[n] / whole - g for o, n, g in zip(owed, names, given, strict=True)]
+        by_language = languages[family]
+        language_owed = [0.0] * len(by_language)
+        language_whole = math.fsum(by_language.values())
+        for name, count in zip(names, given, strict=True):
+            split = shares(count, list(by_language.values()), language_owed)
+            language_owed = [
+                o + count * weight / language_whole - s
+                for o, weight, s in zip(language_owed, by_language.values(), split, strict=True)
+            ]
+            found |= {
+                Cell(family, name, language): part
+                for language, part in zip(by_language, split, strict=True)
+                if part
+            }
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """Where a cell stands: its quota, what was asked of its generator so far, what was kept."""
+
+    quota: int
+    attempts: int = 0  # prompts so far
+    asked: int = 0  # rows those prompts asked for
+    kept: int = 0
+
+    @property
+    def deficit(self) -> int:
+        """Rows still missing."""
+        return max(0, self.quota - self.kept)
+
+
+def next_attempts(
+    standing: Standing, rows_per_attempt: int, max_attempts_per_row: float, expected_acceptance: float = 1.0
+) -> int:
+    """Attempts of the next round: round 0 asks the quota, later ones the deficit divided by the acceptance seen.
+
+    The acceptance is smoothed by one kept and one refused row, so that nothing kept does not mean infinitely many
+    attempts. Never more than the limit leaves; 0 when the quota is met or the limit is reached.
+
+    Args:
+        standing: of the cell.
+        rows_per_attempt: rows one attempt asks for.
+        max_attempts_per_row: rows asked for per row of the quota, at most; may be infinite.
+        expected_acceptance: what round 0 assumes.
+    """
+    if not standing.deficit:
+        return 0
+    if not standing.attempts:
+        wanted = math.ceil(standing.quota / expected_acceptance / rows_per_attempt)
+    else:
+        acceptance = Fraction(standing.kept + 1, standing.asked + 2)
+        wanted = math.ceil(standing.deficit * _MARGIN / acceptance / rows_per_attempt)
+    limit = standing.quota * max_attempts_per_row / rows_per_attempt
+    return max(0, wanted if limit == math.inf else min(wanted, math.ceil(limit) - standing.attempts))
+
+
+def check_limits(
+    cells: Mapping[Cell, Standing],
+    rows_per_attempt: Mapping[str, int],
+    limits: Mapping[str, float],
+    reasons: Mapping[Cell, Mapping[str, int]],
+    exhausted: Collection[str] = (),
+) -> None:
+    """Stop once a cell lacks rows and may ask no more.
+
+    Args:
+        cells: where each stands.
+        rows_per_attempt: per family.
+        limits: rows asked for per row of the quota, at most, per family.
+        reasons: why rows were refused, per cell.
+        exhausted: families whose documents have all been read.
+
+    Raises:
+        StageError: naming the generator, family, language, and why its rows were refused.
+    """
+    for cell, standing in cells.items():
+        if not standing.deficit:
+            continue
+        limit = limits[cell.family]
+        spent = cell.family in exhausted
+        if spent or not next_attempts(standing, rows_per_attempt[cell.family], limit):
+            why = ", ".join(
+                f"{reason} {number:,}" for reason, number in sorted(reasons.get(cell, {}).items())
+            )
+            bound = (
+                f"the corpus has no further document; lower the family's rows to {standing.kept:,}"
+                if spent
+                else f"synthesis.max_attempts_per_row allows to ask for {limit:g} times the rows"
+            )
+            raise StageError(
+                f"synthesize: {cell.generator or 'no generator'}, family {cell.family}, language {cell.language}: "
+                f"{standing.kept:,} of {standing.quota:,} rows kept of {standing.asked:,} asked for "
+                f"(refused: {why or 'none'}); {bound}"
+            )

@@ -1,0 +1,87 @@
+"""Rows that other rows, the teacher or the judge refuse: small tables beside a round's rows, merged when read.
+
+A pass over a round writes any number of files of REFUSAL_SCHEMA into a folder of its own. Rows are never
+rewritten: a row survives if no file names it.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from embedloom.storage import Place
+from embedloom.synthesis.quotas import Cell
+from embedloom.synthesis.row_maker import ROWS_FOLDER
+from embedloom.synthesis.tally import Tally, stamped
+
+REFUSAL_SCHEMA = pa.schema(
+    [("part", pa.string()), ("id", pa.string()), ("reason", pa.string()), ("detail", pa.string())]
+)
+PARTS_PER_TASK = 32
+
+
+@dataclass(frozen=True, slots=True)
+class Round:
+    """One finished or running round of a phase; ``passes`` are folders of refusals below it, in order."""
+
+    folder: str
+    passes: tuple[str, ...] = ()
+
+    def parts(self, place: Place) -> list[str]:
+        """File names of its rows."""
+        return [PurePosixPath(name).name for name in place.names(f"{self.folder}/{ROWS_FOLDER}", ".parquet")]
+
+    def groups(self, place: Place) -> list[tuple[str, ...]]:
+        """Its parts, as many together as one task works on."""
+        parts = self.parts(place)
+        return [tuple(parts[n : n + PARTS_PER_TASK]) for n in range(0, len(parts), PARTS_PER_TASK)]
+
+    def rows(self, place: Place, part: str, columns: Sequence[str] | None = None) -> pa.Table:
+        """All rows of a part."""
+        return place.read_table(f"{self.folder}/{ROWS_FOLDER}/{part}", list(columns) if columns else None)
+
+
+def refusal_table(rows: Iterable[dict[str, object]]) -> pa.Table:
+    """Refusals as a table."""
+    return pa.Table.from_pylist(list(rows), schema=REFUSAL_SCHEMA)
+
+
+def refusals_of(place: Place, one: Round, parts: Sequence[str]) -> dict[str, dict[str, tuple[str, str]]]:
+    """Part -> row id -> (reason, detail): of several passes the first, within it the smallest."""
+    found: dict[str, dict[str, tuple[str, str]]] = {part: {} for part in parts}
+    wanted = pa.array(parts, pa.string())
+    for folder in one.passes:
+        here: dict[str, dict[str, tuple[str, str]]] = {part: {} for part in parts}
+        for name in place.names(f"{one.folder}/{folder}", ".parquet"):
+            table = place.read_table(name)
+            for row in table.filter(pc.is_in(table.column("part"), value_set=wanted)).to_pylist():
+                verdict = (row["reason"], row["detail"])
+                known = here[row["part"]].get(row["id"], verdict)
+                here[row["part"]][row["id"]] = min(known, verdict)
+        for part, verdicts in here.items():
+            found[part] = {**verdicts, **found[part]}
+    return found
+
+
+def surviving(rows: pa.Table, refused: Iterable[str]) -> pa.Table:
+    """The rows that are not refused."""
+    named = pc.is_in(rows.column("id"), value_set=pa.array(list(refused), pa.string()))
+    return rows.filter(pc.invert(named))
+
+
+def count_parts(parts: tuple[str, ...], one: Round, place: Place) -> Tally:
+    """Counts per cell of some parts, refusals included; runs in a task."""
+    tally = Tally()
+    refused = refusals_of(place, one, parts)
+    for part in parts:
+        tally.merge(stamped(place, f"{one.folder}/{ROWS_FOLDER}/{part}"))
+        if not refused[part]:
+            continue
+        rows = one.rows(place, part, ["id", "family", "generator", "lang"]).to_pylist()
+        for row in rows:
+            if row["id"] in refused[part]:
+                cell = Cell(row["family"], row["generator"] or "", row["lang"])
+                tally.of(cell).refuse({refused[part][row["id"]][0]: 1})
+    return tally

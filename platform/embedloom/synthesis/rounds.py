@@ -1,0 +1,246 @@
+"""One phase of the stage: rounds of plan, attempts, answers, comparison with other rows and counting, until quotas are met.
+
+Every step leaves a file that says it is done, and what it does follows from the files before it; so a run that was
+killed anywhere goes on from there and ends with the same rows.
+"""
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import count
+from typing import Any
+from uuid import uuid4
+
+from embedloom.config.families import FamilyConfig
+from embedloom.config.resources import PoolConfig
+from embedloom.config.synthesis import SynthesisConfig
+from embedloom.engines.generation import GenerationWorker, shards_in_flight
+from embedloom.engines.pool import Handling, Starts
+from embedloom.engines.shards import run_sharded
+from embedloom.engines.tasks import run_tasks
+from embedloom.errors import StageError
+from embedloom.progress import note
+from embedloom.storage import Place
+from embedloom.synthesis.pools import Placed, waves
+from embedloom.synthesis.quotas import Cell, Standing, check_limits, next_attempts
+from embedloom.synthesis.refusals import Round, count_parts
+from embedloom.synthesis.round_work import ATTEMPTS_FILE, RoundWork, Stretch, attempts_folder, write_attempts
+from embedloom.synthesis.row_maker import ROWS_FOLDER, RowMaker
+from embedloom.synthesis.tally import Tally, stamped
+
+STAGE = "synthesize"
+_PLAN_FILE = "plan.json"
+_COUNTS_FILE = "counts.json"
+_NO_ACTORS = PoolConfig()
+
+
+@dataclass(frozen=True)
+class Phase:
+    """What one phase writes and with what.
+
+    Attributes:
+        name: folder below ``steps/``.
+        quotas: rows per cell.
+        rows_per_attempt: per family key.
+        maker: of a generator; of "" for families that ask none.
+        work: everything of a RoundWork but what the rounds decide.
+        compare: passes over a finished round's rows, in order, as (folder, function).
+        arguments: constructor arguments of a generator's actors.
+    """
+
+    name: str
+    config: SynthesisConfig
+    place: Place
+    pool: PoolConfig
+    quotas: Mapping[Cell, int]
+    families: Mapping[str, FamilyConfig]
+    rows_per_attempt: Mapping[str, int]
+    maker: Callable[[str], RowMaker]
+    work: Callable[[tuple[Stretch, ...], str, Mapping[str, Any]], RoundWork]
+    compare: tuple[tuple[str, Callable[[Round, tuple[str, ...]], None]], ...]
+    arguments: Callable[[Placed], dict[str, Any]]
+    extracting: frozenset[str] = frozenset()
+
+
+class Rounds:
+    """Runs a phase; see the module."""
+
+    def __init__(self, phase: Phase) -> None:
+        self._phase = phase
+        self._place = phase.place
+        self._standing = {cell: Standing(quota) for cell, quota in phase.quotas.items()}
+        self._offsets: Mapping[str, Any] = {}
+        self._exhausted: set[str] = set()
+        self.tally = Tally()
+        self.rounds: list[Round] = []
+
+    def run(self) -> list[Round]:
+        """Rounds until every quota is met.
+
+        Raises:
+            StageError: a cell reached its limit of attempts, or an engine failed.
+        """
+        for number in count():
+            stretches = self._planned(number)
+            if not stretches:
+                return self.rounds
+            folder = self._folder(number)
+            one = Round(folder, tuple(name for name, _ in self._phase.compare))
+            if not self._place.exists(f"{folder}/{_COUNTS_FILE}"):
+                self._build(one, stretches)
+            self._take_in(one)
+        raise AssertionError("unreachable: count() does not end")
+
+    def _folder(self, number: int) -> str:
+        return f"steps/{self._phase.name}/round-{number:03d}"
+
+    def _planned(self, number: int) -> tuple[Stretch, ...]:
+        """What this round asks of each cell: its plan file, written before anything runs."""
+        name = f"{self._folder(number)}/{_PLAN_FILE}"
+        if self._place.exists(name):
+            return tuple(
+                Stretch(Cell(one["family"], one["generator"], one["language"]), one["start"], one["stop"])
+                for one in self._place.read_json(name)["stretches"]
+            )
+        phase = self._phase
+        limits = {
+            key: math.inf if key in phase.extracting else phase.config.max_attempts_per_row
+            for key in phase.families
+        }
+        reasons = {cell: counts.rejects for cell, counts in self.tally.items()}
+        check_limits(self._standing, phase.rows_per_attempt, limits, reasons, self._exhausted)
+        found = []
+        for cell, standing in self._standing.items():
+            more = next_attempts(
+                standing,
+                phase.rows_per_attempt[cell.family],
+                limits[cell.family],
+                phase.config.expected_acceptance,
+            )
+            if more:
+                found.append(Stretch(cell, standing.attempts, standing.attempts + more))
+        if found:
+            plain = [
+                {"family": s.cell.family, "generator": s.cell.generator, "language": s.cell.language,
+                 "start": s.start, "stop": s.stop}
+                for s in found
+            ]  # fmt: skip
+            self._place.write_json(name, {"stretches": plain})
+        return tuple(found)
+
+    def _build(self, one: Round, stretches: tuple[Stretch, ...]) -> None:
+        written = self._attempts(one, stretches)
+        self._answer(one, written["attempts"])
+        earlier = tuple(known.folder for known in self.rounds)
+        for _, compare in self._phase.compare:
+            compare(one, (*earlier, one.folder))
+        tally = Tally()
+        for part in run_tasks(STAGE, count_parts, one.groups(self._place), one, self._place):
+            tally.merge(part)
+        self._place.write_json(f"{one.folder}/{_COUNTS_FILE}", {"cells": tally.plain()})
+
+    def _attempts(self, one: Round, stretches: tuple[Stretch, ...]) -> dict[str, Any]:
+        if self._place.exists(f"{one.folder}/{ATTEMPTS_FILE}"):
+            return self._place.read_json(f"{one.folder}/{ATTEMPTS_FILE}")
+        work = self._phase.work(stretches, one.folder, self._offsets)
+        (written,) = run_tasks(STAGE, write_attempts, [work], cpus=1.0)
+        return written
+
+    def _take_in(self, one: Round) -> None:
+        """Add a finished round to where the cells stand."""
+        tally = Tally.read(self._place.read_json(f"{one.folder}/{_COUNTS_FILE}")["cells"])
+        written = self._place.read_json(f"{one.folder}/{ATTEMPTS_FILE}")
+        self._offsets = written["offsets"]
+        self._exhausted.update(written["exhausted"])
+        self.tally.merge(tally)
+        self.rounds.append(one)
+        for stretch in self._planned(len(self.rounds) - 1):
+            counts = self.tally.of(stretch.cell)
+            quota = self._phase.quotas[stretch.cell]
+            self._standing[stretch.cell] = Standing(quota, stretch.stop, counts.asked, counts.rows)
+        missing = sum(standing.deficit for standing in self._standing.values())
+        if missing:
+            kept = sum(standing.quota for standing in self._standing.values()) - missing
+            note(f"{STAGE} {self._phase.name}", f"{kept:,} rows kept, {missing:,} still to write")
+
+    def _answer(self, one: Round, attempts: Mapping[str, int]) -> None:
+        """Run every generator over its attempts, side by side where the profile has room."""
+        phase = self._phase
+        shard_rows = phase.config.shard_rows
+        names = [generator.model for generator in phase.config.generators]
+        order = [name for name in (*names, "") if attempts.get(name)]
+        first, firsts = 0, {}
+        for name in order:
+            firsts[name] = first
+            first += math.ceil(attempts[name] / shard_rows)
+        run_token = uuid4().hex
+        for wave in waves([g for g in phase.config.generators if g.model in firsts], phase.pool):
+            with ThreadPoolExecutor(len(wave)) as threads:
+                failed: list[BaseException] = []
+                jobs = [
+                    threads.submit(
+                        self._run_generator, one, placed, firsts[placed.generator.model], run_token, failed
+                    )
+                    for placed in wave
+                ]
+                for job in jobs:
+                    job.result()
+        if "" in firsts:
+            extract = Handling(finish=phase.maker("").extract)
+            self._run_sharded(one, "", firsts[""], None, _NO_ACTORS, {}, extract)
+
+    def _run_generator(
+        self, one: Round, placed: Placed, first: int, run_token: str, failed: list[BaseException]
+    ) -> None:
+        """One generator's shards; its speed is noted for those written now."""
+        name = placed.generator.model
+        here = self._place.child(one.folder)
+        before = set(here.names(ROWS_FOLDER, ".parquet"))
+        started = time.monotonic()
+
+        def watch() -> None:
+            if failed:
+                raise StageError(f"stopped, because another generator failed: {failed[0]}")
+
+        maker = self._phase.maker(name)
+        handling = Handling(
+            prepare=maker.prepare,
+            finish=maker.finish,
+            in_flight=shards_in_flight(placed.generator.engine, placed.pool),
+            starts=Starts(here.child("starts"), f"{run_token}-{first}"),
+            watch=watch,
+        )
+        arguments = self._phase.arguments(placed)
+        try:
+            parts = self._run_sharded(one, name, first, GenerationWorker, placed.pool, arguments, handling)
+        except BaseException as error:
+            failed.append(error)
+            raise failed[0] from None
+        new = [part for part in parts if part not in before]
+        if new:
+            tokens = sum(counts.output_tokens for part in new for counts in stamped(here, part).values())
+            speed = {"generator": name, "output_tokens": tokens, "seconds": time.monotonic() - started}
+            self._place.write_json(f"steps/speed/{uuid4().hex}.json", speed)
+
+    def _run_sharded(
+        self, one: Round, name: str, first: int, worker: Any, pool: PoolConfig, arguments: dict[str, Any],
+        handling: Handling,
+    ) -> list[str]:  # fmt: skip
+        names = tuple(generator.model for generator in self._phase.config.generators)
+        several = f" {name or 'existing rows'}" if len(names) > 1 or not name else ""
+        return run_sharded(
+            stage=f"{STAGE} {self._phase.name}{several}",
+            source=self._place,
+            source_folder=attempts_folder(one.folder, names, name),
+            output=self._place.child(one.folder),
+            done_folder=ROWS_FOLDER,
+            shard_rows=self._phase.config.shard_rows,
+            worker=worker,
+            worker_arguments=arguments,
+            pool=pool,
+            unit="attempts",
+            first_part=first,
+            handling=handling,
+        )
