@@ -12,6 +12,7 @@ import typer
 
 from embedloom import __version__
 from embedloom.cli_embed import embed
+from embedloom.cli_rank import gate, leaderboard
 from embedloom.errors import EmbedloomError
 
 app = typer.Typer(
@@ -75,6 +76,8 @@ def _add_stage_verb(verb: str, help_text: str) -> None:
 for _verb, _help in _STAGE_VERBS.items():
     _add_stage_verb(_verb, _help)
 app.command("embed")(embed)
+app.command("gate")(gate)
+app.command("leaderboard")(leaderboard)
 
 
 @app.command()
