@@ -9,7 +9,7 @@ import numpy as np
 
 from embedloom.artefacts import Artefact, ArtefactWriter
 from embedloom.encoder.batching import TokenCount
-from embedloom.evaluation.results import Outcome, Unit
+from embedloom.evaluation.jobs import Job, Outcome
 from embedloom.instructions import PromptContract
 from embedloom.records import content_id, table_from_rows
 from embedloom.storage import Place
@@ -86,7 +86,7 @@ class FixedEncoder:
         self.tokens = TokenCount()
         self.calls: list[tuple[str, str, object]] = []
 
-    def embed(self, texts, side, task_type, instruction, max_batch_tokens):
+    def embed(self, texts, side, task_type, instruction, max_batch_tokens=0):
         self.calls.append((side, task_type, instruction))
         return np.array([self.vectors[text] for text in texts], dtype=np.float32)
 
@@ -100,8 +100,8 @@ class DyingActor:
     def ready(self) -> None:
         return None
 
-    def score(self, unit: Unit) -> Outcome:
-        if unit.scorer.name == "always" or not self.marker.exists():
+    def work(self, job: Job) -> Outcome:
+        if job.label == "always" or not self.marker.exists():
             self.marker.touch()
             os._exit(1)
-        return Outcome({f"{unit.task.name}.json": b"{}"}, {"tokens": 1})
+        return Outcome(figures={"tokens": 1})

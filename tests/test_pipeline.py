@@ -104,6 +104,7 @@ def test_the_whole_run_then_nothing_left_to_build(ray_local, tiny_llama, tiny_mo
         "training/beta/pretrain",
         "merged",
         "evaluation",
+        "gate",
         "vectors",
     ]
     nodes = graph(run)
@@ -122,12 +123,17 @@ def test_the_whole_run_then_nothing_left_to_build(ray_local, tiny_llama, tiny_mo
         *summary["scores"]["candidates"].values(),
     ):
         assert 0 <= scores["heldout"] <= 1
+    low, high = summary["scores"]["intervals"]["models"]["merged"]["heldout"]
+    assert low <= summary["scores"]["merged"]["heldout"] <= high
+    verdict = json.loads((run.place.child("merged").local / "gate.json").read_text())
+    assert verdict == summary["gate"]
+    assert verdict["candidate"] == "merged" and verdict["against"] == "base"
     vectors = run.place.child("vectors")
     rows = vectors.read_tables("vectors").num_rows
     assert rows == finished(run, nodes)["corpus"].counts["rows"]
 
     changed = load(tmp_path / "smoke.yaml", "local", CLUSTER, ["merging.weights=[3, 1]"])
-    assert missing(changed, graph(changed), None) == ["merged", "evaluation", "vectors"]
+    assert missing(changed, graph(changed), None) == ["merged", "evaluation", "gate", "vectors"]
 
 
 def test_a_stage_without_its_inputs_says_which_command_builds_them(tiny_llama, tiny_model, tmp_path):
@@ -141,5 +147,5 @@ def test_a_stage_without_its_inputs_says_which_command_builds_them(tiny_llama, t
 def test_dry_run_starts_and_writes_nothing(tiny_llama, tiny_model, tmp_path):
     run = load(write_config(tmp_path, tiny_llama, tiny_model), "local", CLUSTER, [])
     plan = execute(run, None, dry_run=True)
-    assert "0 of 9 artefacts finished" in plan
+    assert "0 of 10 artefacts finished" in plan
     assert not (tmp_path / "runs").exists()

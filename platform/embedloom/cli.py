@@ -13,6 +13,7 @@ import typer
 from embedloom import __version__
 from embedloom.cli_embed import embed
 from embedloom.cli_merge import merge_models
+from embedloom.cli_rank import gate, leaderboard
 from embedloom.errors import EmbedloomError
 
 app = typer.Typer(
@@ -77,6 +78,8 @@ for _verb, _help in _STAGE_VERBS.items():
     _add_stage_verb(_verb, _help)
 app.command("embed")(embed)
 app.command("merge-models")(merge_models)
+app.command("gate")(gate)
+app.command("leaderboard")(leaderboard)
 
 
 @app.command()

@@ -14,6 +14,7 @@ _NEEDS = {
     "mine": (("faiss", "cpu"),),
     "train": (("deepspeed", "cpu"),),
     "evaluate": (("mteb", "cpu"), ("bm25s", "cpu")),
+    "gate": (("mteb", "cpu"),),
     "synthesize": (("vllm", "cpu"),),
 }
 
@@ -75,7 +76,7 @@ def execute(run: Run, verb: str | None, dry_run: bool) -> str:
             build_missing(run, verb)
     else:
         build_missing(run, verb)
-    if verb is None or verb == "evaluate":
+    if verb in (None, "evaluate", "gate"):
         from embedloom.report import summary_table, write_report
 
         report = write_report(run.place)

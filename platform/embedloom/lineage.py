@@ -9,7 +9,7 @@ from embedloom.artefacts import MANIFEST_FILE, Artefact
 from embedloom.errors import DataError
 from embedloom.storage import Place
 
-_FIXED = ("corpus", "encoder", "synthesis", "mining", "examples", "merged", "evaluation", "vectors")
+_FIXED = ("corpus", "encoder", "synthesis", "mining", "examples", "merged", "evaluation", "gate", "vectors")
 _PREVIEW = 160  # characters of a text
 _LISTED = 5  # pairs of a document, negatives of an example
 # kind of row -> (artefact, folder) where such rows are

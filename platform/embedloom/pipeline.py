@@ -1,7 +1,7 @@
 """The spine: every artefact of a run, what it is made from, and how it is built.
 
-    corpus ─► synthesis ─► mining ─► examples ─► training/<candidate>/<stage> ─► merged ─► evaluation, vectors
-                 encoder (the untrained base) ─┘
+    corpus ─► synthesis ─► mining ─► examples ─► training/<candidate>/<stage> ─► merged ─► evaluation ─► gate
+                 encoder (the untrained base) ─┘                                     └─► vectors
 
 A node's fingerprint follows from its config and its inputs' fingerprints alone, so what is finished, stale or
 missing is known before anything runs. Stage modules are imported when their node is built: they bring torch,
@@ -18,7 +18,8 @@ from embedloom.artefacts import Artefact, ArtefactWriter, fingerprint
 from embedloom.cluster.config import ClusterConfig, Profile
 from embedloom.config.run import RunConfig
 from embedloom.corpus.state import source_state
-from embedloom.errors import ConfigError, DataError
+from embedloom.errors import DataError
+from embedloom.judging import build_evaluation, build_gate, task_files
 from embedloom.progress import duration, note
 from embedloom.retrieval.model_id import embedding_state, model_id
 from embedloom.retrieval.previous import set_aside
@@ -88,12 +89,14 @@ def graph(run: Run) -> dict[str, Node]:
         trained.append(start)
     nodes.append(Node("merged", "merge", *merge_build.node(config, trained), _merged))
     scored = ("corpus", "encoder", *trained, "merged")
-    settings = (config.evaluation, config.mining.teachers[0].model)
+    settings = (config.evaluation, config.mining.teachers[0].model, task_files(config.evaluation))
     nodes.append(Node("evaluation", "evaluate", settings, scored, _evaluation))
     model = config.embedding.model
     source = {"merged": "merged", "base": "encoder"} | {
         c.name: t for c, t in zip(config.training.candidates, trained, strict=True)
     }
+    judged = tuple(source[name] for name in (config.gate.candidate, config.gate.against))
+    nodes.append(Node("gate", "gate", (config.gate,), ("evaluation", *judged), _gate))
     parents = (["corpus"] if config.embedding.corpus is None else []) + (
         [source[model]] if model in source else []
     )
@@ -263,29 +266,11 @@ def _merged(run: Run, inputs: Inputs, out: ArtefactWriter) -> Artefact:
 
 
 def _evaluation(run: Run, inputs: Inputs, out: ArtefactWriter) -> Artefact:
-    from embedloom.encoder.registry import resolve_model
-    from embedloom.evaluation.stage import evaluate
+    return build_evaluation(run.config, run.profile, run.place, inputs, out)
 
-    config = run.config
-    last = config.training.stages[-1].name
-    models = {"base": model_folder(inputs["encoder"])}
-    models |= {c.name: model_folder(inputs[f"training/{c.name}/{last}"]) for c in config.training.candidates}
-    models["merged"] = model_folder(inputs["merged"])
-    teacher = config.mining.teachers[0].model
-    if "teacher" in config.evaluation.baselines and config.mining.teachers[0].engine == "openai":
-        raise ConfigError(
-            "evaluation.baselines: 'teacher' needs a model folder, the first teacher is an endpoint"
-        )
-    baseline = (teacher, resolve_model(teacher)) if "teacher" in config.evaluation.baselines else None
-    return evaluate(
-        config.evaluation,
-        inputs["corpus"],
-        models,
-        baseline,
-        run.profile.stages.evaluation,
-        out,
-        config.encoder.dtype,
-    )
+
+def _gate(run: Run, inputs: Inputs, out: ArtefactWriter) -> Artefact:
+    return build_gate(run.config, run.profile, inputs, out)
 
 
 def _vectors(run: Run, inputs: Inputs, out: ArtefactWriter) -> Artefact:

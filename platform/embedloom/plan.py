@@ -75,4 +75,6 @@ def _planned_work(run: Run, name: str) -> str:
         return f"{len(config.training.candidates)} models, {config.merging.method}{search}"
     if name == "evaluation":
         return f"{len(config.evaluation.tasks)} tasks x {len(config.training.candidates) + 2} models"
+    if name == "gate":
+        return f"{config.gate.candidate} against {config.gate.against}"
     return ""

@@ -10,9 +10,10 @@ from embedloom.artefacts import ArtefactWriter
 from embedloom.config.resources import PoolConfig
 from embedloom.config.use import EvaluationConfig, EvaluationTask
 from embedloom.errors import ConfigError, DataError, StageError
+from embedloom.evaluation.jobs import Job
 from embedloom.evaluation.pool import ScoringPool
-from embedloom.evaluation.results import Scorer, Unit
-from embedloom.evaluation.stage import evaluate, model_revision
+from embedloom.evaluation.scorers import model_revision
+from embedloom.evaluation.stage import evaluate
 from embedloom.storage import Place
 from fakes_evaluation import DyingActor, make_beir, make_corpus
 
@@ -45,7 +46,7 @@ def test_failed_task_is_named_the_rest_is_kept_and_a_rerun_computes_only_what_is
     out = tmp_path / "evaluation"
 
     with pytest.raises(
-        StageError, match=r"4 of 8 scores failed.*base/folder: DataError.*'nobody' is not in queries"
+        StageError, match=r"1 tasks or scores failed.*folder: DataError.*'nobody' is not in queries"
     ):
         evaluate(config, corpus, models, ("org/teacher", tiny_model), POOL, writer(out), "float32")
     assert not (out / "manifest.json").exists()
@@ -86,21 +87,25 @@ def test_failed_task_is_named_the_rest_is_kept_and_a_rerun_computes_only_what_is
 
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_local")
-def test_unit_whose_actor_dies_is_tried_again_once(tmp_path):
-    units = [
-        Unit(Scorer(name, "models", f"x/{name}", "1"), EvaluationTask(name="task"))
-        for name in ("always", "once", "other")
-    ]
+def test_job_whose_actor_dies_is_tried_again_once_and_takes_its_dependants_with_it(tmp_path):
+    always, once, other = (Job(label) for label in ("always", "once", "other"))
+    after = Job("after", needs=(always,))
+    last = Job("last", needs=(once, other))
     saved = []
-    actors = ScoringPool(DyingActor, (tmp_path / "died",), PoolConfig(max_actors=2), len(units))
+    actors = ScoringPool(DyingActor, (tmp_path / "died",), PoolConfig(max_actors=2), 5)
     try:
         failures = actors.run(
-            units, lambda unit, outcome: saved.append((unit.label, outcome.figures["tokens"]))
+            [after, last, always, once, other],
+            lambda job, outcome: saved.append((job.label, outcome.figures["tokens"])),
         )
+        again = actors.run([Job("second call")], lambda job, outcome: saved.append((job.label, 2)))
     finally:
         actors.close()
-    assert sorted(saved) == [("once/task", 1), ("other/task", 1)]
-    assert [unit.label for unit in failures] == ["always/task"]
+    assert sorted(saved[:3]) == [("last", 1), ("once", 1), ("other", 1)]
+    assert saved[2] == ("last", 1)
+    assert saved[3:] == [("second call", 2)] and not again
+    assert {job.label for job in failures} == {"always", "after"}
+    assert "needs always, which failed" in failures[after]
 
 
 @pytest.mark.parametrize(

@@ -2,13 +2,14 @@
 
 import pytest
 
-from embedloom.config.use import EvaluationTask
 from embedloom.errors import DataError
-from embedloom.evaluation.retrieval_task import INSTRUCTION_COLUMN, language_code
+from embedloom.evaluation.languages import language_code
+from embedloom.evaluation.retrieval_task import INSTRUCTION_COLUMN
+from embedloom.evaluation.specs import TaskSpec
 from embedloom.evaluation.tasks import build_task, check_task, task_size
 from fakes_evaluation import INSTRUCTION, TOPICS, make_beir, make_corpus, pair
 
-HELDOUT = EvaluationTask(name="heldout")
+HELDOUT = TaskSpec("heldout")
 
 
 def data_of(task, split="test"):
@@ -55,7 +56,7 @@ def test_several_instructions_stay_with_their_queries(tmp_path):
 
 def test_limit_keeps_the_same_queries_and_all_documents(tmp_path):
     corpus = make_corpus(tmp_path)
-    tasks = [build_task(EvaluationTask(name="heldout", limit=limit), corpus) for limit in (2, 4, 4)]
+    tasks = [build_task(TaskSpec("heldout", limit=limit), corpus) for limit in (2, 4, 4)]
     chosen = [set(data_of(task)["queries"]["id"]) for task in tasks]
     assert [len(ids) for ids in chosen] == [2, 4, 4]
     assert chosen[0] < chosen[1] == chosen[2]
@@ -69,7 +70,7 @@ def test_beir_folder_is_read_with_grades_and_titles(tmp_path):
         "query-id\tcorpus-id\tscore\nquery-zip\tdoc-zip\t2\nquery-zip\tdoc-sort\t0\n"
     )
     task = build_task(
-        EvaluationTask(name="mine", kind="beir", path=str(folder), split="dev"),
+        TaskSpec("mine", kind="beir", path=str(folder), split="dev"),
         make_corpus(tmp_path / "corpus"),
     )
     data = data_of(task, "dev")
@@ -111,9 +112,7 @@ def test_broken_beir_folder_is_named(tmp_path, file, content, message):
     else:
         (folder / file).write_text(content)
     with pytest.raises(DataError, match=message):
-        build_task(
-            EvaluationTask(name="mine", kind="beir", path=str(folder)), make_corpus(tmp_path / "corpus")
-        )
+        build_task(TaskSpec("mine", kind="beir", path=str(folder)), make_corpus(tmp_path / "corpus"))
 
 
 @pytest.mark.parametrize(
@@ -131,15 +130,15 @@ def test_heldout_split_that_cannot_be_scored_is_named(tmp_path, pairs, message):
 
 def test_a_split_without_documents_is_found_before_any_actor(tmp_path):
     with pytest.raises(DataError, match=r"documents/dev has no Parquet file.*corpus\.split\.dev"):
-        check_task(EvaluationTask(name="heldout", split="dev"), make_corpus(tmp_path))
+        check_task(TaskSpec("heldout", split="dev"), make_corpus(tmp_path))
 
 
 @pytest.mark.parametrize(
     ("task", "message"),
     [
-        (EvaluationTask(name="NFCorpuss", kind="mteb"), "Did you mean: 'NFCorpus'"),
-        (EvaluationTask(name="Flickr30kI2TRetrieval", kind="mteb"), "allowed: text only"),
-        (EvaluationTask(name="STS12", kind="mteb", limit=3), "limit is 3; an mteb task takes none"),
+        (TaskSpec("NFCorpuss", kind="mteb"), "Did you mean: 'NFCorpus'"),
+        (TaskSpec("Flickr30kI2TRetrieval", kind="mteb"), "allowed: text only"),
+        (TaskSpec("STS12", kind="mteb", limit=3), "limit is 3; an mteb task takes none"),
     ],
 )
 def test_mteb_task_that_cannot_be_used_is_named(tmp_path, task, message):
@@ -149,8 +148,8 @@ def test_mteb_task_that_cannot_be_used_is_named(tmp_path, task, message):
 
 def test_mteb_task_by_name_is_found_and_its_missing_dataset_is_named(tmp_path):
     corpus = make_corpus(tmp_path)
-    assert check_task(EvaluationTask(name="NFCorpus", kind="mteb"), corpus)
-    sts = EvaluationTask(name="STS12", kind="mteb")
+    assert check_task(TaskSpec("NFCorpus", kind="mteb"), corpus)
+    sts = TaskSpec("STS12", kind="mteb")
     assert not check_task(sts, corpus)  # nothing to rank, so BM25 sits this one out
     with pytest.raises(DataError, match="'mteb/sts12-sts' is neither cached nor reachable"):
         build_task(sts, corpus)
@@ -162,6 +161,8 @@ def test_mteb_task_by_name_is_found_and_its_missing_dataset_is_named(tmp_path):
         ("en", "eng-Latn"),
         ("de-AT", "deu-Latn"),
         ("jpn-Jpan", "jpn-Jpan"),
+        ("por-BR", "por-Latn"),
+        ("zho-TW", "zho-Hant"),
         ("xx", "und-Zyyy"),
         (None, "und-Zyyy"),
     ],

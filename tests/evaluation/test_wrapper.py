@@ -12,15 +12,16 @@ import numpy as np
 import pytest
 from mteb.types import PromptType
 
-from embedloom.config.use import EvaluationTask
 from embedloom.encoder.model import Encoder
 from embedloom.encoder.registry import resolve_model
 from embedloom.errors import DataError
+from embedloom.evaluation.benchmark_instructions import TASK_TYPES, task_type_of
 from embedloom.evaluation.bm25 import load_bm25
 from embedloom.evaluation.retrieval_task import Query, RetrievalData, make_retrieval_task
 from embedloom.evaluation.scoring import run_mteb
+from embedloom.evaluation.specs import TaskSpec
 from embedloom.evaluation.tasks import build_task
-from embedloom.evaluation.wrapper import TASK_TYPES, EncoderModel, task_type_of
+from embedloom.evaluation.wrapper import EncoderModel
 from embedloom.records import TASK_TYPES as OUR_TASK_TYPES
 from fakes_evaluation import INSTRUCTION, FixedEncoder, make_corpus, pair
 
@@ -69,17 +70,17 @@ def test_graded_judgements_count_by_grade():
 
 
 def test_queries_get_the_tasks_instruction_and_documents_none(tmp_path):
-    task = build_task(EvaluationTask(name="heldout"), make_corpus(tmp_path))
+    task = build_task(TaskSpec("heldout"), make_corpus(tmp_path))
     data = task.dataset["default"]["test"]
     encoder = FixedEncoder({text: [1.0] for part in ("queries", "corpus") for text in data[part]["text"]})
     run_mteb(EncoderModel(encoder, "test/heldout", "1"), task)
-    assert encoder.calls == [("query", "retrieval", INSTRUCTION), ("document", "retrieval", INSTRUCTION)]
+    assert encoder.calls == [("query", "retrieval", INSTRUCTION), ("document", "retrieval", None)]
     assert encoder.contract.format("text", *encoder.calls[1]) == "text"
 
 
 def test_each_query_keeps_its_own_instruction(tmp_path):
     pairs = [pair("a", "One", "doc-zip"), pair("b", "Two", "doc-sort", instruction="Find the other")]
-    task = build_task(EvaluationTask(name="heldout"), make_corpus(tmp_path, pairs=pairs))
+    task = build_task(TaskSpec("heldout"), make_corpus(tmp_path, pairs=pairs))
     data = task.dataset["default"]["test"]
     encoder = FixedEncoder({text: [1.0] for part in ("queries", "corpus") for text in data[part]["text"]})
     run_mteb(EncoderModel(encoder, "test/heldout", "1"), task)
@@ -155,7 +156,7 @@ def test_minilm_scores_as_mteb_does_with_sentence_transformers():
 
 
 def test_bm25_prefers_documents_that_share_words(tmp_path):
-    task = build_task(EvaluationTask(name="heldout"), make_corpus(tmp_path))
+    task = build_task(TaskSpec("heldout"), make_corpus(tmp_path))
     model = load_bm25()
     files = run_mteb(model, task)
     assert scores_of(files, task)["ndcg_at_10"] == 1.0

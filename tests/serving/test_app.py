@@ -11,8 +11,10 @@ from embedloom.config.use import ServingConfig
 from embedloom.errors import ConfigError, DataError
 from embedloom.serving.app import ApplicationArgs, build, build_application
 from embedloom.serving.stage import check_port_free
+from embedloom.verdict import weights_fingerprint
 
 ROOT = Path(__file__).parents[2]
+UNGATED = ServingConfig(require_gate=False)
 
 
 def names_of(application) -> list[str]:
@@ -48,9 +50,42 @@ def test_broken_contract_is_found_before_anything_starts(tiny_model, tmp_path):
         build({"model_folder": str(folder), "served_name": "t"})
 
 
+def test_only_weights_that_passed_the_gate_are_served_unless_told_otherwise(tiny_model, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_model, folder)
+
+    def serve(**serving):
+        return build({"model_folder": str(folder), "served_name": "t", "serving": serving})
+
+    def verdict(outcome, weights):
+        content = {"verdict": outcome, "weights": weights, "reasons": ["sts -0.1"]}
+        (folder / "gate.json").write_text(json.dumps(content))
+
+    with pytest.raises(DataError, match=r"has not passed the gate .*serving\.require_gate: false"):
+        serve()
+    assert names_of(serve(require_gate=False)) == ["endpoint"]
+    weights = weights_fingerprint(folder)
+    verdict("refused", weights)
+    with pytest.raises(DataError, match=r"refused this model \(sts -0\.1\)"):
+        serve()
+    verdict("passed", weights)
+    assert names_of(serve()) == ["endpoint"]
+    verdict("maybe", weights)
+    with pytest.raises(DataError, match="not a verdict of the gate"):
+        serve()
+    verdict("passed", weights)
+    content = bytearray((folder / "model.safetensors").read_bytes())
+    content[-1] ^= 1
+    (folder / "model.safetensors").write_bytes(content)
+    with pytest.raises(DataError, match=f"is about weights {weights}, these are"):
+        serve()
+
+
 def test_one_replica_answers_http_itself_and_several_stand_behind_a_gateway(tiny_model):
     def of(**scaling):
-        args = ApplicationArgs(model_folder=str(tiny_model), served_name="t", scaling=ServeScaling(**scaling))
+        args = ApplicationArgs(
+            model_folder=str(tiny_model), served_name="t", serving=UNGATED, scaling=ServeScaling(**scaling)
+        )
         return names_of(build_application(args))
 
     assert of() == ["endpoint"]
@@ -59,7 +94,9 @@ def test_one_replica_answers_http_itself_and_several_stand_behind_a_gateway(tiny
 
 
 def test_limits_reach_the_deployments(tiny_model):
-    serving = ServingConfig(max_ongoing_requests=8, max_queued_requests=20, max_batch_tokens=128)
+    serving = ServingConfig(
+        require_gate=False, max_ongoing_requests=8, max_queued_requests=20, max_batch_tokens=128
+    )
     scaling = ServeScaling(min_replicas=1, max_replicas=3, target_ongoing_requests=4, cpus=2, gpus=0.5)
     application = build_application(
         ApplicationArgs(model_folder=str(tiny_model), served_name="t", serving=serving, scaling=scaling)

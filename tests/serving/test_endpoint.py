@@ -29,7 +29,7 @@ def free_port() -> int:
 
 
 def start(model, port: int | None = None, scaling: ServeScaling | None = None, **serving) -> Endpoint:
-    config = ServingConfig(port=port or free_port(), compute_dtype="float32", **serving)
+    config = ServingConfig(port=port or free_port(), compute_dtype="float32", require_gate=False, **serving)
     return start_endpoint(config, model, "f00d", "tiny", scaling or ServeScaling(threads=1))
 
 

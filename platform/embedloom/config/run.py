@@ -7,6 +7,7 @@ from pydantic import Field, model_validator
 
 from embedloom.config.base import FrozenConfig, apply_overrides, read_yaml, validate
 from embedloom.config.data import CorpusConfig, SynthesisConfig
+from embedloom.config.gate import GateConfig
 from embedloom.config.merging import MergingConfig
 from embedloom.config.mining import MiningConfig
 from embedloom.config.model import EncoderConfig, TrainingConfig
@@ -33,6 +34,7 @@ class RunConfig(FrozenConfig):
     training: TrainingConfig
     merging: MergingConfig = MergingConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    gate: GateConfig = GateConfig()
     embedding: EmbeddingConfig = EmbeddingConfig()
     serving: ServingConfig = ServingConfig()
 
@@ -45,6 +47,12 @@ class RunConfig(FrozenConfig):
             raise ValueError(
                 f"training.stages use up to {most} negatives, but mining.selection.negatives keeps {self.mining.selection.negatives}"
             )
+        models = ["merged", "base", *(candidate.name for candidate in self.training.candidates)]
+        for key, name in (("candidate", self.gate.candidate), ("against", self.gate.against)):
+            if name not in models:
+                raise ValueError(
+                    f"gate.{key} is {name!r}, no model of this run; allowed: {', '.join(models)}"
+                )
         return self
 
     @property
@@ -63,4 +71,4 @@ def load_run(path: Path, overrides: list[str] | None = None) -> RunConfig:
     return validate(RunConfig, content, str(path))
 
 
-StageName = Literal["corpus", "synthesize", "mine", "train", "merge", "evaluate", "embed", "serve"]
+StageName = Literal["corpus", "synthesize", "mine", "train", "merge", "evaluate", "gate", "embed", "serve"]

@@ -9,18 +9,28 @@ from embedloom.records import TASK_TYPES
 
 
 class EvaluationTask(FrozenConfig):
-    """One task: the run's own held-out pairs, a local task folder, or an mteb task by name."""
+    """What to score on: the run's own held-out pairs, local task files, an mteb task or a whole mteb benchmark.
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    kind: Literal["heldout", "beir", "mteb"] = "heldout"
+    ``path`` is a BEIR folder (``beir``) or, for ``local``, one task or a folder of tasks: ``retrieval/<name>/`` and
+    ``reranking/<name>/`` with corpus, queries and qrels, ``<type>/<name>.parquet`` for the other types.
+    """
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9 ,.()_+-]*$")  # mteb's own name for mteb and benchmark
+    kind: Literal["heldout", "beir", "local", "mteb", "benchmark"] = "heldout"
     path: str | None = None
-    split: Literal["dev", "test"] = "test"
-    limit: int | None = Field(default=None, ge=1)  # at most this many queries, chosen by hash
+    split: Literal["dev", "test"] = "test"  # mteb's tasks have their own
+    limit: int | None = Field(
+        default=None, ge=1
+    )  # at most this many queries or rows a subset, chosen by hash
+    languages: tuple[str, ...] | None = None  # ISO 639-3; only subsets of these
 
     @model_validator(mode="after")
     def _path_fits_kind(self) -> "EvaluationTask":
-        if (self.kind == "beir") != (self.path is not None):
-            raise ValueError(f"kind {self.kind} {'needs' if self.kind == 'beir' else 'takes no'} path")
+        needs_path = self.kind in ("beir", "local")
+        if needs_path != (self.path is not None):
+            raise ValueError(f"kind {self.kind} {'needs' if needs_path else 'takes no'} path")
+        if self.languages is not None and self.kind in ("heldout", "beir"):
+            raise ValueError(f"kind {self.kind} has no language subsets, so it takes no languages")
         return self
 
 
@@ -29,6 +39,10 @@ class EvaluationConfig(FrozenConfig):
 
     tasks: tuple[EvaluationTask, ...] = (EvaluationTask(name="heldout"),)
     baselines: tuple[Literal["bm25", "teacher"], ...] = ("bm25", "teacher")
+    shard_texts: int = Field(default=4096, ge=1)  # texts that one actor embeds at a time; part of the recipe
+    # Parquet file of leaderboard scores or an mteb results folder: models that candidates are ranked among.
+    pool: str | None = None
+    resamples: int = Field(default=1000, ge=100)  # of the bootstrap behind the confidence intervals
 
     @model_validator(mode="after")
     def _names_are_unique(self) -> "EvaluationConfig":
@@ -121,6 +135,7 @@ class ServingConfig(FrozenConfig):
     """The endpoint; scaling per profile stands in cluster/cluster.yaml."""
 
     model: str = "merged"
+    require_gate: bool = True  # serve only a model whose gate.json says that these very weights passed
     served_name: str | None = None  # what clients put into ``model``; null: the run's name
     host: str = "127.0.0.1"
     port: int = Field(default=8000, ge=1, le=65535)

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from embedloom.errors import DataError
-from embedloom.evaluation.retrieval_task import UNKNOWN_LANGUAGE, Query, RetrievalData
+from embedloom.evaluation.languages import UNKNOWN_LANGUAGE
+from embedloom.evaluation.retrieval_task import Query, RetrievalData
 
 CORPUS_FILE = "corpus.jsonl"
 QUERIES_FILE = "queries.jsonl"

@@ -1,4 +1,4 @@
-"""Scheduling (model, task) units over a pool of Ray actors, each with one model warm."""
+"""Scheduling jobs over a pool of Ray actors, each with one model warm."""
 
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
@@ -8,10 +8,10 @@ from ray.exceptions import RayActorError
 
 from embedloom.config.resources import PoolConfig
 from embedloom.errors import StageError
-from embedloom.evaluation.results import Outcome, Scorer, Unit
+from embedloom.evaluation.jobs import Job, Outcome, Scorer
 from embedloom.progress import note
 
-_ATTEMPTS = 2  # of a unit whose actor died
+_ATTEMPTS = 2  # of a job whose actor died
 _PLACEMENT_SECONDS = 600.0
 
 
@@ -21,17 +21,17 @@ class ScoringActor(Protocol):
     def ready(self) -> None:
         """Return once the actor runs."""
 
-    def score(self, unit: Unit) -> Outcome:
-        """Compute one result."""
+    def work(self, job: Job) -> Outcome:
+        """Do one job."""
         ...
 
 
-def next_unit(pending: Sequence[Unit], loaded: Scorer | None, elsewhere: Iterable[Scorer]) -> Unit:
-    """The unit an idle actor takes: of its loaded model, else of a model nobody has loaded, else any."""
+def next_job(ready: Sequence[Job], loaded: Scorer | None, elsewhere: Iterable[Scorer]) -> Job:
+    """The job an idle actor takes: of its loaded model, else of a model nobody has loaded, else any."""
     taken = set(elsewhere)
-    own = (unit for unit in pending if unit.scorer == loaded)
-    fresh = (unit for unit in pending if unit.scorer not in taken)
-    return next(own, None) or next(fresh, None) or pending[0]
+    own = (job for job in ready if job.scorer == loaded or job.scorer is None)
+    fresh = (job for job in ready if job.scorer not in taken)
+    return next(own, None) or next(fresh, None) or ready[0]
 
 
 class ScoringPool:
@@ -46,7 +46,7 @@ class ScoringPool:
             actor: class of the actors, called with ``arguments``.
             arguments: picklable.
             pool: how many actors, and what each reserves.
-            size: number of units; more actors than that are not started.
+            size: number of jobs; more actors than that are not started.
         """
         self._actor = actor
         self._arguments = arguments
@@ -58,7 +58,8 @@ class ScoringPool:
         }
         self._actors: dict[int, Any] = {}
         self._loaded: dict[int, Scorer | None] = {}
-        self._running: dict[Any, tuple[int, Unit | None]] = {}
+        self._running: dict[Any, tuple[int, Job | None]] = {}
+        self._idle: list[int] = []
         for index in range(min(size, pool.max_actors)):
             self._start(index)
 
@@ -67,59 +68,84 @@ class ScoringPool:
         self._loaded[index] = None
         self._running[self._actors[index].ready.remote()] = (index, None)
 
-    def run(self, units: Sequence[Unit], save: Callable[[Unit, Outcome], None]) -> dict[Unit, str]:
-        """Score every unit and hand each outcome to ``save``; returns the failures with their reasons.
+    def run(self, jobs: Sequence[Job], save: Callable[[Job, Outcome], None]) -> dict[Job, str]:
+        """Do every job, after the ones it needs, and hand each outcome to ``save``.
+
+        Returns:
+            The failures with their reasons; a job whose need failed fails with it.
 
         Raises:
             StageError: no actor started.
         """
-        pending = list(units)
-        attempts = dict.fromkeys(units, 0)
-        failures: dict[Unit, str] = {}
-        while pending or any(unit is not None for _, unit in self._running.values()):
-            index, unit, outcome, error = self._wait()
+        pending = list(jobs)
+        waiting = set(jobs)
+        attempts = dict.fromkeys(jobs, 0)
+        failures: dict[Job, str] = {}
+        while True:
+            self._fail_dependants(pending, failures, waiting)
+            self._assign(pending, waiting)
+            if not pending and all(job is None for _, job in self._running.values()):
+                return failures
+            index, job, outcome, error = self._wait()
             if isinstance(error, RayActorError):
-                if unit is None:
+                if job is None:
                     raise StageError(f"evaluate: an actor did not start: {_last_line(error)}") from error
-                attempts[unit] += 1
+                attempts[job] += 1
                 self._start(index)
-                if attempts[unit] < _ATTEMPTS:
-                    note("evaluate", f"{unit.label}: its actor died, trying again")
-                    pending.insert(0, unit)
+                if attempts[job] < _ATTEMPTS:
+                    note("evaluate", f"{job.label}: its actor died, trying again")
+                    pending.insert(0, job)
                     continue
-            if unit is not None and outcome is not None:
-                save(unit, outcome)
-            elif unit is not None:
-                failures[unit] = _last_line(error)
-                note("evaluate", f"{unit.label} failed: {failures[unit]}")
-            if pending and not isinstance(error, RayActorError):
-                self._assign(index, pending)
-        return failures
+            else:
+                self._idle.append(index)
+            if job is not None and outcome is not None:
+                save(job, outcome)
+            elif job is not None:
+                failures[job] = _last_line(error)
+                note("evaluate", f"{job.label} failed: {failures[job]}")
+            waiting.discard(job)  # type: ignore[arg-type]
 
-    def _assign(self, index: int, pending: list[Unit]) -> None:
-        others = [scorer for other, scorer in self._loaded.items() if other != index and scorer is not None]
-        unit = next_unit(pending, self._loaded[index], others)
-        pending.remove(unit)
-        self._loaded[index] = unit.scorer
-        self._running[self._actors[index].score.remote(unit)] = (index, unit)
+    def _assign(self, pending: list[Job], waiting: set[Job]) -> None:
+        """Give ready jobs to idle actors."""
+        while self._idle:
+            ready = [job for job in pending if not any(need in waiting for need in job.needs)]
+            if not ready:
+                return
+            index = self._idle.pop(0)
+            others = [
+                scorer for other, scorer in self._loaded.items() if other != index and scorer is not None
+            ]
+            job = next_job(ready, self._loaded[index], others)
+            pending.remove(job)
+            self._loaded[index] = job.scorer or self._loaded[index]
+            self._running[self._actors[index].work.remote(job)] = (index, job)
 
-    def _wait(self) -> tuple[int, Unit | None, Outcome | None, BaseException | None]:
-        """What finishes next: the actor's number, the unit (None: it only started), result or error."""
+    @staticmethod
+    def _fail_dependants(pending: list[Job], failures: dict[Job, str], waiting: set[Job]) -> None:
+        for job in list(pending):
+            broken = next((need for need in job.needs if need in failures), None)
+            if broken is not None:
+                pending.remove(job)
+                waiting.discard(job)
+                failures[job] = f"needs {broken.label}, which failed: {failures[broken]}"
+
+    def _wait(self) -> tuple[int, Job | None, Outcome | None, BaseException | None]:
+        """What finishes next: the actor's number, the job (None: it only started), result or error."""
         while True:
             done, _ = ray.wait(list(self._running), num_returns=1, timeout=_PLACEMENT_SECONDS)
             if done:
                 break
-            if all(unit is None for _, unit in self._running.values()):
+            if all(job is None for _, job in self._running.values()):
                 raise StageError(
                     f"evaluate: no actor could be placed in {_PLACEMENT_SECONDS:.0f} s; each needs "
                     f"{self._pool.cpus:g} CPUs, {self._pool.gpus:g} GPUs and {self._pool.memory_gib:g} GiB; "
                     f"the cluster has {ray.cluster_resources()}"
                 )
-        index, unit = self._running.pop(done[0])
+        index, job = self._running.pop(done[0])
         try:
-            return index, unit, ray.get(done[0]), None
+            return index, job, ray.get(done[0]), None
         except Exception as error:  # whatever mteb, a dataset or the model raised: reported, the rest goes on
-            return index, unit, None, error
+            return index, job, None, error
 
     def close(self) -> None:
         """Stop all actors."""

@@ -1,28 +1,20 @@
-"""Local data as an mteb retrieval task: mteb ranks, scores and writes the result, as for its own tasks."""
+"""Local data as an mteb retrieval or reranking task: mteb ranks, scores and writes the result, as for its own."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 from datasets import Dataset
 from mteb.abstasks import AbsTaskRetrieval
 from mteb.abstasks.task_metadata import TaskMetadata
 
+from embedloom.evaluation.languages import UNKNOWN_LANGUAGE, language_code
 from embedloom.records import content_id
 
-MAIN_SCORE = "ndcg_at_10"
+MAIN_SCORES = {"Retrieval": "ndcg_at_10", "Reranking": "map_at_1000"}  # as mteb's own tasks of these types
 # Extra column of the queries where a task has more than one instruction; the wrapper reads it.
 INSTRUCTION_COLUMN = "task_instruction"
-UNKNOWN_LANGUAGE = "und-Zyyy"
-
-# mteb names languages by ISO 639-3 and script; corpora mostly say ISO 639-1.
-_LANGUAGES = {
-    "ar": "ara-Arab", "bn": "ben-Beng", "cs": "ces-Latn", "da": "dan-Latn", "de": "deu-Latn",
-    "el": "ell-Grek", "en": "eng-Latn", "es": "spa-Latn", "fa": "fas-Arab", "fi": "fin-Latn",
-    "fr": "fra-Latn", "he": "heb-Hebr", "hi": "hin-Deva", "hu": "hun-Latn", "id": "ind-Latn",
-    "it": "ita-Latn", "ja": "jpn-Jpan", "ko": "kor-Hang", "nl": "nld-Latn", "no": "nob-Latn",
-    "pl": "pol-Latn", "pt": "por-Latn", "ro": "ron-Latn", "ru": "rus-Cyrl", "sv": "swe-Latn",
-    "th": "tha-Thai", "tr": "tur-Latn", "uk": "ukr-Cyrl", "vi": "vie-Latn", "zh": "zho-Hans",
-}  # fmt: skip
+ONLY_SUBSET = "default"  # mteb's name of the subset of a task that has one
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +36,7 @@ class RetrievalData:
     languages: tuple[str, ...]
     revision: str  # hash of the content
     description: str
+    candidates: dict[str, list[str]] | None = None  # query id -> documents to rank; None: the whole corpus
 
     def limited(self, limit: int | None) -> "RetrievalData":
         """All documents and at most ``limit`` queries, chosen by a hash of their ids."""
@@ -52,44 +45,57 @@ class RetrievalData:
         chosen = sorted(self.queries, key=lambda query: content_id("evaluation query", query.id))[:limit]
         queries = sorted(chosen, key=lambda query: query.id)
         qrels = {query.id: self.qrels[query.id] for query in queries}
-        return replace(
-            self, queries=queries, qrels=qrels, revision=content_id(self.revision, str(limit))[:16]
-        )
+        candidates = self.candidates and {query.id: self.candidates[query.id] for query in queries}
+        revision = content_id(self.revision, str(limit))[:16]
+        return replace(self, queries=queries, qrels=qrels, candidates=candidates, revision=revision)
 
 
-def language_code(lang: str | None) -> str:
-    """mteb's code of a language: ``en`` → ``eng-Latn``; what is unknown becomes ``und-Zyyy``."""
-    if lang is None:
-        return UNKNOWN_LANGUAGE
-    if len(lang) == 8 and lang[3] == "-":
-        return lang
-    return _LANGUAGES.get(lang.lower().split("-")[0], UNKNOWN_LANGUAGE)
-
-
-def make_retrieval_task(name: str, split: str, data: RetrievalData) -> AbsTaskRetrieval:
+def make_retrieval_task(
+    name: str,
+    split: str,
+    data: RetrievalData | Mapping[str, RetrievalData],
+    kind: Literal["Retrieval", "Reranking"] = "Retrieval",
+) -> AbsTaskRetrieval:
     """An mteb task over ``data``, loaded and ready to score.
 
     mteb finds metadata on classes, so each task is a subclass of its own.
+
+    Args:
+        name: the task's name.
+        split: the split that ``data`` is.
+        data: of the whole task, or by language subset.
+        kind: mteb's type; a reranking task needs the candidates of every query.
     """
-    instructions = {query.instruction for query in data.queries}
+    subsets = {ONLY_SUBSET: data} if isinstance(data, RetrievalData) else dict(data)
+    first = next(iter(subsets.values()))
+    instructions = {query.instruction for part in subsets.values() for query in part.queries}
+    languages = {key: _codes(part) for key, part in subsets.items()}
     metadata = TaskMetadata(
         name=name,
-        description=data.description,
-        dataset={"path": f"local/{name}", "revision": data.revision},
-        type="Retrieval",
+        description=first.description,
+        dataset={
+            "path": f"local/{name}",
+            "revision": content_id(*(part.revision for part in subsets.values()))[:16],
+        },
+        type=kind,
         category="t2t",
         eval_splits=[split],
-        eval_langs=sorted({language_code(lang) for lang in data.languages} or {UNKNOWN_LANGUAGE}),
-        main_score=MAIN_SCORE,
+        eval_langs=languages[ONLY_SUBSET] if list(subsets) == [ONLY_SUBSET] else languages,
+        main_score=MAIN_SCORES[kind],
         prompt={"query": next(iter(instructions))}
         if len(instructions) == 1 and "" not in instructions
         else None,
         is_public=False,
     )
     task = type(f"Local_{name}", (AbsTaskRetrieval,), {"metadata": metadata})()
-    task.dataset = {"default": {split: _split_data(data, several_instructions=len(instructions) > 1)}}
+    several = len(instructions) > 1
+    task.dataset = {key: {split: _split_data(part, several)} for key, part in subsets.items()}
     task.data_loaded = True
     return task
+
+
+def _codes(data: RetrievalData) -> list[str]:
+    return sorted({language_code(lang) for lang in data.languages} or {UNKNOWN_LANGUAGE})
 
 
 def _split_data(data: RetrievalData, several_instructions: bool) -> dict[str, Any]:
@@ -105,5 +111,5 @@ def _split_data(data: RetrievalData, several_instructions: bool) -> dict[str, An
         "corpus": Dataset.from_dict(corpus),
         "queries": Dataset.from_dict(queries),
         "relevant_docs": {query: dict(grades) for query, grades in data.qrels.items()},
-        "top_ranked": None,
+        "top_ranked": data.candidates,
     }

@@ -8,15 +8,18 @@ import mteb
 from mteb.abstasks import AbsTask, AbsTaskRetrieval
 
 from embedloom.artefacts import Artefact
-from embedloom.config.use import EvaluationTask
 from embedloom.errors import DataError
 from embedloom.evaluation.beir import check_beir, read_beir
 from embedloom.evaluation.heldout import check_heldout, read_heldout
+from embedloom.evaluation.local_labelled import make_labelled_task
+from embedloom.evaluation.local_layout import RANKED_TYPES
+from embedloom.evaluation.local_retrieval import make_ranked_task
 from embedloom.evaluation.retrieval_task import make_retrieval_task
+from embedloom.evaluation.specs import TaskSpec
 
 
-def check_task(task: EvaluationTask, corpus: Artefact) -> bool:
-    """Fail early, reading no data, if a task cannot be built.
+def check_task(spec: TaskSpec, corpus: Artefact | None) -> bool:
+    """Fail early, reading no texts, if a task cannot be built.
 
     Returns:
         Whether it ranks documents, so that BM25 can take part.
@@ -24,40 +27,46 @@ def check_task(task: EvaluationTask, corpus: Artefact) -> bool:
     Raises:
         DataError: missing files or pairs, an unknown mteb task, or one that is not about text.
     """
-    where = _where(task)
-    if task.kind == "heldout":
-        check_heldout(corpus, task.split, where)
+    if spec.kind == "heldout":
+        check_heldout(_given(corpus, spec), spec.split, spec.where)
         return True
-    if task.kind == "beir":
-        check_beir(_folder(task), task.split, where)
+    if spec.kind == "beir":
+        check_beir(_folder(spec), spec.split, spec.where)
         return True
-    return isinstance(_mteb_task(task), AbsTaskRetrieval)
+    if spec.local is not None:
+        return spec.local.type in RANKED_TYPES
+    return isinstance(_mteb_task(spec), AbsTaskRetrieval)
 
 
-def build_task(task: EvaluationTask, corpus: Artefact) -> AbsTask:
+def build_task(spec: TaskSpec, corpus: Artefact | None) -> AbsTask:
     """The mteb task of a config entry, with its data loaded.
 
     Raises:
         DataError: the data is missing, malformed or, for an mteb task, neither cached nor reachable.
     """
-    where = _where(task)
-    if task.kind == "heldout":
-        return make_retrieval_task(
-            task.name, task.split, read_heldout(corpus, task.split, where).limited(task.limit)
-        )
-    if task.kind == "beir":
-        return make_retrieval_task(
-            task.name, task.split, read_beir(_folder(task), task.split, where).limited(task.limit)
-        )
-    return _loaded(_mteb_task(task), where)
+    if spec.kind == "heldout":
+        data = read_heldout(_given(corpus, spec), spec.split, spec.where)
+        return make_retrieval_task(spec.name, spec.split, data.limited(spec.limit))
+    if spec.kind == "beir":
+        data = read_beir(_folder(spec), spec.split, spec.where)
+        return make_retrieval_task(spec.name, spec.split, data.limited(spec.limit))
+    if spec.local is not None:
+        ranked = spec.local.type in RANKED_TYPES
+        return (make_ranked_task if ranked else make_labelled_task)(spec, spec.local)
+    return _loaded(_mteb_task(spec), spec.where)
 
 
-def task_size(task: AbsTask) -> dict[str, int]:
-    """``{"queries": …, "documents": …}`` of a loaded retrieval task, ``{"queries": texts}`` of any other."""
+def task_size(task: AbsTask, subset: str | None = None) -> dict[str, int]:
+    """``{"queries": …, "documents": …}`` of a loaded retrieval task, ``{"queries": texts}`` of any other.
+
+    Args:
+        task: loaded.
+        subset: count only this one.
+    """
     splits = [
         split
-        for subset in _subsets(task)
-        for name, split in subset.items()
+        for mapping in _subsets(task, subset)
+        for name, split in mapping.items()
         if name in task.metadata.eval_splits
     ]
     if isinstance(task, AbsTaskRetrieval):
@@ -68,28 +77,37 @@ def task_size(task: AbsTask) -> dict[str, int]:
     return {"queries": sum(len(split) for split in splits)}
 
 
-def _subsets(task: AbsTask) -> list[Any]:
+def _subsets(task: AbsTask, subset: str | None) -> list[Any]:
     """Mappings from split to data, one a language subset; aggregated tasks hold none themselves."""
     dataset = task.dataset or {}
-    return [dataset[name] for name in task.hf_subsets if name in dataset] or [dataset]
+    names = task.hf_subsets if subset is None else [subset]
+    return [dataset[name] for name in names if name in dataset] or [dataset]
 
 
-def _mteb_task(task: EvaluationTask) -> AbsTask:
-    where = _where(task)
-    if task.limit is not None:
+def _mteb_task(spec: TaskSpec) -> AbsTask:
+    if spec.limit is not None:
         raise DataError(
-            f"{where}: limit is {task.limit}; an mteb task takes none, "
+            f"{spec.where}: limit is {spec.limit}; an mteb task takes none, "
             "because its scores would not compare with anybody's"
         )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # mteb's advice on newer versions of a task; the user named this one
         try:
-            found = mteb.get_task(task.name)
+            if spec.benchmark is not None:
+                members = mteb.get_benchmark(spec.benchmark).tasks
+                found = next(member for member in members if member.metadata.name == spec.name)
+            else:
+                found = mteb.get_task(spec.name)
         except KeyError as error:
             hint = str(error.args[0]).removeprefix("KeyError: ")
-            raise DataError(f"{where}: no mteb task has this name ({hint})") from error
+            raise DataError(f"{spec.where}: no mteb task has this name ({hint})") from error
     if found.metadata.modalities != ["text"]:
-        raise DataError(f"{where}: is about {', '.join(found.metadata.modalities)}; allowed: text only")
+        raise DataError(f"{spec.where}: is about {', '.join(found.metadata.modalities)}; allowed: text only")
+    if spec.languages is not None:
+        there = list(found.hf_subsets)
+        found = found.filter_languages(list(spec.languages))
+        if not found.hf_subsets:
+            raise DataError(f"{spec.where}: languages is {list(spec.languages)}; the task has {there}")
     return found
 
 
@@ -104,14 +122,16 @@ def _loaded(task: AbsTask, where: str) -> AbsTask:
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise DataError(
             f"{where}: the dataset {task.metadata.dataset['path']!r} is neither cached nor reachable "
-            f"({type(error).__name__}: {reason[0][:200]}); run once with network access, or use kind beir"
+            f"({type(error).__name__}: {reason[0][:200]}); run once with network access, or use kind beir or local"
         ) from error
     return task
 
 
-def _folder(task: EvaluationTask) -> Path:
-    return Path(str(task.path)).expanduser()
+def _given(corpus: Artefact | None, spec: TaskSpec) -> Artefact:
+    if corpus is None:
+        raise DataError(f"{spec.where}: kind heldout needs the corpus of a run; use kind local, beir or mteb")
+    return corpus
 
 
-def _where(task: EvaluationTask) -> str:
-    return f"evaluation.tasks: {task.name!r}"
+def _folder(spec: TaskSpec) -> Path:
+    return Path(str(spec.path)).expanduser()

@@ -9,38 +9,21 @@ from mteb.models.abs_encoder import AbsEncoder
 from mteb.models.model_meta import ScoringFunction
 from mteb.types import PromptType
 
-from embedloom.encoder.model import DEFAULT_BATCH_TOKENS, Encoder
-from embedloom.errors import DataError
+from embedloom.encoder.model import DEFAULT_BATCH_TOKENS, Encoder, Vectors
+from embedloom.evaluation.benchmark_instructions import Role, role_of
 from embedloom.evaluation.retrieval_task import INSTRUCTION_COLUMN
-from embedloom.instructions import Side
-
-# mteb's task types in our words; what is missing here is not about text alone.
-TASK_TYPES = {
-    "Retrieval": "retrieval",
-    "InstructionRetrieval": "retrieval",
-    "Reranking": "reranking",
-    "InstructionReranking": "instruction_reranking",
-    "Classification": "classification",
-    "Regression": "classification",
-    "MultilabelClassification": "multilabel_classification",
-    "Clustering": "clustering",
-    "STS": "sts",
-    "Summarization": "sts",
-    "PairClassification": "pair_classification",
-    "BitextMining": "bitext",
-}
-# One instruction for all tasks of these types, whatever mteb's metadata says (arXiv 2511.07025 §2).
-_FIXED_INSTRUCTION = ("sts", "pair_classification", "bitext")
+from embedloom.evaluation.vector_store import VectorTable, text_keys
 
 
 class EncoderModel(AbsEncoder):
-    """mteb's encoder protocol around an ``Encoder``; keeps no vectors."""
+    """mteb's encoder protocol around an ``Encoder``; takes vectors from ``known`` where they are there."""
 
     def __init__(
         self, encoder: Encoder, name: str, revision: str, max_batch_tokens: int = DEFAULT_BATCH_TOKENS
     ) -> None:
         self.encoder = encoder
         self.max_batch_tokens = max_batch_tokens
+        self.known: VectorTable | None = None
         self.mteb_model_meta = model_meta(encoder, name, revision)
 
     def encode(
@@ -64,38 +47,35 @@ class EncoderModel(AbsEncoder):
             kwargs: mteb's encode arguments; batches follow our token budget instead.
         """
         texts: list[str] = []
-        own: list[str] = []
+        own: list[str | None] = []
         for batch in inputs:
             texts.extend(batch["text"])
-            own.extend(batch.get(INSTRUCTION_COLUMN, ()))
-        side: Side = "document" if prompt_type == PromptType.document else "query"
-        task_type = task_type_of(task_metadata)
-        instruction = own or task_instruction(task_metadata, task_type)
-        return self.encoder.embed(texts, side, task_type, instruction, self.max_batch_tokens)
+            own.extend(instruction or None for instruction in batch.get(INSTRUCTION_COLUMN, ()))
+        role = role_of(task_metadata, prompt_type, self.encoder.contract)
+        if self.known is None:
+            return self._embed(texts, role, own or role.instruction)
+        return self._embed_unknown(texts, role, own or [role.instruction] * len(texts), self.known)
 
+    def _embed(self, texts: list[str], role: Role, instruction: Any) -> Vectors:
+        return self.encoder.embed(texts, role.side, role.task_type, instruction, self.max_batch_tokens)
 
-def task_type_of(metadata: TaskMetadata) -> str:
-    """Our task type of an mteb task.
-
-    Raises:
-        DataError: a type that a text encoder cannot take.
-    """
-    if metadata.type not in TASK_TYPES:
-        raise DataError(
-            f"mteb task {metadata.name!r}: type {metadata.type!r} is not supported; "
-            f"allowed: {', '.join(sorted(TASK_TYPES))}"
-        )
-    return TASK_TYPES[metadata.type]
-
-
-def task_instruction(metadata: TaskMetadata, task_type: str) -> str | None:
-    """The task's own instruction, or None for the contract's; which side gets it is the contract's rule."""
-    if task_type in _FIXED_INSTRUCTION:
-        return None
-    prompt = metadata.prompt
-    if isinstance(prompt, dict):
-        prompt = prompt.get(PromptType.query.value)
-    return prompt or None
+    def _embed_unknown(
+        self, texts: list[str], role: Role, instructions: list[str | None], known: VectorTable
+    ) -> Vectors:
+        """Vectors from ``known``; the rest is embedded, each distinct text once, and not kept."""
+        keys = text_keys(self.encoder.contract, role.task_type, texts, [role.side] * len(texts), instructions)
+        found, vectors = known.look_up(keys)
+        if found.all():
+            return vectors
+        missing = np.flatnonzero(~found)
+        _, first, number = np.unique(keys[missing], axis=0, return_index=True, return_inverse=True)
+        chosen = missing[np.sort(first)]
+        place = np.argsort(np.argsort(first))  # unique sorts by key; the texts stay in mteb's order
+        fresh = self._embed([texts[i] for i in chosen], role, [instructions[i] for i in chosen])
+        result: Vectors = np.empty((len(texts), self.encoder.dimension), dtype=np.float32)
+        result[found] = vectors
+        result[missing] = fresh[place[number.reshape(-1)]]
+        return result
 
 
 def model_meta(encoder: Encoder, name: str, revision: str) -> ModelMeta:

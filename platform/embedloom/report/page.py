@@ -7,10 +7,12 @@ from typing import Any
 
 from embedloom.progress import duration
 from embedloom.report.charts import Bar, bar_chart, line_chart
+from embedloom.report.leaderboard import leaderboard_section
 from embedloom.report.markup import number_text, table_markup
 from embedloom.report.negatives import negatives_section
 from embedloom.report.summary import Curve, Stage
-from embedloom.report.table import in_order, label_of, score_rows, task_names
+from embedloom.report.table import in_order, interval_text, label_of, score_rows, task_names
+from embedloom.report.verdict import gate_section
 
 _METRIC_NAMES = {
     "ndcg_at_10": "nDCG@10",
@@ -36,6 +38,8 @@ def render_page(
     sections = [
         _overview(summary, stages),
         _section("Scores", _scores(summary["scores"], scores, _described_tasks(stages))),
+        _section("Leaderboard", leaderboard_section(scores.get("ranking", {}))),
+        _section("Gate", gate_section(summary["gate"])),
         _section("Hard negatives", negatives_section(stages)),
         _section("Training loss", _losses(curves)),
         _section("Stages", _stage_table(stages)),
@@ -110,11 +114,12 @@ def _metric_table(task: str, content: dict[str, Any]) -> str:
     metrics = [metric for metric in _METRIC_NAMES if any(metric in values for _, values in by_model)]
     if "ndcg_at_10" in metrics:
         metrics.remove("main_score")  # the main score of a retrieval task is its nDCG@10
-    header = ["model", *(_METRIC_NAMES[metric] for metric in metrics)]
+    header = ["model", *(_METRIC_NAMES[metric] for metric in metrics), "95 % interval"]
     body = [
         [
             label_of(name, content),
             *(f"{values[metric]:.5f}" if metric in values else "" for metric in metrics),
+            interval_text(content, name, task),
         ]
         for name, values in by_model
     ]

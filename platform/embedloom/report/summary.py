@@ -13,9 +13,10 @@ State = Literal["finished", "unfinished"]
 Curve = list[tuple[float, float]]
 
 _BEFORE_TRAINING = ("corpus", "encoder", "synthesis", "mining", "examples")
-_AFTER_TRAINING = ("merged", "evaluation", "vectors")
+_AFTER_TRAINING = ("merged", "evaluation", "gate", "vectors")
 _METRICS_FILE = "metrics.jsonl"  # training's own record, one line a step
 _SCORES_FILE = "scores.json"
+_VERDICT_FILE = "verdict.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,13 +116,19 @@ def read_score_file(stages: list[Stage]) -> dict[str, Any]:
     return done[0].place.read_json(_SCORES_FILE) if done else {}
 
 
+def read_verdict_file(stages: list[Stage]) -> dict[str, Any]:
+    """``verdict.json`` of a finished gate, else ``{"verdict": "not_run"}``."""
+    done = [stage for stage in stages if stage.name == "gate" and stage.manifest is not None]
+    return done[0].place.read_json(_VERDICT_FILE) if done else {"verdict": "not_run"}
+
+
 def build_summary(run: Place, stages: list[Stage]) -> dict[str, Any]:
     """Content of ``summary.json``."""
     return {
         "run": run.uri.rstrip("/").rsplit("/", 1)[-1],
         "stages": {stage.name: _figures(stage) for stage in stages},
         "scores": _scores(read_score_file(stages)),
-        "gate": {"verdict": "not_run"},
+        "gate": read_verdict_file(stages),
     }
 
 
@@ -145,4 +152,5 @@ def _scores(content: dict[str, Any]) -> dict[str, Any]:
         "candidates": models,
         "baselines": content.get("baselines", {}),
     }
-    return {**scores, **{key: content[key] for key in ("order", "teacher") if key in content}}
+    shown = ("order", "teacher", "intervals", "ranking", "subsets")
+    return {**scores, **{key: content[key] for key in shown if key in content}}

@@ -41,6 +41,15 @@ def in_order(names: Iterable[str], scores: dict[str, Any], kind: str) -> list[st
     return sorted(names, key=lambda name: (order.index(name) if name in order else len(order), name))
 
 
+def interval_text(scores: dict[str, Any], name: str, task: str) -> str:
+    """``0.3912 to 0.4311``, the bootstrap interval of a score; empty where there is none."""
+    for group in scores.get("intervals", {}).values():
+        if task in group.get(name, {}):
+            low, high = group[name][task]
+            return f"{low:.4f} to {high:.4f}"
+    return ""
+
+
 def summary_table(summary: dict[str, Any]) -> str:
     """Scores of base, candidates, merged model and baselines, one column a task; plain ASCII."""
     rows = score_rows(summary["scores"])
@@ -52,12 +61,25 @@ def summary_table(summary: dict[str, Any]) -> str:
     table.add_column("kind", no_wrap=True)
     for task in tasks:
         table.add_column(task, justify="right", no_wrap=True)
+    single = len(tasks) == 1  # an interval beside each of many scores would hide the scores
+    if single:
+        table.add_column("95 % interval", justify="right", no_wrap=True)
     for label, kind, by_task in rows:
-        table.add_row(label, kind, *(f"{by_task[task]:.5f}" if task in by_task else "-" for task in tasks))
+        cells = [f"{by_task[task]:.5f}" if task in by_task else "-" for task in tasks]
+        name = "teacher" if label.startswith("teacher ") and kind == "baseline" else label
+        table.add_row(
+            label, kind, *cells, *([interval_text(summary["scores"], name, tasks[0])] if single else [])
+        )
     stream = io.StringIO()
     # Wide enough for every task, so that no column is cut in a narrow terminal's log.
     width = max(_WIDTH, 40 + sum(len(task) + 3 for task in tasks))
     Console(
         file=stream, width=width, color_system=None, force_terminal=False, markup=False, emoji=False
     ).print(table)
-    return "\n".join(line.rstrip() for line in stream.getvalue().splitlines() if line.strip())
+    lines = [line.rstrip() for line in stream.getvalue().splitlines() if line.strip()]
+    gate = summary.get("gate", {})
+    if "checks" in gate:
+        lines.append(
+            f"gate: {gate['candidate']} against {gate['against']}: {gate['verdict']}: {'; '.join(gate['reasons'])}"
+        )
+    return "\n".join(lines)

@@ -17,6 +17,7 @@ from embedloom.serving.api import RETRY_AFTER_SECONDS, EndpointSettings
 from embedloom.serving.gateway import Gateway
 from embedloom.serving.replica import EncoderEndpoint, EncoderReplica
 from embedloom.serving.service import BatchSettings
+from embedloom.verdict import check_gated
 
 GATEWAY_CPUS = 0.1  # bookkeeping only: it parses and waits
 
@@ -60,9 +61,11 @@ def build_application(args: ApplicationArgs) -> Application:
     quarter or more of the throughput; with several replicas it pays for itself by retrying and balancing.
 
     Raises:
-        DataError: the model folder is not one.
+        DataError: the model folder is not one, or has not passed the gate.
     """
     folder = check_model_folder(Path(args.model_folder))
+    if args.serving.require_gate:
+        check_gated(folder)
     serving, scaling = args.serving, args.scaling
     settings = EndpointSettings(
         served_name=args.served_name,

@@ -1,0 +1,102 @@
+"""The ``gate`` and ``leaderboard`` verbs."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from embedloom.errors import ConfigError
+
+_CONFIG_ENDINGS = (".yaml", ".yml")
+_CLUSTER = Path("cluster/cluster.yaml")
+
+
+def _option(name: str, help_text: str, **settings: Any) -> Any:
+    return typer.Option(f"--{name}", help=help_text, **settings)
+
+
+Contestant = Annotated[
+    str,
+    typer.Argument(
+        metavar="CONFIG|CANDIDATE", help="A run config, whose own models are judged, or a model folder."
+    ),
+]
+Against = Annotated[str | None, _option("against", "With CANDIDATE: the model it would replace.")]
+RunConfigFile = Annotated[
+    Path | None, _option("config", "With CANDIDATE: rules, tasks and corpus of this run.")
+]
+Tasks = Annotated[
+    list[str] | None,
+    _option("task", "With CANDIDATE: local tasks, a BEIR folder, an mteb task or benchmark; repeatable."),
+]
+Split = Annotated[str, _option("split", "Of local tasks: dev or test.")]
+Limit = Annotated[int | None, _option("limit", "At most so many queries or rows a language.")]
+Pool = Annotated[
+    str | None, _option("pool", "Scores of models to rank among: Parquet file or mteb results folder.")
+]
+Out = Annotated[str, _option("out", "With CANDIDATE: where results are kept.")]
+ProfileName = Annotated[str, _option("profile", "A profile of the cluster config.")]
+ClusterFile = Annotated[Path, _option("cluster", "The cluster config.")]
+Overrides = Annotated[
+    list[str] | None, _option("set", "Override a config value; repeatable.", metavar="SECTION.KEY=VALUE")
+]
+DryRun = Annotated[bool, _option("dry-run", "Print the plan and stop.")]
+
+
+def gate(
+    candidate: Contestant,
+    against: Against = None,
+    config: RunConfigFile = None,
+    task: Tasks = None,
+    split: Split = "test",
+    limit: Limit = None,
+    pool: Pool = None,
+    out: Out = "runs/gate",
+    profile: ProfileName = "local",
+    cluster: ClusterFile = _CLUSTER,
+    overrides: Overrides = None,
+    dry_run: DryRun = False,
+) -> None:
+    """May this model be served? Paired tests, Borda, no-regression list, limits.
+
+    Exit codes: 0 passed, 1 refused, 2 bad input. The verdict is stored beside the model as gate.json.
+    """
+    from embedloom.launch import load
+    from embedloom.launch_embed import load_machine
+    from embedloom.launch_rank import GateRequest, gate_models, gate_run
+
+    given = list(overrides or [])
+    if candidate.endswith(_CONFIG_ENDINGS):
+        if against is not None or config is not None or task or pool is not None:
+            raise ConfigError(
+                "--against, --config, --task and --pool go with a CANDIDATE; a CONFIG says them in gate and evaluation"
+            )
+        text, code = gate_run(load(Path(candidate), profile, cluster, given), dry_run)
+    else:
+        if against is None:
+            raise ConfigError(f"--against: needed to judge {candidate!r}; or give a run config (.yaml)")
+        run = None if config is None else load(config, profile, cluster, [])
+        machine = load_machine(cluster, _CLUSTER) if run is None else run.cluster
+        request = GateRequest(candidate, against, task or [], split, limit, pool, out, given)
+        text, code = gate_models(request, run, machine, profile, dry_run)
+    print(text)
+    raise typer.Exit(code)
+
+
+def leaderboard(
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="SOURCE",
+            help="A run or evaluation folder, an mteb results folder, or a Parquet file of scores.",
+        ),
+    ],
+    pool: Pool = None,
+    top: Annotated[int, _option("top", "Rows from the first on.", min=1)] = 20,
+    partial: Annotated[bool, _option("partial", "Count partly scored tasks in the means.")] = False,
+    html: Annotated[Path | None, _option("html", "Also draw it into this file.")] = None,
+) -> None:
+    """Borda votes, ranks and means, as mteb's leaderboard computes them."""
+    from embedloom.launch_rank import leaderboard as rank
+
+    print(rank(source, pool, top, partial, html))

@@ -1,0 +1,149 @@
+"""The gate at work: evidence from an evaluation, the decision, ``gate.json`` beside the candidate's weights."""
+
+import datetime
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from embedloom import __version__
+from embedloom.config.gate import GateConfig
+from embedloom.config.resources import PoolConfig
+from embedloom.encoder.device import DTypeName
+from embedloom.errors import DataError
+from embedloom.evaluation.evaluator import Evaluator
+from embedloom.evaluation.gate import Evidence, decide
+from embedloom.evaluation.jobs import Scorer, Unit
+from embedloom.evaluation.pinned import load_pool
+from embedloom.evaluation.results import SCORES_FILE
+from embedloom.evaluation.scorers import make_scorers
+from embedloom.evaluation.specs import TaskSpec
+from embedloom.evaluation.standings import OWN, ranked_among, read_strata
+from embedloom.storage import Place
+from embedloom.verdict import GATE_FILE, weights_fingerprint
+
+# Single queries of everyday lengths; what they ask does not matter, how long they are does.
+TIMED_QUERIES = tuple(
+    f"{question} {topic}"
+    for topic in ("in a large sorted array", "of a weighted graph with negative edges", "over HTTP", "as UTF-8 text")
+    for question in ("how do I find the smallest element", "shortest path", "what is the best way to read a value",
+                     "convert", "why does it fail to open a file", "list all neighbours", "remove duplicates",
+                     "explain step by step how to measure the time it takes to compute the result")
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Contender:
+    """One of the two models."""
+
+    name: str  # in scores.json and below items/
+    folder: Path
+
+
+def judge(
+    config: GateConfig,
+    place: Place,
+    contenders: tuple[Contender, Contender],
+    pool: str | None,
+    workers: PoolConfig,
+    dtype: DTypeName,
+) -> dict[str, Any]:
+    """Decide from a finished evaluation.
+
+    Args:
+        config: the rules.
+        place: the evaluation, with ``scores.json`` and ``items/`` of both models.
+        contenders: candidate and current model.
+        pool: models to rank among; None: the evaluation's own models and baselines.
+        workers: actors, for the latency if a limit asks for it.
+        dtype: compute type of the timing.
+
+    Returns:
+        The content of ``gate.json``, not written yet.
+
+    Raises:
+        DataError: a model that the evaluation has no scores of.
+    """
+    table = place.read_json(SCORES_FILE)
+    scores = [_scores_of(contender, table, place) for contender in contenders]
+    types = dict(table.get("types", {}))
+    own = {**table["models"], **table["baselines"]}
+    pinned = None if pool is None else load_pool(Path(pool).expanduser(), types)
+    ranked, _ = ranked_among(own, types, pinned)
+    standing = {entry.model: entry for entry in ranked}
+    candidate, current = contenders
+    evidence = Evidence(
+        scores[0],
+        scores[1],
+        {task: (_strata(place, candidate, task), _strata(place, current, task)) for task in scores[0]},
+        (standing[candidate.name], standing[current.name]),
+        OWN if pinned is None else f"{pinned.source} ({pinned.fingerprint}), {len(ranked)} models",
+        _latency(config, contenders, workers, place, dtype),
+        (_weight_bytes(candidate.folder), _weight_bytes(current.folder)),
+    )
+    decision = decide(config, evidence)
+    return {
+        **decision.as_json(),
+        "candidate": candidate.name,
+        "against": current.name,
+        "weights": weights_fingerprint(candidate.folder),
+        "against_weights": weights_fingerprint(current.folder),
+        "rules": config.model_dump(mode="json"),
+        "created": datetime.datetime.now(tz=datetime.UTC).isoformat(timespec="seconds"),
+        "version": __version__,
+    }
+
+
+def store_verdict(folder: Place, content: Mapping[str, Any]) -> str:
+    """Write ``gate.json`` beside the weights it is about; returns where it is."""
+    folder.write_json(GATE_FILE, content)
+    return f"{folder.uri.rstrip('/')}/{GATE_FILE}"
+
+
+def verdict_text(content: Mapping[str, Any]) -> str:
+    """The verdict for people: a line a check, a line a task."""
+    lines = [f"gate: {content['candidate']} against {content['against']}: {str(content['verdict']).upper()}"]
+    lines += [
+        f"  {'ok  ' if check['passed'] else 'FAIL'} {check['name']}: {check['text']}"
+        for check in content["checks"]
+    ]
+    width = max(len(task) for task in content["tasks"])
+    for task, entry in content["tasks"].items():
+        spread = "" if entry["low"] is None else f"  [{entry['low']:+.4f}, {entry['high']:+.4f}]"
+        lines.append(
+            f"       {task:<{width}}  {entry['current']:.4f} -> {entry['candidate']:.4f}  {entry['difference']:+.4f}{spread}  {entry['result']}"
+        )
+    return "\n".join(lines)
+
+
+def _scores_of(contender: Contender, table: Mapping[str, Any], place: Place) -> dict[str, float]:
+    models = table["models"]
+    if contender.name not in models:
+        raise DataError(
+            f"gate: {place.uri} has no scores of {contender.name!r}; it has {', '.join(sorted(models))}"
+        )
+    return dict(models[contender.name])
+
+
+def _strata(place: Place, contender: Contender, task: str) -> Sequence[Any]:
+    return read_strata(place, Unit(Scorer(contender.name, "models", "", ""), TaskSpec(task)))
+
+
+def _latency(
+    config: GateConfig,
+    contenders: tuple[Contender, Contender],
+    workers: PoolConfig,
+    place: Place,
+    dtype: DTypeName,
+) -> tuple[float, float] | None:
+    if not config.measures_latency:
+        return None
+    scorers, _ = make_scorers({contender.name: contender.folder for contender in contenders}, (), None)
+    with Evaluator((), None, workers, place, place, dtype, 1) as evaluator:
+        found = evaluator.time(scorers, TIMED_QUERIES)
+    candidate, current = (found[contender.name]["p50_milliseconds"] for contender in contenders)
+    return candidate, current
+
+
+def _weight_bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))

@@ -1,0 +1,98 @@
+"""Where local tasks lie: ``retrieval/<name>/{corpus,queries,qrels}.parquet``, ``<type>/<name>.parquet``."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from embedloom.errors import DataError
+
+LocalType = Literal[
+    "retrieval", "reranking", "classification", "sts", "pair_classification", "bitext", "clustering"
+]
+RANKED_TYPES: tuple[LocalType, ...] = ("retrieval", "reranking")
+TABLE_TYPES: tuple[LocalType, ...] = ("classification", "sts", "pair_classification", "bitext", "clustering")
+CORPUS, QUERIES, QRELS, QRELS_TO_ENGLISH = (
+    f"{name}.parquet" for name in ("corpus", "queries", "qrels", "qrels_to_eng")
+)
+_TO_ENGLISH = "-to-eng"
+
+
+@dataclass(frozen=True, slots=True)
+class LocalTask:
+    """One task on disk."""
+
+    name: str
+    type: LocalType
+    path: str  # a folder for retrieval and reranking, else a file
+    qrels: str = QRELS
+
+    @property
+    def files(self) -> list[Path]:
+        """What it is read from."""
+        root = Path(self.path)
+        return (
+            [root / name for name in (CORPUS, QUERIES, self.qrels)] if self.type in RANKED_TYPES else [root]
+        )
+
+    def named(self, name: str) -> str:
+        """The name under which one task (with its cross-lingual half) is reported."""
+        return f"{name}{_TO_ENGLISH}" if self.qrels == QRELS_TO_ENGLISH else name
+
+
+def find_local_tasks(path: Path, where: str) -> list[LocalTask]:
+    """The task at ``path``, or all tasks of a folder, sorted by type and name.
+
+    ``qrels_to_eng.parquet`` beside the qrels makes a second task, ``<name>-to-eng``.
+
+    Raises:
+        DataError: nothing there, no task in it, or a task without one of its files.
+    """
+    if not path.exists():
+        raise DataError(f"{where}: {path} does not exist")
+    found = _at(path, where)
+    if not found:
+        raise DataError(
+            f"{where}: {path} holds no task; expected {'|'.join(RANKED_TYPES)}/<name>/{CORPUS} or "
+            f"{'|'.join(TABLE_TYPES)}/<name>.parquet"
+        )
+    return found
+
+
+def _at(path: Path, where: str) -> list[LocalTask]:
+    if path.is_file():
+        return [_table_task(path, where)]
+    if any((path / name).is_file() for name in (CORPUS, QUERIES, QRELS)):
+        return _ranked_task(path, where)
+    if path.name in RANKED_TYPES:
+        return [
+            task
+            for folder in sorted(path.iterdir())
+            if folder.is_dir()
+            for task in _ranked_task(folder, where)
+        ]
+    if path.name in TABLE_TYPES:
+        return [_table_task(file, where) for file in sorted(path.glob("*.parquet"))]
+    kinds = [path / kind for kind in (*RANKED_TYPES, *TABLE_TYPES) if (path / kind).is_dir()]
+    return [task for folder in kinds for task in _at(folder, where)]
+
+
+def _table_task(path: Path, where: str) -> LocalTask:
+    kind = next((kind for kind in TABLE_TYPES if path.parent.name == kind), None)
+    if kind is None or path.suffix != ".parquet":
+        raise DataError(
+            f"{where}: {path} must be a .parquet file in a folder named after its type: {', '.join(TABLE_TYPES)}"
+        )
+    return LocalTask(path.stem, kind, str(path.absolute()))
+
+
+def _ranked_task(folder: Path, where: str) -> list[LocalTask]:
+    for name in (CORPUS, QUERIES, QRELS):
+        if not (folder / name).is_file():
+            raise DataError(
+                f"{where}: {folder / name} is missing; a retrieval or reranking task has {CORPUS}, {QUERIES} and {QRELS}"
+            )
+    kind: LocalType = "reranking" if folder.parent.name == "reranking" else "retrieval"
+    tasks = [LocalTask(folder.name, kind, str(folder.absolute()))]
+    if (folder / QRELS_TO_ENGLISH).is_file():
+        tasks.append(LocalTask(f"{folder.name}{_TO_ENGLISH}", kind, str(folder.absolute()), QRELS_TO_ENGLISH))
+    return tasks

@@ -1,0 +1,166 @@
+"""What a model will have to embed for a task, known before any scoring: so texts are embedded once, in fixed shards.
+
+Nothing depends on this list being complete: a text that is not on it is embedded when mteb asks for it, and its vector
+is not kept.
+"""
+
+import copy
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from mteb.abstasks import (
+    AbsTask,
+    AbsTaskBitextMining,
+    AbsTaskClassification,
+    AbsTaskClustering,
+    AbsTaskMultilabelClassification,
+    AbsTaskPairClassification,
+    AbsTaskRegression,
+    AbsTaskRetrieval,
+    AbsTaskSTS,
+)
+from mteb.types import PromptType
+
+from embedloom.evaluation.benchmark_instructions import role_of
+from embedloom.evaluation.retrieval_task import INSTRUCTION_COLUMN
+from embedloom.evaluation.vector_store import Keys, text_keys
+from embedloom.instructions import PromptContract, Side, document_text
+
+# Random draws of these run on from one subset to the next, so mteb must score their subsets in one go.
+_SEQUENTIAL = (AbsTaskClustering, AbsTaskMultilabelClassification)
+_INDEPENDENT = (
+    AbsTaskRetrieval, AbsTaskClassification, AbsTaskSTS, AbsTaskPairClassification, AbsTaskBitextMining,
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One text in its role."""
+
+    text: str
+    side: Side
+    instruction: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class TextList:
+    """Distinct texts of one subset, in the order mteb asks for them."""
+
+    task_type: str
+    entries: list[Entry]
+    keys: Keys  # uint64 [texts, 2]
+
+
+def scoring_subsets(task: AbsTask) -> list[str | None]:
+    """The parts of a task that can be scored apart; None stands for the whole task at once."""
+    whole = isinstance(task, _SEQUENTIAL) or not isinstance(task, _INDEPENDENT)
+    if (whole and len(task.hf_subsets) > 1) or getattr(task, "parallel_subsets", False):
+        return [None]
+    return list(task.hf_subsets)
+
+
+def list_texts(task: AbsTask, subset: str | None, contract: PromptContract) -> TextList:
+    """The distinct texts of one part of a loaded task.
+
+    Args:
+        task: with its data.
+        subset: one of ``scoring_subsets``.
+        contract: of the model; texts that it formats alike are one text.
+    """
+    entries: list[Entry] = []
+    task_type = ""
+    for texts, prompt_type, own in _asked(task, task.hf_subsets if subset is None else [subset]):
+        role = role_of(task.metadata, prompt_type, contract)
+        task_type = role.task_type
+        instructions = own or [role.instruction] * len(texts)
+        entries += [
+            Entry(text, role.side, instruction) for text, instruction in zip(texts, instructions, strict=True)
+        ]
+    keys = text_keys(
+        contract,
+        task_type,
+        [entry.text for entry in entries],
+        [entry.side for entry in entries],
+        [entry.instruction for entry in entries],
+    )
+    _, first = np.unique(keys, axis=0, return_index=True)
+    kept = np.sort(first)
+    return TextList(task_type, [entries[position] for position in kept], keys[kept])
+
+
+Asked = tuple[Sequence[str], PromptType | None, list[str | None] | None]
+
+
+def _asked(task: AbsTask, subsets: Sequence[str]) -> Iterator[Asked]:
+    for subset in subsets:
+        dataset = (task.dataset or {}).get(subset, task.dataset)
+        for split in task.metadata.eval_splits:
+            if isinstance(task, AbsTaskRetrieval):
+                yield from _retrieval_texts(dataset[split])
+            elif isinstance(task, AbsTaskRegression | AbsTaskMultilabelClassification):
+                continue  # mteb draws their samples while it scores
+            elif isinstance(task, AbsTaskClassification):
+                yield from _classification_texts(task, dataset, split)
+            elif isinstance(task, AbsTaskClustering):
+                yield from _clustering_texts(task, dataset[split], len(subsets))
+            elif isinstance(task, AbsTaskSTS | AbsTaskPairClassification | AbsTaskBitextMining):
+                yield from _pair_texts(task, dataset[split])
+
+
+def _retrieval_texts(data: Any) -> Iterator[Asked]:
+    queries = data["queries"]
+    judged = {query for query, grades in data["relevant_docs"].items() if grades}
+    rows = [row for row in queries if row["id"] in judged and isinstance(row["text"], str)]
+    texts = [f"{row['text']} {row['instruction']}" if row.get("instruction") else row["text"] for row in rows]
+    own = (
+        [row[INSTRUCTION_COLUMN] or None for row in rows]
+        if INSTRUCTION_COLUMN in queries.column_names
+        else None
+    )
+    yield texts, PromptType.query, own
+    corpus = data["corpus"]
+    titles = corpus["title"] if "title" in corpus.column_names else [None] * len(corpus)
+    documents = [document_text(title, text) for title, text in zip(titles, corpus["text"], strict=True)]
+    yield documents, PromptType.document, None
+
+
+def _classification_texts(task: AbsTaskClassification, dataset: Any, split: str) -> Iterator[Asked]:
+    column = task.input_column_name
+    if not isinstance(column, str):
+        return
+    if not task.is_cross_validation:
+        train = dataset[task.train_split]
+        order: list[int] | None = None
+        drawn: set[int] = set()
+        for experiment in range(task.n_experiments):
+            _, order, chosen = task._undersample_data(train, experiment, order)
+            drawn.update(chosen)
+        yield train.select(sorted(drawn))[column], None, None
+    yield dataset[split][column], None, None
+
+
+def _clustering_texts(task: AbsTaskClustering, data: Any, subsets: int) -> Iterator[Asked]:
+    column = task.input_column_name
+    share, most = task.max_fraction_of_documents_to_embed, task.max_document_to_embed
+    if not isinstance(column, str):
+        return
+    if share is None and most is None:
+        yield data[column], None, None
+    elif subsets == 1:  # of several, only the first draw could be foreseen
+        count = min(len(data), int(share * len(data)) if share is not None else int(most or 0))
+        drawn = copy.deepcopy(task.rng_state).sample(range(len(data)), k=count)
+        yield data.select(drawn)[column], None, None
+
+
+def _pair_texts(task: AbsTask, data: Any) -> Iterator[Asked]:
+    rows = data[0] if len(data) == 1 and isinstance(task, AbsTaskPairClassification) else data
+    roles = {
+        column: getattr(task, f"input{number}_prompt_type", None)
+        for number, column in enumerate(task._get_content_columns(), start=1)
+    }
+    for column, prompt_type in roles.items():
+        texts = rows[column]
+        if len(texts) and isinstance(texts[0], str):
+            yield texts, prompt_type, None
