@@ -1,6 +1,6 @@
 """Merging six models beside mergekit: wall and peak memory of the whole process tree, linear and TIES.
 
-    python benchmarks/merge.py [--quick] [--json] [--folder FOLDER]
+    python benchmarks/merge.py [--quick] [--json] [--method linear|ties|both] [--folder FOLDER]
 
 Work: six Llama-shaped models of 1.0 GB in float32 (142 MB with --quick), each a common base plus its own noise, made
 on the fly; TIES reads the base too. Both sides are commands in processes of their own, `embedloom merge-models` and
@@ -250,6 +250,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="models of 142 MB, one turn")
     parser.add_argument("--json", action="store_true", help="one JSON object on the last line")
     parser.add_argument("--folder", type=Path, help="for the models, some 11 GB; default: a temporary folder")
+    parser.add_argument("--method", choices=("linear", "ties", "both"), default="both")
     options = parser.parse_args()
 
     command = install_peer()
@@ -259,7 +260,8 @@ def main() -> None:
         folders = make_models(root, hidden, layers)
         size = (folders[0] / "model.safetensors").stat().st_size
         turns = {"linear": 1 if options.quick else 4, "ties": 1}
-        found = {method: measure(method, folders, root, command, n) for method, n in turns.items()}
+        methods = list(turns) if options.method == "both" else [options.method]
+        found = {method: measure(method, folders, root, command, turns[method]) for method in methods}
     name = min(found, key=lambda method: found[method]["ratio"])
     keys = ("ours", "peer", "ratio", "floor_share", "peak_mb", "peer_peak_mb")
     result = {

@@ -44,7 +44,7 @@ def merge_arrays(
         models, origin = readers[: len(arrays)], None if base is None else readers[-1]
         operands = Operands(name, models[0].info.elements, models, origin, pool)
         block = PREPARE[method](operands, used, config)
-        return torch.cat(list(operands.each(block))).numpy()
+        return torch.cat(list(operands.each(lambda start, stop: block(start, stop).clone()))).numpy()
 
 
 def writer(folder):

@@ -11,6 +11,7 @@ from embedloom.config.merging import MergingConfig
 from embedloom.config.resources import PoolConfig
 from embedloom.merging import stage, trial
 from embedloom.storage import Place
+from fakes_evaluation import make_corpus
 from fakes_merging import variant, writer
 
 
@@ -86,3 +87,24 @@ def test_a_search_decides_the_weights_and_is_not_done_twice(scorers, tiny_model,
     assert details["search"]["kept"] == [0.0, 1.0]
     assert not (out / "_scores").exists() and not (out / "search").exists()
     assert "base_model: tiny-base" in (out / "README.md").read_text()
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_search_on_the_real_scorer(ray_local, tiny_model, tmp_path):
+    inputs = {"corpus": make_corpus(tmp_path / "corpus", split="dev")}
+    for seed, name in enumerate("ab"):
+        (tmp_path / "training" / name).mkdir(parents=True)
+        folder = variant(tiny_model, tmp_path / "training" / name / "finetune", seed)
+        inputs[f"training/{name}/finetune"] = Artefact(Place(str(folder)), {})
+    resources = SimpleNamespace(evaluation=PoolConfig(cpus=1), merging=PoolConfig(cpus=1))
+    out = tmp_path / "merged"
+    done = merge_build.build_merged(config_of(search={"kind": "greedy_soup"}), resources, inputs, writer(out))
+    found = done.place.read_json(trial.SEARCH_FILE)
+    scores = {tuple(row["weights"]): row for row in found["trials"]}
+    assert {(0.5, 0.5), (1.0, 0.0), (0.0, 1.0)} <= set(scores)
+    assert all(0 <= row[part] <= 1 for row in scores.values() for part in ("dev", "check"))
+    best = max(scores.values(), key=lambda row: row["dev"])
+    assert scores[tuple(found["chosen"])]["dev"] == best["dev"]
+    assert {path.name for path in out.iterdir()} >= {"model.safetensors", "README.md", "manifest.json"}
+    assert not (out / "search").exists() and not (out / "_scores").exists()

@@ -111,7 +111,7 @@ def test_queries_of_the_check_are_never_queries_of_the_search():
     changed = {item: (0.0 if item in kept else value) for item, value in items.items()}
     assert set_apart(MergeSearch(), ({"dev": 0.5}, {"dev": changed})).dev == scored.dev
     # subsets count alike, however many items they have
-    assert subset_mean({"s/en/1": 0.0, "s/en/2": 1.0, "s/de/1": 1.0}) == 0.75
+    assert subset_mean({"s/en/1": 0.0, "s/en/a/b": 1.0, "s/de/1": 1.0}) == 0.75
 
 
 def test_check_tasks_stand_apart_and_a_task_without_items_needs_them():
@@ -122,6 +122,8 @@ def test_check_tasks_stand_apart_and_a_task_without_items_needs_them():
     assert scored.check_items == {"other": {"test/x/1": 0.9}}
     with pytest.raises(ConfigError, match="'dev' has 0 scores by query, too few to keep some for the check"):
         set_apart(MergeSearch(tasks=tasks), (main, items))
+    with pytest.raises(ConfigError, match="'dev' of kind heldout has no score of its own, only sts"):
+        set_apart(MergeSearch(tasks=tasks), ({"sts": 0.5}, {}))
 
 
 def test_the_interval_is_that_of_paired_differences():

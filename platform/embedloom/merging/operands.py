@@ -17,7 +17,7 @@ _BLOCKS_HELD = 2**23  # elements of all models that a thread holds at once; more
 _SMALLEST = 2**12
 
 Result = TypeVar("Result")
-# Elements ``start`` to ``stop`` of the merged tensor, float32.
+# Elements ``start`` to ``stop`` of the merged tensor, float32; good until the same thread asks for the next.
 BlockFunction = Callable[[int, int], Tensor]
 
 

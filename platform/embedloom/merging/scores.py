@@ -11,7 +11,7 @@ from embedloom.config.merging import MergeSearch
 from embedloom.errors import ConfigError
 
 _RESAMPLES = 10_000
-# Main score by task, and the same by task and item; items of one subset share the id up to its last "/".
+# Main score by task, and the same by task and item; an item's id is split/subset/name.
 TaskScores = tuple[Mapping[str, float], Mapping[str, Mapping[str, float]]]
 
 
@@ -34,6 +34,12 @@ def set_apart(search: MergeSearch, scores: TaskScores) -> Scored:
     """
     main, items = scores
     dev_tasks = [task.name for task in search.tasks]
+    for task in (*search.tasks, *search.check_tasks):
+        if task.name not in main:
+            raise ConfigError(
+                f"merging.search: {task.name!r} of kind {task.kind} has no score of its own, only {', '.join(main)}; "
+                "name single tasks"
+            )
     if search.check_tasks:
         check_tasks = [task.name for task in search.check_tasks]
         return Scored(
@@ -65,7 +71,7 @@ def subset_mean(items: Mapping[str, float]) -> float:
     """Mean of the items of each language subset, then over subsets."""
     groups: dict[str, list[float]] = {}
     for item, value in items.items():
-        groups.setdefault(item.rpartition("/")[0], []).append(value)
+        groups.setdefault("/".join(item.split("/", 2)[:2]), []).append(value)
     return fmean(map(fmean, groups.values()))
 
 

@@ -16,7 +16,7 @@ from embedloom.merging.layout import WeightFile
 from embedloom.merging.methods import PREPARE
 from embedloom.merging.operands import BlockFunction, Operands
 from embedloom.merging.plan import MergePlan
-from embedloom.merging.reader import TensorReader, open_tensors
+from embedloom.merging.reader import Scratch, TensorReader, open_tensors
 from embedloom.merging.tensors import TensorInfo
 from embedloom.storage import Place
 
@@ -62,11 +62,12 @@ def write_file(
 def _write(
     plan: MergePlan, file: WeightFile, path: Path, pool: Executor | None, report: Report | None
 ) -> None:
+    scratch = Scratch()
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
     try:
         offset = _put(descriptor, file.header, 0)
         for info in file.infos:
-            _write_tensor(plan, info, descriptor, offset, pool)
+            _write_tensor(plan, info, descriptor, offset, pool, scratch)
             offset += info.nbytes
             if report is not None:
                 report(info.nbytes)
@@ -79,10 +80,10 @@ def _write(
 
 
 def _write_tensor(
-    plan: MergePlan, info: TensorInfo, descriptor: int, offset: int, pool: Executor | None
+    plan: MergePlan, info: TensorInfo, descriptor: int, offset: int, pool: Executor | None, scratch: Scratch
 ) -> None:
     folders = [*plan.models.values(), *([] if plan.base is None else [plan.base])]
-    with open_tensors(folders, info.name) as readers:
+    with open_tensors(folders, info.name, scratch) as readers:
         models = readers[: len(plan.models)]
         base = None if plan.base is None else readers[-1]
         operands = Operands(info.name, info.elements, models, base, pool)

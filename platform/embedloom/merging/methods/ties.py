@@ -35,7 +35,7 @@ def prepare(operands: Operands, weights: Sequence[float], config: MergingConfig)
         deltas = []
         for model, limit in zip(operands.models, below, strict=True):
             delta = model.read(start, stop).sub_(base)
-            deltas.append(torch.hardshrink(delta, limit))
+            deltas.append(torch.hardshrink(delta, limit, out=delta))
         return base.add_(elected_mean(deltas, weights), alpha=config.scale)
 
     return block
