@@ -25,7 +25,7 @@ from embedloom.progress import note
 from embedloom.storage import Place
 from embedloom.synthesis.pools import Placed, waves
 from embedloom.synthesis.quotas import Cell, Standing, check_limits, next_attempts
-from embedloom.synthesis.refusals import Round, count_parts
+from embedloom.synthesis.refusals import Round, count_parts, parts_together
 from embedloom.synthesis.round_work import ATTEMPTS_FILE, RoundWork, Stretch, attempts_folder, write_attempts
 from embedloom.synthesis.row_maker import ROWS_FOLDER, RowMaker
 from embedloom.synthesis.tally import Tally, stamped
@@ -87,7 +87,8 @@ class Rounds:
             if not stretches:
                 return self.rounds
             folder = self._folder(number)
-            one = Round(folder, tuple(name for name, _ in self._phase.compare))
+            passes = tuple(name for name, _ in self._phase.compare)
+            one = Round(folder, passes, parts_together(self._phase.config.shard_rows))
             if not self._place.exists(f"{folder}/{_COUNTS_FILE}"):
                 self._build(one, stretches)
             self._take_in(one)
