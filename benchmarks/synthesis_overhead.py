@@ -146,7 +146,7 @@ def synthesize_fakes(rows: int) -> dict[str, float]:
         {
             "generators": [{"model": "instant"}],
             "families": [{"family": "seed_queries", "rows": rows}],
-            "quality": {"language": None, "contamination": None},
+            "quality": {"language": None, "contamination": None, "near_duplicates": None},
             "shard_rows": 500,
         }
     )

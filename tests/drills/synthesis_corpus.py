@@ -20,15 +20,17 @@ class SleepyEngine(MumblingEngine):
         return super().generate(requests)
 
 
-def section(rows: int, shard_rows: int) -> SynthesisConfig:
-    """Two generators, a family that reads documents and one that is written from tasks."""
+def section(rows: int, shard_rows: int, quick: bool) -> SynthesisConfig:
+    """Two generators, a family that reads documents and one that is written from tasks; quick: the first of each."""
+    generators = [{"model": "first", "weight": 2}, {"model": "second", "weight": 1}]
+    families = [
+        {"family": "seed_queries", "rows": rows - rows // 4},
+        {"family": "short_short", "rows": rows // 4},
+    ]
     return SynthesisConfig.model_validate(
         {
-            "generators": [{"model": "first", "weight": 2}, {"model": "second", "weight": 1}],
-            "families": [
-                {"family": "seed_queries", "rows": rows - rows // 4},
-                {"family": "short_short", "rows": rows // 4},
-            ],
+            "generators": generators[:1] if quick else generators,
+            "families": families[:1] if quick else families,
             "tasks": {"count": 40},
             "quality": {"language": None, "contamination": None},
             "max_attempts_per_row": 8,

@@ -31,7 +31,7 @@ SHARD_ROWS = 8
 LIMIT_SECONDS = 300
 
 
-def drive(folder: Path, rows: int) -> None:
+def drive(folder: Path, rows: int, quick: bool) -> None:
     """The driver: a cluster of two nodes, then the stage."""
     import ray
     from ray.cluster_utils import Cluster
@@ -51,10 +51,10 @@ def drive(folder: Path, rows: int) -> None:
     corpus = write_corpus(folder / "corpus")
     out = ArtefactWriter(Place(str(folder / "out")), "synthesis", "c", {}, "local")
     synthesize(
-        section(rows, SHARD_ROWS),
+        section(rows, SHARD_ROWS, quick),
         7,
         corpus,
-        PoolConfig(min_actors=2, max_actors=2, cpus=1),
+        PoolConfig(min_actors=1, max_actors=2, cpus=1),
         out,
         {name: lambda: folder for name in ("first", "second")},
         engine_factory=SleepyEngine,
@@ -63,7 +63,7 @@ def drive(folder: Path, rows: int) -> None:
     cluster.shutdown()
 
 
-def start(folder: Path, rows: int) -> subprocess.Popen[bytes]:
+def start(folder: Path, rows: int, quick: bool) -> subprocess.Popen[bytes]:
     """A driver in a session of its own."""
     package = TESTS.parent / "platform"
     environment = {
@@ -77,6 +77,7 @@ def start(folder: Path, rows: int) -> subprocess.Popen[bytes]:
     }
     environment.pop("RAY_AUTH_TOKEN_PATH", None)
     command = [sys.executable, __file__, "--drive", str(folder), "--rows", str(rows)]
+    command += ["--quick"] if quick else []
     log = (folder.parent / f"{folder.name}.log").open("ab")
     return subprocess.Popen(command, start_new_session=True, stdout=log, stderr=log, env=environment)
 
@@ -140,13 +141,13 @@ def content(folder: Path) -> dict[str, Any]:
     return {name: place.read_table(name).to_pylist() for name in names}
 
 
-def drill(folder: Path, rows: int, kinds: list[str], seed: int) -> dict[str, Any]:
+def drill(folder: Path, rows: int, kinds: list[str], seed: int, quick: bool = False) -> dict[str, Any]:
     """Run both ways and compare; returns what happened."""
     draw = random.Random(seed)
     calm, killed = folder / "calm", folder / "killed"
     for one in (calm, killed):
         one.mkdir(parents=True)
-    if start(calm, rows).wait(LIMIT_SECONDS):
+    if start(calm, rows, quick).wait(LIMIT_SECONDS):
         raise RuntimeError(f"the calm run failed; see {folder / 'calm.log'}")
     expected = content(calm)
     parts = sum(name.startswith(("pairs", "tasks")) for name in expected)
@@ -154,7 +155,7 @@ def drill(folder: Path, rows: int, kinds: list[str], seed: int) -> dict[str, Any
     killings: Counter[str] = Counter()
     rewritten: list[str] = []
     seen: dict[str, int] = {}
-    driver = start(killed, rows)
+    driver = start(killed, rows, quick)
     deadline = time.monotonic() + LIMIT_SECONDS
 
     def look() -> int:
@@ -175,7 +176,7 @@ def drill(folder: Path, rows: int, kinds: list[str], seed: int) -> dict[str, Any
             look()
         killings[done] += 1
         if done == "driver":
-            driver = start(killed, rows)
+            driver = start(killed, rows, quick)
     while driver.poll() is None:
         look()
     found = content(killed)
@@ -202,16 +203,17 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=400)
     parser.add_argument("--kills", type=int, default=10)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--quick", action="store_true", help="one generator, no tasks")
     parser.add_argument("--drive", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.drive is not None:
-        drive(arguments.drive, arguments.rows)
+        drive(arguments.drive, arguments.rows, arguments.quick)
         return
     folder = arguments.folder or Path(tempfile.mkdtemp(prefix="el-drill-", dir="/tmp"))
     draw = random.Random(arguments.seed)
     kinds = [KINDS[n % len(KINDS)] for n in range(arguments.kills)]
     draw.shuffle(kinds)
-    result = drill(folder, arguments.rows, kinds, arguments.seed)
+    result = drill(folder, arguments.rows, kinds, arguments.seed, arguments.quick)
     print(json.dumps(result))
     failed = result["exit"] or result["different"] or result["rewritten"] or result["twice"]
     if not failed and arguments.folder is None:

@@ -16,7 +16,7 @@ from embedloom.engines.protocol import GenerationResult
 from embedloom.records import content_id, table_from_rows
 from embedloom.retrieval.embedder import EncoderSource
 from embedloom.storage import Place
-from embedloom.synthesis.duplicate_pass import bucket_count
+from embedloom.synthesis.duplicate_pass import bucket_count, short_signature, short_similarity
 from embedloom.synthesis.quality.duplicates import signature, similarity
 from embedloom.synthesis.stage import synthesize
 from fakes_engines import WORDS, FakeEngine
@@ -82,10 +82,11 @@ def test_no_two_rows_are_nearly_the_same(corpus: Artefact, tmp_path: Path, seria
     artefact = run(corpus, tmp_path, quality, 12, engine_factory=RepeatingEngine)
     rows = artefact.place.read_tables("pairs", "pairs").to_pylist()
     assert Counter(row["generator"] for row in rows) == {"first": 6, "second": 6}
+    # The search works on a byte of each number; pairs within its error of the threshold may go either way.
     alike = [
         (a["generator"], b["generator"])
         for a, b in combinations(rows, 2)
-        if similarity(signature(a), signature(b)) >= 0.7
+        if similarity(signature(a), signature(b)) >= 0.75
     ]
     if scope == "all":
         assert alike == []
@@ -97,7 +98,17 @@ def test_no_two_rows_are_nearly_the_same(corpus: Artefact, tmp_path: Path, seria
     assert rejects and all(row["detail"].rsplit(" ", 1)[1] in known for row in rejects)
 
 
-@pytest.mark.parametrize(("rows", "buckets"), [(1, 1), (99_999, 1), (100_000, 2), (10**9, 256)])
+def test_short_signatures_estimate_what_whole_ones_do():
+    draw = random.Random(5)
+    for changed in range(0, 14, 2):
+        words = draw.sample(WORDS, 14)
+        other = [*words[changed:], *draw.sample(WORDS, changed)]
+        left, right = (signature({"query": " ".join(text)}) for text in (words, other))
+        short = short_similarity(short_signature(left), short_signature(right))
+        assert short == pytest.approx(similarity(left, right), abs=0.02)
+
+
+@pytest.mark.parametrize(("rows", "buckets"), [(1, 1), (39_999, 1), (40_000, 2), (10**9, 512)])
 def test_buckets_hold_what_a_task_can(rows: int, buckets: int):
     assert bucket_count(rows) == buckets
 

@@ -221,9 +221,12 @@ class _PoolActor:
         threads: int,
         starts: Starts | None = None,
     ) -> None:
-        import torch
+        # Both ways: torch may be there already, or come with the worker, or (a second a start) not be needed.
+        os.environ["OMP_NUM_THREADS"] = str(threads)
+        if "torch" in sys.modules:
+            import torch
 
-        torch.set_num_threads(threads)
+            torch.set_num_threads(threads)
         self._done_folder = done_folder
         self._starts = starts
         self._failure: EmbedloomError | None = None

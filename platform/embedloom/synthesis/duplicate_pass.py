@@ -8,27 +8,26 @@ so no generator comes first. Nothing passes through the driver.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from embedloom.config.quality import NearDuplicateCheck
 from embedloom.engines.tasks import run_tasks
 from embedloom.storage import Place
 from embedloom.synthesis.attempts import number64
-from embedloom.synthesis.quality.duplicates import band_keys, similarity
+from embedloom.synthesis.quality.duplicates import band_keys
 from embedloom.synthesis.refusals import Round, refusal_table
 
 DUPLICATES_FOLDER = "duplicates"
 _KEYS_FOLDER = "keys"
-_ROWS_PER_BUCKET = 50_000
-_MOST_BUCKETS = 256
+_ROWS_PER_BUCKET = 20_000  # some 26 keys of 200 bytes each
+_MOST_BUCKETS = 512
 _KEY_SCHEMA = pa.schema(
     [("key", pa.uint64()), ("exact", pa.bool_()), ("part", pa.string()), ("id", pa.string()), ("signature", pa.binary())]
 )  # fmt: skip
-_Entry = tuple[int, dict[str, Any]]  # (round, row of _KEY_SCHEMA)
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,8 +89,8 @@ def _write_keys(item: tuple[int, tuple[str, ...]], search: DuplicateSearch) -> N
     """Sort the keys of a group of parts into buckets; the last bucket's file is written last."""
     number, parts = item
     one = Round(search.folder)
-    entries = [entry for part in parts for entry in _entries(one, part, search)]
-    table = pa.Table.from_pylist(entries, schema=_KEY_SCHEMA)
+    tables = [_keys(one, part, search) for part in parts]
+    table = pa.concat_tables(tables)
     buckets = table.column("key").to_numpy() % np.uint64(search.buckets)
     for bucket in range(search.buckets):
         chosen = table.filter(pa.array(buckets == bucket))
@@ -99,64 +98,88 @@ def _write_keys(item: tuple[int, tuple[str, ...]], search: DuplicateSearch) -> N
         search.place.write_table(name, chosen)
 
 
-def _entries(one: Round, part: str, search: DuplicateSearch) -> Iterator[dict[str, Any]]:
+def _keys(one: Round, part: str, search: DuplicateSearch) -> pa.Table:
+    """One row of _KEY_SCHEMA per text, and one per band."""
     columns = list(dict.fromkeys(["id", "generator", search.group_column, "exact_key", "signature"]))
+    found: dict[str, list[Any]] = {name: [] for name in _KEY_SCHEMA.names}
+
+    def add(key: int, exact: bool, identity: str, signed: bytes | None) -> None:
+        for name, value in zip(_KEY_SCHEMA.names, (key, exact, part, identity, signed), strict=True):
+            found[name].append(value)
+
     for row in one.rows(search.place, part, columns).to_pylist():
         group = row[search.group_column]
         if row["exact_key"] is not None:
-            key = row["exact_key"] ^ number64(f"exact:{group}")
-            yield {"key": key, "exact": True, "part": part, "id": row["id"], "signature": None}
-        if search.near is None or row["signature"] is None:
-            continue
-        scope = row["generator"] if search.near.scope == "generator" else ""
-        salt = number64(f"near:{group}:{scope}")
-        for key in band_keys(row["signature"], search.near.threshold):
-            yield {
-                "key": key ^ salt,
-                "exact": False,
-                "part": part,
-                "id": row["id"],
-                "signature": row["signature"],
-            }
+            add(row["exact_key"] ^ number64(f"exact:{group}"), True, row["id"], None)
+        if search.near is not None and row["signature"] is not None:
+            scope = row["generator"] if search.near.scope == "generator" else ""
+            salt, short = number64(f"near:{group}:{scope}"), short_signature(row["signature"])
+            for key in band_keys(row["signature"], search.near.threshold):
+                add(key ^ salt, False, row["id"], short)
+    return pa.table(found, schema=_KEY_SCHEMA)
+
+
+def short_signature(signed: bytes) -> bytes:
+    """The lowest byte of each number: a quarter of the size, and it is written once a band."""
+    return np.frombuffer(signed, dtype="<u4").astype(np.uint8).tobytes()
+
+
+def short_similarity(left: bytes, right: bytes) -> float:
+    """Estimated Jaccard similarity of two short signatures (b-bit MinHash, Li and Koenig 2010, for long lists).
+
+    One in 256 of the numbers that differ agrees in its lowest byte; the estimate takes them off again.
+    """
+    same = float(np.mean(np.frombuffer(left, np.uint8) == np.frombuffer(right, np.uint8)))
+    return max(0.0, (same - 1 / 256) / (1 - 1 / 256))
 
 
 def _search_bucket(bucket: int, search: DuplicateSearch) -> None:
     """Find the duplicates of one bucket among the last round's rows."""
-    entries: list[_Entry] = [
-        (order, row)
+    tables = [
+        search.place.read_table(name).append_column(
+            "order", pa.array([order] * search.place.parquet_footer(name)[1], pa.int32())
+        )
         for order, folder in enumerate(search.rounds)
         for name in search.place.names(f"{folder}/{_KEYS_FOLDER}/{bucket:04d}", ".parquet")
-        for row in search.place.read_table(name).to_pylist()
     ]
-    entries.sort(key=lambda entry: (entry[1]["exact"], entry[1]["key"], entry[0], entry[1]["id"]))
-    keys = [(row["exact"], row["key"]) for _, row in entries]
-    starts = [n for n, (a, b) in enumerate(pairwise([None, *keys])) if a != b]
+    table = pa.concat_tables(tables)
+    keys = [(name, "ascending") for name in ("exact", "key", "order", "id")]
+    table = table.take(pc.sort_indices(table, sort_keys=keys))
     refused: dict[str, dict[str, object]] = {}
-    for start, stop in pairwise([*starts, len(entries)]):
-        if stop - start > 1:
-            for row in _judge_group(entries[start:stop], search):
-                known = refused.setdefault(str(row["id"]), row)
-                if (row["reason"], row["detail"]) < (known["reason"], known["detail"]):
-                    refused[str(row["id"])] = row
-    table = refusal_table(refused[identity] for identity in sorted(refused))
-    search.place.write_table(f"{search.folder}/{DUPLICATES_FOLDER}/bucket-{bucket:04d}.parquet", table)
+    for start, stop in _shared(table):
+        for row in _judge_group(table.slice(start, stop - start).to_pylist(), search):
+            known = refused.setdefault(str(row["id"]), row)
+            if (row["reason"], row["detail"]) < (known["reason"], known["detail"]):
+                refused[str(row["id"])] = row
+    found = refusal_table(refused[identity] for identity in sorted(refused))
+    search.place.write_table(f"{search.folder}/{DUPLICATES_FOLDER}/bucket-{bucket:04d}.parquet", found)
 
 
-def _judge_group(group: Sequence[_Entry], search: DuplicateSearch) -> Iterator[dict[str, object]]:
+def _shared(table: pa.Table) -> Iterator[tuple[int, int]]:
+    """Runs of at least two rows with the same key, in a table that is sorted by it."""
+    if not table.num_rows:
+        return
+    keys = table.column("key").to_numpy()
+    exact = table.column("exact").to_numpy(zero_copy_only=False)
+    changes = np.flatnonzero((keys[1:] != keys[:-1]) | (exact[1:] != exact[:-1])) + 1
+    bounds = np.concatenate([[0], changes, [table.num_rows]])
+    for number in np.flatnonzero(np.diff(bounds) > 1):
+        yield int(bounds[number]), int(bounds[number + 1])
+
+
+def _judge_group(group: Sequence[dict[str, Any]], search: DuplicateSearch) -> Iterator[dict[str, object]]:
     """Refusals among rows that share a key, in order of precedence."""
     last = len(search.rounds) - 1
-    for place, (order, row) in enumerate(group):
-        if order != last or not place:
+    for place, row in enumerate(group):
+        if row["order"] != last or not place:
             continue
         refusal = {"part": row["part"], "id": row["id"]}
         if row["exact"]:
-            yield {**refusal, "reason": "duplicate", "detail": f"of {group[0][1]['id']}"}
+            yield {**refusal, "reason": "duplicate", "detail": f"of {group[0]['id']}"}
             continue
         threshold = search.near.threshold if search.near is not None else 1.0
-        for _, earlier in group[:place]:
-            if earlier["id"] == row["id"]:
-                continue
-            score = similarity(earlier["signature"], row["signature"])
-            if score >= threshold:
+        for earlier in group[:place]:
+            score = short_similarity(earlier["signature"], row["signature"])
+            if earlier["id"] != row["id"] and score >= threshold:
                 yield {**refusal, "reason": "near_duplicate", "detail": f"{score:.2f} of {earlier['id']}"}
                 break

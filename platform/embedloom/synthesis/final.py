@@ -95,7 +95,8 @@ def write_final(
     """Write ``pairs/`` (or another folder) and ``rejects/`` of the artefact, part by part; finished ones are kept."""
     done = set(place.names(folder, ".parquet"))
     todo = [part for part in parts if f"{folder}/{part.file}" not in done]
-    groups = [todo[start : start + 32] for start in range(0, len(todo), 32)]
+    step = todo[0].round.parts_together if todo else 1
+    groups = [todo[start : start + step] for start in range(0, len(todo), step)]
     for _ in run_tasks(stage, _write_parts, groups, dict(last), folder, place):
         pass
 

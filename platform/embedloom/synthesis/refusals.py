@@ -19,15 +19,19 @@ from embedloom.synthesis.tally import Tally, stamped
 REFUSAL_SCHEMA = pa.schema(
     [("part", pa.string()), ("id", pa.string()), ("reason", pa.string()), ("detail", pa.string())]
 )
-PARTS_PER_TASK = 32
+_ROWS_PER_TASK = 16_384
 
 
 @dataclass(frozen=True, slots=True)
 class Round:
-    """One finished or running round of a phase; ``passes`` are folders of refusals below it, in order."""
+    """One finished or running round of a phase.
+
+    ``passes`` are folders of refusals below it, in order; ``parts_together`` is what one task works on.
+    """
 
     folder: str
     passes: tuple[str, ...] = ()
+    parts_together: int = 1
 
     def parts(self, place: Place) -> list[str]:
         """File names of its rows."""
@@ -36,11 +40,16 @@ class Round:
     def groups(self, place: Place) -> list[tuple[str, ...]]:
         """Its parts, as many together as one task works on."""
         parts = self.parts(place)
-        return [tuple(parts[n : n + PARTS_PER_TASK]) for n in range(0, len(parts), PARTS_PER_TASK)]
+        return [tuple(parts[n : n + self.parts_together]) for n in range(0, len(parts), self.parts_together)]
 
     def rows(self, place: Place, part: str, columns: Sequence[str] | None = None) -> pa.Table:
         """All rows of a part."""
         return place.read_table(f"{self.folder}/{ROWS_FOLDER}/{part}", list(columns) if columns else None)
+
+
+def parts_together(shard_rows: int) -> int:
+    """Parts that one task works on, so that it holds about as many rows whatever a shard holds."""
+    return max(1, _ROWS_PER_TASK // shard_rows)
 
 
 def refusal_table(rows: Iterable[dict[str, object]]) -> pa.Table:

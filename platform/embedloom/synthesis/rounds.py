@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import count
 from typing import Any
 from uuid import uuid4
 
@@ -25,7 +24,7 @@ from embedloom.progress import note
 from embedloom.storage import Place
 from embedloom.synthesis.pools import Placed, waves
 from embedloom.synthesis.quotas import Cell, Standing, check_limits, next_attempts
-from embedloom.synthesis.refusals import Round, count_parts
+from embedloom.synthesis.refusals import Round, count_parts, parts_together
 from embedloom.synthesis.round_work import ATTEMPTS_FILE, RoundWork, Stretch, attempts_folder, write_attempts
 from embedloom.synthesis.row_maker import ROWS_FOLDER, RowMaker
 from embedloom.synthesis.tally import Tally, stamped
@@ -82,16 +81,14 @@ class Rounds:
         Raises:
             StageError: a cell reached its limit of attempts, or an engine failed.
         """
-        for number in count():
-            stretches = self._planned(number)
-            if not stretches:
-                return self.rounds
-            folder = self._folder(number)
-            one = Round(folder, tuple(name for name, _ in self._phase.compare))
+        while stretches := self._planned(len(self.rounds)):
+            folder = self._folder(len(self.rounds))
+            passes = tuple(name for name, _ in self._phase.compare)
+            one = Round(folder, passes, parts_together(self._phase.config.shard_rows))
             if not self._place.exists(f"{folder}/{_COUNTS_FILE}"):
                 self._build(one, stretches)
             self._take_in(one)
-        raise AssertionError("unreachable: count() does not end")
+        return self.rounds
 
     def _folder(self, number: int) -> str:
         return f"steps/{self._phase.name}/round-{number:03d}"
