@@ -60,7 +60,11 @@ class ScoringPool:
         self._loaded: dict[int, Scorer | None] = {}
         self._running: dict[Any, tuple[int, Job | None]] = {}
         self._idle: list[int] = []
-        for index in range(min(size, pool.max_actors)):
+        self.grow(size)
+
+    def grow(self, size: int) -> None:
+        """Start more actors if ``size`` jobs could use them."""
+        for index in range(len(self._actors), min(size, self._pool.max_actors)):
             self._start(index)
 
     def _start(self, index: int) -> None:
