@@ -8,7 +8,8 @@ from embedloom.cluster.config import load_cluster
 from embedloom.config.run import load_run
 from embedloom.encoder.registry import check_model_name
 from embedloom.errors import ConfigError, MissingDependency
-from embedloom.pipeline import Run, build_missing, graph, missing, model_folder
+from embedloom.pipeline import build_missing, graph, missing, model_folder
+from embedloom.run import Run
 
 _NEEDS = {
     "mine": (("faiss", "cpu"),),

@@ -8,53 +8,15 @@ missing is known before anything runs. Stage modules are imported when their nod
 Ray and vLLM, and ``plan`` answers without.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from embedloom.artefacts import Artefact, ArtefactWriter, fingerprint
-from embedloom.cluster.config import ClusterConfig, Profile
-from embedloom.config.run import RunConfig
 from embedloom.corpus.state import source_state
 from embedloom.errors import ConfigError, DataError
 from embedloom.progress import duration, note
 from embedloom.retrieval.model_id import embedding_state, model_id
 from embedloom.retrieval.previous import set_aside
-from embedloom.storage import Place
-
-Inputs = dict[str, Artefact]
-Build = Callable[["Run", Inputs, ArtefactWriter], Artefact]
-
-
-@dataclass(frozen=True, slots=True)
-class Run:
-    """One run config on one profile."""
-
-    config: RunConfig
-    cluster: ClusterConfig
-    profile_name: str
-
-    @property
-    def profile(self) -> Profile:
-        """What the machines offer."""
-        return self.cluster.profile(self.profile_name)
-
-    @property
-    def place(self) -> Place:
-        """Root of the run's artefacts."""
-        return Place(self.config.folder)
-
-
-@dataclass(frozen=True, slots=True)
-class Node:
-    """One artefact of the graph."""
-
-    name: str  # its folder below the run
-    verb: str  # the command that builds it
-    settings: tuple[Any, ...]  # what of the config it depends on
-    inputs: tuple[str, ...]
-    build: Build
+from embedloom.run import Inputs, Node, Run
 
 
 def graph(run: Run) -> dict[str, Node]:

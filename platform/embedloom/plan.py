@@ -1,7 +1,8 @@
 """``plan`` and ``--dry-run``: what would run where, without starting anything."""
 
 from embedloom.config.resources import PoolConfig
-from embedloom.pipeline import Run, finished, graph
+from embedloom.pipeline import finished, graph
+from embedloom.run import Run
 
 
 def plan_table(run: Run) -> str:
