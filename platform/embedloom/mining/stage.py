@@ -23,8 +23,8 @@ from embedloom.mining.examples import (
     ExampleRules,
     ExampleWorker,
 )
-from embedloom.mining.given import CORPUS
 from embedloom.mining.judge import judge_sample
+from embedloom.mining.mined import Mined
 from embedloom.mining.queries import QUERIES_FOLDER, pair_files, write_queries
 from embedloom.mining.teacher_pass import DOCUMENTS_FOLDER, TeacherPass, part_names
 from embedloom.retrieval.embedder import EmbedderSource
@@ -104,15 +104,7 @@ def build_examples(
         StageError: not a single example came out, or a worker failed.
     """
     details = mined.manifest["details"]
-    parts = part_names(details)
-    rules = ExampleRules(
-        selection=config.selection,
-        symmetric_task_types=SYMMETRIC_TASK_TYPES,
-        parts=tuple(parts),
-        teachers=len(details["teachers"]),
-        given=tuple(details["given"]),
-        has_corpus=CORPUS in details["parts"],
-    )
+    rules = ExampleRules(config.selection, SYMMETRIC_TASK_TYPES)
     done = run_sharded(
         stage="examples",
         source=mined.place,
@@ -121,7 +113,7 @@ def build_examples(
         done_folder=EXAMPLES_FOLDER,
         shard_rows=max(1, mined.counts["rows"]),
         worker=ExampleWorker,
-        worker_arguments={"rules": rules, "mined": mined.place, "corpus": corpus.place},
+        worker_arguments={"rules": rules, "mined": Mined.of(mined, corpus)},
         pool=pool,
         unit="queries",
         by_file=True,
