@@ -1,6 +1,6 @@
 """The spine: every artefact of a run, what it is made from, and how it is built.
 
-    corpus ─► synthesis ─► mining ─► examples ─► training/<candidate>/<stage> ─► merged ─► evaluation, vectors
+    corpus ─► synthesis ─► mining (─► rescoring) ─► examples ─► training/<candidate>/<stage> ─► merged ─► evaluation, vectors
                  encoder (the untrained base) ─┘
 
 A node's fingerprint follows from its config and its inputs' fingerprints alone, so what is finished, stale or
@@ -14,7 +14,7 @@ from embedloom.artefacts import Artefact, ArtefactWriter, fingerprint
 from embedloom.corpus.state import source_state
 from embedloom.errors import ConfigError, DataError
 from embedloom.progress import duration, note
-from embedloom.retrieval.model_id import embedding_state, model_id
+from embedloom.retrieval.model_id import embedding_state, model_id, rescoring_state
 from embedloom.retrieval.previous import set_aside
 from embedloom.run import Inputs, Node, Run
 
@@ -32,10 +32,14 @@ def graph(run: Run) -> dict[str, Node]:
             Node("synthesis", "synthesize", (config.synthesis, config.run.seed), ("corpus",), _synthesis)
         )
     pairs = tuple(node.name for node in nodes if node.name in ("corpus", "synthesis"))
-    found = config.mining.model_dump(mode="json", exclude={"selection", "audit", "memory_gib"})
+    found = config.mining.model_dump(mode="json", exclude={"selection", "rescoring", "audit", "memory_gib"})
     nodes.append(Node("mining", "mine", (found,), pairs, _mining))
+    scored: tuple[str, ...] = ("mining", "corpus")
+    if config.mining.rescoring is not None:
+        nodes.append(Node("rescoring", "mine", rescoring_state(config.mining.rescoring), scored, _rescoring))
+        scored = (*scored, "rescoring")
     rules = (config.mining.selection, config.mining.audit)
-    nodes.append(Node("examples", "mine", rules, ("mining", "corpus"), _examples))
+    nodes.append(Node("examples", "mine", rules, scored, _examples))
     trained: list[str] = []
     shared = config.training.model_dump(
         mode="json", exclude={"candidates", "stages", "max_failures", "checkpoints_kept"}
@@ -48,9 +52,9 @@ def graph(run: Run) -> dict[str, Node]:
             start = name
         trained.append(start)
     nodes.append(Node("merged", "merge", (config.merging,), tuple(trained), _merged))
-    scored = ("corpus", "encoder", *trained, "merged")
+    models = ("corpus", "encoder", *trained, "merged")
     settings = (config.evaluation, config.mining.teachers[0].model)
-    nodes.append(Node("evaluation", "evaluate", settings, scored, _evaluation))
+    nodes.append(Node("evaluation", "evaluate", settings, models, _evaluation))
     model = config.embedding.model
     source = {"merged": "merged", "base": "encoder"} | {
         c.name: t for c, t in zip(config.training.candidates, trained, strict=True)
@@ -190,13 +194,21 @@ def _mining(run: Run, inputs: Inputs, out: ArtefactWriter) -> Artefact:
     return mine(config, inputs["corpus"], others, teacher_sources(config), run.profile.stages.mining, out)
 
 
+def _rescoring(run: Run, inputs: Inputs, out: ArtefactWriter) -> Artefact:
+    from embedloom.mining.rescore import rescore
+    from embedloom.mining.teachers import rescoring_source
+
+    config, pool = run.config.mining, run.profile.stages.mining
+    return rescore(config, inputs["mining"], inputs["corpus"], rescoring_source(config), pool, out)
+
+
 def _examples(run: Run, inputs: Inputs, out: ArtefactWriter) -> Artefact:
     from embedloom.mining.stage import build_examples
     from embedloom.mining.teachers import judge_source
 
-    config = run.config.mining
-    judge = judge_source(config)
-    return build_examples(config, inputs["mining"], inputs["corpus"], judge, run.profile.stages.mining, out)
+    config, pool = run.config.mining, run.profile.stages.mining
+    judge, rescored = judge_source(config), inputs.get("rescoring")
+    return build_examples(config, inputs["mining"], inputs["corpus"], judge, pool, out, rescored)
 
 
 def _training(run: Run, inputs: Inputs, out: ArtefactWriter) -> Artefact:

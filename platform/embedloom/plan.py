@@ -64,6 +64,8 @@ def _planned_work(run: Run, name: str) -> str:
         return f"{section.documents:,} documents x {section.queries_per_document} queries by {models}"
     if name == "mining":
         return f"teachers {', '.join(t.model for t in config.mining.teachers)}, top {config.mining.top_k}"
+    if name == "rescoring" and config.mining.rescoring is not None:
+        return f"{config.mining.rescoring.model}, best {config.mining.rescoring.top}"
     if name == "examples":
         return f"{config.mining.selection.method}, {config.mining.selection.negatives} negatives"
     if name.startswith("training/"):

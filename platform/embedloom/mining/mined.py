@@ -1,7 +1,7 @@
 """Reading a mining artefact back: what was found for every query, and the texts behind it."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from embedloom.artefacts import Artefact
@@ -41,6 +41,10 @@ class Mined:
         given = [(mined.place, f"{GIVEN_FOLDER}/{name}") for name in details["given"]]
         parts = tuple(part_names(details))
         return cls(mined.place, parts, len(details["teachers"]), (*documents, *given))
+
+    def rescored(self, artefact: Artefact) -> "Mined":
+        """The same queries and texts with the scores of a rescoring artefact."""
+        return replace(self, scored=artefact.place, teachers=1)
 
     def found(self, part: str) -> list[list[Found]]:
         """Every teacher's results for a part of the queries, query by query."""
