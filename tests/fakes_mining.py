@@ -2,6 +2,10 @@
 
 import random
 
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
+
 from embedloom.artefacts import Artefact, ArtefactWriter
 from embedloom.records import table_from_rows
 from embedloom.storage import Place
@@ -53,3 +57,26 @@ def make_corpus(folder, documents, pairs=(), cuts=1) -> Artefact:
 
 def make_synthesis(folder, pairs) -> Artefact:
     return make_artefact(folder, "synthesis", {"pairs/part-000000.parquet": ("pairs", list(pairs))})
+
+
+def make_tiny_cross_encoder(folder, labels=1, seed=0):
+    """A random BERT sequence classifier of two layers over bytes, with [CLS] a [SEP] b [SEP] pairs."""
+    torch.manual_seed(seed)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {"[PAD]": 0, "[CLS]": 1, "[SEP]": 2} | {byte: n + 3 for n, byte in enumerate(alphabet)}
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]",
+        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+        special_tokens=[("[CLS]", 1), ("[SEP]", 2)],
+    )
+    PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="[PAD]", cls_token="[CLS]", sep_token="[SEP]"
+    ).save_pretrained(folder)
+    config = BertConfig(
+        vocab_size=259, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=128, num_labels=labels, initializer_range=0.5,
+    )  # fmt: skip
+    BertForSequenceClassification(config).save_pretrained(folder)
+    return folder

@@ -5,6 +5,7 @@ import pytest
 from embedloom.artefacts import Artefact
 from embedloom.errors import DataError
 from embedloom.lineage import explain
+from embedloom.records import table_from_rows
 from embedloom.storage import Place
 from fakes_run import begin, make_run
 
@@ -84,3 +85,19 @@ def test_unknown_id_and_empty_folder_are_refused(run, tmp_path):
         explain(run, "nobody")
     with pytest.raises(DataError, match="no finished artefact"):
         explain(Place(str(tmp_path / "empty")), None)
+
+
+def test_rescored_candidates_stand_beside_the_teachers(run):
+    mining = Artefact.open(run.child("mining"))
+    row = {
+        **mining.place.read_tables("candidates").to_pylist()[0],
+        "document_ids": ["doc-http"], "scores": [0.875], "teacher": "cross", "contract_hash": "c9",
+    }  # fmt: skip
+    out = begin(run, "rescoring", "rescoring", mining=mining)
+    out.place.write_table("candidates/part-000000.parquet", table_from_rows("candidates", [row]))
+    out.commit({"rows": 1})
+    text = explain(run, row["query_id"])
+    assert text.index("teacher      minilm-l6, contract c123, 2 kept") < text.index(
+        "teacher      cross, contract c9, 1 kept"
+    )
+    assert "0.87500  doc-http" in text

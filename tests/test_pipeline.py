@@ -7,8 +7,9 @@ import pytest
 import yaml
 
 from embedloom.errors import DataError
-from embedloom.launch import execute, load
+from embedloom.launch import execute, load, preflight
 from embedloom.pipeline import build_missing, fingerprints, finished, graph, missing
+from fakes_mining import make_tiny_cross_encoder
 
 ROOT = Path(__file__).parent.parent
 CLUSTER = ROOT / "cluster" / "cluster.yaml"
@@ -149,3 +150,31 @@ def test_dry_run_starts_and_writes_nothing(tiny_llama, tiny_model, tmp_path):
     plan = execute(run, None, dry_run=True)
     assert "0 of 10 artefacts finished" in plan
     assert not (tmp_path / "runs").exists()
+
+
+def test_other_rescoring_needs_no_other_mining(tiny_llama, tiny_model, tmp_path):
+    config = write_config(tmp_path, tiny_llama, tiny_model)
+    cross = make_tiny_cross_encoder(tmp_path / "cross")
+
+    def known(*overrides):
+        run = load(config, "local", CLUSTER, list(overrides))
+        return fingerprints(graph(run))
+
+    without = known()
+    with_ten = known(f"mining.rescoring={{model: {cross}, top: 10}}")
+    with_five = known(f"mining.rescoring={{model: {cross}, top: 5}}")
+    assert list(with_ten) == [*list(without)[:3], "rescoring", *list(without)[3:]]
+    assert without["mining"] == with_ten["mining"] == with_five["mining"]
+    assert len({one["examples"] for one in (without, with_ten, with_five)}) == 3
+    assert with_ten["rescoring"] != with_five["rescoring"]
+    make_tiny_cross_encoder(cross, seed=1)
+    assert known(f"mining.rescoring={{model: {cross}, top: 10}}")["rescoring"] != with_ten["rescoring"]
+    other_rules = known(f"mining.rescoring={{model: {cross}, top: 5}}", "mining.selection.margin_ratio=0.9")
+    assert other_rules["rescoring"] == known(f"mining.rescoring={{model: {cross}, top: 5}}")["rescoring"]
+    assert other_rules["examples"] != with_five["examples"]
+
+    run = load(config, "local", CLUSTER, [f"mining.rescoring={{model: {cross}, top: 10}}"])
+    assert f"{cross}, best 10" in execute(run, None, dry_run=True)
+    run = load(config, "local", CLUSTER, ["mining.rescoring={model: ./nowhere, top: 10}"])
+    with pytest.raises(DataError, match=r"mining\.rescoring\.model: './nowhere' does not exist"):
+        preflight(run, {"mine"})

@@ -24,7 +24,7 @@ JUDGED = {
 def audited_run(folder, rows, judged=None):
     run = make_run(folder)
     audit = audit_summary([pa.Table.from_pylist(rows)], 4)
-    details = {"audit": {**audit, "judged": judged} if judged else audit}
+    details = {"audit": {**audit, "judged": judged} if judged else audit, "scored_by": ["cross & co"]}
     begin(run, "examples", "examples").commit({"rows": len(rows)}, details, seconds=1)
     return run
 
@@ -41,6 +41,7 @@ def test_shares_gaps_and_the_judges_interval_are_shown(tmp_path):
     cells = [cell.strip() for cell in page.text.split("  ") if cell.strip()]
     text = " ".join(" ".join(cells).split())
     assert "Hard negatives" in text
+    assert "Scores of cross & co." in text
     # all: 500 of 4,000 candidates by the margin, 6 of 8 naive ones, 2 near-duplicates of 8 selected
     assert "all 2 4,000 0.50% 12.50% 0.00% 0.00% 75.00% 8 25.00% 0.00%" in text
     assert "public 1 1,000 1.00% 25.00%" in text

@@ -8,7 +8,8 @@ from embedloom.cluster.config import load_cluster
 from embedloom.config.run import load_run
 from embedloom.encoder.registry import check_model_name
 from embedloom.errors import ConfigError, MissingDependency
-from embedloom.pipeline import Run, build_missing, graph, missing, model_folder
+from embedloom.pipeline import build_missing, graph, missing, model_folder
+from embedloom.run import Run
 from embedloom.synthesis.pools import waves
 
 _NEEDS = {
@@ -51,6 +52,8 @@ def preflight(run: Run, verbs: set[str]) -> None:
         for index, teacher in enumerate(config.mining.teachers):
             if teacher.engine != "openai":
                 check_model_name(teacher.model, f"mining.teachers.{index}")
+    if "mine" in verbs and config.mining.rescoring is not None:
+        check_model_name(config.mining.rescoring.model, "mining.rescoring.model")
     wants_index = "embed" in verbs and config.embedding.index is not None
     if wants_index and importlib.util.find_spec("faiss") is None:
         raise MissingDependency("faiss", "gpu" if gpu else "cpu", "embedding.index")

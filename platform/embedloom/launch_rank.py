@@ -14,7 +14,7 @@ from embedloom.encoder.registry import check_model_name
 from embedloom.errors import ConfigError, DataError
 from embedloom.judging import VERDICT_FILE
 from embedloom.launch import execute
-from embedloom.pipeline import Run
+from embedloom.run import Run
 from embedloom.storage import Place
 from embedloom.verdict import REFUSED
 

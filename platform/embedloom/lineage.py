@@ -9,7 +9,9 @@ from embedloom.artefacts import MANIFEST_FILE, Artefact
 from embedloom.errors import DataError
 from embedloom.storage import Place
 
-_FIXED = ("corpus", "encoder", "synthesis", "mining", "examples", "merged", "evaluation", "gate", "vectors")
+_FIXED = (
+    "corpus", "encoder", "synthesis", "mining", "rescoring", "examples", "merged", "evaluation", "gate", "vectors",
+)  # fmt: skip
 _PREVIEW = 160  # characters of a text
 _LISTED = 5  # pairs of a document, negatives of an example
 # kind of row -> (artefact, folder) where such rows are
@@ -22,7 +24,7 @@ _TABLES = {
         ("synthesis", "pairs"),
     ),
     "example": (("examples", "examples"),),
-    "candidates": (("mining", "candidates"),),
+    "candidates": (("mining", "candidates"), ("rescoring", "candidates")),
     "reject": (
         ("corpus", "rejects"),
         ("synthesis", "rejects"),
@@ -110,8 +112,8 @@ def _explain_row(run: Place, artefacts: dict[str, Artefact], row_id: str) -> Ite
         yield from _describe_example(*example)
     if pair is not None:
         yield from _describe_pair(*pair)
-        candidates = _find(artefacts, "candidates", pair[1]["id"], column="query_id")
-        yield from _describe_candidates(*candidates) if candidates else ()
+        for where, row in _rows(artefacts, "candidates", pair[1]["id"], column="query_id"):
+            yield from _describe_candidates(where, row)
     if document is not None:
         yield from _describe_document(*document)
         if pair is None:

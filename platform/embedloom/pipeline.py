@@ -1,63 +1,25 @@
 """The spine: every artefact of a run, what it is made from, and how it is built.
 
-    corpus ─► synthesis ─► mining ─► examples ─► training/<candidate>/<stage> ─► merged ─► evaluation ─► gate
-                 encoder (the untrained base) ─┘                                     └─► vectors
+    corpus ─► synthesis ─► mining (─► rescoring) ─► examples ─► training/<candidate>/<stage> ─► merged ─► evaluation ─► gate
+                 encoder (the untrained base) ─┘                                                  └─► vectors
 
 A node's fingerprint follows from its config and its inputs' fingerprints alone, so what is finished, stale or
 missing is known before anything runs. Stage modules are imported when their node is built: they bring torch,
 Ray and vLLM, and ``plan`` answers without.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from embedloom import merge_build
 from embedloom.artefacts import Artefact, ArtefactWriter, fingerprint
-from embedloom.cluster.config import ClusterConfig, Profile
-from embedloom.config.run import RunConfig
 from embedloom.corpus.state import source_state
 from embedloom.errors import DataError
 from embedloom.judging import build_evaluation, build_gate, task_files
 from embedloom.progress import duration, note
-from embedloom.retrieval.model_id import embedding_state, model_id
+from embedloom.retrieval.model_id import embedding_state, model_id, rescoring_state
 from embedloom.retrieval.previous import set_aside
-from embedloom.storage import Place
+from embedloom.run import Inputs, Node, Run
 from embedloom.synthesis.prompts_used import section_state
-
-Inputs = dict[str, Artefact]
-Build = Callable[["Run", Inputs, ArtefactWriter], Artefact]
-
-
-@dataclass(frozen=True, slots=True)
-class Run:
-    """One run config on one profile."""
-
-    config: RunConfig
-    cluster: ClusterConfig
-    profile_name: str
-
-    @property
-    def profile(self) -> Profile:
-        """What the machines offer."""
-        return self.cluster.profile(self.profile_name)
-
-    @property
-    def place(self) -> Place:
-        """Root of the run's artefacts."""
-        return Place(self.config.folder)
-
-
-@dataclass(frozen=True, slots=True)
-class Node:
-    """One artefact of the graph."""
-
-    name: str  # its folder below the run
-    verb: str  # the command that builds it
-    settings: tuple[Any, ...]  # what of the config it depends on
-    inputs: tuple[str, ...]
-    build: Build
 
 
 def graph(run: Run) -> dict[str, Node]:
@@ -72,10 +34,14 @@ def graph(run: Run) -> dict[str, Node]:
         settings = section_state(config.synthesis, config.mining.teachers), config.run.seed
         nodes.append(Node("synthesis", "synthesize", settings, ("corpus",), _synthesis))
     pairs = tuple(node.name for node in nodes if node.name in ("corpus", "synthesis"))
-    found = config.mining.model_dump(mode="json", exclude={"selection", "audit", "memory_gib"})
+    found = config.mining.model_dump(mode="json", exclude={"selection", "rescoring", "audit", "memory_gib"})
     nodes.append(Node("mining", "mine", (found,), pairs, _mining))
+    scored: tuple[str, ...] = ("mining", "corpus")
+    if config.mining.rescoring is not None:
+        nodes.append(Node("rescoring", "mine", rescoring_state(config.mining.rescoring), scored, _rescoring))
+        scored = (*scored, "rescoring")
     rules = (config.mining.selection, config.mining.audit)
-    nodes.append(Node("examples", "mine", rules, ("mining", "corpus"), _examples))
+    nodes.append(Node("examples", "mine", rules, scored, _examples))
     trained: list[str] = []
     shared = config.training.model_dump(
         mode="json", exclude={"candidates", "stages", "max_failures", "checkpoints_kept"}
@@ -88,15 +54,15 @@ def graph(run: Run) -> dict[str, Node]:
             start = name
         trained.append(start)
     nodes.append(Node("merged", "merge", *merge_build.node(config, trained), _merged))
-    scored = ("corpus", "encoder", *trained, "merged")
-    settings = (config.evaluation, config.mining.teachers[0].model, task_files(config.evaluation))
-    nodes.append(Node("evaluation", "evaluate", settings, scored, _evaluation))
+    models = ("corpus", "encoder", *trained, "merged")
+    judged = (config.evaluation, config.mining.teachers[0].model, task_files(config.evaluation))
+    nodes.append(Node("evaluation", "evaluate", judged, models, _evaluation))
     model = config.embedding.model
     source = {"merged": "merged", "base": "encoder"} | {
         c.name: t for c, t in zip(config.training.candidates, trained, strict=True)
     }
-    judged = tuple(source[name] for name in (config.gate.candidate, config.gate.against))
-    nodes.append(Node("gate", "gate", (config.gate,), ("evaluation", *judged), _gate))
+    compared = tuple(source[name] for name in (config.gate.candidate, config.gate.against))
+    nodes.append(Node("gate", "gate", (config.gate,), ("evaluation", *compared), _gate))
     parents = (["corpus"] if config.embedding.corpus is None else []) + (
         [source[model]] if model in source else []
     )
@@ -231,13 +197,21 @@ def _mining(run: Run, inputs: Inputs, out: ArtefactWriter) -> Artefact:
     return mine(config, inputs["corpus"], others, teacher_sources(config), run.profile.stages.mining, out)
 
 
+def _rescoring(run: Run, inputs: Inputs, out: ArtefactWriter) -> Artefact:
+    from embedloom.mining.rescore import rescore
+    from embedloom.mining.teachers import rescoring_source
+
+    config, pool = run.config.mining, run.profile.stages.mining
+    return rescore(config, inputs["mining"], inputs["corpus"], rescoring_source(config), pool, out)
+
+
 def _examples(run: Run, inputs: Inputs, out: ArtefactWriter) -> Artefact:
     from embedloom.mining.stage import build_examples
     from embedloom.mining.teachers import judge_source
 
-    config = run.config.mining
-    judge = judge_source(config)
-    return build_examples(config, inputs["mining"], inputs["corpus"], judge, run.profile.stages.mining, out)
+    config, pool = run.config.mining, run.profile.stages.mining
+    judge, rescored = judge_source(config), inputs.get("rescoring")
+    return build_examples(config, inputs["mining"], inputs["corpus"], judge, pool, out, rescored)
 
 
 def _training(run: Run, inputs: Inputs, out: ArtefactWriter) -> Artefact:

@@ -1,7 +1,8 @@
 """``plan`` and ``--dry-run``: what would run where, without starting anything."""
 
 from embedloom.config.resources import PoolConfig
-from embedloom.pipeline import Run, finished, graph
+from embedloom.pipeline import finished, graph
+from embedloom.run import Run
 from embedloom.synthesis.prices import describe
 
 
@@ -68,6 +69,8 @@ def _planned_work(run: Run, name: str) -> str:
         return f"{rows} rows by {models}"
     if name == "mining":
         return f"teachers {', '.join(t.model for t in config.mining.teachers)}, top {config.mining.top_k}"
+    if name == "rescoring" and config.mining.rescoring is not None:
+        return f"{config.mining.rescoring.model}, best {config.mining.rescoring.top}"
     if name == "examples":
         return f"{config.mining.selection.method}, {config.mining.selection.negatives} negatives"
     if name.startswith("training/"):

@@ -69,6 +69,20 @@ def test_shipped_cluster_config_loads_and_describes_64_gpus():
         ),
         ("synthesis.families.0.familly=sts", r"synthesis\.families.*unknown key"),
         ("synthesis.engine=fast", r"synthesis\.engine: unknown key"),
+        (
+            "mining.rescoring={model: m, top: 4}",
+            r"rescoring\.top is 4, it must be above selection\.negatives \(4\) and not above top_k \(100\)",
+        ),
+        ("mining.rescoring={model: m, top: 101}", r"rescoring\.top is 101, .*not above top_k \(100\)"),
+        (
+            "mining={teachers: [a, b], rescoring: {model: m}, selection: {blend: intra_sample}}",
+            r"selection\.blend is 'intra_sample', but with rescoring there is one list; allowed: 'first'",
+        ),
+        (
+            "mining.rescoring={model: m, query_template: hi}",
+            r"query_template: a template holds \{text\} once",
+        ),
+        ("mining.rescoring={model: m, max_token: 9}", "unknown key; the nearest valid key is 'max_tokens'"),
         ("synthesis=null", "training.mix.synthetic is above 0, but the config has no synthesis section"),
         ("encoder.template=hello", r"encoder\.template: template must contain \{text\}"),
         ("corpus.sources=[]", r"corpus\.sources: .*at least 1"),

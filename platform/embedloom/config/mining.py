@@ -5,7 +5,7 @@ from typing import Literal
 from pydantic import Field, field_validator, model_validator
 
 from embedloom.config.base import FrozenConfig
-from embedloom.config.teacher import Teacher
+from embedloom.config.teacher import Teacher, check_template
 from embedloom.instructions import DEFAULT_INSTRUCTIONS
 
 
@@ -39,6 +39,26 @@ class SelectionConfig(FrozenConfig):
         return self
 
 
+class RescoringConfig(FrozenConfig):
+    """A cross-encoder that scores the best candidates again; the selection rules then read its scores alone.
+
+    They are sigmoids, which spread over 0 to 1 where cosines crowd, so the rules' numbers (0.95 was found for
+    cosines) are to be chosen anew. A reranking LLM saved by sentence-transformers' CrossEncoder works the same way.
+    """
+
+    model: str = Field(min_length=1)  # a folder or Hugging Face id, one label
+    top: int = Field(default=50, ge=1)  # candidates per query: each teacher's best in turn
+    max_tokens: int = Field(default=512, ge=8)  # query and document together
+    query_template: str = "{text}"  # {instruction} and {text}; documents are read as they are
+    batch_size: int = Field(default=32, ge=1)  # pairs
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+
+    @field_validator("query_template")
+    @classmethod
+    def _template_holds_the_text(cls, value: str) -> str:
+        return check_template(value)
+
+
 class AuditConfig(FrozenConfig):
     """A second opinion on the selected negatives."""
 
@@ -58,6 +78,7 @@ class MiningConfig(FrozenConfig):
     shard_rows: int = Field(default=2048, ge=1)
     memory_gib: float = Field(default=4.0, gt=0)  # vectors one search actor keeps; the rest streams from disk
     instructions: dict[str, str] = Field(default_factory=lambda: dict(DEFAULT_INSTRUCTIONS))
+    rescoring: RescoringConfig | None = None  # null: the rules read the teachers' scores
     selection: SelectionConfig = SelectionConfig()
     audit: AuditConfig = AuditConfig()
 
@@ -74,5 +95,20 @@ class MiningConfig(FrozenConfig):
         if self.top_k <= self.selection.negatives:
             raise ValueError(
                 f"top_k is {self.top_k}, it must be above selection.negatives ({self.selection.negatives})"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _rescoring_fits(self) -> "MiningConfig":
+        if self.rescoring is None:
+            return self
+        if not self.selection.negatives < self.rescoring.top <= self.top_k:
+            raise ValueError(
+                f"rescoring.top is {self.rescoring.top}, it must be above selection.negatives "
+                f"({self.selection.negatives}) and not above top_k ({self.top_k})"
+            )
+        if self.selection.blend != "first":
+            raise ValueError(
+                f"selection.blend is {self.selection.blend!r}, but with rescoring there is one list; allowed: 'first'"
             )
         return self

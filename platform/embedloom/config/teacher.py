@@ -45,12 +45,7 @@ class Teacher(FrozenConfig):
     @field_validator("query_template", "document_template")
     @classmethod
     def _template_holds_the_text(cls, value: str | None) -> str | None:
-        names = _PLACEHOLDER.findall(value) if value is not None else ["text"]
-        if names.count("text") != 1 or set(names) - {"text", "instruction"}:
-            raise ValueError(
-                "a template holds {text} once and may hold {instruction}; nothing else in braces"
-            )
-        return value
+        return value if value is None else check_template(value)
 
     @field_validator("url")
     @classmethod
@@ -82,6 +77,18 @@ class Teacher(FrozenConfig):
             reason = "engine encoder; its template stands in the model's contract.json"
             _refuse(given, ("query_template", "document_template", "batch_size"), reason)
         return self
+
+
+def check_template(value: str) -> str:
+    """Return a template that holds the text once.
+
+    Raises:
+        ValueError: it does not, or holds another name in braces.
+    """
+    names = _PLACEHOLDER.findall(value)
+    if names.count("text") != 1 or set(names) - {"text", "instruction"}:
+        raise ValueError("a template holds {text} once and may hold {instruction}; nothing else in braces")
+    return value
 
 
 def _refuse(given: set[str], keys: tuple[str, ...], reason: str) -> None:

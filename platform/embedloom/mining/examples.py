@@ -7,12 +7,11 @@ import pyarrow as pa
 
 from embedloom.config.mining import SelectionConfig
 from embedloom.mining.audit import NEAR_DUPLICATE, near_duplicate
-from embedloom.mining.documents import DocumentTexts
-from embedloom.mining.given import CORPUS, GIVEN_FOLDER, LABEL_TASK_TYPES
+from embedloom.mining.given import LABEL_TASK_TYPES
+from embedloom.mining.mined import Found, Mined, negatives_given, positive_texts
 from embedloom.mining.select import Selection, blend, query_seed, select_negatives
-from embedloom.mining.teacher_pass import CANDIDATES_FOLDER, DOCUMENTS_FOLDER, SCORES_FOLDER, given_texts
+from embedloom.mining.teacher_pass import given_texts
 from embedloom.records import table_from_rows
-from embedloom.storage import Place
 
 EXAMPLES_FOLDER = "examples"
 AUDIT_FOLDER = "audit"
@@ -59,38 +58,21 @@ class ExampleRules:
 
     selection: SelectionConfig
     symmetric_task_types: tuple[str, ...]
-    parts: tuple[str, ...]  # of the queries
-    teachers: int
-    given: tuple[str, ...]  # collections of given texts
-    has_corpus: bool
-
-
-@dataclass(frozen=True, slots=True)
-class _Mined:
-    """What one teacher found for one query."""
-
-    ids: list[str]
-    scores: list[float]
-    positive: float
-    lowest: float
-    given: list[float]
-    teacher: str
 
 
 class ExampleWorker:
     """Actor that turns one part of the queries into examples."""
 
-    def __init__(self, rules: ExampleRules, mined: Place, corpus: Place) -> None:
+    def __init__(self, rules: ExampleRules, mined: Mined) -> None:
         self._rules = rules
         self._mined = mined
-        folders = [(corpus, DOCUMENTS_FOLDER)] if rules.has_corpus else []
-        self._texts = DocumentTexts([*folders, *((mined, f"{GIVEN_FOLDER}/{name}") for name in rules.given)])
+        self._texts = mined.open_texts()
 
     def __call__(self, rows: pa.Table) -> dict[str, pa.Table]:
         """Build one part; the examples are named last, so their file marks it done."""
         queries = rows.to_pylist()
-        found = self._found(queries[0]["part"])
-        positives = self._positives(queries)
+        found = self._mined.found(queries[0]["part"])
+        positives = positive_texts(self._texts, queries)
         chosen = [
             self._select(row, positive, [teacher[number] for teacher in found])
             for number, (row, positive) in enumerate(zip(queries, positives, strict=True))
@@ -107,7 +89,7 @@ class ExampleWorker:
             else:
                 examples.append(self._example(row, positive, mined, negatives, one.scores))
             audit.append(_audit_row(row, mined, one, positive, negatives))
-            if not _is_given(row):
+            if not negatives_given(row):
                 naive = texts[one.naive[0]] if one.naive else None
                 sample += _sample_rows(row, positive, negatives[:1], [naive] if naive else [])
         return {
@@ -117,33 +99,10 @@ class ExampleWorker:
             EXAMPLES_FOLDER: table_from_rows("examples", examples),
         }
 
-    def _found(self, part: str) -> list[list[_Mined]]:
-        """Every teacher's results for this part, query by query."""
-        parts = self._rules.parts
-        names = [
-            f"part-{n * len(parts) + parts.index(part):06d}.parquet" for n in range(self._rules.teachers)
-        ]
-        found = []
-        for name in names:
-            candidates = self._mined.read_table(f"{CANDIDATES_FOLDER}/{name}").to_pylist()
-            scores = self._mined.read_table(f"{SCORES_FOLDER}/{name}").to_pylist()
-            found.append(
-                [
-                    _Mined(c["document_ids"], c["scores"], s["positive_score"], s["lowest_score"], s["given_scores"], s["teacher"])
-                    for c, s in zip(candidates, scores, strict=True)
-                ]
-            )  # fmt: skip
-        return found
-
-    def _positives(self, queries: list[dict[str, Any]]) -> list[str]:
-        positions = self._texts.find([row["document_id"] for row in queries])
-        texts = self._texts.texts(positions[positions >= 0].tolist())
-        return [row["positive"] or texts[int(at)] for at, row in zip(positions, queries, strict=True)]
-
-    def _select(self, row: dict[str, Any], positive: str, mined: list[_Mined]) -> Selection[Any]:
+    def _select(self, row: dict[str, Any], positive: str, mined: list[Found]) -> Selection[Any]:
         """Negatives of one query: positions of documents, or the texts that came with the pair."""
         rules = self._rules.selection
-        if _is_given(row):
+        if negatives_given(row):
             texts = given_texts(row)[-len(mined[0].given) :] if mined[0].given else []
             scored = dict(zip(texts, mined[0].given, strict=True))
             scored.pop(positive, None)
@@ -166,7 +125,7 @@ class ExampleWorker:
         return blend(selections, rules, row["id"])
 
     def _example(
-        self, row: dict[str, Any], positive: str, mined: _Mined, negatives: list[str], scores: list[float]
+        self, row: dict[str, Any], positive: str, mined: Found, negatives: list[str], scores: list[float]
     ) -> dict[str, Any]:
         symmetric = row["task_type"] in self._rules.symmetric_task_types
         # A label or a passage is bare; only texts that stand opposite each other both carry the instruction.
@@ -185,13 +144,8 @@ class ExampleWorker:
         }
 
 
-def _is_given(row: dict[str, Any]) -> bool:
-    """Whether a query's negatives come with it, and the corpus is not searched for them."""
-    return bool(row["negatives"]) or (row["task_type"] in LABEL_TASK_TYPES and row["collection"] == CORPUS)
-
-
 def _audit_row(
-    row: dict[str, Any], mined: _Mined, one: Selection[Any], positive: str, negatives: list[str]
+    row: dict[str, Any], mined: Found, one: Selection[Any], positive: str, negatives: list[str]
 ) -> dict[str, Any]:
     return {
         "query_id": row["id"],
@@ -205,7 +159,7 @@ def _audit_row(
         "removed_by_rank": one.removed_by_rank,
         "removed_by_floor": one.removed_by_floor,
         "selected": len(one.ids),
-        "given": _is_given(row),
+        "given": negatives_given(row),
         "naive": len(one.naive),
         "naive_removed": one.naive_removed,
         "gaps": [mined.lowest - score for score in one.scores],

@@ -23,8 +23,8 @@ from embedloom.mining.examples import (
     ExampleRules,
     ExampleWorker,
 )
-from embedloom.mining.given import CORPUS
 from embedloom.mining.judge import judge_sample
+from embedloom.mining.mined import Mined
 from embedloom.mining.queries import QUERIES_FOLDER, pair_files, write_queries
 from embedloom.mining.teacher_pass import DOCUMENTS_FOLDER, TeacherPass, part_names
 from embedloom.retrieval.embedder import EmbedderSource
@@ -89,6 +89,7 @@ def build_examples(
     judge: EmbedderSource | None,
     pool: PoolConfig,
     out: ArtefactWriter,
+    rescored: Artefact | None = None,
 ) -> Artefact:
     """Apply the selection rules to mined candidates and audit what they did.
 
@@ -99,20 +100,14 @@ def build_examples(
         judge: second teacher that looks at a sample, or None.
         pool: actors and what each reserves.
         out: writer of the examples artefact: ``examples/``, ``audit/``, ``rejects/``, ``sample/``.
+        rescored: artefact of ``rescore``, whose scores the rules read in place of the teachers'.
 
     Raises:
         StageError: not a single example came out, or a worker failed.
     """
     details = mined.manifest["details"]
-    parts = part_names(details)
-    rules = ExampleRules(
-        selection=config.selection,
-        symmetric_task_types=SYMMETRIC_TASK_TYPES,
-        parts=tuple(parts),
-        teachers=len(details["teachers"]),
-        given=tuple(details["given"]),
-        has_corpus=CORPUS in details["parts"],
-    )
+    rules = ExampleRules(config.selection, SYMMETRIC_TASK_TYPES)
+    scored = Mined.of(mined, corpus) if rescored is None else Mined.of(mined, corpus).rescored(rescored)
     done = run_sharded(
         stage="examples",
         source=mined.place,
@@ -121,7 +116,7 @@ def build_examples(
         done_folder=EXAMPLES_FOLDER,
         shard_rows=max(1, mined.counts["rows"]),
         worker=ExampleWorker,
-        worker_arguments={"rules": rules, "mined": mined.place, "corpus": corpus.place},
+        worker_arguments={"rules": rules, "mined": scored},
         pool=pool,
         unit="queries",
         by_file=True,
@@ -138,7 +133,8 @@ def build_examples(
         sample = draw_sample(_tables(out.place, SAMPLE_FOLDER, names), config.audit.sample)
         audit["judged"] = judge_sample(sample, judge, out.place, pool, config.selection.margin_ratio)
     counts["false_negative_share"] = audit["total"]["naive"]["share"]
-    return out.commit(counts, {"teachers": details["teachers"], "audit": audit})
+    scored_by = details["teachers"] if rescored is None else [rescored.manifest["details"]["model"]]
+    return out.commit(counts, {"teachers": details["teachers"], "scored_by": scored_by, "audit": audit})
 
 
 def example_counts(place: Place, parts: list[str], negatives: int) -> dict[str, Any]:

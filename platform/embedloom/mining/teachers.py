@@ -2,10 +2,13 @@
 
 from embedloom.config.mining import MiningConfig
 from embedloom.config.teacher import Teacher
+from embedloom.encoder.registry import resolve_model
 from embedloom.errors import ConfigError
 from embedloom.instructions import DEFAULT_INSTRUCTIONS
+from embedloom.retrieval.cross_encoder import CrossEncoderSource, PairScorerSource, check_cross_encoder
 from embedloom.retrieval.embedder import EmbedderSource
-from embedloom.retrieval.teachers import teacher_source
+from embedloom.retrieval.teachers import check_positions, teacher_source
+from embedloom.retrieval.templates import Templates
 
 
 def teacher_sources(config: MiningConfig) -> list[EmbedderSource]:
@@ -21,6 +24,32 @@ def teacher_sources(config: MiningConfig) -> list[EmbedderSource]:
 def judge_source(config: MiningConfig) -> EmbedderSource | None:
     """The judge of the audit, if there is one; see ``teacher_sources``."""
     return None if config.audit.judge is None else _source(config, config.audit.judge, "mining.audit.judge")
+
+
+def rescoring_source(config: MiningConfig) -> PairScorerSource:
+    """What opens the cross-encoder of the rescoring section; a model of the hub is fetched here.
+
+    Raises:
+        ConfigError: no such section, or a limit above the model's positions.
+        DataError: no such model, or no cross-encoder.
+    """
+    section = config.rescoring
+    if section is None:
+        raise ConfigError("mining.rescoring: the section is missing")
+    folder = resolve_model(section.model)
+    check_cross_encoder(folder)
+    try:
+        check_positions(section.model, folder, {"max_tokens": section.max_tokens})
+    except ConfigError as error:
+        raise ConfigError(f"mining.rescoring: {error}") from error
+    return CrossEncoderSource(
+        name=section.model,
+        folder=folder,
+        templates=Templates(query=section.query_template, instructions=config.instructions),
+        max_tokens=section.max_tokens,
+        batch_size=section.batch_size,
+        dtype=section.dtype,
+    )
 
 
 def _source(config: MiningConfig, teacher: Teacher, where: str) -> EmbedderSource:

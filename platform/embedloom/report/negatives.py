@@ -23,13 +23,16 @@ def negatives_section(stages: list[Stage]) -> str:
 
     Args:
         stages: artefacts; ``details["audit"]`` of a manifest is what ``mining.audit.audit_summary`` returns and,
-            below ``"judged"``, what ``mining.judge.judge_sample`` returns.
+            below ``"judged"``, what ``mining.judge.judge_sample`` returns; ``details["scored_by"]`` names the models
+            whose scores the rules read.
     """
-    found = [(stage.name, stage.manifest["details"].get("audit")) for stage in stages if stage.manifest]
-    audits = {name: audit for name, audit in found if audit}
+    found = [(stage.name, stage.manifest["details"]) for stage in stages if stage.manifest]
+    audited = {name: details for name, details in found if details.get("audit")}
     parts = []
-    for name, audit in audits.items():
-        parts += [f"<h3>{escape(name)}</h3>"] if len(audits) > 1 else []
+    for name, details in audited.items():
+        audit, scored_by = details["audit"], ", ".join(details.get("scored_by", []))
+        parts += [f"<h3>{escape(name)}</h3>"] if len(audited) > 1 else []
+        parts += [f"<p>Scores of {escape(scored_by)}.</p>"] if scored_by else []
         parts += [_figures(audit), _gaps(audit), _judged(audit.get("judged"))]
     return "\n".join(filter(None, parts))
 

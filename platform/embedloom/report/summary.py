@@ -12,7 +12,7 @@ from embedloom.storage import Place
 State = Literal["finished", "unfinished"]
 Curve = list[tuple[float, float]]
 
-_BEFORE_TRAINING = ("corpus", "encoder", "synthesis", "mining", "examples")
+_BEFORE_TRAINING = ("corpus", "encoder", "synthesis", "mining", "rescoring", "examples")
 _AFTER_TRAINING = ("merged", "evaluation", "gate", "vectors")
 _METRICS_FILE = "metrics.jsonl"  # training's own record, one line a step
 _SCORES_FILE = "scores.json"

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from embedloom.artefacts import MANIFEST_FILE, Artefact
+from embedloom.config.mining import RescoringConfig
 from embedloom.config.use import EmbeddingConfig
 from embedloom.retrieval.fingerprints import folder_fingerprint
 from embedloom.retrieval.inputs import input_state
@@ -26,3 +27,9 @@ def embedding_state(config: EmbeddingConfig, own_models: set[str]) -> tuple[Any,
     if config.model not in own_models and Path(config.model).expanduser().is_dir():
         states.append(model_id(Path(config.model).expanduser()))
     return config.model_dump(mode="json", exclude={"previous"}), states
+
+
+def rescoring_state(config: RescoringConfig) -> tuple[Any, ...]:
+    """What of the rescoring section decides the scores: its values and, of a local folder, the model's files."""
+    folder = Path(config.model).expanduser()
+    return config, folder_fingerprint(folder) if folder.is_dir() else None

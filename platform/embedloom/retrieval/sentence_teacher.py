@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -53,7 +53,7 @@ class SentenceTransformerEmbedder:
     def __init__(self, source: SentenceTransformerSource) -> None:
         device = pick_device()
         self._dtype = pick_dtype(source.dtype, device)
-        self._model = _load(source.folder, device, self._dtype)
+        self._model = load_offline("SentenceTransformer", source.folder, device, self._dtype)
         self._batch_size = source.batch_size
         self._name = source.name
         self._templates = _templates(source, self._model.prompts)
@@ -151,19 +151,38 @@ class SentenceTransformerEmbedder:
             )
 
 
-def _load(folder: Path, device: torch.device, dtype: torch.dtype) -> Any:
-    from sentence_transformers import (
-        SentenceTransformer,
-    )  # seconds to import, so only where a model is opened
+def load_offline(
+    kind: Literal["SentenceTransformer", "CrossEncoder"],
+    folder: Path,
+    device: torch.device,
+    dtype: torch.dtype,
+    **options: Any,
+) -> Any:
+    """A model of sentence-transformers out of a local folder, ready to be asked.
+
+    On CPU the weights stay float32, for autocast to compute in ``dtype``.
+
+    Args:
+        kind: class of the library.
+        folder: of the model.
+        device: where it computes.
+        dtype: what it computes in.
+        options: further arguments of the class.
+
+    Raises:
+        DataError: the library cannot load the folder, or only by running its own code.
+    """
+    import sentence_transformers  # seconds, so only where a model is opened
 
     stored = dtype if device.type == "cuda" else torch.float32
     try:
-        model = SentenceTransformer(
+        model = getattr(sentence_transformers, kind)(
             str(folder),
             device=str(device),
             local_files_only=True,
             trust_remote_code=False,
             model_kwargs={"dtype": stored},
+            **options,
         )
     except Exception as error:  # whatever the model's configs lead to: a dozen unrelated types
         raise DataError(

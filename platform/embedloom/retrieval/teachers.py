@@ -50,7 +50,7 @@ def teacher_source(
         "max_query_tokens": teacher.max_query_tokens or max_query_tokens,
         "max_document_tokens": teacher.max_document_tokens or max_document_tokens,
     }
-    _check_positions(teacher, folder, limits)
+    check_positions(teacher.model, folder, limits)
     if pick_engine(teacher, folder) == "encoder":
         contract = _contract(folder, limits, named)
         return EncoderSource(teacher.model, folder, contract, teacher.dtype)
@@ -153,12 +153,13 @@ def _contract(folder: Path, limits: Mapping[str, int | None], named: Mapping[str
     return own.model_copy(update={**changes, "instructions": {**own.instructions, **named}})
 
 
-def _check_positions(teacher: Teacher, folder: Path, limits: Mapping[str, int | None]) -> None:
+def check_positions(model: str, folder: Path, limits: Mapping[str, int | None]) -> None:
+    """Raise ConfigError for a limit (by the name of its key) above the positions that a model has."""
     config = _read(folder / "config.json", {})
     positions = {**config, **(config.get("text_config") or {})}.get("max_position_embeddings")
     for key, limit in limits.items():
         if positions is not None and limit is not None and limit > positions:
-            raise ConfigError(f"{key}: {limit} is above the {positions} positions of {teacher.model!r}")
+            raise ConfigError(f"{key}: {limit} is above the {positions} positions of {model!r}")
 
 
 def _endpoint(teacher: Teacher, named: Mapping[str, str]) -> EndpointSource:
