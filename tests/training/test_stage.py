@@ -13,8 +13,8 @@ import pytest
 from safetensors.numpy import load_file
 
 from embedloom.artefacts import Artefact, ArtefactWriter
-from embedloom.config.model import Candidate, TrainingConfig, TrainingStage
 from embedloom.config.resources import TrainingGroup
+from embedloom.config.training import Candidate, TrainingConfig, TrainingStage
 from embedloom.encoder.model import Encoder
 from embedloom.records import table_from_rows
 from embedloom.storage import Place

@@ -8,7 +8,8 @@ from pydantic import Field, model_validator
 from embedloom.config.base import FrozenConfig, apply_overrides, read_yaml, validate
 from embedloom.config.data import CorpusConfig, SynthesisConfig
 from embedloom.config.mining import MiningConfig
-from embedloom.config.model import EncoderConfig, MergingConfig, TrainingConfig
+from embedloom.config.model import EncoderConfig, MergingConfig
+from embedloom.config.training import TrainingConfig
 from embedloom.config.use import EmbeddingConfig, EvaluationConfig, ServingConfig
 
 

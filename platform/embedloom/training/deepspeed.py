@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from embedloom.config.model import TrainingConfig
+from embedloom.config.training import TrainingConfig
 
 
 def deepspeed_settings(config: TrainingConfig, bf16_weights: bool) -> dict[str, Any]:

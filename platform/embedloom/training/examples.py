@@ -1,6 +1,5 @@
 """Mined examples as token groups: one query, its positive, and exactly ``negatives`` negatives."""
 
-from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
@@ -9,20 +8,7 @@ from embedloom.encoder.model import Encoder
 from embedloom.errors import DataError
 from embedloom.records import check_unique_ids
 from embedloom.storage import Place
-
-
-@dataclass(frozen=True, slots=True)
-class Group:
-    """Token ids of one example: the query, then the documents, positive first."""
-
-    id: str
-    query: list[int]
-    documents: list[list[int]]
-
-    @property
-    def tokens(self) -> int:
-        """Real tokens of the group, its cost."""
-        return len(self.query) + sum(len(document) for document in self.documents)
+from embedloom.training.groups import Group
 
 
 class ExampleStore:

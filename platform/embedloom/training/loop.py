@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from embedloom.config.model import TrainingConfig, TrainingStage
+from embedloom.config.training import TrainingConfig, TrainingStage
 from embedloom.encoder.device import DTypeName
 from embedloom.encoder.export import save_model
 from embedloom.encoder.model import Encoder
@@ -18,8 +18,10 @@ from embedloom.errors import StageError
 from embedloom.progress import Progress
 from embedloom.storage import Place
 from embedloom.training.deepspeed import build_engine
-from embedloom.training.examples import ExampleStore, Group
-from embedloom.training.losses import get_loss
+from embedloom.training.examples import ExampleStore
+from embedloom.training.gradients import GradientPass
+from embedloom.training.groups import Group
+from embedloom.training.losses import Objective
 from embedloom.training.module import ContrastiveModule
 from embedloom.training.order import Indices, balanced_ranks, example_order, micro_batches, one_pass
 from embedloom.training.schedule import learning_rate
@@ -93,8 +95,9 @@ class StageTrainer:
             self.encoder.backbone.gradient_checkpointing_enable()
         self.store = ExampleStore.open(config.examples, self.encoder, config.stage.negatives)
         self.total_steps, self.order = plan_steps(config, self.store.datasets)
-        module = ContrastiveModule(self.encoder, get_loss(config.training.loss), config.training.temperature)
-        self.engine = build_engine(module, config.training, bf16_weights)
+        objective = Objective.of(config.training, self.encoder.dimension, self.encoder.contract.normalize)
+        self.engine = build_engine(ContrastiveModule(self.encoder), config.training, bf16_weights)
+        self.gradients = GradientPass(self.engine, objective, rank, world_size)
         self.step = 0
         self.records: list[StepRecord] = []
 
@@ -130,7 +133,7 @@ class StageTrainer:
         stage, batch = self.config.stage, self.config.stage.global_batch
         rows = self.order[self.step * batch : (self.step + 1) * batch].tolist()
         groups = self.store.groups(rows)
-        plan = plan_micro_batches(groups, self.world_size, self.config.training.micro_batch_tokens)[self.rank]
+        plans = plan_micro_batches(groups, self.world_size, self.config.training.micro_batch_tokens)
         rate = learning_rate(
             self.step, self.total_steps, stage.warmup_steps,
             stage.learning_rate * self.config.learning_rate_scale, stage.schedule,
@@ -138,7 +141,9 @@ class StageTrainer:
         for group in self.engine.optimizer.param_groups:
             group["lr"] = rate
         before = (self.encoder.tokens.real, self.encoder.tokens.padded)
-        loss_sum = self._accumulate(groups, plan)
+        counts = [sum(map(len, plan)) for plan in plans]
+        own = [[groups[position] for position in positions] for positions in plans[self.rank]]
+        loss_sum = float(self.gradients.run(own, counts, groups[:1]).sum())
         self.engine.step()
         self.step += 1
         totals = torch.tensor(
@@ -156,24 +161,6 @@ class StageTrainer:
             self.step, loss, rate, float(self.engine.get_global_grad_norm() or 0.0), batch, int(real),
             1 - real / padded, round(time.monotonic() - started, 4),
         )  # fmt: skip
-
-    def _accumulate(self, groups: list[Group], plan: list[list[int]]) -> float:
-        """Forward and backward of this rank's micro-batches; returns the sum of its losses.
-
-        Each query weighs 1 / global batch whatever rank and micro-batch it fell into: DeepSpeed averages
-        gradients over ranks, so the local sum is scaled by world size / global batch.
-        """
-        scale = self.world_size / self.config.stage.global_batch
-        total = 0.0
-        for number, positions in enumerate(plan):
-            self.engine.set_gradient_accumulation_boundary(number == len(plan) - 1)
-            # A rank without a group here still takes part in the collective calls, with weight zero.
-            own = [groups[position] for position in positions] or groups[:1]
-            losses = self.engine(own)
-            weight = scale if positions else 0.0
-            self.engine.backward(losses.sum() * weight)
-            total += float(losses.detach().sum()) if positions else 0.0
-        return total
 
     def report_checkpoint(self) -> None:
         """All ranks save their shards and report them under one name."""

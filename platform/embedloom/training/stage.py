@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from embedloom.artefacts import Artefact, ArtefactWriter
-from embedloom.config.model import Candidate, TrainingConfig, TrainingStage
 from embedloom.config.resources import TrainingGroup
+from embedloom.config.training import Candidate, TrainingConfig, TrainingStage
 from embedloom.encoder.device import DTypeName
 from embedloom.errors import StageError
 from embedloom.storage import Place
