@@ -5,6 +5,7 @@ from typing import Literal
 from pydantic import Field, field_validator, model_validator
 
 from embedloom.config.base import FrozenConfig
+from embedloom.config.training_data import TrainingSource, check_sources
 from embedloom.records import ORIGINS
 
 LossName = Literal["infonce", "gecko", "qwen3", "gemini"]
@@ -21,6 +22,17 @@ class TrainingStage(FrozenConfig):
     epochs: float = Field(default=1.0, gt=0)
     warmup_steps: int = Field(default=100, ge=0)
     schedule: Literal["linear", "cosine", "constant"] = "linear"
+    sources: tuple[TrainingSource, ...] = ()  # none: the run's own mined examples, by training.mix
+
+    @field_validator("sources")
+    @classmethod
+    def _sources_fit_together(cls, value: tuple[TrainingSource, ...]) -> tuple[TrainingSource, ...]:
+        return check_sources(value)
+
+    @property
+    def uses_mined(self) -> bool:
+        """Whether the run's own mined examples are among what this stage trains on."""
+        return not self.sources or any(source.format == "mined" for source in self.sources)
 
 
 class Candidate(FrozenConfig):
@@ -63,6 +75,12 @@ class TrainingConfig(FrozenConfig):
     loss: LossName = "infonce"
     qwen3_documents: Literal["all", "positives"] = "all"  # of other queries; two readings of one formula
     temperature: float = Field(default=0.02, gt=0)
+    repeat_negatives: bool = (
+        True  # a query with too few negatives repeats them in turn; false: it is a bad row
+    )
+    bad_rows: Literal["fail", "skip"] = (
+        "fail"  # an example without query, positive or negatives; skipped ones are counted
+    )
     matryoshka: MatryoshkaConfig | None = None
     weight_decay: float = Field(default=0.01, ge=0)
     adam_betas: tuple[float, float] = (0.9, 0.999)
