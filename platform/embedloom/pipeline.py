@@ -22,6 +22,7 @@ from embedloom.progress import duration, note
 from embedloom.retrieval.model_id import embedding_state, model_id
 from embedloom.retrieval.previous import set_aside
 from embedloom.storage import Place
+from embedloom.training.sources import stage_state
 
 Inputs = dict[str, Artefact]
 Build = Callable[["Run", Inputs, ArtefactWriter], Artefact]
@@ -82,7 +83,9 @@ def graph(run: Run) -> dict[str, Node]:
         start = "encoder"
         for stage in config.training.stages:
             name = f"training/{candidate.name}/{stage.name}"
-            nodes.append(Node(name, "train", (shared, candidate, stage), ("examples", start), _training))
+            content = (shared, candidate, stage, stage_state(stage))
+            needs = ("examples", start) if stage.uses_mined else (start,)
+            nodes.append(Node(name, "train", content, needs, _training))
             start = name
         trained.append(start)
     nodes.append(Node("merged", "merge", (config.merging,), tuple(trained), _merged))
@@ -245,16 +248,9 @@ def _training(run: Run, inputs: Inputs, out: ArtefactWriter) -> Artefact:
     candidate = next(c for c in config.candidates if c.name == candidate_name)
     stage = next(s for s in config.stages if s.name == stage_name)
     start = next(artefact for name, artefact in inputs.items() if name != "examples")
-    return train_stage(
-        config,
-        stage,
-        candidate,
-        model_folder(start),
-        inputs["examples"],
-        run.profile.stages.training,
-        run.config.encoder.dtype,
-        out,
-    )
+    group, dtype = run.profile.stages.training, run.config.encoder.dtype
+    mined = inputs.get("examples")
+    return train_stage(config, stage, candidate, model_folder(start), mined, group, dtype, out)
 
 
 def _merged(run: Run, inputs: Inputs, out: ArtefactWriter) -> Artefact:

@@ -38,9 +38,10 @@ class RunConfig(FrozenConfig):
 
     @model_validator(mode="after")
     def _mix_has_its_sources(self) -> "RunConfig":
-        if self.synthesis is None and self.training.mix.get("synthetic", 0.0) > 0:
+        mined = [stage for stage in self.training.stages if stage.uses_mined]
+        if mined and self.synthesis is None and self.training.mix.get("synthetic", 0.0) > 0:
             raise ValueError("training.mix.synthetic is above 0, but the config has no synthesis section")
-        most = max(stage.negatives for stage in self.training.stages)
+        most = max((stage.negatives for stage in mined), default=0)
         if most > self.mining.selection.negatives:
             raise ValueError(
                 f"training.stages use up to {most} negatives, but mining.selection.negatives keeps {self.mining.selection.negatives}"
