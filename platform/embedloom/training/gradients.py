@@ -3,11 +3,11 @@
 A loss over the whole batch needs every vector before the first backward. Where a worker's share does not fit into one
 micro-batch, gradients are cached (GradCache, arXiv 2101.06983): all micro-batches go forward without a graph, the loss
 gives the gradient of every vector, and each micro-batch goes forward again to carry its vectors' gradients back. The
-result is that of one large micro-batch; memory is that of a small one, and the price is one more forward, a quarter
-of a step (3 units become 4).
+result is that of one large micro-batch; memory is that of a small one, and the price is one more forward, a third of
+a step (a backward costs two).
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -124,7 +124,7 @@ def _random_state() -> tuple[Tensor, list[Tensor]]:
 
 
 @contextmanager
-def _replayed(state: tuple[Tensor, list[Tensor]]) -> Any:
+def _replayed(state: tuple[Tensor, list[Tensor]]) -> Iterator[None]:
     """Random numbers as they were, so that dropout repeats itself; then those of before again."""
     before = _random_state()
     _restore(state)
