@@ -25,7 +25,6 @@ import numpy as np
 import pyarrow.parquet as pq
 
 PAIRS = Path(__file__).parents[1] / "../shared/data/train/pairs"
-GLOBAL_BATCH = 32
 WARM_STEPS = 2
 MAX_TOKENS = 256
 TEMPERATURE = 0.02
@@ -57,7 +56,7 @@ def prepare_model(layers: int, out: Path) -> None:
     prepare_base(config, resolve_model("smollm2-135m"), out)
 
 
-def run_ours(folder: Path, negatives: int, steps: int, micro_batch: int) -> dict[str, Any]:
+def run_ours(folder: Path, negatives: int, steps: int, batch: int, micro_batch: int) -> dict[str, Any]:
     """Our step, without Ray around it: one worker, DeepSpeed ZeRO-0; ``micro_batch`` in tokens."""
     import torch.distributed as dist
 
@@ -72,7 +71,7 @@ def run_ours(folder: Path, negatives: int, steps: int, micro_batch: int) -> dict
     dist.init_process_group("gloo", store=store, rank=0, world_size=1)
     source = TrainingSource(name="pairs", format="sentence_transformers", path=str(folder / "rows.jsonl"))
     stage = TrainingStage(
-        name="bench", negatives=negatives, global_batch=GLOBAL_BATCH, learning_rate=1e-5, max_steps=steps,
+        name="bench", negatives=negatives, global_batch=batch, learning_rate=1e-5, max_steps=steps,
         warmup_steps=0, sources=(source,),
     )  # fmt: skip
     training = TrainingConfig(
@@ -93,7 +92,7 @@ def run_ours(folder: Path, negatives: int, steps: int, micro_batch: int) -> dict
     }  # fmt: skip
 
 
-def run_peer(folder: Path, negatives: int, steps: int, micro_batch: int) -> dict[str, Any]:
+def run_peer(folder: Path, negatives: int, steps: int, batch: int, micro_batch: int) -> dict[str, Any]:
     """sentence-transformers' own trainer; ``micro_batch`` in rows."""
     import torch
     from datasets import Dataset
@@ -102,7 +101,7 @@ def run_peer(folder: Path, negatives: int, steps: int, micro_batch: int) -> dict
         SentenceTransformerTrainer,
         SentenceTransformerTrainingArguments,
     )
-    from sentence_transformers.losses import MultipleNegativesRankingLoss
+    from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
     from transformers import TrainerCallback
 
     from embedloom.encoder.device import has_fast_bf16
@@ -128,7 +127,7 @@ def run_peer(folder: Path, negatives: int, steps: int, micro_batch: int) -> dict
     model.forward = counted
     arguments = SentenceTransformerTrainingArguments(
         output_dir=str(folder / "peer"), per_device_train_batch_size=micro_batch, max_steps=steps,
-        gradient_accumulation_steps=GLOBAL_BATCH // micro_batch, learning_rate=1e-5, optim="adamw_torch_fused",
+        gradient_accumulation_steps=batch // micro_batch, learning_rate=1e-5, optim="adamw_torch_fused",
         bf16=has_fast_bf16(torch.device("cpu")), use_cpu=True, save_strategy="no", report_to="none",
         logging_strategy="no", disable_tqdm=True, weight_decay=0.01,
     )  # fmt: skip
@@ -143,10 +142,13 @@ def run_peer(folder: Path, negatives: int, steps: int, micro_batch: int) -> dict
     }  # fmt: skip
 
 
-def in_process(side: str, folder: Path, negatives: int, steps: int, micro_batch: int) -> dict[str, Any]:
+def in_process(
+    side: str, folder: Path, negatives: int, steps: int, batch: int, micro_batch: int
+) -> dict[str, Any]:
     """One side in its own process: rate, peak memory."""
     command = [sys.executable, __file__, "--side", side, "--work", str(folder)]
-    command += ["--negatives", str(negatives), "--steps", str(steps), "--micro-batch", str(micro_batch)]
+    command += ["--negatives", str(negatives), "--steps", str(steps)]
+    command += ["--batch", str(batch), "--micro-batch", str(micro_batch)]
     run = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     result = json.loads(run.stdout.splitlines()[-1])
     return {**result, "rate": result["tokens"] / result["seconds"]}
@@ -155,11 +157,13 @@ def in_process(side: str, folder: Path, negatives: int, steps: int, micro_batch:
 def compare(pairs: Path, negatives: int, options: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="embedloom-bench-") as scratch:
         folder = Path(scratch)
-        write_rows(pairs, negatives, GLOBAL_BATCH * options.steps, folder / "rows.jsonl")
+        write_rows(pairs, negatives, options.batch * options.steps, folder / "rows.jsonl")
         prepare_model(options.layers, folder / "model")
-        ours = in_process("ours", folder, negatives, options.steps, 4096)
-        sizes = (GLOBAL_BATCH,) if options.quick else (8, 16, GLOBAL_BATCH)
-        tried = {size: in_process("peer", folder, negatives, options.steps, size) for size in sizes}
+        ours = in_process("ours", folder, negatives, options.steps, options.batch, 4096)
+        sizes = (options.batch,) if options.quick else (options.batch // 4, options.batch // 2, options.batch)
+        tried = {
+            size: in_process("peer", folder, negatives, options.steps, options.batch, size) for size in sizes
+        }
     best = max(tried, key=lambda size: tried[size]["rate"])
     peer = tried[best]
     return {
@@ -178,22 +182,24 @@ def main() -> None:
     parser.add_argument("--pairs", type=Path, default=PAIRS, metavar="FOLDER")
     parser.add_argument("--steps", type=int, default=None)
     parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument("--batch", type=int, default=None, help="queries a step: 32, with --quick 8")
     for hidden in ("--side", "--work"):
         parser.add_argument(hidden, help=argparse.SUPPRESS)
     for hidden in ("--negatives", "--micro-batch"):
         parser.add_argument(hidden, type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    options.steps = options.steps or (5 if options.quick else 12)
+    options.steps = options.steps or (4 if options.quick else 12)
+    options.batch = options.batch or (8 if options.quick else 32)
     if options.side:
         run = {"ours": run_ours, "peer": run_peer}[options.side]
-        result = run(Path(options.work), options.negatives, options.steps, options.micro_batch)
+        result = run(Path(options.work), options.negatives, options.steps, options.batch, options.micro_batch)
         result["peak_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
         print(json.dumps(result))
         return
     found = {count: compare(options.pairs, count, options) for count in ((1,) if options.quick else (1, 4))}
     keys = ("ours", "peer", "peer_name", "ratio", "peak_mb", "peer_peak_mb")
     result = {"name": "train_throughput", **{key: found[1][key] for key in keys}, "unit": "real tokens/s"}
-    result["work"] = {"steps": options.steps, "global_batch": GLOBAL_BATCH, "layers": options.layers}
+    result["work"] = {"steps": options.steps, "global_batch": options.batch, "layers": options.layers}
     result["work"]["by_negatives"] = found
     print(json.dumps(result) if options.json else json.dumps(result, indent=2))
 
