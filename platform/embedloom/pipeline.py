@@ -20,6 +20,7 @@ from embedloom.retrieval.model_id import embedding_state, model_id, rescoring_st
 from embedloom.retrieval.previous import set_aside
 from embedloom.run import Inputs, Node, Run
 from embedloom.synthesis.prompts_used import section_state
+from embedloom.training.sources import stage_state
 
 
 def graph(run: Run) -> dict[str, Node]:
@@ -50,7 +51,9 @@ def graph(run: Run) -> dict[str, Node]:
         start = "encoder"
         for stage in config.training.stages:
             name = f"training/{candidate.name}/{stage.name}"
-            nodes.append(Node(name, "train", (shared, candidate, stage), ("examples", start), _training))
+            content = (shared, candidate, stage, stage_state(stage))
+            needs = ("examples", start) if stage.uses_mined else (start,)
+            nodes.append(Node(name, "train", content, needs, _training))
             start = name
         trained.append(start)
     nodes.append(Node("merged", "merge", *merge_build.node(config, trained), _merged))
@@ -222,16 +225,9 @@ def _training(run: Run, inputs: Inputs, out: ArtefactWriter) -> Artefact:
     candidate = next(c for c in config.candidates if c.name == candidate_name)
     stage = next(s for s in config.stages if s.name == stage_name)
     start = next(artefact for name, artefact in inputs.items() if name != "examples")
-    return train_stage(
-        config,
-        stage,
-        candidate,
-        model_folder(start),
-        inputs["examples"],
-        run.profile.stages.training,
-        run.config.encoder.dtype,
-        out,
-    )
+    group, dtype = run.profile.stages.training, run.config.encoder.dtype
+    mined = inputs.get("examples")
+    return train_stage(config, stage, candidate, model_folder(start), mined, group, dtype, out)
 
 
 def _merged(run: Run, inputs: Inputs, out: ArtefactWriter) -> Artefact:

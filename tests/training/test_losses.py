@@ -1,38 +1,195 @@
+"""Every loss against loops over float64 numpy scalars, written from the papers' formulas."""
+
+import math
+
 import numpy as np
 import pytest
 import torch
 
+from embedloom.config.training import MatryoshkaConfig, TrainingConfig
 from embedloom.errors import ConfigError, DataError
-from embedloom.training.losses import get_loss
-from embedloom.training.losses.infonce import infonce
+from embedloom.training.losses import LOSSES, Objective, get_loss
+from embedloom.training.losses.matryoshka import Prefixes
+from embedloom.training.losses.vectors import VectorGroups, text_key
+
+T = 0.07
+
+
+def unit(array):
+    return array / np.linalg.norm(array, axis=-1, keepdims=True)
+
+
+def make_groups(queries=5, negatives=2, dimension=6, seed=0, query_keys=None, document_keys=None):
+    """Random unit vectors in float64; every text different unless keys say otherwise."""
+    rng = np.random.default_rng(seed)
+    keys = query_keys or list(range(queries))
+    own = document_keys or [[100 * i + k for k in range(1 + negatives)] for i in range(queries)]
+    return VectorGroups(
+        torch.tensor(unit(rng.normal(size=(queries, dimension)))),
+        torch.tensor(unit(rng.normal(size=(queries, 1 + negatives, dimension)))),
+        torch.tensor(keys),
+        torch.tensor(own),
+    )
+
+
+def by_hand(groups, terms_of):
+    """Losses from a function that lists the negative similarities of query i."""
+    q, d = groups.queries.numpy(), groups.documents.numpy()
+    losses = []
+    for i in range(len(q)):
+        positive = float(q[i] @ d[i, 0])
+        rest = sum(math.exp(s / T) for s in terms_of(i, q, d, positive))
+        losses.append(-math.log(math.exp(positive / T) / (math.exp(positive / T) + rest)))
+    return losses
+
+
+def own_negatives(i, q, d):
+    return [float(q[i] @ d[i, k]) for k in range(1, d.shape[1])]
+
+
+def loss_of(name, groups):
+    loss, _ = get_loss(name)
+    return loss(groups, groups, 0, T).numpy()
 
 
 def test_infonce_equals_a_float64_computation_by_hand():
-    rng = np.random.default_rng(0)
-    queries, documents = rng.normal(size=(3, 4)), rng.normal(size=(3, 5, 4))
-    queries /= np.linalg.norm(queries, axis=-1, keepdims=True)
-    documents /= np.linalg.norm(documents, axis=-1, keepdims=True)
-    expected = []
-    for query, group in zip(queries, documents, strict=True):
-        powers = np.exp(group @ query / 0.05)
-        expected.append(-np.log(powers[0] / powers.sum()))
-    found = infonce(torch.tensor(queries), torch.tensor(documents), 0.05)
-    assert found.numpy() == pytest.approx(np.array(expected), rel=1e-12)
+    groups = make_groups()
+    expected = by_hand(groups, lambda i, q, d, p: own_negatives(i, q, d))
+    assert loss_of("infonce", groups) == pytest.approx(expected, rel=1e-12)
 
 
 def test_infonce_of_a_query_does_not_depend_on_its_batch():
-    torch.manual_seed(0)
-    queries, documents = torch.randn(4, 8), torch.randn(4, 3, 8)
-    together = infonce(queries, documents, 0.1)
-    alone = torch.cat([infonce(queries[i : i + 1], documents[i : i + 1], 0.1) for i in range(4)])
-    assert torch.allclose(together, alone, atol=1e-6)
+    groups = make_groups()
+    alone = np.concatenate([loss_of("infonce", groups.rows(slice(i, i + 1))) for i in range(5)])
+    assert loss_of("infonce", groups) == pytest.approx(alone, rel=1e-12)
 
 
-def test_infonce_names_both_shapes():
+def test_gecko_equals_a_float64_computation_by_hand():
+    groups = make_groups()
+
+    def terms(i, q, d, positive):
+        others = [j for j in range(len(q)) if j != i]
+        in_batch = [float(q[i] @ d[j, 0]) for j in others] + [float(q[i] @ q[j]) for j in others]
+        return own_negatives(i, q, d) + in_batch
+
+    assert loss_of("gecko", groups) == pytest.approx(by_hand(groups, terms), rel=1e-12)
+
+
+def test_gemini_leaves_out_equal_queries_and_equal_positives():
+    # Queries 0 and 1 are one text; queries 2 and 3 have one label as positive.
+    document_keys = [[100 * i + k for k in range(3)] for i in range(5)]
+    document_keys[3][0] = document_keys[2][0]
+    groups = make_groups(query_keys=[7, 7, 2, 3, 4], document_keys=document_keys)
+    masked = {(0, 1), (1, 0), (2, 3), (3, 2)}
+
+    def terms(i, q, d, positive):
+        kept = [j for j in range(len(q)) if j != i and (i, j) not in masked]
+        return own_negatives(i, q, d) + [float(q[i] @ d[j, 0]) for j in kept]
+
+    assert loss_of("gemini", groups) == pytest.approx(by_hand(groups, terms), rel=1e-12)
+
+
+@pytest.mark.parametrize("spans", ["all", "positives"])
+def test_qwen3_masks_by_margin_and_by_equal_document(spans):
+    document_keys = [[100 * i + k for k in range(3)] for i in range(6)]
+    document_keys[3][0] = document_keys[2][0]  # one positive for two queries
+    document_keys[4][2] = document_keys[0][0]  # a negative of query 4 is the positive of query 0
+    groups = make_groups(queries=6, document_keys=document_keys)
+    keys = groups.document_keys.numpy()
+    dropped = []
+
+    def terms(i, q, d, positive):
+        found = [(float(q[i] @ d[i, k]), keys[i, k]) for k in range(1, 3)]
+        for j in range(len(q)):
+            if j == i:
+                continue
+            found.append((float(q[i] @ q[j]), keys[j, 0]))
+            for k in range(3 if spans == "all" else 1):
+                found.append((float(d[i, 0] @ d[j, k]), keys[j, k]))
+                found.append((float(q[i] @ d[j, k]), keys[j, k]))
+        kept = [s for s, key in found if s <= positive + 0.1 and key != keys[i, 0]]
+        dropped.append(len(found) - len(kept))
+        return kept
+
+    expected = by_hand(groups, terms)
+    assert sum(dropped) > 20, "the masks had nothing to do"
+    config = TrainingConfig(
+        candidates=[{"name": "a", "seed": 0}],
+        stages=[{"name": "s", "negatives": 2, "global_batch": 6, "learning_rate": 1e-3}],
+        loss="qwen3",
+        qwen3_documents=spans,
+        temperature=T,
+    )
+    objective = Objective.of(config, 6, normalize=True)
+    found = objective(groups, objective.shared_part(groups), 0)
+    assert found.numpy() == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("name", sorted(LOSSES))
+def test_losses_of_a_part_are_those_of_the_whole(name):
+    groups = make_groups(queries=6)
+    loss, _ = get_loss(name)
+    part = loss(groups.rows(slice(2, 4)), groups, 2, T)
+    assert part.numpy() == pytest.approx(loss_of(name, groups)[2:4], rel=1e-12)
+
+
+@pytest.mark.parametrize("name", ["gecko", "gemini", "qwen3"])
+def test_without_negatives_the_batch_is_what_is_left(name):
+    groups = make_groups(negatives=0)
+    losses = loss_of(name, groups)
+    assert np.isfinite(losses).all() and (losses > 0).all()
+
+
+def test_matryoshka_sums_the_loss_of_normalised_prefixes():
+    groups = make_groups(dimension=8)
+    objective = Objective(*get_loss("gecko"), T, Prefixes((8, 3), (1.0, 0.25), normalize=True))
+    cut = groups.with_vectors(
+        torch.tensor(unit(groups.queries.numpy()[:, :3])),
+        torch.tensor(unit(groups.documents.numpy()[..., :3])),
+    )
+    expected = loss_of("gecko", groups) + 0.25 * loss_of("gecko", cut)
+    assert objective(groups, groups, 0).numpy() == pytest.approx(expected, rel=1e-12)
+
+
+def make_config(**changes):
+    return TrainingConfig(
+        candidates=[{"name": "a", "seed": 0}],
+        stages=[{"name": "s", "negatives": 1, "global_batch": 6, "learning_rate": 1e-3}],
+        **changes,
+    )
+
+
+def test_matryoshka_must_train_the_whole_vector():
+    config = make_config(matryoshka={"dimensions": [64, 128]})
+    with pytest.raises(ConfigError, match=r"\[64, 128\]; the largest must be the model's own, 576"):
+        Objective.of(config, 576, normalize=True)
+
+
+def test_matryoshka_sections_are_checked():
+    with pytest.raises(ValueError, match="different"):
+        MatryoshkaConfig(dimensions=(64, 64))
+    with pytest.raises(ValueError, match="1 weights for 2 dimensions"):
+        MatryoshkaConfig(dimensions=(64, 32), weights=(1.0,))
+
+
+def test_infonce_without_negatives_is_refused():
+    with pytest.raises(ValueError, match=r"stages\.s\.negatives is 0, but infonce"):
+        TrainingConfig(
+            candidates=[{"name": "a", "seed": 0}],
+            stages=[{"name": "s", "negatives": 0, "global_batch": 6, "learning_rate": 1e-3}],
+        )
+
+
+def test_shapes_that_do_not_belong_together_are_named():
     with pytest.raises(DataError, match=r"\(2, 4\).*\(3, 2, 4\)"):
-        infonce(torch.zeros(2, 4), torch.zeros(3, 2, 4), 0.1)
+        VectorGroups(torch.zeros(2, 4), torch.zeros(3, 2, 4), torch.zeros(2), torch.zeros(3, 2))
+
+
+def test_text_keys_are_equal_where_token_ids_are():
+    assert text_key([1, 2, 3]) == text_key([1, 2, 3]) != text_key([1, 2])
+    assert text_key([1, 2, 3]) < 2**63
 
 
 def test_unknown_loss_lists_the_allowed():
-    with pytest.raises(ConfigError, match="'gecko2' is unknown; allowed: infonce"):
+    with pytest.raises(ConfigError, match="'gecko2' is unknown; allowed: gecko, gemini, infonce, qwen3"):
         get_loss("gecko2")

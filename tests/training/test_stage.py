@@ -13,12 +13,13 @@ import pytest
 from safetensors.numpy import load_file
 
 from embedloom.artefacts import Artefact, ArtefactWriter
-from embedloom.config.model import Candidate, TrainingConfig, TrainingStage
 from embedloom.config.resources import TrainingGroup
+from embedloom.config.training import Candidate, TrainingConfig, TrainingStage
 from embedloom.encoder.model import Encoder
+from embedloom.errors import StageError
 from embedloom.records import table_from_rows
 from embedloom.storage import Place
-from embedloom.training import loop
+from embedloom.training.metrics import METRICS_FILE
 from embedloom.training.stage import train_stage
 
 STEPS = 24
@@ -81,7 +82,7 @@ def run(folder: Path, mining: Artefact, model: Path, config: TrainingConfig, wor
 
 
 def losses(artefact: Artefact) -> list[float]:
-    lines = (artefact.place.local / loop.METRICS_FILE).read_text().splitlines()
+    lines = (artefact.place.local / METRICS_FILE).read_text().splitlines()
     return [json.loads(line)["loss"] for line in lines]
 
 
@@ -143,3 +144,26 @@ def test_a_killed_rank_resumes_and_ends_with_the_same_weights(undisturbed, tiny_
     same = load_file(artefact.place.local / "model.safetensors")
     for name, tensor in load_file(resumed.place.local / "model.safetensors").items():
         np.testing.assert_allclose(tensor, same[name], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.ray
+def test_a_loss_that_is_no_number_stops_the_run_and_names_its_examples(undisturbed, tiny_model, tmp_path):
+    mining, _ = undisturbed
+    stage = make_config().stages[0].model_copy(update={"learning_rate": 1e30})
+    with pytest.raises(
+        StageError, match=r"not finite at step [23] for \d of 8 queries: (public|synthetic)/row-"
+    ):
+        run(tmp_path / "nan", mining, tiny_model, make_config(stages=[stage]), workers=1)
+    assert not (tmp_path / "nan" / "manifest.json").exists()
+
+
+@pytest.mark.ray
+def test_the_run_leaves_metrics_points_and_a_parity_record(undisturbed):
+    _, artefact = undisturbed
+    folder = artefact.place.local
+    records = [json.loads(line) for line in (folder / METRICS_FILE).read_text().splitlines()]
+    assert [record["step"] for record in records] == list(range(1, STEPS + 1))
+    assert all(record["padding_share"] < 0.5 and record["memory_mib"] > 0 for record in records)
+    assert list((folder / "_tensorboard").glob("events*"))
+    assert min(artefact.manifest["details"]["parity"].values()) > 0.9999
+    assert 0 <= artefact.counts["imbalance"] < 0.5

@@ -10,8 +10,9 @@ from embedloom.config.data import CorpusConfig
 from embedloom.config.gate import GateConfig
 from embedloom.config.merging import MergingConfig
 from embedloom.config.mining import MiningConfig
-from embedloom.config.model import EncoderConfig, TrainingConfig
+from embedloom.config.model import EncoderConfig
 from embedloom.config.synthesis import SynthesisConfig
+from embedloom.config.training import TrainingConfig
 from embedloom.config.use import EmbeddingConfig, EvaluationConfig, ServingConfig
 
 
@@ -41,9 +42,10 @@ class RunConfig(FrozenConfig):
 
     @model_validator(mode="after")
     def _mix_has_its_sources(self) -> "RunConfig":
-        if self.synthesis is None and self.training.mix.get("synthetic", 0.0) > 0:
+        mined = [stage for stage in self.training.stages if stage.uses_mined]
+        if mined and self.synthesis is None and self.training.mix.get("synthetic", 0.0) > 0:
             raise ValueError("training.mix.synthetic is above 0, but the config has no synthesis section")
-        most = max(stage.negatives for stage in self.training.stages)
+        most = max((stage.negatives for stage in mined), default=0)
         if most > self.mining.selection.negatives:
             raise ValueError(
                 f"training.stages use up to {most} negatives, but mining.selection.negatives keeps {self.mining.selection.negatives}"

@@ -16,7 +16,7 @@ from embedloom.encoder.packing import PackedLayout, use_packing
 from embedloom.encoder.pooling import pool, pool_packed
 from embedloom.encoder.shared import SharedWeights, export_weights, shared_backbone
 from embedloom.encoder.sidecars import derive_contract
-from embedloom.encoder.tokenizer import load_tokenizer, truncated_ids
+from embedloom.encoder.tokenizer import contract_ids, load_tokenizer
 from embedloom.errors import DataError
 from embedloom.instructions import CONTRACT_FILE, PromptContract, Side
 
@@ -114,26 +114,8 @@ class Encoder:
         task_type: str | Sequence[str] = "retrieval",
         instruction: str | Sequence[str | None] | None = None,
     ) -> list[list[int]]:
-        """Token ids of each text, formatted by the contract and cut to the side's limit.
-
-        Args:
-            texts: raw texts.
-            side: whether they are queries or documents.
-            task_type: decides the default instruction and whether documents carry it; one for all, or one per text.
-            instruction: one for all, one per text, or None for the contract's own.
-        """
-        if not texts:
-            return []
-        task_types = [task_type] * len(texts) if isinstance(task_type, str) else task_type
-        instructions = (
-            [instruction] * len(texts) if instruction is None or isinstance(instruction, str) else instruction
-        )
-        formatted = [
-            self.contract.format(text, side, kind, own)
-            for text, kind, own in zip(texts, task_types, instructions, strict=True)
-        ]
-        encoded = truncated_ids(self.tokenizer, formatted, self.contract.max_tokens(side))
-        return [ids or [self._pad_id] for ids in encoded]
+        """Token ids of each text, formatted by the contract and cut to the side's limit; see ``contract_ids``."""
+        return contract_ids(self.tokenizer, self.contract, texts, side, task_type, instruction)
 
     def forward(self, token_ids: Sequence[Sequence[int]]) -> Tensor:
         """Vectors of one batch, with gradients if enabled: [len(token_ids), dimension], float32."""

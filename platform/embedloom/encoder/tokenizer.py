@@ -8,6 +8,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from embedloom.errors import ConfigError, DataError
+from embedloom.instructions import PromptContract, Side
 
 # Prose has 2 to 7 characters a token; 16 leaves room for runs of spaces and rules of dashes. No number is safe for
 # every text (a WordPiece tokenizer turns a word of a megabyte into one token), so ``truncated_ids`` checks.
@@ -71,6 +72,38 @@ def embedding_tokenizer(
         padding_side=padding_side,
         model_max_length=max_tokens,
     )
+
+
+def contract_ids(
+    tokenizer: Any,
+    contract: PromptContract,
+    texts: Sequence[str],
+    side: Side,
+    task_type: str | Sequence[str] = "retrieval",
+    instruction: str | Sequence[str | None] | None = None,
+) -> list[list[int]]:
+    """Token ids of each text, formatted by a contract and cut to the side's limit; never empty.
+
+    Args:
+        tokenizer: the fast tokenizer of the contract's model.
+        contract: formats and limits.
+        texts: raw texts.
+        side: whether they are queries or documents.
+        task_type: decides the default instruction and whether documents carry it; one for all, or one per text.
+        instruction: one for all, one per text, or None for the contract's own.
+    """
+    if not texts:
+        return []
+    task_types = [task_type] * len(texts) if isinstance(task_type, str) else task_type
+    instructions = (
+        [instruction] * len(texts) if instruction is None or isinstance(instruction, str) else instruction
+    )
+    formatted = [
+        contract.format(text, side, kind, own)
+        for text, kind, own in zip(texts, task_types, instructions, strict=True)
+    ]
+    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+    return [ids or [pad_id] for ids in truncated_ids(tokenizer, formatted, contract.max_tokens(side))]
 
 
 def truncated_ids(tokenizer: Any, texts: Sequence[str], max_tokens: int) -> list[list[int]]:

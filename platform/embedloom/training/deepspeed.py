@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from embedloom.config.model import TrainingConfig
+from embedloom.config.training import TrainingConfig
 
 
 def deepspeed_settings(config: TrainingConfig, bf16_weights: bool) -> dict[str, Any]:
@@ -66,3 +66,14 @@ def build_engine(module: nn.Module, config: TrainingConfig, bf16_weights: bool) 
         dist_init_required=False,
     )
     return engine
+
+
+def unsharded_gradient_norm(engine: Any) -> float | None:
+    """Norm of all gradients before clipping, where DeepSpeed keeps none (ZeRO-0 in float32); None elsewhere.
+
+    To be asked after the last backward of a step and before the step, which clips.
+    """
+    if hasattr(engine.optimizer, "_global_grad_norm"):
+        return None
+    norms = [weight.grad.norm() for weight in engine.module.parameters() if weight.grad is not None]
+    return float(torch.linalg.vector_norm(torch.stack(norms)))

@@ -1,32 +1,39 @@
 """The training loop of one worker. Ray Train starts one in every process of the group."""
 
-import json
 import math
-import tempfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from embedloom.config.model import TrainingConfig, TrainingStage
+from embedloom.artefacts import fingerprint
+from embedloom.config.training import TrainingConfig, TrainingStage
+from embedloom.config.training_data import TrainingSource
 from embedloom.encoder.device import DTypeName
-from embedloom.encoder.export import save_model
 from embedloom.encoder.model import Encoder
-from embedloom.errors import StageError
-from embedloom.progress import Progress
+from embedloom.encoder.parity import embed_golden
 from embedloom.storage import Place
-from embedloom.training.deepspeed import build_engine
-from embedloom.training.examples import ExampleStore, Group
-from embedloom.training.losses import get_loss
+from embedloom.training.batches import BatchPlan, plan_batch
+from embedloom.training.checkpoints import (
+    MODEL_CHECKPOINT,
+    is_model,
+    load_checkpoint,
+    save_checkpoint,
+    save_final_model,
+    temporary_folder,
+)
+from embedloom.training.deepspeed import build_engine, unsharded_gradient_norm
+from embedloom.training.gradients import GradientPass
+from embedloom.training.losses import Objective
+from embedloom.training.metrics import StepRecord, StepWriter, peak_flops, peak_memory_mib, training_flops
 from embedloom.training.module import ContrastiveModule
-from embedloom.training.order import Indices, balanced_ranks, example_order, micro_batches, one_pass
+from embedloom.training.order import ExampleOrder, Share
 from embedloom.training.schedule import learning_rate
-
-ENGINE_TAG = "engine"
-METRICS_FILE = "metrics.jsonl"
-MODEL_CHECKPOINT = "model"
+from embedloom.training.store import ExampleStore
+from embedloom.training.watch import LossWatch
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,44 +43,41 @@ class LoopConfig:
     label: str
     training: TrainingConfig
     stage: TrainingStage
-    shares: dict[str, float]
+    sources: tuple[TrainingSource, ...]
     seed: int
     learning_rate_scale: float
     dtype: DTypeName
     start_model: Path
-    examples: Place
+    data: Place  # prepared sources
+    logs: Place
     threads: int
 
-
-@dataclass(slots=True)
-class StepRecord:
-    """One line of ``metrics.jsonl``."""
-
-    step: int
-    loss: float
-    learning_rate: float
-    grad_norm: float
-    queries: int
-    tokens: int
-    padding_share: float
-    seconds: float
+    @property
+    def fingerprint(self) -> str:
+        """What a checkpoint must have been made with to go on from it."""
+        varying = {"candidates", "stages", "max_failures", "checkpoints_kept", "checkpoint_every_steps"}
+        training = self.training.model_dump(mode="json", exclude=varying)
+        return fingerprint(training, self.stage, self.sources, self.seed, self.learning_rate_scale)
 
 
-def train_worker(config: LoopConfig) -> None:
-    """Train one stage of one candidate and report checkpoints; the last one holds the model folder."""
+def train_worker(config: LoopConfig) -> str | None:
+    """Train one stage of one candidate and report checkpoints; the last one holds the model folder.
+
+    Returns:
+        Why the run stopped itself, or None. Not raised: the same step would fail again after every restart.
+    """
     import ray.train
 
     torch.set_num_threads(config.threads)
-    torch.manual_seed(config.seed)
     context = ray.train.get_context()
     trainer = StageTrainer(config, context.get_world_rank(), context.get_world_size())
     checkpoint = ray.train.get_checkpoint()
     if checkpoint is not None:
         with checkpoint.as_directory() as folder:
-            if trainer.is_finished(Path(folder)):
-                return
+            if is_model(Path(folder)):
+                return None
             trainer.resume(Path(folder))
-    trainer.run()
+    return trainer.run()
 
 
 class StageTrainer:
@@ -83,54 +87,56 @@ class StageTrainer:
         self.config = config
         self.rank = rank
         self.world_size = world_size
-        cuda = torch.cuda.is_available()
+        training, stage = config.training, config.stage
+        torch.manual_seed(config.seed)
         self.encoder = Encoder.load(config.start_model, dtype=config.dtype, trainable=True)
-        bf16_weights = cuda and self.encoder.dtype == torch.bfloat16
-        self.encoder.backbone.train()
-        if config.training.freeze_token_embeddings:
-            self.encoder.backbone.get_input_embeddings().requires_grad_(False)
-        if config.training.gradient_checkpointing:
-            self.encoder.backbone.gradient_checkpointing_enable()
-        self.store = ExampleStore.open(config.examples, self.encoder, config.stage.negatives)
-        self.total_steps, self.order = plan_steps(config, self.store.datasets)
-        module = ContrastiveModule(self.encoder, get_loss(config.training.loss), config.training.temperature)
-        self.engine = build_engine(module, config.training, bf16_weights)
+        prepare_backbone(self.encoder.backbone, training)
+        self.store = ExampleStore(config.data, [source.name for source in config.sources], stage.negatives)
+        self.order = ExampleOrder(shares_of(config.sources, self.store), config.seed)
+        self.total_steps = stage.max_steps or max(
+            1, math.ceil(self.order.epoch_size * stage.epochs / stage.global_batch)
+        )
+        objective = Objective.of(training, self.encoder.dimension, self.encoder.contract.normalize)
+        bf16_weights = torch.cuda.is_available() and self.encoder.dtype == torch.bfloat16
+        self.engine = build_engine(ContrastiveModule(self.encoder), training, bf16_weights)
+        self.gradients = GradientPass(self.engine, objective, rank, world_size)
+        self.watch = LossWatch()
+        self.writer = StepWriter(config.label, self.total_steps, config.logs if rank == 0 else None)
+        self.matrix_weights = matrix_weights(self.encoder.backbone)
         self.step = 0
-        self.records: list[StepRecord] = []
-
-    def is_finished(self, folder: Path) -> bool:
-        """Whether a checkpoint is the final one of this stage."""
-        return (folder / "config.json").is_file()
 
     def resume(self, folder: Path) -> None:
-        """Continue after the last checkpoint: weights, optimizer, step and metrics so far."""
-        _, state = self.engine.load_checkpoint(str(folder), tag=ENGINE_TAG)
-        self.step = int(state["step"])
-        lines = (folder / METRICS_FILE).read_text().splitlines() if (folder / METRICS_FILE).is_file() else []
-        self.records = [StepRecord(**json.loads(line)) for line in lines]
+        """Continue after the last checkpoint: weights, optimizer, cursor and metrics so far."""
+        seen, records = load_checkpoint(self.engine, folder, self._state())
+        self.step = seen // self.config.stage.global_batch
+        self.writer.records = records
+        for record in records:
+            self.watch.seen(record.loss)
 
-    def run(self) -> None:
-        """Steps from where we are to the end, with checkpoints, then the model."""
-        progress = Progress(self.config.label, self.total_steps, "steps", done=self.step)
+    def run(self) -> str | None:
+        """Steps from where we are to the end, with checkpoints, then the model; or why it stopped."""
+        if self.rank == 0:
+            self.writer.start(self.writer.records)
         while self.step < self.total_steps:
-            record = self.train_step()
-            self.records.append(record)
-            if self.rank == 0:
-                progress.advance(
-                    1, loss=record.loss, lr=record.learning_rate, grad_norm=record.grad_norm,
-                    tokens_per_second=round(record.tokens / record.seconds), padding=f"{record.padding_share:.0%}",
-                )  # fmt: skip
+            record, problem = self.train_step()
+            if record is None:
+                return problem
+            self.writer.add(record) if self.rank == 0 else self.writer.records.append(record)
             if self.step % self.config.training.checkpoint_every_steps == 0 and self.step < self.total_steps:
                 self.report_checkpoint()
         self.report_model()
+        self.writer.close()
+        return None
 
-    def train_step(self) -> StepRecord:
-        """One optimizer step over the next ``global_batch`` examples."""
+    def train_step(self) -> tuple[StepRecord | None, str | None]:
+        """One optimizer step over the next ``global_batch`` examples, or why there must be none."""
         started = time.monotonic()
         stage, batch = self.config.stage, self.config.stage.global_batch
-        rows = self.order[self.step * batch : (self.step + 1) * batch].tolist()
-        groups = self.store.groups(rows)
-        plan = plan_micro_batches(groups, self.world_size, self.config.training.micro_batch_tokens)[self.rank]
+        rows = self.order.window(self.step * batch, (self.step + 1) * batch).tolist()
+        lengths = self.store.lengths(rows)
+        plan = plan_batch(
+            lengths, self.world_size, self.config.training.micro_batch_tokens, self.encoder.dimension
+        )
         rate = learning_rate(
             self.step, self.total_steps, stage.warmup_steps,
             stage.learning_rate * self.config.learning_rate_scale, stage.schedule,
@@ -138,100 +144,105 @@ class StageTrainer:
         for group in self.engine.optimizer.param_groups:
             group["lr"] = rate
         before = (self.encoder.tokens.real, self.encoder.tokens.padded)
-        loss_sum = self._accumulate(groups, plan)
+        losses, real, padded = self._exchange(self._accumulate(rows, plan), plan, batch, before)
+        problem = self.watch.problem(losses, self.store.ids(rows), self.step + 1)
+        if problem is not None:
+            return None, f"{self.config.label}: {problem}"
+        norm = unsharded_gradient_norm(self.engine)
         self.engine.step()
+        norm = float(self.engine.get_global_grad_norm()) if norm is None else norm
         self.step += 1
-        totals = torch.tensor(
-            [loss_sum, self.encoder.tokens.real - before[0], self.encoder.tokens.padded - before[1]],
-            dtype=torch.float64,
-        )
-        totals = totals.to(self.encoder.device)
-        dist.all_reduce(totals)
-        loss, real, padded = totals[0].item() / batch, totals[1].item(), totals[2].item()
-        if not math.isfinite(loss):
-            raise StageError(
-                f"{self.config.label}: loss is {loss} at step {self.step}; examples {[g.id for g in groups]}"
-            )
+        seconds = time.monotonic() - started
+        tokens = sum(map(sum, lengths))
         return StepRecord(
-            self.step, loss, rate, float(self.engine.get_global_grad_norm() or 0.0), batch, int(real),
-            1 - real / padded, round(time.monotonic() - started, 4),
-        )  # fmt: skip
+            self.step, (self.step * batch - 1) // self.order.epoch_size, sum(losses) / batch, rate,
+            norm, batch, tokens, 1 - real / padded,
+            round(plan.imbalance, 4), round(seconds, 4), peak_memory_mib(self.encoder.device),
+            self._mfu(lengths, tokens, seconds),
+        ), None  # fmt: skip
 
-    def _accumulate(self, groups: list[Group], plan: list[list[int]]) -> float:
-        """Forward and backward of this rank's micro-batches; returns the sum of its losses.
+    def _accumulate(self, rows: list[int], plan: BatchPlan) -> torch.Tensor:
+        """Gradients of this rank's groups; returns its losses, in the plan's order."""
+        # Dropout must not depend on how often a run was restarted.
+        torch.manual_seed(hash((self.config.seed, self.step, self.rank)) & 0x7FFF_FFFF)
+        own = [self.store.groups([rows[position] for position in part]) for part in plan.ranks[self.rank]]
+        return self.gradients.run(own, plan.counts, self.store.groups(rows[:1]))
 
-        Each query weighs 1 / global batch whatever rank and micro-batch it fell into: DeepSpeed averages
-        gradients over ranks, so the local sum is scaled by world size / global batch.
-        """
-        scale = self.world_size / self.config.stage.global_batch
-        total = 0.0
-        for number, positions in enumerate(plan):
-            self.engine.set_gradient_accumulation_boundary(number == len(plan) - 1)
-            # A rank without a group here still takes part in the collective calls, with weight zero.
-            own = [groups[position] for position in positions] or groups[:1]
-            losses = self.engine(own)
-            weight = scale if positions else 0.0
-            self.engine.backward(losses.sum() * weight)
-            total += float(losses.detach().sum()) if positions else 0.0
-        return total
+    def _exchange(
+        self, losses: torch.Tensor, plan: BatchPlan, batch: int, before: tuple[int, int]
+    ) -> tuple[list[float], float, float]:
+        """Every rank's losses by position in the batch, and real and padded tokens of all ranks."""
+        shared = torch.zeros(batch + 2, dtype=torch.float64, device=self.encoder.device)
+        positions = [position for part in plan.ranks[self.rank] for position in part]
+        shared[torch.tensor(positions, dtype=torch.long, device=shared.device)] = losses.to(shared)
+        shared[batch] = self.encoder.tokens.real - before[0]
+        shared[batch + 1] = self.encoder.tokens.padded - before[1]
+        dist.all_reduce(shared)
+        values = shared.tolist()
+        return values[:batch], values[batch], values[batch + 1]
+
+    def _mfu(self, lengths: list[list[int]], tokens: int, seconds: float) -> float | None:
+        peak = peak_flops(self.encoder.device, self.encoder.dtype)
+        if peak is None:
+            return None
+        config = self.encoder.backbone.config
+        squared = sum(length * length for own in lengths for length in own)
+        flops = training_flops(
+            tokens, squared, self.matrix_weights, config.num_hidden_layers, config.hidden_size
+        )
+        return round(flops / (seconds * peak * self.world_size), 4)
+
+    def _state(self) -> dict[str, Any]:
+        return {
+            "examples_seen": self.step * self.config.stage.global_batch,
+            "fingerprint": self.config.fingerprint,
+            "world_size": self.world_size,
+            "zero_stage": self.config.training.zero_stage,
+        }
 
     def report_checkpoint(self) -> None:
         """All ranks save their shards and report them under one name."""
-        with tempfile.TemporaryDirectory(prefix="embedloom-checkpoint-") as folder:
-            self.engine.save_checkpoint(folder, tag=ENGINE_TAG, client_state={"step": self.step})
-            if self.rank == 0:
-                self._write_metrics(Path(folder))
+        with temporary_folder() as folder:
+            records = self.writer.records if self.rank == 0 else None
+            save_checkpoint(self.engine, Path(folder), self._state(), records)
             self._report(folder, f"step-{self.step:08d}")
 
     def report_model(self) -> None:
         """Gather the weights on rank 0 and report the finished model folder."""
         import deepspeed
 
-        with tempfile.TemporaryDirectory(prefix="embedloom-model-") as folder:
-            with deepspeed.zero.GatheredParameters(
-                list(self.encoder.backbone.parameters()), enabled=self.config.training.zero_stage == 3
-            ):
+        training = self.config.training
+        dimensions = training.matryoshka.dimensions if training.matryoshka is not None else None
+        golden = embed_golden(self.encoder)
+        with temporary_folder() as folder:
+            weights = list(self.encoder.backbone.parameters())
+            with deepspeed.zero.GatheredParameters(weights, enabled=training.zero_stage == 3):
                 if self.rank == 0:
-                    save_model(
-                        self.encoder.backbone, self.encoder.tokenizer, self.encoder.contract, Path(folder)
-                    )
-                    self._write_metrics(Path(folder))
+                    save_final_model(self.encoder, Path(folder), dimensions, self.writer.records, golden)
             self._report(folder if self.rank == 0 else None, MODEL_CHECKPOINT)
 
     def _report(self, folder: str | None, name: str) -> None:
         import ray.train
 
         checkpoint = ray.train.Checkpoint.from_directory(folder) if folder else None
-        metrics = {
-            "step": self.step,
-            "loss": self.records[-1].loss,
-            "repeated_negatives": self.store.repeated_negatives,
-        }
-        ray.train.report(metrics, checkpoint=checkpoint, checkpoint_dir_name=name)
-
-    def _write_metrics(self, folder: Path) -> None:
-        lines = [json.dumps(asdict(record)) for record in self.records]
-        (folder / METRICS_FILE).write_text("\n".join(lines) + "\n")
+        ray.train.report({"step": self.step}, checkpoint=checkpoint, checkpoint_dir_name=name)
 
 
-def plan_steps(config: LoopConfig, datasets: list[str]) -> tuple[int, Indices]:
-    """Number of optimizer steps and the order of all their examples."""
-    stage = config.stage
-    steps = stage.max_steps
-    if steps is None:
-        steps = max(1, math.ceil(one_pass(datasets, config.shares) * stage.epochs / stage.global_batch))
-    return steps, example_order(datasets, config.shares, steps * stage.global_batch, config.seed)
+def prepare_backbone(backbone: Any, config: TrainingConfig) -> None:
+    """Training mode, frozen embeddings and recomputation as the config has them."""
+    backbone.train()
+    if config.freeze_token_embeddings:
+        backbone.get_input_embeddings().requires_grad_(False)
+    if config.gradient_checkpointing:
+        backbone.gradient_checkpointing_enable()
 
 
-def plan_micro_batches(groups: list[Group], world_size: int, budget: int) -> list[list[list[int]]]:
-    """Positions of the groups, by rank and micro-batch; every rank gets the same number of micro-batches."""
-    costs = [group.tokens for group in groups]
-    ranks = balanced_ranks(costs, world_size)
-    count = max(len(micro_batches([costs[p] for p in own], budget)) for own in ranks)
-    return [
-        [
-            [own[position] for position in batch]
-            for batch in micro_batches([costs[p] for p in own], budget, max(1, count))
-        ]
-        for own in ranks
-    ]
+def matrix_weights(backbone: Any) -> int:
+    """Weights that every token is multiplied with: all but the token embeddings."""
+    total = sum(parameter.numel() for parameter in backbone.parameters())
+    return int(total - backbone.get_input_embeddings().weight.numel())
+
+
+def shares_of(sources: tuple[TrainingSource, ...], store: ExampleStore) -> list[Share]:
+    """The sources' parts of an epoch, with the rows they turned out to have."""
+    return [Share(s.name, store.first_row(s.name), store.sizes[s.name], s.weight, s.cap) for s in sources]

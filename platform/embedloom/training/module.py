@@ -1,12 +1,12 @@
-"""The part that DeepSpeed wraps: groups of token ids in, per-query losses out."""
+"""The part that DeepSpeed wraps: groups of token ids in, vectors out."""
 
 import torch
 from torch import Tensor, nn
 
 from embedloom.encoder.batching import token_budget_batches
 from embedloom.encoder.model import Encoder
-from embedloom.training.examples import Group
-from embedloom.training.losses import Loss
+from embedloom.training.groups import Group
+from embedloom.training.losses.vectors import VectorGroups, key_tensor, text_key
 
 # Without packing, a micro-batch goes through the backbone in this many length-sorted pieces or a few more: enough to lose most
 # padding, few enough to keep the matrix products large.
@@ -14,23 +14,20 @@ _PIECES = 4
 
 
 class ContrastiveModule(nn.Module):
-    """Backbone + pooling + loss of one micro-batch, in one forward so ZeRO's hooks see it whole."""
+    """Backbone + pooling of one micro-batch, in one forward so ZeRO's hooks see it whole."""
 
-    def __init__(self, encoder: Encoder, loss: Loss, temperature: float) -> None:
+    def __init__(self, encoder: Encoder) -> None:
         super().__init__()
         self.backbone = encoder.backbone
         self._encoder = encoder
-        self._loss = loss
-        self._temperature = temperature
 
-    def forward(self, groups: list[Group]) -> Tensor:
-        """Per-query losses [len(groups)]; all groups have the same number of documents."""
+    def forward(self, groups: list[Group]) -> tuple[Tensor, Tensor]:
+        """Queries [b, d] and documents [b, 1 + k, d]; all groups have the same number of documents."""
         texts = [group.query for group in groups] + [
             document for group in groups for document in group.documents
         ]
         vectors = self._vectors(texts)
-        queries, documents = vectors[: len(groups)], vectors[len(groups) :]
-        return self._loss(queries, documents.view(len(groups), -1, vectors.shape[1]), self._temperature)
+        return vectors[: len(groups)], vectors[len(groups) :].view(len(groups), -1, vectors.shape[1])
 
     def _vectors(self, texts: list[list[int]]) -> Tensor:
         if self._encoder.packed:
@@ -40,3 +37,13 @@ class ContrastiveModule(nn.Module):
         parts = [self._encoder.forward([texts[position] for position in batch]) for batch in batches]
         order = torch.tensor([position for batch in batches for position in batch], device=parts[0].device)
         return torch.cat(parts)[torch.argsort(order)]
+
+
+def vector_groups(groups: list[Group], queries: Tensor, documents: Tensor) -> VectorGroups:
+    """Vectors of groups together with the keys of their texts."""
+    return VectorGroups(
+        queries,
+        documents,
+        key_tensor([text_key(group.query) for group in groups], queries.device),
+        key_tensor([[text_key(text) for text in group.documents] for group in groups], queries.device),
+    )

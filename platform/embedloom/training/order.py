@@ -1,9 +1,12 @@
-"""Which example comes at which step: a function of (rows, shares, seed) only.
+"""Which example comes at which step: a function of the sources, the seed and the epoch only.
 
 Never of the number of workers, actors or restarts, so a resumed or resized run sees the very next example.
 """
 
+import hashlib
+import heapq
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -24,70 +27,118 @@ def quotas(shares: Mapping[str, float], total: int) -> dict[str, int]:
     return parts
 
 
-def one_pass(datasets: Sequence[str], shares: Mapping[str, float]) -> int:
-    """Most examples that keep the shares without using a row twice.
+@dataclass(frozen=True, slots=True)
+class Share:
+    """One source's part of an epoch."""
 
-    Raises:
-        DataError: a dataset with a share above zero has no rows.
+    name: str
+    first_row: int
+    rows: int
+    weight: float | None = None  # all sources have one, or none
+    cap: int | None = None
+
+
+class ExampleOrder:
+    """Rows in training order, epoch after epoch; the next step's rows follow from the number of examples seen.
+
+    An epoch holds a fixed number of rows of every source. With weights, that is the longest pass that keeps the shares
+    without using a row twice; else every source's cap, or all its rows. A source goes through its rows in one shuffle
+    after another, so none comes again before all were used, across epochs too; an epoch mixes all sources.
+
+    Costs 8 bytes of memory a row of an epoch and of each source, a second for ten million rows.
     """
-    wanted = {name: share for name, share in shares.items() if share > 0}
-    weight = sum(wanted.values())
-    sizes = {name: sum(1 for dataset in datasets if dataset == name) for name in wanted}
-    for name, size in sizes.items():
-        if size == 0:
-            raise DataError(
-                f"training.mix: {name!r} has a share of {wanted[name]:g}, but no mined example; found {sorted(set(datasets))}"
-            )
-    return max(1, int(min(sizes[name] * weight / share for name, share in wanted.items())))
+
+    def __init__(self, shares: Sequence[Share], seed: int) -> None:
+        if not shares:
+            raise DataError("training: no source to train on")
+        self._shares = sorted(shares, key=lambda share: share.name)
+        self._seed = seed
+        for share in self._shares:
+            if share.rows == 0:
+                raise DataError(f"training source {share.name!r} has no example")
+            if share.cap is not None and share.cap > share.rows:
+                raise DataError(
+                    f"training source {share.name!r}: cap is {share.cap:,}, but it has {share.rows:,} examples"
+                )
+        self._quotas = self._epoch_quotas()
+        self.epoch_size = sum(self._quotas.values())
+        self._passes: dict[str, tuple[int, Indices]] = {}
+        self._epochs: dict[int, Indices] = {}
+
+    def window(self, start: int, stop: int) -> Indices:
+        """Rows of the examples number ``start`` to ``stop``, counted from the first of epoch 0; int64 [stop - start]."""
+        parts = []
+        for epoch in range(start // self.epoch_size, (max(start, stop - 1)) // self.epoch_size + 1):
+            offset = epoch * self.epoch_size
+            parts.append(self.epoch(epoch)[max(0, start - offset) : max(0, stop - offset)])
+        return np.concatenate(parts)
+
+    def epoch(self, number: int) -> Indices:
+        """All rows of one epoch: a function of (seed, number) and the sources only; int64 [epoch_size]."""
+        if number not in self._epochs:
+            chosen = [self._draws(share, number) for share in self._shares]
+            rng = np.random.default_rng([self._seed, number])
+            order = rng.permutation(np.concatenate(chosen)).astype(np.int64)
+            # A batch may span two epochs; older ones never come back.
+            self._epochs = {key: value for key, value in self._epochs.items() if key == number - 1}
+            self._epochs[number] = order
+        return self._epochs[number]
+
+    def _epoch_quotas(self) -> dict[str, int]:
+        if self._shares[0].weight is None:
+            return {share.name: share.cap or share.rows for share in self._shares}
+        weights = {share.name: share.weight or 0.0 for share in self._shares}
+        total = sum(weights.values())
+        size = max(1, int(min(share.rows * total / weights[share.name] for share in self._shares)))
+        return quotas(weights, size)
+
+    def _draws(self, share: Share, epoch: int) -> Indices:
+        """The rows of one source in one epoch: the next stretch of its endless series of shuffles."""
+        quota = self._quotas[share.name]
+        size = share.rows if share.weight is not None else quota
+        start, stop = epoch * quota, (epoch + 1) * quota
+        parts = [
+            self._shuffle(share, number, size)[max(0, start - number * size) : max(0, stop - number * size)]
+            for number in range(start // size, -(-stop // size))
+        ]
+        return np.concatenate([np.empty(0, dtype=np.int64), *parts]) + share.first_row
+
+    def _shuffle(self, share: Share, number: int, size: int) -> Indices:
+        """Shuffle ``number`` of the source's rows, or of those that its cap leaves."""
+        known = self._passes.get(share.name)
+        if known is not None and known[0] == number:
+            return known[1]
+        key = int.from_bytes(hashlib.blake2b(share.name.encode(), digest_size=8).digest(), "little")
+        rows = np.arange(share.rows)
+        if size < share.rows:
+            rows = np.random.default_rng([self._seed, key]).permutation(share.rows)[:size]
+        shuffled: Indices = np.random.default_rng([self._seed, key, number]).permutation(rows)
+        self._passes[share.name] = (number, shuffled)
+        return shuffled
 
 
-def example_order(datasets: Sequence[str], shares: Mapping[str, float], total: int, seed: int) -> Indices:
-    """Row numbers of the examples of one stage, in training order.
-
-    Each dataset gives its exact quota, going through its rows in a fresh shuffle as often as needed; the quotas
-    are then shuffled together.
-
-    Args:
-        datasets: dataset name of every row.
-        shares: share per dataset; names with a share of 0 are left out.
-        total: examples wanted.
-        seed: the only source of randomness.
-
-    Returns:
-        int64 [total].
-
-    Raises:
-        DataError: a dataset with a share above zero has no rows.
-    """
-    one_pass(datasets, shares)
-    rng = np.random.default_rng(seed)
-    names = np.asarray(datasets)
-    chosen: list[Indices] = []
-    for name, quota in sorted(quotas({n: s for n, s in shares.items() if s > 0}, total).items()):
-        rows = np.flatnonzero(names == name)
-        passes = -(-quota // len(rows))
-        chosen.append(
-            np.concatenate([rng.permutation(rows) for _ in range(passes)])[:quota] if passes else rows[:0]
-        )
-    return rng.permutation(np.concatenate(chosen)).astype(np.int64)
-
-
-def balanced_ranks(costs: Sequence[int], world_size: int) -> list[list[int]]:
+def balanced_ranks(costs: Sequence[float], world_size: int) -> list[list[int]]:
     """Assign positions of a global batch to ranks so that the costs per rank are as even as a greedy pass makes them.
 
     Longest first to the least loaded rank (ties to the one with fewer positions, then the lower rank), so no
-    rank waits for one that drew the long texts.
+    rank waits for one that drew the long texts. At most 4/3 - 1/(3 ranks) of the best possible (Graham 1969).
     """
     ranks: list[list[int]] = [[] for _ in range(world_size)]
-    loads = [0] * world_size
+    loads = [(0.0, 0, rank) for rank in range(world_size)]
     for position in sorted(range(len(costs)), key=lambda p: (-costs[p], p)):
-        rank = min(range(world_size), key=lambda r: (loads[r], len(ranks[r]), r))
+        load, count, rank = heapq.heappop(loads)
         ranks[rank].append(position)
-        loads[rank] += costs[position]
+        heapq.heappush(loads, (load + costs[position], count + 1, rank))
     return ranks
 
 
-def micro_batches(costs: Sequence[int], budget: int, count: int | None = None) -> list[list[int]]:
+def imbalance(costs: Sequence[float], ranks: Sequence[Sequence[int]]) -> float:
+    """Share of its time that the average rank waits for the slowest: 1 - mean load / largest load, 0 to 1."""
+    loads = [sum(costs[position] for position in own) for own in ranks]
+    return 1 - sum(loads) / (len(loads) * max(loads)) if max(loads) > 0 else 0.0
+
+
+def micro_batches(costs: Sequence[float], budget: int, count: int | None = None) -> list[list[int]]:
     """Cut one rank's positions into micro-batches of at most ``budget`` tokens, or into exactly ``count`` of them.
 
     A single group above the budget gets a micro-batch of its own. With ``count``, the groups are dealt out
@@ -96,7 +147,7 @@ def micro_batches(costs: Sequence[int], budget: int, count: int | None = None) -
     if count is not None:
         return balanced_ranks(costs, count)
     batches: list[list[int]] = []
-    load = 0
+    load = 0.0
     for position, cost in enumerate(costs):
         if batches and load + cost <= budget:
             batches[-1].append(position)

@@ -6,14 +6,20 @@ from pathlib import Path
 from typing import Any
 
 from embedloom.artefacts import Artefact, ArtefactWriter
-from embedloom.config.model import Candidate, TrainingConfig, TrainingStage
 from embedloom.config.resources import TrainingGroup
+from embedloom.config.training import Candidate, TrainingConfig, TrainingStage
+from embedloom.config.training_data import TrainingSource
 from embedloom.encoder.device import DTypeName
-from embedloom.errors import StageError
+from embedloom.encoder.parity import check_export
+from embedloom.errors import ConfigError, StageError
 from embedloom.storage import Place
-from embedloom.training.loop import METRICS_FILE, LoopConfig, train_worker
+from embedloom.training.checkpoints import check_resumable
+from embedloom.training.loop import LoopConfig, train_worker
+from embedloom.training.metrics import METRICS_FILE
+from embedloom.training.prepare import prepare_sources
 
 CHECKPOINT_FOLDER = "_train"
+DATA_FOLDER = "_data"
 _CURVE_POINTS = 200
 
 
@@ -22,7 +28,7 @@ def train_stage(
     stage: TrainingStage,
     candidate: Candidate,
     start_model: Path,
-    mining: Artefact,
+    mining: Artefact | None,
     group: TrainingGroup,
     dtype: DTypeName,
     out: ArtefactWriter,
@@ -34,35 +40,73 @@ def train_stage(
         stage: pretrain or finetune settings.
         candidate: seed and hyper-parameter changes of this run.
         start_model: model folder the stage starts from (the base, or the stage before).
-        mining: artefact with ``examples/``.
+        mining: artefact with ``examples/``; None where the stage's sources do without.
         group: worker group.
         dtype: compute type.
         out: writer of ``training/<candidate>/<stage>``.
 
     Raises:
-        StageError: the workers failed more often than ``training.max_failures``.
+        ConfigError: a global batch that leaves workers without a query.
+        DataError: a source that does not fit, named with its row, or checkpoints of another config.
+        StageError: the loss is not finite or has diverged, the workers failed more often than
+            ``training.max_failures``, or some reader would read the export as another model.
     """
-    loop = LoopConfig(
+    if stage.global_batch < group.workers:
+        raise ConfigError(
+            f"training.stages.{stage.name}.global_batch: {stage.global_batch} queries cannot be shared out to {group.workers} workers; "
+            f"allowed: {group.workers} or more"
+        )
+    loop = _loop_config(config, stage, candidate, start_model, group, dtype, out.place)
+    mined = mining.place if mining is not None else None
+    check_resumable(out.place.child(CHECKPOINT_FOLDER), loop.fingerprint)
+    counts = prepare_sources(loop.label, config, stage.negatives, loop.sources, mined, start_model, loop.data)
+    result = _fit(loop, group, out.place.child(CHECKPOINT_FOLDER))
+    with out.local_folder() as folder, result.checkpoint.as_directory() as final:
+        shutil.copytree(final, folder, dirs_exist_ok=True)
+        records = [json.loads(line) for line in (folder / METRICS_FILE).read_text().splitlines()]
+        # Between stages only our own code reads the model; the last stage's is an export.
+        parity = check_export(folder) if stage.name == config.stages[-1].name else None
+    for name in (CHECKPOINT_FOLDER, DATA_FOLDER):
+        out.place.child(name).remove()
+    return out.commit(
+        {**_counts(records), **counts},
+        {"loss_curve": _curve(records), "stage": stage.name, "candidate": candidate.name, "parity": parity},
+    )
+
+
+def _loop_config(
+    config: TrainingConfig,
+    stage: TrainingStage,
+    candidate: Candidate,
+    start_model: Path,
+    group: TrainingGroup,
+    dtype: DTypeName,
+    place: Place,
+) -> LoopConfig:
+    # Ray Train's workers have another working directory.
+    root = Place(str(place.local)) if place.is_local else place
+    return LoopConfig(
         label=f"train {candidate.name}/{stage.name}",
         training=config,
         stage=stage,
-        shares=candidate.mix or config.mix,
+        sources=stage.sources or mined_sources(candidate.mix or config.mix),
         # Stages of one candidate must not repeat each other's order.
         seed=candidate.seed * 1000 + [s.name for s in config.stages].index(stage.name),
         learning_rate_scale=candidate.learning_rate_scale,
         dtype=dtype,
         start_model=start_model.absolute(),
-        examples=Place(str(mining.place.local)) if mining.place.is_local else mining.place,
+        data=root.child(DATA_FOLDER),
+        logs=root,
         threads=group.compute_threads,
     )
-    result = _fit(loop, group, out.place.child(CHECKPOINT_FOLDER))
-    with out.local_folder() as folder, result.checkpoint.as_directory() as final:
-        shutil.copytree(final, folder, dirs_exist_ok=True)
-        records = [json.loads(line) for line in (folder / METRICS_FILE).read_text().splitlines()]
-    out.place.child(CHECKPOINT_FOLDER).remove()
-    return out.commit(
-        _counts(records, result.metrics or {}),
-        {"loss_curve": _curve(records), "stage": stage.name, "candidate": candidate.name},
+
+
+def mined_sources(mix: dict[str, float]) -> tuple[TrainingSource, ...]:
+    """The run's own mined examples, a source for each origin with a share above 0."""
+    return tuple(
+        TrainingSource(name=name, format="mined", dataset=name, weight=share)
+        for name, share in sorted(mix.items())
+        if share > 0
     )
 
 
@@ -94,6 +138,8 @@ def _fit(loop: LoopConfig, group: TrainingGroup, storage: Place) -> Any:
         result = trainer.fit()
     except Exception as error:
         raise StageError(f"{loop.label}: {_last_line(error)}") from error
+    if result.return_value is not None:
+        raise StageError(str(result.return_value))
     if result.checkpoint is None:
         raise StageError(f"{loop.label}: Ray Train ended without a checkpoint")
     return result
@@ -104,7 +150,7 @@ def _last_line(error: BaseException) -> str:
     return lines[-1].strip() if lines else type(error).__name__
 
 
-def _counts(records: list[dict[str, Any]], metrics: dict[str, Any]) -> dict[str, Any]:
+def _counts(records: list[dict[str, Any]]) -> dict[str, Any]:
     seconds = sum(record["seconds"] for record in records)
     tokens = sum(record["tokens"] for record in records)
     padded = sum(record["tokens"] / (1 - record["padding_share"]) for record in records)
@@ -113,9 +159,9 @@ def _counts(records: list[dict[str, Any]], metrics: dict[str, Any]) -> dict[str,
         "steps": len(records),
         "tokens": tokens,
         "padding_share": round(1 - tokens / padded, 4),
+        "imbalance": round(sum(record["imbalance"] for record in records) / len(records), 4),
         "tokens_per_second": round(tokens / seconds, 1),
         "step_seconds": round(seconds, 1),
-        "repeated_negatives": metrics.get("repeated_negatives", 0),
     }
 
 

@@ -9,28 +9,10 @@ between workers and the batch size only averages gradients.
 import torch
 from torch import Tensor
 
-from embedloom.errors import DataError
+from embedloom.training.losses.vectors import VectorGroups
 
 
-def infonce(queries: Tensor, documents: Tensor, temperature: float) -> Tensor:
-    """Per-query losses [b].
-
-    Args:
-        queries: [b, d] unit vectors.
-        documents: [b, 1 + k, d] unit vectors, the positive first.
-        temperature: divides the cosine similarities (the paper: 0.02).
-
-    Raises:
-        DataError: shapes that do not belong together.
-    """
-    if (
-        queries.ndim != 2
-        or documents.ndim != 3
-        or queries.shape[0] != documents.shape[0]
-        or queries.shape[1] != documents.shape[2]
-    ):
-        raise DataError(
-            f"infonce: queries {tuple(queries.shape)} and documents {tuple(documents.shape)} must be [b, d] and [b, 1 + k, d]"
-        )
-    scores = torch.einsum("bd,bkd->bk", queries, documents) / temperature
+def infonce(own: VectorGroups, batch: VectorGroups, first: int, temperature: float) -> Tensor:
+    """Per-query losses [b], see ``Loss``; ``batch`` and ``first`` are not looked at."""
+    scores = torch.einsum("bd,bkd->bk", own.queries, own.documents) / temperature
     return -torch.log_softmax(scores, dim=1)[:, 0]

@@ -1,0 +1,208 @@
+"""Training throughput beside sentence-transformers' trainer: same texts, model, optimizer, dtype, cores.
+
+    python benchmarks/train_throughput.py [--quick] [--json] [--pairs FOLDER] [--steps N] [--layers N]
+
+Work: queries and positives of the Parquet files in FOLDER (columns ``query``, ``positive``) at their natural lengths, cut
+at 256 tokens, with other rows' positives as 1 and as 4 negatives; SmolLM2-135M cut to 12 layers, mean pooling, AdamW,
+bfloat16 autocast where the CPU has it. Ours is InfoNCE on a query's own negatives; the peer's nearest is
+MultipleNegativesRankingLoss, which adds in-batch columns to the same products (microseconds a step). Each side runs in
+a process of its own, for its peak memory; the peer's batch size a forward is tried and its best counts. Model loading
+and the first two steps are left out. The headline is 1 negative; ``work.by_negatives`` holds both.
+"""
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+
+PAIRS = Path(__file__).parents[1] / "../shared/data/train/pairs"
+WARM_STEPS = 2
+MAX_TOKENS = 256
+TEMPERATURE = 0.02
+
+
+def write_rows(folder: Path, negatives: int, rows: int, out: Path) -> None:
+    """Anchor, positive and drawn negatives as JSON lines."""
+    pairs = [row for path in sorted(folder.glob("*.parquet")) for row in pq.read_table(path).to_pylist()]
+    if not pairs:
+        raise SystemExit(f"{folder}: no Parquet file with query and positive (--pairs)")
+    rng = np.random.default_rng(0)
+    with out.open("w") as stream:
+        for index in rng.permutation(len(pairs))[:rows]:
+            drawn = rng.integers(0, len(pairs), negatives)
+            record = {"anchor": pairs[index]["query"], "positive": pairs[index]["positive"]}
+            record |= {f"negative_{k + 1}": pairs[n]["positive"] for k, n in enumerate(drawn)}
+            stream.write(json.dumps(record) + "\n")
+
+
+def prepare_model(layers: int, out: Path) -> None:
+    from embedloom.config.model import EncoderConfig
+    from embedloom.encoder.export import prepare_base
+    from embedloom.encoder.registry import resolve_model
+
+    config = EncoderConfig(
+        base="smollm2-135m", num_layers=layers, max_query_tokens=MAX_TOKENS, max_document_tokens=MAX_TOKENS
+    )
+    out.mkdir()
+    prepare_base(config, resolve_model("smollm2-135m"), out)
+
+
+def run_ours(folder: Path, negatives: int, steps: int, batch: int, micro_batch: int) -> dict[str, Any]:
+    """Our step, without Ray around it: one worker, DeepSpeed ZeRO-0; ``micro_batch`` in tokens."""
+    import torch.distributed as dist
+
+    from embedloom.config.training import TrainingConfig, TrainingStage
+    from embedloom.config.training_data import TrainingSource
+    from embedloom.storage import Place
+    from embedloom.training.loop import LoopConfig, StageTrainer
+    from embedloom.training.prepare import prepare_sources
+
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0", LOCAL_RANK="0", DS_ACCELERATOR="cpu")
+    store = dist.FileStore(str(folder / "rendezvous"), 1)
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    source = TrainingSource(name="pairs", format="sentence_transformers", path=str(folder / "rows.jsonl"))
+    stage = TrainingStage(
+        name="bench", negatives=negatives, global_batch=batch, learning_rate=1e-5, max_steps=steps,
+        warmup_steps=0, sources=(source,),
+    )  # fmt: skip
+    training = TrainingConfig(
+        candidates=[{"name": "a", "seed": 0}], stages=[stage], temperature=TEMPERATURE, zero_stage=0,
+        micro_batch_tokens=micro_batch,
+    )  # fmt: skip
+    data, model = Place(str(folder / "data")), folder / "model"
+    prepare_sources("bench", training, negatives, (source,), None, model, data)
+    loop = LoopConfig(
+        "bench", training, stage, (source,), 0, 1.0, "auto", model, data, Place(str(folder)), threads=0
+    )
+    trainer = StageTrainer(loop, 0, 1)
+    records = [trainer.train_step()[0] for _ in range(steps)]
+    kept = [record for record in records[WARM_STEPS:] if record is not None]
+    return {
+        "seconds": sum(r.seconds for r in kept), "tokens": sum(r.tokens for r in kept),
+        "padding_share": float(np.mean([r.padding_share for r in kept])), "loss": [r.loss for r in records if r],
+    }  # fmt: skip
+
+
+def run_peer(folder: Path, negatives: int, steps: int, batch: int, micro_batch: int) -> dict[str, Any]:
+    """sentence-transformers' own trainer; ``micro_batch`` in rows."""
+    import torch
+    from datasets import Dataset
+    from sentence_transformers import (
+        SentenceTransformer,
+        SentenceTransformerTrainer,
+        SentenceTransformerTrainingArguments,
+    )
+    from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
+    from transformers import TrainerCallback
+
+    from embedloom.encoder.device import has_fast_bf16
+    from embedloom.instructions import PromptContract
+
+    contract = PromptContract.load(folder / "model")
+    rows = [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()]
+    rows = [{**row, "anchor": contract.format(row["anchor"], "query")} for row in rows]
+    model = SentenceTransformer(str(folder / "model"), device="cpu", model_kwargs={"dtype": torch.float32})
+    times: list[float] = []
+    tokens: list[int] = []
+
+    class Clock(TrainerCallback):
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            times.append(time.perf_counter())
+
+    plain = model.forward
+
+    def counted(features: dict[str, Any], **options: Any) -> Any:
+        tokens.append(int(features["attention_mask"].sum()))
+        return plain(features, **options)
+
+    model.forward = counted
+    arguments = SentenceTransformerTrainingArguments(
+        output_dir=str(folder / "peer"), per_device_train_batch_size=micro_batch, max_steps=steps,
+        gradient_accumulation_steps=batch // micro_batch, learning_rate=1e-5, optim="adamw_torch_fused",
+        bf16=has_fast_bf16(torch.device("cpu")), use_cpu=True, save_strategy="no", report_to="none",
+        logging_strategy="no", disable_tqdm=True, weight_decay=0.01,
+    )  # fmt: skip
+    loss = MultipleNegativesRankingLoss(model, scale=1 / TEMPERATURE)
+    SentenceTransformerTrainer(
+        model=model, args=arguments, train_dataset=Dataset.from_list(rows), loss=loss, callbacks=[Clock()]
+    ).train()
+    per_step = len(tokens) // steps
+    return {
+        "seconds": times[-1] - times[WARM_STEPS - 1], "tokens": sum(tokens[WARM_STEPS * per_step :]),
+        "padding_share": None, "loss": [],
+    }  # fmt: skip
+
+
+def in_process(
+    side: str, folder: Path, negatives: int, steps: int, batch: int, micro_batch: int
+) -> dict[str, Any]:
+    """One side in its own process: rate, peak memory."""
+    command = [sys.executable, __file__, "--side", side, "--work", str(folder)]
+    command += ["--negatives", str(negatives), "--steps", str(steps)]
+    command += ["--batch", str(batch), "--micro-batch", str(micro_batch)]
+    run = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    result = json.loads(run.stdout.splitlines()[-1])
+    return {**result, "rate": result["tokens"] / result["seconds"]}
+
+
+def compare(pairs: Path, negatives: int, options: argparse.Namespace) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory(prefix="embedloom-bench-") as scratch:
+        folder = Path(scratch)
+        write_rows(pairs, negatives, options.batch * options.steps, folder / "rows.jsonl")
+        prepare_model(options.layers, folder / "model")
+        ours = in_process("ours", folder, negatives, options.steps, options.batch, 4096)
+        sizes = (options.batch,) if options.quick else (options.batch // 4, options.batch // 2, options.batch)
+        tried = {
+            size: in_process("peer", folder, negatives, options.steps, options.batch, size) for size in sizes
+        }
+    best = max(tried, key=lambda size: tried[size]["rate"])
+    peer = tried[best]
+    return {
+        "ours": round(ours["rate"], 1), "peer": round(peer["rate"], 1), "ratio": round(ours["rate"] / peer["rate"], 3),
+        "peer_name": f"sentence-transformers trainer, {best} rows a forward", "peak_mb": ours["peak_mb"],
+        "peer_peak_mb": peer["peak_mb"], "tokens": ours["tokens"], "peer_tokens": peer["tokens"],
+        "padding_share": round(ours["padding_share"], 4), "first_losses": [round(x, 4) for x in ours["loss"][:3]],
+        "peer_rates": {size: round(found["rate"], 1) for size, found in tried.items()},
+    }  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="1 negative, one setting of the peer, few steps")
+    parser.add_argument("--json", action="store_true", help="one JSON object on the last line")
+    parser.add_argument("--pairs", type=Path, default=PAIRS, metavar="FOLDER")
+    parser.add_argument("--steps", type=int, default=None)
+    parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument("--batch", type=int, default=None, help="queries a step: 32, with --quick 8")
+    for hidden in ("--side", "--work"):
+        parser.add_argument(hidden, help=argparse.SUPPRESS)
+    for hidden in ("--negatives", "--micro-batch"):
+        parser.add_argument(hidden, type=int, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    options.steps = options.steps or (4 if options.quick else 12)
+    options.batch = options.batch or (8 if options.quick else 32)
+    if options.side:
+        run = {"ours": run_ours, "peer": run_peer}[options.side]
+        result = run(Path(options.work), options.negatives, options.steps, options.batch, options.micro_batch)
+        result["peak_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+        print(json.dumps(result))
+        return
+    found = {count: compare(options.pairs, count, options) for count in ((1,) if options.quick else (1, 4))}
+    keys = ("ours", "peer", "peer_name", "ratio", "peak_mb", "peer_peak_mb")
+    result = {"name": "train_throughput", **{key: found[1][key] for key in keys}, "unit": "real tokens/s"}
+    result["work"] = {"steps": options.steps, "global_batch": options.batch, "layers": options.layers}
+    result["work"]["by_negatives"] = found
+    print(json.dumps(result) if options.json else json.dumps(result, indent=2))
+
+
+if __name__ == "__main__":
+    main()

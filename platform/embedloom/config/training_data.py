@@ -1,0 +1,71 @@
+"""The sources of a training mix."""
+
+from typing import Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from embedloom.config.base import FrozenConfig
+from embedloom.records import TASK_TYPES
+
+TrainingFormat = Literal[
+    "mined", "examples", "embed_nemotron", "nemo_json", "sentence_transformers", "flagembedding", "beir"
+]
+
+
+class TrainingSource(FrozenConfig):
+    """One source of a training mix.
+
+    ``path`` is a folder or file, whose form ``format`` names:
+
+    - ``mined``: the run's own mined examples, no path; ``examples``: those of another run (its ``examples`` folder).
+    - ``embed_nemotron``: one subset of nvidia/embed-nemotron-dataset-v1; where it ships ids only, ``local_texts``
+      says where its original data lies.
+    - ``nemo_json``: a NeMo AutoModel training file with its corpus folders.
+    - ``sentence_transformers``: Parquet or JSON lines with anchor, positive, negative or negative_1 ... n.
+    - ``flagembedding``: JSON lines with query, pos, neg. ``beir``: a folder, its train judgements.
+    """
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    format: TrainingFormat
+    path: str | None = None
+    weight: float | None = Field(
+        default=None, gt=0
+    )  # share of the mix; all sources of a mix have one, or none
+    cap: int | None = Field(default=None, ge=1)  # rows used, drawn once by the seed; null: all
+    instruction: str | None = None  # null: the source's own, else that of its task type
+    task_type: str = "retrieval"  # of formats that state none
+    negatives: int | None = Field(default=None, ge=0)  # most used of a query's own; null: the stage's number
+    dataset: str | None = None  # mined, examples: only the rows of this dataset
+    query_column: str = "anchor"
+    positive_column: str = "positive"
+    local_texts: dict[str, str] = Field(default_factory=dict)  # original repository → local folder or file
+
+    @field_validator("task_type")
+    @classmethod
+    def _known_task_type(cls, value: str) -> str:
+        if value not in TASK_TYPES:
+            raise ValueError(f"unknown task_type {value!r}; allowed: {list(TASK_TYPES)}")
+        return value
+
+    @model_validator(mode="after")
+    def _has_its_place(self) -> "TrainingSource":
+        if (self.path is None) != (self.format == "mined"):
+            needs = "takes no path" if self.format == "mined" else "needs a path"
+            raise ValueError(f"source {self.name!r}: format {self.format} {needs}")
+        if self.weight is not None and self.cap is not None:
+            raise ValueError(f"source {self.name!r} has a weight and a cap; allowed: one of them")
+        return self
+
+
+def check_sources(sources: tuple[TrainingSource, ...]) -> tuple[TrainingSource, ...]:
+    """Different names, and weights on all or on none."""
+    names = [source.name for source in sources]
+    if len(set(names)) != len(names):
+        raise ValueError(f"sources must have different names, found {names}")
+    weighted = [source.name for source in sources if source.weight is not None]
+    if weighted and len(weighted) != len(sources):
+        plain = next(source.name for source in sources if source.weight is None)
+        raise ValueError(
+            f"source {weighted[0]!r} has a weight and {plain!r} none; allowed: weights on all sources, or caps"
+        )
+    return sources

@@ -1,0 +1,168 @@
+"""Whether a saved model is the trained one in every reader: golden vectors, and a diagnosis where they differ.
+
+The trainer embeds a few fixed texts with the weights it holds. After export, our own encoder, transformers and
+sentence-transformers read the folder and embed the same texts; a reader that is off would serve another model.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from embedloom.encoder.backbone import is_decoder
+from embedloom.encoder.model import Encoder, Vectors
+from embedloom.encoder.pooling import POOLINGS, pool
+from embedloom.errors import StageError
+from embedloom.instructions import PromptContract, Side
+
+GOLDEN_FILE = "_golden.json"
+# Lowest cosine allowed between the trainer's vector and a reader's, by the trainer's compute type.
+MIN_COSINE = {"float32": 0.9999, "bfloat16": 0.999}
+GOLDEN_TEXTS: tuple[tuple[str, Side, str], ...] = (
+    ("How do I merge two sorted lists?", "query", "retrieval"),
+    ("Merge them by comparing their first elements again and again.", "document", "retrieval"),
+    ("größer, 日本語, émigré, Ω", "query", "sts"),
+    ("I want my money back", "query", "classification"),
+    ("refund", "document", "classification"),
+    ("a", "document", "retrieval"),
+    ("Paris is the capital of France. " * 40, "document", "retrieval"),
+)
+
+Embedded = tuple[list[list[int]], Vectors]  # token ids and vectors of the golden texts
+
+
+def golden_texts(contract: PromptContract) -> list[str]:
+    """The golden texts as the contract formats them."""
+    return [contract.format(text, side, task_type) for text, side, task_type in GOLDEN_TEXTS]
+
+
+def embed_golden(encoder: Encoder) -> Embedded:
+    """Token ids and vectors of the golden texts; under ZeRO-3, all workers must call it together."""
+    ids = [encoder.tokenize([text], side, task_type)[0] for text, side, task_type in GOLDEN_TEXTS]
+    training = encoder.backbone.training
+    encoder.backbone.eval()
+    with torch.no_grad():
+        # One by one: what a text's neighbours do to it is another question.
+        vectors = torch.cat([encoder.forward([own]) for own in ids]).float().cpu().numpy()
+    encoder.backbone.train(training)
+    return ids, vectors
+
+
+def save_golden(golden: Embedded, dtype: torch.dtype, folder: Path) -> None:
+    """Write golden vectors beside the weights."""
+    name = str(dtype).removeprefix("torch.")
+    content = {"dtype": name, "ids": golden[0], "vectors": golden[1].tolist()}
+    (folder / GOLDEN_FILE).write_text(json.dumps(content) + "\n")
+
+
+def check_export(folder: Path) -> dict[str, float]:
+    """Lowest cosine between the trainer's golden vectors and those of every reader of the folder.
+
+    Raises:
+        StageError: a reader is below the limit; the message says by how much and, where it can be told, why.
+    """
+    content = json.loads((folder / GOLDEN_FILE).read_text())
+    expected: Embedded = content["ids"], np.asarray(content["vectors"], dtype=np.float32)
+    limit = MIN_COSINE[content["dtype"]]
+    found: dict[str, float] = {}
+    for name, read in _READERS.items():
+        seen = read(folder)
+        found[name] = lowest_cosine(seen[1], expected[1])
+        if not found[name] >= limit or seen[0] != expected[0]:
+            raise StageError(
+                f"{folder}: {name} reads another model than was trained: lowest cosine {found[name]:.6f} over {len(expected[0])} "
+                f"golden texts, allowed {limit} or more; {_cause(folder, seen, expected, limit)}"
+            )
+    return {name: round(cosine, 7) for name, cosine in found.items()}
+
+
+def lowest_cosine(one: Vectors, other: Vectors) -> float:
+    """Lowest cosine of corresponding rows."""
+    norms = np.linalg.norm(one, axis=1) * np.linalg.norm(other, axis=1)
+    return float(((one * other).sum(axis=1) / norms).min())
+
+
+def _own(folder: Path, **changes: Any) -> Embedded:
+    contract = PromptContract.load(folder).model_copy(update=changes)
+    return embed_golden(Encoder.load(folder, dtype="float32", device="cpu", contract=contract))
+
+
+def _transformers(folder: Path) -> Embedded:
+    from transformers import AutoModel, AutoTokenizer
+
+    contract = PromptContract.load(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModel.from_pretrained(folder, dtype=torch.float32).eval()
+    ids, vectors = [], []
+    for text, (_, side, _) in zip(golden_texts(contract), GOLDEN_TEXTS, strict=True):
+        batch = tokenizer([text], truncation=True, max_length=contract.max_tokens(side), return_tensors="pt")
+        with torch.no_grad():
+            hidden = model(**batch).last_hidden_state
+        ids.append(batch["input_ids"][0].tolist())
+        vectors.append(pool(hidden, batch["attention_mask"], contract.pooling)[0].numpy())
+    return ids, np.stack(vectors)
+
+
+def _sentence_transformers(folder: Path) -> Embedded:
+    from sentence_transformers import SentenceTransformer
+
+    contract = PromptContract.load(folder)
+    model = SentenceTransformer(str(folder), device="cpu", model_kwargs={"dtype": torch.float32})
+    ids, vectors = [], []
+    for text, (_, side, _) in zip(golden_texts(contract), GOLDEN_TEXTS, strict=True):
+        # One length for both sides is all this format can say; a shorter side is the caller's to cut.
+        model.max_seq_length = contract.max_tokens(side)
+        ids.append(model.preprocess([text])["input_ids"][0].tolist())
+        vectors.append(model.encode([text], convert_to_numpy=True)[0])
+    return ids, np.stack(vectors).astype(np.float32)
+
+
+_READERS: dict[str, Callable[[Path], Embedded]] = {
+    "embedloom": _own,
+    "transformers": _transformers,
+    "sentence-transformers": _sentence_transformers,
+}
+
+
+def _cause(folder: Path, seen: Embedded, expected: Embedded, limit: float) -> str:
+    """What would explain the reader's vectors, found by making our own encoder wrong in the same way."""
+    for own, other in zip(seen[0], expected[0], strict=True):
+        if own != other:
+            size = min(len(own), len(other)) - 1  # the longer one may have been cut
+            if other[1 : 1 + size] == own[:size] or own[1 : 1 + size] == other[:size]:
+                return "cause: BOS (the two sides start differently)"
+            if other[:-1] == own or own[:-1] == other:
+                return "cause: EOS (the two sides end differently)"
+            return f"cause: template or tokenizer (token ids start {own[:8]}, the trainer's {other[:8]})"
+    if lowest_cosine(_own(folder)[1], seen[1]) >= limit:
+        return "cause: weights (all readers of the folder would agree, so it was saved with other ones)"
+    contract = PromptContract.load(folder)
+    trials: dict[str, Callable[[], Embedded]] = {
+        f"pooling (it pools by {mode}, trained was {contract.pooling})": lambda m=mode: _own(
+            folder, pooling=m
+        )
+        for mode in POOLINGS
+        if mode != contract.pooling
+    }
+    if is_decoder(Encoder.load(folder, dtype="float32", device="cpu").backbone.config):
+        flipped = "causal" if contract.attention == "bidirectional" else "bidirectional"
+        trials[f"mask (it attends {flipped}ly, trained was {contract.attention})"] = lambda: _own(
+            folder, attention=flipped
+        )
+        trials["rope (it turns without the scaling or base of the config)"] = lambda: _plain_rope(folder)
+    for name, trial in trials.items():
+        if lowest_cosine(trial()[1], seen[1]) >= limit:
+            return f"cause: {name}"
+    return "cause unknown: token ids agree, and neither weights, pooling, mask nor rope explain it"
+
+
+def _plain_rope(folder: Path) -> Embedded:
+    encoder = Encoder.load(folder, dtype="float32", device="cpu")
+    rotary = getattr(encoder.backbone, "rotary_emb", None)
+    if rotary is not None:
+        steps = torch.arange(rotary.inv_freq.shape[0], dtype=torch.float32) / rotary.inv_freq.shape[0]
+        rotary.inv_freq.copy_(10_000.0**-steps)
+    return embed_golden(encoder)

@@ -1,0 +1,100 @@
+"""Checkpoints of a worker group: what they hold, and whether one fits the run that wants to go on with it."""
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from embedloom.encoder.export import save_model
+from embedloom.encoder.model import Encoder
+from embedloom.encoder.parity import Embedded, save_golden
+from embedloom.errors import DataError
+from embedloom.storage import Place
+from embedloom.training.metrics import METRICS_FILE, StepRecord, metrics_text, read_metrics
+from embedloom.training.reshape import load_resized
+
+ENGINE_TAG = "engine"
+STATE_FILE = "training_state.json"
+MODEL_CHECKPOINT = "model"
+
+
+def is_model(folder: Path) -> bool:
+    """Whether a checkpoint is the finished model of its stage."""
+    return (folder / "config.json").is_file()
+
+
+def save_checkpoint(
+    engine: Any, folder: Path, state: dict[str, Any], records: list[StepRecord] | None
+) -> None:
+    """This worker's part of a checkpoint; ``records`` are rank 0's.
+
+    ``state`` is the cursor: the next example is number ``examples_seen`` of the order, whatever the world size.
+    """
+    engine.save_checkpoint(str(folder), tag=ENGINE_TAG, client_state=state)
+    if records is not None:
+        (folder / METRICS_FILE).write_text(metrics_text(records))
+        (folder / STATE_FILE).write_text(json.dumps(state, indent=2, sort_keys=True) + "\n")
+
+
+def check_resumable(storage: Place, fingerprint: str) -> None:
+    """Before any worker starts: the checkpoints of an interrupted run must be of this config.
+
+    Raises:
+        DataError: one is not.
+    """
+    for name in storage.names("run"):
+        path = f"{name}/{STATE_FILE}"
+        if storage.exists(path):
+            _check_fingerprint(f"{storage.uri}/{name}", storage.read_json(path), fingerprint)
+
+
+def _check_fingerprint(where: str, state: dict[str, Any], fingerprint: str) -> None:
+    if state.get("fingerprint") != fingerprint:
+        raise DataError(
+            f"{where}: checkpoint of another config (fingerprint {state.get('fingerprint')!r}, this run has {fingerprint!r}); "
+            "delete its folder to begin again"
+        )
+
+
+def load_checkpoint(engine: Any, folder: Path, expected: dict[str, Any]) -> tuple[int, list[StepRecord]]:
+    """Weights and optimizer state of a checkpoint, the examples seen, and the records so far.
+
+    Args:
+        engine: a DeepSpeed engine.
+        folder: of the checkpoint.
+        expected: what this run's state would say besides ``examples_seen``.
+
+    Raises:
+        DataError: a checkpoint of another config, or one that cannot be cut for this number of workers.
+    """
+    path = folder / STATE_FILE
+    state = json.loads(path.read_text()) if path.is_file() else {}
+    _check_fingerprint(str(folder), state, expected["fingerprint"])
+    if state["world_size"] != expected["world_size"] and expected["zero_stage"] > 0:
+        load_resized(engine, folder, ENGINE_TAG, f"{state['fingerprint']}-{state['examples_seen']}")
+    else:
+        engine.load_checkpoint(str(folder), tag=ENGINE_TAG)
+    return int(state["examples_seen"]), read_metrics(folder)
+
+
+def save_final_model(
+    encoder: Encoder,
+    folder: Path,
+    dimensions: tuple[int, ...] | None,
+    records: list[StepRecord],
+    golden: Embedded,
+) -> None:
+    """The finished model folder, with the prefixes it was trained for in its contract and config, and golden vectors."""
+    contract = encoder.contract
+    if dimensions is not None:
+        contract = contract.model_copy(update={"matryoshka_dimensions": tuple(sorted(dimensions))})
+        encoder.backbone.config.is_matryoshka = True
+        encoder.backbone.config.matryoshka_dimensions = sorted(dimensions)
+    save_model(encoder.backbone, encoder.tokenizer, contract, folder)
+    save_golden(golden, encoder.dtype, folder)
+    (folder / METRICS_FILE).write_text(metrics_text(records))
+
+
+def temporary_folder() -> tempfile.TemporaryDirectory[str]:
+    """A folder for a checkpoint on its way to the run's storage."""
+    return tempfile.TemporaryDirectory(prefix="embedloom-checkpoint-")

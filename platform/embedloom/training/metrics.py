@@ -1,0 +1,152 @@
+"""What a step leaves behind: one record, one line on the screen, one line in a file, a point in TensorBoard."""
+
+import json
+import resource
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from embedloom.progress import Progress
+from embedloom.storage import Place
+
+METRICS_FILE = "metrics.jsonl"
+TENSORBOARD_FOLDER = "_tensorboard"  # merging and other readers of model folders pass over names with _
+
+# Dense bfloat16 FLOP/s by a part of the device's name, from NVIDIA's data sheets; longer names first.
+_PEAKS = {
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "GH200": 989e12,
+    "B200": 2250e12,
+    "A100": 312e12,
+    "A10G": 70e12,
+    "L40S": 362e12,
+    "L40": 181e12,
+    "L4": 121e12,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class StepRecord:
+    """One line of ``metrics.jsonl``."""
+
+    step: int
+    epoch: int
+    loss: float
+    learning_rate: float
+    grad_norm: float
+    queries: int
+    tokens: int  # real ones, of all workers
+    padding_share: float
+    imbalance: float
+    seconds: float
+    memory_mib: int  # most that rank 0 held at once so far
+    mfu: float | None = None  # of all workers; None where the device's peak is not known
+
+    @property
+    def shown(self) -> dict[str, Any]:
+        """The values of the progress line."""
+        values: dict[str, Any] = {
+            "loss": self.loss,
+            "lr": self.learning_rate,
+            "grad_norm": self.grad_norm,
+            "queries/s": round(self.queries / self.seconds, 1),
+            "tokens/s": round(self.tokens / self.seconds),
+            "padding": f"{self.padding_share:.1%}",
+            "waiting": f"{self.imbalance:.1%}",
+        }
+        if self.mfu is not None:
+            values["mfu"] = f"{self.mfu:.1%}"
+        return {**values, "memory": f"{self.memory_mib:,} MiB"}
+
+
+class StepWriter:
+    """Rank 0's record of the run so far; a resumed run takes over the records up to its checkpoint."""
+
+    def __init__(self, label: str, total_steps: int, folder: Place | None) -> None:
+        self.records: list[StepRecord] = []
+        self._label = label
+        self._total = total_steps
+        self._folder = folder if folder is not None and folder.is_local else None
+        self._progress: Progress | None = None
+        self._board: Any = None
+
+    def start(self, records: list[StepRecord]) -> None:
+        """Begin, or go on, after these records: what later steps of a killed run wrote is cut off."""
+        self.records = list(records)
+        done = len(records)
+        # A line a step, but of steps shorter than a second not every one; the file has them all.
+        self._progress = Progress(self._label, self._total, "steps", done=done, every_seconds=1.0)
+        if self._folder is None:
+            return
+        from tensorboardX import SummaryWriter
+
+        self._folder.write_bytes(METRICS_FILE, metrics_text(records).encode())
+        # Points of a killed run behind its checkpoint are hidden by purge_step.
+        folder = str(self._folder.local / TENSORBOARD_FOLDER)
+        self._board = SummaryWriter(folder, purge_step=done + 1 if done else None, flush_secs=30)
+
+    def add(self, record: StepRecord) -> None:
+        """Keep and show one step."""
+        self.records.append(record)
+        if self._progress is not None:
+            self._progress.advance(1, **record.shown)
+        if self._folder is not None:
+            with (self._folder.local / METRICS_FILE).open("a") as stream:
+                stream.write(json.dumps(asdict(record)) + "\n")
+        if self._board is not None:
+            for name, value in asdict(record).items():
+                if name != "step" and value is not None:
+                    self._board.add_scalar(f"train/{name}", value, record.step)
+
+    def close(self) -> None:
+        """Flush what TensorBoard holds back."""
+        if self._board is not None:
+            self._board.close()
+
+
+def metrics_text(records: list[StepRecord]) -> str:
+    """Records as JSON lines."""
+    return "".join(json.dumps(asdict(record)) + "\n" for record in records)
+
+
+def read_metrics(folder: Path) -> list[StepRecord]:
+    """Records of a checkpoint folder; none if it holds none."""
+    path = folder / METRICS_FILE
+    lines = path.read_text().splitlines() if path.is_file() else []
+    return [StepRecord(**json.loads(line)) for line in lines]
+
+
+def peak_memory_mib(device: torch.device) -> int:
+    """Most memory this process held at once: of its GPU, else resident."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device) / 2**20)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
+    """Dense FLOP/s the device could do in bfloat16, or None where that is not known."""
+    if device.type != "cuda" or dtype != torch.bfloat16:
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((flops for part, flops in _PEAKS.items() if part in name), None)
+
+
+def training_flops(
+    tokens: float, squared_tokens: float, weights: int, layers: int, hidden_size: int
+) -> float:
+    """FLOPs of a forward and backward: 6 a weight and token, and 12 l h n² of attention for a text of n tokens.
+
+    Recomputation (gradient checkpointing, cached gradients) is not counted: MFU is about useful work.
+
+    Args:
+        tokens: real tokens.
+        squared_tokens: sum of n² over texts.
+        weights: of the matrices that every token goes through, so without the token embeddings.
+        layers: of the backbone.
+        hidden_size: of the backbone.
+    """
+    return 6 * weights * tokens + 12 * layers * hidden_size * squared_tokens

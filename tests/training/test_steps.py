@@ -1,0 +1,158 @@
+"""The real step (encoder, DeepSpeed, plan, losses) on one and on two gloo processes, without Ray."""
+
+import json
+import os
+import socket
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from embedloom.config.training import TrainingConfig, TrainingStage
+from embedloom.config.training_data import TrainingSource
+from embedloom.encoder.parity import embed_golden, lowest_cosine
+from embedloom.storage import Place
+from embedloom.training.checkpoints import save_checkpoint
+from embedloom.training.loop import LoopConfig, StageTrainer
+from embedloom.training.prepare import prepare_sources
+
+STEPS = 3
+COLOURS = ["red", "green", "blue", "grey", "pink", "gold"]
+
+
+def make_config(root, model, **changes):
+    rows = [
+        {
+            "id": f"r{n}",
+            "query": f"{COLOURS[n % 6]} " * (1 + n % 3),
+            "pos": [f"the colour {COLOURS[n % 6]} is {n}"],
+            "neg": [f"only {COLOURS[(n + k) % 6]} {'word ' * (n % 7)}" for k in (1, 2)],
+        }
+        for n in range(40)
+    ]
+    path = root / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source = TrainingSource(name="colours", format="flagembedding", path=str(path))
+    stage = TrainingStage(
+        name="s", negatives=2, global_batch=7, learning_rate=5e-3, max_steps=STEPS, warmup_steps=1,
+        sources=(source,),
+    )  # fmt: skip
+    settings = {"loss": "gemini", "temperature": 0.1, "zero_stage": 0, "micro_batch_tokens": 100_000}
+    training = TrainingConfig(
+        candidates=[{"name": "a", "seed": 0}], stages=[stage], **{**settings, **changes}
+    )
+    data = Place(str(root / "data"))
+    prepare_sources("t", training, 2, (source,), None, model, data)
+    return LoopConfig("t", training, stage, (source,), 5, 1.0, "float32", model, data, Place(str(root)), 1)
+
+
+def changed(config, **changes):
+    return replace(config, training=config.training.model_copy(update=changes))
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a group of workers does: some steps from a checkpoint or from the start, and perhaps a checkpoint."""
+
+    config: LoopConfig
+    steps: int = STEPS
+    start: Path | None = None
+    save: Path | None = None
+
+
+def train(task, rank, world_size):
+    """Losses, gradient norms, all weights and the golden vectors after the steps."""
+    import deepspeed
+
+    trainer = StageTrainer(task.config, rank, world_size)
+    if task.start is not None:
+        trainer.resume(task.start)
+    records = [trainer.train_step()[0] for _ in range(task.steps)]
+    if task.save is not None:
+        save_checkpoint(trainer.engine, task.save, trainer._state(), records if rank == 0 else None)
+    golden = embed_golden(trainer.encoder)[1]
+    weights = list(trainer.encoder.backbone.parameters())
+    with deepspeed.zero.GatheredParameters(weights, enabled=task.config.training.zero_stage == 3):
+        flat = torch.cat([weight.detach().flatten() for weight in weights]).numpy().copy()
+    return [r.loss for r in records], [r.grad_norm for r in records], flat, golden
+
+
+def _worker(rank, world_size, port, tasks, results):
+    os.environ.update(
+        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), LOCAL_RANK=str(rank), DS_ACCELERATOR="cpu"
+    )
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=world_size)
+    for name, task in tasks.items():
+        results.put((name, rank, *train(task, rank, world_size)))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def run_group(tasks, world_size):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    context = mp.get_context("spawn")
+    results = context.Queue()
+    workers = [
+        context.Process(target=_worker, args=(rank, world_size, port, tasks, results))
+        for rank in range(world_size)
+    ]
+    for worker in workers:
+        worker.start()
+    found = [results.get(timeout=240) for _ in range(len(tasks) * world_size)]
+    for worker in workers:
+        worker.join(timeout=60)
+        assert worker.exitcode == 0
+    return {name: values for name, rank, *values in found if rank == 0}
+
+
+@pytest.mark.slow
+def test_two_workers_with_cached_gradients_train_as_one_with_the_whole_batch(tiny_model, tmp_path):
+    config = make_config(tmp_path, tiny_model)
+    one = run_group({"gemini": Task(config), "infonce": Task(changed(config, loss="infonce"))}, 1)
+    # About 100 tokens a group: two or three groups a micro-batch, two or more micro-batches a worker.
+    cut = {"micro_batch_tokens": 300}
+    two = run_group(
+        {
+            "ZeRO-1": Task(changed(config, zero_stage=1, **cut)),
+            "ZeRO-3": Task(changed(config, zero_stage=3, **cut)),
+            "one micro-batch": Task(changed(config, zero_stage=2)),
+            "infonce, ZeRO-3": Task(changed(config, loss="infonce", zero_stage=3, **cut)),
+        },
+        2,
+    )
+    for name, (losses, norms, weights, golden) in two.items():
+        expected = one["infonce" if "infonce" in name else "gemini"]
+        assert losses == pytest.approx(expected[0], rel=1e-5), name
+        assert norms == pytest.approx(expected[1], rel=1e-4), name
+        np.testing.assert_allclose(weights, expected[2], rtol=1e-4, atol=2e-5, err_msg=name)
+        assert lowest_cosine(golden, expected[3]) > 0.99999, name
+    assert one["gemini"][0][-1] < one["gemini"][0][0]
+    assert one["infonce"][0] != pytest.approx(one["gemini"][0], rel=1e-2)
+
+
+@pytest.mark.slow
+def test_another_number_of_workers_goes_on_from_a_checkpoint(tiny_model, tmp_path):
+    config = make_config(tmp_path, tiny_model)
+    first, later, whole = {}, {}, {}
+    for stage in (1, 2, 3):
+        folder = tmp_path / f"zero-{stage}"
+        folder.mkdir()
+        own = changed(config, zero_stage=stage)
+        whole[f"{stage}"] = Task(own)
+        first[f"{stage}"] = Task(own, steps=2, save=folder)
+        later[f"{stage}"] = Task(own, steps=1, start=folder)
+    before = run_group({**{f"whole {k}": v for k, v in whole.items()}, **first}, 2)
+    after = run_group(later, 1)
+    for stage in later:
+        losses, norms, weights, _ = before[f"whole {stage}"]
+        assert before[stage][0] == losses[:2]
+        assert after[stage][0] == pytest.approx(losses[2:], rel=1e-5), stage
+        assert after[stage][1] == pytest.approx(norms[2:], rel=1e-4), stage
+        np.testing.assert_allclose(after[stage][2], weights, rtol=1e-4, atol=2e-5, err_msg=stage)

@@ -1,0 +1,211 @@
+"""From sources to token groups, and the order of their ids under any number of workers."""
+
+import json
+from collections import Counter
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from embedloom.config.training_data import TrainingSource
+from embedloom.encoder.model import Encoder
+from embedloom.errors import DataError
+from embedloom.storage import Place
+from embedloom.training import prepare, store
+from embedloom.training.batches import plan_batch
+from embedloom.training.loop import shares_of
+from embedloom.training.order import ExampleOrder
+from embedloom.training.prepare import INDEX_FILE, RowRules, TextTokens, prepare_source
+from embedloom.training.store import ExampleStore
+
+
+def write_lines(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def line(number, negatives=2, **changes):
+    words = "word " * (1 + number % 5)
+    return {
+        "id": f"r{number}", "query": f"{words}{number}", "pos": [f"yes {number}"],
+        "neg": [f"no {number} {k}" for k in range(negatives)], **changes,
+    }  # fmt: skip
+
+
+def source_of(path, name="s", **settings):
+    return TrainingSource(name=name, format="flagembedding", path=path, **settings)
+
+
+def rules(negatives=3, repeat=True, skip_bad=False):
+    return RowRules(negatives, repeat, skip_bad)
+
+
+@pytest.fixture
+def small_parts(monkeypatch):
+    for module in (prepare, store):
+        monkeypatch.setattr(module, "PART_ROWS", 8)
+
+
+def test_prepared_rows_are_what_the_encoder_would_tokenize(tiny_model, tmp_path, small_parts):
+    path = write_lines(tmp_path / "a.jsonl", [line(n, negatives=1 + n % 3) for n in range(20)])
+    tokens, place = TextTokens(tiny_model), Place(str(tmp_path / "data"))
+    index = prepare_source(source_of(path), None, tokens, rules(), place.child("s"))
+    assert index["parts"] == [8, 8, 4]
+    # Rows with 1, 2 or 3 negatives, 3 wanted: 7 x 2 + 7 x 1 + 6 x 0 repeats.
+    assert index["repeated_negatives"] == 21
+    examples = ExampleStore(place, ["s"], 3)
+    encoder = Encoder.load(tiny_model, dtype="float32")
+    for row in (0, 7, 8, 19):
+        expected = line(row, negatives=1 + row % 3)
+        (group,) = examples.groups([row])
+        assert group.id == f"s/r{row}"
+        assert group.query == encoder.tokenize([expected["query"]], "query")[0]
+        texts = [expected["pos"][0], *(expected["neg"][k % len(expected["neg"])] for k in range(3))]
+        assert group.documents == encoder.tokenize(texts, "document")
+        assert examples.lengths([row]) == [group.lengths]
+
+
+@pytest.mark.parametrize(
+    ("task_type", "on_documents"), [("retrieval", False), ("sts", True), ("classification", False)]
+)
+def test_only_texts_that_stand_opposite_each_other_both_carry_the_instruction(
+    tiny_model, tmp_path, task_type, on_documents
+):
+    path = write_lines(tmp_path / "a.jsonl", [line(0)])
+    source = source_of(path, task_type=task_type, instruction="Do it")
+    place = Place(str(tmp_path / "data"))
+    prepare_source(source, None, TextTokens(tiny_model), rules(), place.child("s"))
+    (group,) = ExampleStore(place, ["s"], 1).groups([0])
+    encoder = Encoder.load(tiny_model, dtype="float32")
+    instructed = encoder.tokenize(["yes 0"], "query", task_type, "Do it")[0]
+    assert (group.documents[0] == instructed) is on_documents
+    assert group.query == encoder.tokenize(["word 0"], "query", task_type, "Do it")[0]
+
+
+def test_a_sources_own_number_of_negatives_repeats_fewer(tiny_model, tmp_path):
+    path = write_lines(tmp_path / "a.jsonl", [line(0, negatives=4)])
+    place = Place(str(tmp_path / "data"))
+    prepare_source(source_of(path, negatives=1), None, TextTokens(tiny_model), rules(), place.child("s"))
+    (group,) = ExampleStore(place, ["s"], 3).groups([0])
+    assert group.documents[1] == group.documents[2] == group.documents[3]
+
+
+BAD = {
+    "no_query": line(3, query=" "),
+    "no_positive": line(3, pos=[]),
+    "no_negatives": line(3, neg=[]),
+    "not_text": line(3, neg=[5]),
+    "too_few_negatives": line(3, negatives=2),
+}
+
+
+@pytest.mark.parametrize("reason", sorted(BAD))
+def test_a_bad_row_is_refused_by_source_and_id_or_counted(tiny_model, tmp_path, reason):
+    rows = [line(0, negatives=3), BAD[reason], line(4, negatives=3)]
+    path = write_lines(tmp_path / "a.jsonl", rows)
+    tokens, repeat = TextTokens(tiny_model), reason != "too_few_negatives"
+    name = "a.jsonl:2" if reason == "not_text" else "r3"
+    with pytest.raises(DataError, match=rf"source 's': row '(r3|a\.jsonl:2)': .*\({reason}\)") as caught:
+        prepare_source(
+            source_of(path), None, tokens, rules(repeat=repeat), Place(str(tmp_path / "data")).child("s")
+        )
+    assert "bad_rows: skip" in str(caught.value) and (name in str(caught.value) or reason == "not_text")
+    skipping = rules(repeat=repeat, skip_bad=True)
+    index = prepare_source(source_of(path), None, tokens, skipping, Place(str(tmp_path / "b")).child("s"))
+    assert index["rejects"] == {reason: 1} and index["parts"] == [2]
+
+
+def test_a_cap_above_the_usable_rows_is_refused(tiny_model, tmp_path):
+    path = write_lines(tmp_path / "a.jsonl", [line(0), line(1)])
+    with pytest.raises(DataError, match=r"source 's': cap is 3, but it has 2 usable rows"):
+        prepare_source(
+            source_of(path, cap=3), None, TextTokens(tiny_model), rules(), Place(str(tmp_path)).child("s")
+        )
+
+
+def test_a_killed_preparation_goes_on_after_its_last_whole_part(
+    tiny_model, tmp_path, small_parts, monkeypatch
+):
+    path = write_lines(tmp_path / "a.jsonl", [line(n) for n in range(20)])
+    tokens, place = TextTokens(tiny_model), Place(str(tmp_path / "data"))
+    whole = Place(str(tmp_path / "whole"))
+    prepare_source(source_of(path), None, tokens, rules(), whole.child("s"))
+    calls = []
+    original = prepare._token_table
+
+    def killed_in_the_second_part(tokens, rows):
+        calls.append(rows)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return original(tokens, rows)
+
+    monkeypatch.setattr(prepare, "_token_table", killed_in_the_second_part)
+    with pytest.raises(KeyboardInterrupt):
+        prepare_source(source_of(path), None, tokens, rules(), place.child("s"))
+    assert not place.exists(f"s/{INDEX_FILE}")
+    monkeypatch.setattr(prepare, "_token_table", original)
+    prepare_source(source_of(path), None, tokens, rules(), place.child("s"))
+    for name in whole.names("s"):
+        assert place.read_bytes(name) == whole.read_bytes(name)
+
+
+@pytest.fixture(scope="module")
+def mixed(tiny_model, tmp_path_factory):
+    root = tmp_path_factory.mktemp("mixed")
+    place = Place(str(root / "data"))
+    sources = (
+        source_of(write_lines(root / "a.jsonl", [line(n) for n in range(23)]), "a", cap=20),
+        source_of(write_lines(root / "b.jsonl", [line(n) for n in range(9)]), "b"),
+    )
+    for source in sources:
+        prepare_source(source, None, TextTokens(tiny_model), rules(), place.child(source.name))
+    return ExampleStore(place, ["a", "b"], 3), sources
+
+
+BATCH = 5
+
+
+def ids_seen(examples, sources, first_step, last_step, world_size):
+    """Ids in the order of the global batches, collected from what each worker of a fresh group would train on."""
+    order = ExampleOrder(shares_of(sources, examples), seed=11)
+    seen = []
+    for step in range(first_step, last_step):
+        rows = order.window(step * BATCH, (step + 1) * BATCH).tolist()
+        plan = plan_batch(examples.lengths(rows), world_size, 60, 32)
+        by_position = {}
+        for own in plan.ranks:
+            for part in own:
+                for position in part:
+                    assert position not in by_position
+                    by_position[position] = examples.groups([rows[position]])[0].id
+        seen += [by_position[position] for position in range(BATCH)]
+    return seen
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 16), st.integers(1, 4), st.integers(1, 4))
+def test_after_any_cut_and_any_change_of_workers_the_id_order_is_the_same(mixed, cut, before, after):
+    examples, sources = mixed
+    undisturbed = ids_seen(examples, sources, 0, 16, 1)
+    resumed = ids_seen(examples, sources, 0, cut, before) + ids_seen(examples, sources, cut, 16, after)
+    assert resumed == undisturbed
+
+
+def test_an_epoch_holds_every_row_of_the_mix_once(mixed):
+    examples, sources = mixed
+    # 20 of source a and all 9 of b make an epoch of 29; 29 batches of 5 are 5 epochs.
+    counts = Counter(ids_seen(examples, sources, 0, 29, 2))
+    assert set(counts.values()) == {5}
+    assert Counter(name[0] for name in counts) == {"a": 20, "b": 9}
+
+
+def test_every_rank_has_as_many_micro_batches_within_the_budget_or_a_single_group():
+    lengths = np.random.default_rng(0).integers(5, 60, size=(64, 4)).tolist()
+    plan = plan_batch(lengths, 4, 500, 64)
+    assert sum(plan.counts) == 64
+    assert len({len(own) for own in plan.ranks}) == 1
+    loads = [sum(sum(lengths[p]) for p in part) for own in plan.ranks for part in own]
+    # Dealt out evenly, a micro-batch may pass the budget by less than its longest group.
+    assert max(loads) < 500 + max(map(sum, lengths))
+    assert plan.imbalance < 0.02
