@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from embedloom.config.resources import ServeScaling
-from embedloom.config.use import ServingConfig
+from embedloom.config.serving import ServingConfig
 from embedloom.encoder.model import Encoder
 from embedloom.errors import ConfigError
 from embedloom.serving.stage import Endpoint, check_port_free, start_endpoint

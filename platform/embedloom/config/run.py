@@ -9,7 +9,8 @@ from embedloom.config.base import FrozenConfig, apply_overrides, read_yaml, vali
 from embedloom.config.data import CorpusConfig, SynthesisConfig
 from embedloom.config.mining import MiningConfig
 from embedloom.config.model import EncoderConfig, MergingConfig, TrainingConfig
-from embedloom.config.use import EmbeddingConfig, EvaluationConfig, ServingConfig
+from embedloom.config.serving import ServingConfig
+from embedloom.config.use import EmbeddingConfig, EvaluationConfig
 
 
 class RunSection(FrozenConfig):

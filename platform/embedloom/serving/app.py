@@ -10,14 +10,16 @@ from ray.serve.config import AutoscalingConfig, BackpressureConfig
 
 from embedloom.config.base import FrozenConfig, validate
 from embedloom.config.resources import ServeScaling
-from embedloom.config.use import ServingConfig
+from embedloom.config.serving import ServingConfig
 from embedloom.errors import DataError
 from embedloom.instructions import CONTRACT_FILE, PromptContract
-from embedloom.serving.api import RETRY_AFTER_SECONDS, EndpointSettings
+from embedloom.serving.calls import EndpointSettings
 from embedloom.serving.gateway import Gateway
+from embedloom.serving.model_facts import read_gate, read_lineage
 from embedloom.serving.replica import EncoderEndpoint, EncoderReplica
 from embedloom.serving.service import BatchSettings
 
+RETRY_AFTER_SECONDS = 1  # of Serve's own 429, which is not the usual one
 GATEWAY_CPUS = 0.1  # bookkeeping only: it parses and waits
 
 
@@ -71,9 +73,13 @@ def build_application(args: ApplicationArgs) -> Application:
         max_items=serving.max_items,
         max_requests=scaling.max_replicas * serving.max_ongoing_requests + serving.max_queued_requests,
         request_timeout_seconds=serving.request_timeout_seconds,
+        max_item_characters=serving.max_item_characters,
+        max_body_bytes=int(serving.max_body_mib * 2**20),
+        lineage=read_lineage(folder),
+        gate=read_gate(folder),
     )
     batching = BatchSettings.of(serving)
-    model = (str(folder), scaling.compute_threads, serving.compute_dtype, batching)
+    model = (str(folder), scaling.compute_threads, serving.compute_dtype, batching, settings.fingerprint)
     common = {
         "graceful_shutdown_timeout_s": serving.request_timeout_seconds,
         "max_constructor_retry_count": 1,  # a model that does not load will not load the next time

@@ -11,9 +11,8 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from embedloom.serving.metrics import EndpointMetrics
-from embedloom.serving.schemas import ApiError
+from embedloom.serving.refusals import ApiError
 
-MAX_BODY_BYTES = 16 * 2**20  # 2,048 items of 8 kB; OpenAI's own limit of 300,000 tokens is far below
 REQUEST_ID_HEADER = b"x-request-id"
 _GIVEN_ID = re.compile(rb"[A-Za-z0-9._-]{1,128}")
 _MODEL_PATH = "/v1/models/{name}"
@@ -28,10 +27,13 @@ class BodyTooLarge(Exception):
 class Front:
     """ASGI middleware; plain ASGI because Starlette's helper class copies every body through a queue."""
 
-    def __init__(self, app: ASGIApp, metrics: EndpointMetrics, paths: frozenset[str]) -> None:
+    def __init__(
+        self, app: ASGIApp, metrics: EndpointMetrics, paths: frozenset[str], max_body_bytes: int
+    ) -> None:
         self._app = app
         self._metrics = metrics
         self._paths = paths
+        self._max_body_bytes = max_body_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one connection event."""
@@ -39,17 +41,17 @@ class Front:
             await self._app(scope, receive, send)
             return
         headers = dict(scope["headers"])
-        exchange = _Exchange(headers.get(REQUEST_ID_HEADER), receive, send)
+        exchange = _Exchange(headers.get(REQUEST_ID_HEADER), receive, send, self._max_body_bytes)
         started = time.perf_counter()
         self._metrics.ongoing.inc()
         try:
             declared = headers.get(b"content-length", b"0")
-            if declared.isdigit() and int(declared) > MAX_BODY_BYTES:
+            if declared.isdigit() and int(declared) > self._max_body_bytes:
                 raise BodyTooLarge
             await self._app(scope, exchange.receive, exchange.send)
         except BodyTooLarge:
             await exchange.refuse(
-                ApiError(413, f"the body is larger than {MAX_BODY_BYTES} bytes", code="body_too_large")
+                ApiError(413, f"the body is larger than {self._max_body_bytes} bytes", code="body_too_large")
             )
         except ClientDisconnect:
             pass  # nobody is left to answer; counted as 499
@@ -74,12 +76,13 @@ class Front:
 class _Exchange:
     """Counts the body coming in and stamps the reply going out."""
 
-    def __init__(self, given_id: bytes | None, receive: Receive, send: Send) -> None:
+    def __init__(self, given_id: bytes | None, receive: Receive, send: Send, max_body_bytes: int) -> None:
         self.id = given_id if given_id and _GIVEN_ID.fullmatch(given_id) else uuid.uuid4().hex.encode()
         # Serve's proxy gives every request an id and stamps the reply with it; a second stamp would double it.
         self._stamp = given_id is None
         self.status = 499  # the client left before an answer began
         self._received = 0
+        self._max_body_bytes = max_body_bytes
         self._receive = receive
         self._send = send
         self._begun = False
@@ -87,7 +90,7 @@ class _Exchange:
     async def receive(self) -> Message:
         message = await self._receive()
         self._received += len(message.get("body", b""))
-        if self._received > MAX_BODY_BYTES:
+        if self._received > self._max_body_bytes:
             raise BodyTooLarge
         return message
 

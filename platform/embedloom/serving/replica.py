@@ -11,13 +11,14 @@ from fastapi import FastAPI
 from embedloom.config.base import validate
 from embedloom.encoder.device import DTypeName
 from embedloom.encoder.model import Encoder
-from embedloom.serving.api import EndpointSettings, create_api
+from embedloom.serving.api import create_api
+from embedloom.serving.calls import EndpointSettings
 from embedloom.serving.messages import EncodeJob, EncodeResult, ModelInfo, Refusal
 from embedloom.serving.service import BatchSettings, EncoderService
 
 
 def load_service(
-    model_folder: str, threads: int, dtype: DTypeName, settings: BatchSettings
+    model_folder: str, threads: int, dtype: DTypeName, settings: BatchSettings, fingerprint: str
 ) -> EncoderService:
     """Load a model folder for serving and run it once.
 
@@ -27,14 +28,16 @@ def load_service(
     encoder = Encoder.load(Path(model_folder), threads=threads, dtype=dtype)
     # The first forward pass allocates and picks kernels; no client should pay for it.
     encoder.embed_tokens([[0] * 8])
-    return EncoderService(encoder, settings)
+    return EncoderService(encoder, settings, fingerprint)
 
 
 class EncoderReplica:
     """One of several encoders behind a gateway."""
 
-    def __init__(self, model_folder: str, threads: int, dtype: DTypeName, settings: BatchSettings) -> None:
-        self._service = load_service(model_folder, threads, dtype, settings)
+    def __init__(
+        self, model_folder: str, threads: int, dtype: DTypeName, settings: BatchSettings, fingerprint: str
+    ) -> None:
+        self._service = load_service(model_folder, threads, dtype, settings, fingerprint)
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
         """Apply ``BatchSettings`` changed in the Serve config, without a restart."""
@@ -43,6 +46,10 @@ class EncoderReplica:
     async def encode(self, job: EncodeJob) -> EncodeResult | Refusal:
         """See ``EncoderService.encode``."""
         return await self._service.encode(job)
+
+    async def tokenize(self, job: EncodeJob) -> list[list[int]] | Refusal:
+        """See ``EncoderService.tokenize``."""
+        return await self._service.tokenize(job)
 
     async def describe(self) -> ModelInfo:
         """See ``EncoderService.describe``."""
@@ -58,9 +65,10 @@ class EncoderEndpoint:
         threads: int,
         dtype: DTypeName,
         batching: BatchSettings,
+        fingerprint: str,
         settings: EndpointSettings,
     ) -> None:
-        self._service = load_service(model_folder, threads, dtype, batching)
+        self._service = load_service(model_folder, threads, dtype, batching, fingerprint)
         self._settings = settings
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
