@@ -25,6 +25,8 @@ def refusal(body: bytes | dict) -> ApiError:
         ("a", ["a"], False),
         (["a", "b"], ["a", "b"], False),
         ([5, 6], [[5, 6]], True),
+        ([5, 6.0], [[5, 6]], True),
+        ([5.0, 6], [[5, 6]], True),
         ([[5], [6, 7]], [[5], [6, 7]], True),
     ],
 )

@@ -7,7 +7,15 @@ import re
 from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainValidator, WithJsonSchema
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainValidator,
+    WithJsonSchema,
+)
 from pydantic_core import PydanticCustomError
 
 from embedloom.records import TASK_TYPES
@@ -59,7 +67,7 @@ class ClosedRequest(BaseModel):
 
 
 def refuse(message: str, **context: Any) -> PydanticCustomError:
-    """A refusal whose message is shown as it stands; ``param`` names the field where pydantic cannot know it."""
+    """A refusal whose message is shown as it stands; ``param`` and ``code`` go into the error."""
     return PydanticCustomError("request", "{reason}", {"reason": message, **context})
 
 
@@ -75,7 +83,7 @@ def check_input(value: Any) -> list[str] | list[list[int]]:
         raise refuse(f"input is of type {_json_type(value)}; allowed: {_ALLOWED_INPUT}")
     if not value:
         raise refuse(f"input is an empty list; allowed: {_ALLOWED_INPUT}")
-    if type(value[0]) is int:
+    if type(value[0]) in (int, float):
         return [_token_ids(value, "input")]
     if isinstance(value[0], list):
         return [_token_ids(item, f"input[{index}]") for index, item in enumerate(value)]
@@ -114,12 +122,18 @@ def _text(value: Any, where: str, allowed: str) -> str:
 def _token_ids(value: Any, where: str) -> list[int]:
     if not isinstance(value, list) or not value:
         raise refuse(f"{where} is not a non-empty list of token ids; allowed: {_ALLOWED_INPUT}")
-    for index, item in enumerate(value):
+    numbers = [whole_number(item) for item in value]
+    for index, item in enumerate(numbers):
         # ``True`` is an int in Python but not in JSON, hence no isinstance.
         if type(item) is not int or not 0 <= item < 2**31:
             seen = f"{item!r:.40}" if type(item) is not int or abs(item) < 2**62 else "too large a number"
             raise refuse(f"{where}[{index}] is {seen}, not a token id (an integer from 0 to 2^31 - 1)")
-    return value
+    return numbers
+
+
+def whole_number(value: Any) -> Any:
+    """8.0 as 8: JSON, and JSON Schema's "integer", know no difference between the two."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _described(value: Any) -> str:
@@ -158,5 +172,6 @@ Instruction = Annotated[
 Task = Annotated[
     str, AfterValidator(_known_task), WithJsonSchema({"type": "string", "enum": list(TASK_TYPES)})
 ]
+Count = Annotated[int, Field(ge=1), BeforeValidator(whole_number)]
 Pin = Annotated[str, Field(pattern=HASH_PATTERN)]
 Truncate = Literal["none", "start", "end"]

@@ -96,7 +96,8 @@ def _refusal(problem: ErrorDetails, model: type[BaseModel]) -> ApiError:
         return ApiError(400, f"the body is not valid JSON: {problem['ctx']['error']}", code="invalid_json")
     if not problem["loc"]:
         message = problem["msg"] if problem["type"] == "request" else "the body must be a JSON object"
-        return ApiError(400, message, param=problem.get("ctx", {}).get("param"))
+        context = problem.get("ctx", {})
+        return ApiError(400, message, param=context.get("param"), code=context.get("code"))
     field = str(problem["loc"][0])[:_SHOWN]
     if problem["type"] == "extra_forbidden":
         near = difflib.get_close_matches(field, model.model_fields, n=1, cutoff=0.0)[0]

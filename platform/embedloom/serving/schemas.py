@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 
 from embedloom.serving.fields import (
     ClosedRequest,
+    Count,
     Documents,
     Input,
     Instruction,
@@ -50,7 +51,11 @@ class _Input(TextOptions):
     def _ids_have_no_prompt(self) -> "_Input":
         if self.is_token_ids and (self.task or self.instruction):
             given = "task" if self.task else "instruction"
-            raise refuse(f"{given}: cannot be applied to token ids; send the text instead", param=given)
+            raise refuse(
+                f"{given}: cannot be applied to token ids; send the text instead",
+                param=given,
+                code="prompt_for_token_ids",
+            )
         return self
 
 
@@ -59,9 +64,7 @@ class EmbeddingsRequest(_Input):
 
     model: str = Field(min_length=1)
     encoding_format: Literal["float", "base64"] = "float"
-    dimensions: int | None = Field(
-        default=None, ge=1, description="Only for models trained for it (Matryoshka)."
-    )
+    dimensions: Count | None = Field(default=None, description="Only for models trained for it (Matryoshka).")
     user: str | None = Field(default=None, description=_USER)
     truncate: Truncate = Field(default="none", description=_TRUNCATE)
 
@@ -72,7 +75,7 @@ class RerankRequest(TextOptions):
     model: str = Field(min_length=1)
     query: Query
     documents: Documents
-    top_n: int | None = Field(default=None, ge=1, description="How many of the best come back; null: all.")
+    top_n: Count | None = Field(default=None, description="How many of the best come back; null: all.")
     return_documents: bool = False
     truncate: Truncate = Field(default="end", description=f"{_TRUNCATE} Cohere's default cuts the end.")
     user: str | None = Field(default=None, description=_USER)
@@ -100,7 +103,7 @@ class SearchRequest(TextOptions):
 
     model: str | None = Field(default=None, min_length=1)
     query: Query
-    top_k: int = Field(default=10, ge=1, le=MAX_TOP_K)
+    top_k: Count = Field(default=10, le=MAX_TOP_K)
     truncate: Truncate = Field(default="none", description=_TRUNCATE)
     return_documents: bool = True
     user: str | None = Field(default=None, description=_USER)
