@@ -82,13 +82,13 @@ def test_bulk_is_not_starved_by_a_stream_of_queries():
     """Its texts are as long as a batch: only a claim that is kept from batch to batch ever lets them in."""
     scheduler = scheduler_of()
     bulk = add(scheduler, *[10] * 5)
-    for batches in range(40):
+    batches = 0
+    while bulk.next < 5:
         for _ in range(5):
             add(scheduler, 2)
         scheduler.take()
-        if bulk.next == 5:
-            break
-    assert bulk.next == 5 and batches <= 12
+        batches += 1
+        assert batches <= 12
 
 
 def test_an_idle_lane_saves_up_no_claim():

@@ -5,9 +5,11 @@ from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 
-from embedloom.serving.calls import Backend, Calls, EndpointSettings
-from embedloom.serving.front import Front
+from embedloom.serving.calls import CONTRACT_HEADER, Backend, Calls, EndpointSettings
+from embedloom.serving.front import Front, FrontSettings
+from embedloom.serving.keys import KeyRing
 from embedloom.serving.metrics import EndpointMetrics
 from embedloom.serving.openapi import Route, openapi_document
 from embedloom.serving.rank_routes import Corpus, RankRoutes
@@ -53,7 +55,7 @@ def create_api(
     api = FastAPI(title="embedloom", openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
     for route in routes:
         api.add_api_route(route.path, route.handler, methods=[route.method], response_model=None)
-    document = openapi_document(routes, settings, keyed=False)
+    document = openapi_document(routes, settings, keyed=bool(settings.keys))
 
     async def openapi(http: Request) -> Response:
         return json_reply({**document, "servers": [{"url": http.scope.get("root_path") or "/"}]})
@@ -61,8 +63,23 @@ def create_api(
     api.add_api_route("/openapi.json", openapi, methods=["GET"], response_model=None)
     api.add_exception_handler(ApiError, _answer_error)
     api.add_exception_handler(HTTPException, _answer_http_error)
-    paths = frozenset({*(route.path for route in routes), "/openapi.json"})
-    api.add_middleware(Front, metrics=metrics, paths=paths, max_body_bytes=settings.max_body_bytes)
+    front = FrontSettings(
+        paths=frozenset({*(route.path for route in routes), "/openapi.json"}),
+        open_paths=frozenset(route.path for route in routes if not route.needs_key),
+        max_body_bytes=settings.max_body_bytes,
+        request_log=settings.request_log,
+    )
+    keys = KeyRing(settings.keys) if settings.keys else None
+    api.add_middleware(Front, metrics=metrics, settings=front, keys=keys)
+    if settings.allowed_origins:
+        # Outside the front: a browser asks for leave (OPTIONS) without the key, and must be able to read refusals.
+        api.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.allowed_origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["authorization", "content-type", CONTRACT_HEADER],
+            expose_headers=["retry-after", "x-request-id", CONTRACT_HEADER],
+        )
     return api
 
 

@@ -15,6 +15,7 @@ from embedloom.errors import DataError
 from embedloom.instructions import CONTRACT_FILE, PromptContract
 from embedloom.serving.calls import EndpointSettings
 from embedloom.serving.gateway import Gateway
+from embedloom.serving.keys import read_keys
 from embedloom.serving.model_facts import read_gate, read_lineage
 from embedloom.serving.replica import EncoderEndpoint, EncoderReplica
 from embedloom.serving.service import BatchSettings
@@ -75,6 +76,9 @@ def build_application(args: ApplicationArgs) -> Application:
         request_timeout_seconds=serving.request_timeout_seconds,
         max_item_characters=serving.max_item_characters,
         max_body_bytes=int(serving.max_body_mib * 2**20),
+        keys=read_keys(serving),
+        allowed_origins=serving.allowed_origins,
+        request_log=serving.request_log,
         lineage=read_lineage(folder),
         gate=read_gate(folder),
     )

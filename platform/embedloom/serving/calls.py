@@ -9,10 +9,12 @@ from starlette.requests import ClientDisconnect, Request
 
 from embedloom.config.base import FrozenConfig
 from embedloom.serving.fields import HASH_PATTERN
+from embedloom.serving.keys import ApiKey
 from embedloom.serving.messages import EncodeJob, EncodeResult, ModelInfo, Refusal
 from embedloom.serving.metrics import EndpointMetrics
 from embedloom.serving.refusals import ApiError, Body, check_content_type, parse
 from embedloom.serving.replies import GateVerdict, Lineage
+from embedloom.serving.request_log import RequestLog, facts_of
 
 Answer = TypeVar("Answer")
 CONTRACT_HEADER = "x-contract-hash"
@@ -31,6 +33,9 @@ class EndpointSettings(FrozenConfig):
     request_timeout_seconds: float
     max_item_characters: int = 262_144
     max_body_bytes: int = 16 * 2**20
+    keys: tuple[ApiKey, ...] = ()  # hashes only; none: every client is served
+    allowed_origins: tuple[str, ...] = ()
+    request_log: RequestLog = "off"
     lineage: Lineage | None = None
     gate: GateVerdict | None = None
 
@@ -83,9 +88,15 @@ class Calls:
 
     async def encode(self, http: Request, job: EncodeJob) -> EncodeResult:
         """Vectors, unless the endpoint is full, the encoder refuses, time runs out or the client leaves."""
+        facts = facts_of(http.scope)
+        if self.settings.request_log == "texts":
+            facts.texts = [text for part in job.parts for text in part.texts or ()]
         result = await self._admitted(http, self._backend.encode(job))
         if isinstance(result, Refusal):
             raise refused(result)
+        if facts.client is not None:
+            facts.client.charge(result.tokens)
+        facts.values |= {"items": len(result.vectors), "tokens": result.tokens, "lane": result.lane}
         self.metrics.embedded(result)
         return result
 

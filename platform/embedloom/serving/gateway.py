@@ -16,6 +16,7 @@ from embedloom.serving.api import create_api
 from embedloom.serving.calls import EndpointSettings
 from embedloom.serving.messages import EncodeJob, EncodeResult, ModelInfo, Refusal
 from embedloom.serving.refusals import ApiError
+from embedloom.serving.request_log import log_to_stderr
 
 _ATTEMPTS = 3  # encoding changes nothing, so a request whose replica died may run again
 
@@ -76,4 +77,5 @@ class Gateway:
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """The application; Serve calls this inside the replica, because its metrics cannot be pickled."""
+        log_to_stderr()
         return create_api(self._backend, self._settings)

@@ -14,6 +14,7 @@ from embedloom.encoder.model import Encoder
 from embedloom.serving.api import create_api
 from embedloom.serving.calls import EndpointSettings
 from embedloom.serving.messages import EncodeJob, EncodeResult, ModelInfo, Refusal
+from embedloom.serving.request_log import log_to_stderr
 from embedloom.serving.service import BatchSettings, EncoderService
 
 
@@ -77,4 +78,5 @@ class EncoderEndpoint:
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """The application; Serve calls this inside the replica."""
+        log_to_stderr()
         return create_api(self._service, self._settings)
