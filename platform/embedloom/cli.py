@@ -12,6 +12,7 @@ import typer
 
 from embedloom import __version__
 from embedloom.cli_embed import embed
+from embedloom.cli_serve import serve
 from embedloom.errors import EmbedloomError
 
 app = typer.Typer(
@@ -75,24 +76,7 @@ def _add_stage_verb(verb: str, help_text: str) -> None:
 for _verb, _help in _STAGE_VERBS.items():
     _add_stage_verb(_verb, _help)
 app.command("embed")(embed)
-
-
-@app.command()
-def serve(
-    config: Config,
-    profile: ProfileName = LOCAL,
-    cluster: ClusterFile = CLUSTER,
-    overrides: Overrides = None,
-    dry_run: DryRun = False,
-    ask: Annotated[
-        list[str] | None,
-        typer.Option("--ask", help="Ask the endpoint, print the nearest documents, stop; repeatable."),
-    ] = None,
-) -> None:
-    """The OpenAI-compatible endpoint, until Ctrl-C."""
-    from embedloom.launch import load, serve_run
-
-    print(serve_run(load(config, profile, cluster, overrides or []), ask or [], dry_run))
+app.command("serve")(serve)
 
 
 @app.command()

@@ -14,6 +14,7 @@ from ray.serve.handle import DeploymentHandle
 
 from embedloom.serving.api import create_api
 from embedloom.serving.calls import EndpointSettings
+from embedloom.serving.corpus_source import CorpusSource
 from embedloom.serving.messages import EncodeJob, EncodeResult, ModelInfo, Refusal
 from embedloom.serving.refusals import ApiError
 from embedloom.serving.request_log import log_to_stderr
@@ -71,11 +72,14 @@ class HandleBackend:
 class Gateway:
     """The HTTP ingress; one replica, so its metrics are all of them."""
 
-    def __init__(self, encoder: DeploymentHandle, settings: EndpointSettings) -> None:
+    def __init__(
+        self, encoder: DeploymentHandle, settings: EndpointSettings, corpus: CorpusSource | None = None
+    ) -> None:
         self._backend = HandleBackend(encoder)
         self._settings = settings
+        self._corpus = corpus.open() if corpus is not None else None
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """The application; Serve calls this inside the replica, because its metrics cannot be pickled."""
         log_to_stderr()
-        return create_api(self._backend, self._settings)
+        return create_api(self._backend, self._settings, corpus=self._corpus)

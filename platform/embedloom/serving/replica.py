@@ -13,6 +13,7 @@ from embedloom.encoder.device import DTypeName
 from embedloom.encoder.model import Encoder
 from embedloom.serving.api import create_api
 from embedloom.serving.calls import EndpointSettings
+from embedloom.serving.corpus_source import CorpusSource
 from embedloom.serving.messages import EncodeJob, EncodeResult, ModelInfo, Refusal
 from embedloom.serving.request_log import log_to_stderr
 from embedloom.serving.service import BatchSettings, EncoderService
@@ -68,9 +69,11 @@ class EncoderEndpoint:
         batching: BatchSettings,
         fingerprint: str,
         settings: EndpointSettings,
+        corpus: CorpusSource | None = None,
     ) -> None:
         self._service = load_service(model_folder, threads, dtype, batching, fingerprint)
         self._settings = settings
+        self._corpus = corpus.open() if corpus is not None else None
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
         """Apply ``BatchSettings`` changed in the Serve config, without a restart."""
@@ -79,4 +82,4 @@ class EncoderEndpoint:
     def __serve_build_asgi_app__(self) -> FastAPI:
         """The application; Serve calls this inside the replica."""
         log_to_stderr()
-        return create_api(self._service, self._settings)
+        return create_api(self._service, self._settings, corpus=self._corpus)
