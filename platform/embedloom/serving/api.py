@@ -93,6 +93,7 @@ def _routes(calls: Calls, corpus: Corpus | None) -> Sequence[Route]:
         Route("POST", "/tokenize", plain.tokenize, TokenizeResponse, TokenizeRequest),
         Route("GET", "/v1/models", plain.models, ModelList),
         Route("GET", "/v1/models/{name}", plain.model, ModelCard),
+        Route("GET", "/", plain.page, "text/html", needs_key=False),
         Route("GET", "/health", plain.health, Health, needs_key=False),
         Route("GET", "/ready", plain.ready, Readiness, needs_key=False),
         Route("GET", "/metrics", plain.metrics, "text/plain"),

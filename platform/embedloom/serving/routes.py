@@ -8,6 +8,7 @@ from pydantic_core import to_json
 from embedloom.serving.calls import CONTRACT_HEADER, Calls, pinned
 from embedloom.serving.messages import EncodeJob, ModelInfo, Part
 from embedloom.serving.metrics import CONTENT_TYPE
+from embedloom.serving.page import page_reply
 from embedloom.serving.refusals import ApiError
 from embedloom.serving.replies import CorpusCard, ModelCard, reply_body
 from embedloom.serving.schemas import EmbeddingsRequest, TokenizeRequest
@@ -22,6 +23,7 @@ class Routes:
     def __init__(self, calls: Calls, corpus: CorpusCard | None = None) -> None:
         self._calls = calls
         self._corpus = corpus
+        self._page = page_reply()
 
     async def embeddings(self, http: Request) -> Response:
         """Embed texts or token ids (OpenAI-compatible, plus input_type, task, instruction and truncate)."""
@@ -68,6 +70,10 @@ class Routes:
         """One model by name."""
         self._calls.check_model(http.path_params["name"])
         return json_reply((await self._card()).model_dump())
+
+    async def page(self) -> Response:
+        """The search page."""
+        return self._page
 
     async def health(self) -> Response:
         """Live: this process answers."""
