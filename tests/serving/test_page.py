@@ -35,7 +35,7 @@ class FixedCorpus:
 @contextlib.contextmanager
 def served(**options):
     server = uvicorn.Server(
-        uvicorn.Config(api_of(FakeEncoder(limit=128), **options), port=0, log_level="warning", lifespan="off")
+        uvicorn.Config(api_of(FakeEncoder(limit=128), **options), port=0, log_level="warning", lifespan="none")
     )
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
