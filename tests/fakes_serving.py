@@ -7,8 +7,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+from fastapi import FastAPI
+from starlette.testclient import TestClient
 
 from embedloom.instructions import PromptContract, Side
+from embedloom.serving.api import create_api
+from embedloom.serving.calls import EndpointSettings
+from embedloom.serving.replies import ErrorResponse
+from embedloom.serving.service import BatchSettings, EncoderService
 
 DIMENSION = 8
 VOCABULARY = 300
@@ -19,10 +25,18 @@ class CharacterTokenizer:
     """BOS and one token a character, so token counts can be worked out by hand."""
 
     def __call__(
-        self, texts: list[str], truncation: bool = False, max_length: int | None = None, padding: bool = False
+        self,
+        texts: list[str],
+        truncation: bool = False,
+        max_length: int | None = None,
+        padding: bool = False,
+        return_offsets_mapping: bool = False,
     ) -> Any:
         ids = [[BOS, *(3 + ord(character) % (VOCABULARY - 3) for character in text)] for text in texts]
-        return {"input_ids": [item[:max_length] for item in ids] if truncation else ids}
+        encoded: dict[str, Any] = {"input_ids": [item[:max_length] for item in ids] if truncation else ids}
+        if return_offsets_mapping:
+            encoded["offset_mapping"] = [[(0, 0), *((n, n + 1) for n in range(len(text)))] for text in texts]
+        return encoded
 
 
 def vector_of(ids: Sequence[int]) -> np.ndarray:
@@ -70,3 +84,30 @@ class FakeEncoder:
         self, texts: Sequence[str], side: Side, task_type: str = "retrieval", instruction: str | None = None
     ) -> np.ndarray:
         return np.stack([vector_of(ids) for ids in self.tokenize(texts, side, task_type, instruction)])
+
+
+def service_of(encoder: FakeEncoder, **limits: Any) -> EncoderService:
+    values = {"max_batch_tokens": 256, "batch_wait_seconds": 0.0, **limits}
+    return EncoderService(encoder, BatchSettings(**values), fingerprint="f00d")
+
+
+def api_of(
+    encoder: FakeEncoder, *, limits: dict[str, Any] | None = None, corpus: Any = None, **settings: Any
+) -> FastAPI:
+    values = {
+        "served_name": "tiny", "fingerprint": "f00d", "created": 1_700_000_000, "max_items": 8, "max_requests": 4,
+        "request_timeout_seconds": 10.0, **settings,
+    }  # fmt: skip
+    return create_api(service_of(encoder, **(limits or {})), EndpointSettings(**values), corpus=corpus)
+
+
+def client_of(encoder: FakeEncoder, **options: Any) -> TestClient:
+    return TestClient(api_of(encoder, **options), raise_server_exceptions=False)
+
+
+def refused(reply: Any, status: int) -> dict[str, Any]:
+    """The error of a reply that must be a refusal in OpenAI's shape."""
+    assert reply.status_code == status, reply.text
+    ErrorResponse.model_validate(reply.json(), strict=True)
+    assert set(reply.json()["error"]) == {"message", "type", "param", "code"}
+    return reply.json()["error"]

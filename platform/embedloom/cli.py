@@ -14,6 +14,7 @@ from embedloom import __version__
 from embedloom.cli_embed import embed
 from embedloom.cli_merge import merge_models
 from embedloom.cli_rank import gate, leaderboard
+from embedloom.cli_serve import serve
 from embedloom.errors import EmbedloomError
 
 app = typer.Typer(
@@ -80,24 +81,7 @@ app.command("embed")(embed)
 app.command("merge-models")(merge_models)
 app.command("gate")(gate)
 app.command("leaderboard")(leaderboard)
-
-
-@app.command()
-def serve(
-    config: Config,
-    profile: ProfileName = LOCAL,
-    cluster: ClusterFile = CLUSTER,
-    overrides: Overrides = None,
-    dry_run: DryRun = False,
-    ask: Annotated[
-        list[str] | None,
-        typer.Option("--ask", help="Ask the endpoint, print the nearest documents, stop; repeatable."),
-    ] = None,
-) -> None:
-    """The OpenAI-compatible endpoint, until Ctrl-C."""
-    from embedloom.launch import load, serve_run
-
-    print(serve_run(load(config, profile, cluster, overrides or []), ask or [], dry_run))
+app.command("serve")(serve)
 
 
 @app.command()

@@ -7,9 +7,10 @@ import pytest
 import yaml
 
 from embedloom.config.resources import ServeScaling
-from embedloom.config.use import ServingConfig
+from embedloom.config.serving import ServingConfig
 from embedloom.errors import ConfigError, DataError
 from embedloom.serving.app import ApplicationArgs, build, build_application
+from embedloom.serving.service import BatchSettings
 from embedloom.serving.stage import check_port_free
 from embedloom.verdict import weights_fingerprint
 
@@ -105,7 +106,8 @@ def test_limits_reach_the_deployments(tiny_model):
     encoder = gateway.init_args[0]._bound_deployment
     assert gateway.init_args[1].max_requests == 3 * 8 + 20
     assert encoder.max_ongoing_requests == 8
-    assert encoder.user_config == {"max_batch_tokens": 128, "batch_wait_seconds": 0.005}
+    assert BatchSettings(**encoder.user_config) == BatchSettings.of(serving)
+    assert encoder.user_config["max_batch_tokens"] == 128
     assert encoder.ray_actor_options == {"num_cpus": 2, "num_gpus": 0.5}
     assert encoder._deployment_config.autoscaling_config.max_replicas == 3
 

@@ -4,7 +4,7 @@ import struct
 
 import numpy as np
 
-from embedloom.serving.replies import encode_vectors, shorten
+from embedloom.serving.values import encode_vectors, shorten
 
 
 def test_base64_is_little_endian_float32():

@@ -2,17 +2,19 @@ import json
 
 import pytest
 
-from embedloom.serving.schemas import ApiError, parse_request
+from embedloom.serving.refusals import ApiError
+from embedloom.serving.refusals import parse as parse_body
+from embedloom.serving.schemas import EmbeddingsRequest
 
 
 def parse(**body):
-    return parse_request(json.dumps({"model": "m", **body}).encode())
+    return parse_body(EmbeddingsRequest, json.dumps({"model": "m", **body}).encode())
 
 
 def refusal(body: bytes | dict) -> ApiError:
     data = body if isinstance(body, bytes) else json.dumps({"model": "m", **body}).encode()
     with pytest.raises(ApiError) as caught:
-        parse_request(data)
+        parse_body(EmbeddingsRequest, data)
     assert caught.value.status == 400
     return caught.value
 
@@ -23,6 +25,8 @@ def refusal(body: bytes | dict) -> ApiError:
         ("a", ["a"], False),
         (["a", "b"], ["a", "b"], False),
         ([5, 6], [[5, 6]], True),
+        ([5, 6.0], [[5, 6]], True),
+        ([5.0, 6], [[5, 6]], True),
         ([[5], [6, 7]], [[5], [6, 7]], True),
     ],
 )
@@ -76,7 +80,7 @@ def test_bad_input_is_refused_by_item(given, words):
         ({"input": "a", "input_type": "passage"}, "input_type", "'query' or 'document'"),
         ({"input": "a", "input_typ": "query"}, "input_typ", "nearest valid one is 'input_type'"),
         ({"input": "a", "task": "searching"}, "task", "allowed: retrieval"),
-        ({"input": "a", "truncate": True}, "truncate", "'none' or 'end'"),
+        ({"input": "a", "truncate": True}, "truncate", "'none', 'start' or 'end'"),
         ({"input": [1, 2], "instruction": "Find"}, "instruction", "token ids"),
         ({"input": [1, 2], "task": "sts"}, "task", "token ids"),
         ({"input": "a", "model": 5}, "model", "valid string"),

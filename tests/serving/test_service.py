@@ -3,11 +3,15 @@ import asyncio
 import numpy as np
 import pytest
 
-from embedloom.serving.messages import EncodeJob, Refusal
+from embedloom.serving.messages import EncodeJob, Part, Refusal
 from embedloom.serving.service import BatchSettings, EncoderService
 from fakes_serving import FakeEncoder, vector_of
 
 SETTINGS = BatchSettings(max_batch_tokens=256, batch_wait_seconds=0.0)
+
+
+def job(side: str, truncate: str = "none", **part) -> EncodeJob:
+    return EncodeJob((Part(side, **part),), truncate)
 
 
 def encode(encoder: FakeEncoder, job: EncodeJob):
@@ -22,8 +26,8 @@ def encode(encoder: FakeEncoder, job: EncodeJob):
 
 def test_queries_carry_the_instruction_and_documents_do_not():
     encoder = FakeEncoder()
-    document = encode(encoder, EncodeJob("document", texts=["ab"]))
-    query = encode(encoder, EncodeJob("query", texts=["ab"], instruction="Find"))
+    document = encode(encoder, job("document", texts=["ab"]))
+    query = encode(encoder, job("query", texts=["ab"], instruction="Find"))
     assert document.tokens == 3  # BOS, a, b
     assert query.tokens == 1 + len("Instruct: Find\nQuery: ab")
     assert np.array_equal(query.vectors, encoder.embed(["ab"], "query", instruction="Find"))
@@ -31,30 +35,30 @@ def test_queries_carry_the_instruction_and_documents_do_not():
 
 def test_symmetric_task_puts_the_instruction_on_documents_too():
     encoder = FakeEncoder(limit=128)
-    result = encode(encoder, EncodeJob("document", texts=["ab"], task_type="sts"))
+    result = encode(encoder, job("document", texts=["ab"], task_type="sts"))
     assert np.array_equal(result.vectors, encoder.embed(["ab"], "document", "sts"))
 
 
 def test_too_long_names_item_length_and_limit():
-    result = encode(FakeEncoder(limit=16), EncodeJob("document", texts=["ok", "x" * 20]))
+    result = encode(FakeEncoder(limit=16), job("document", texts=["ok", "x" * 20]))
     assert isinstance(result, Refusal)
     assert "input[1] has 21 tokens, the limit for a document is 16" in result.message
     assert result.code == "context_length_exceeded"
 
 
 def test_text_at_the_limit_is_taken():
-    assert encode(FakeEncoder(limit=16), EncodeJob("document", texts=["x" * 15])).tokens == 16
+    assert encode(FakeEncoder(limit=16), job("document", texts=["x" * 15])).tokens == 16
 
 
 def test_truncate_end_cuts_to_the_limit():
-    result = encode(FakeEncoder(limit=16), EncodeJob("document", texts=["x" * 40], truncate="end"))
+    result = encode(FakeEncoder(limit=16), job("document", texts=["x" * 40], truncate="end"))
     assert result.tokens == 16
-    same = encode(FakeEncoder(limit=16), EncodeJob("document", texts=["x" * 15]))
+    same = encode(FakeEncoder(limit=16), job("document", texts=["x" * 15]))
     assert np.array_equal(result.vectors, same.vectors)
 
 
 def test_token_ids_are_embedded_as_they_are():
-    result = encode(FakeEncoder(), EncodeJob("query", token_ids=[[7, 8, 9], [4]]))
+    result = encode(FakeEncoder(), job("query", token_ids=[[7, 8, 9], [4]]))
     assert np.array_equal(result.vectors, np.stack([vector_of([7, 8, 9]), vector_of([4])]))
     assert result.tokens == 4
 
@@ -68,13 +72,13 @@ def test_token_ids_are_embedded_as_they_are():
     ],
 )
 def test_bad_token_ids_are_refused(ids, truncate, words):
-    result = encode(FakeEncoder(), EncodeJob("document", token_ids=ids, truncate=truncate))
+    result = encode(FakeEncoder(), job("document", token_ids=ids, truncate=truncate))
     assert isinstance(result, Refusal)
     assert words in result.message
 
 
 def test_token_ids_can_be_truncated():
-    assert encode(FakeEncoder(), EncodeJob("document", token_ids=[[1] * 65], truncate="end")).tokens == 64
+    assert encode(FakeEncoder(), job("document", token_ids=[[1] * 65], truncate="end")).tokens == 64
 
 
 def test_settings_can_change_while_running():
@@ -83,7 +87,7 @@ def test_settings_can_change_while_running():
     async def run():
         service = EncoderService(encoder, SETTINGS)
         service.configure(BatchSettings(max_batch_tokens=64, batch_wait_seconds=0.0))
-        await service.encode(EncodeJob("document", token_ids=[[2] * 32] * 4))
+        await service.encode(job("document", token_ids=[[2] * 32] * 4))
         await service.close()
 
     asyncio.run(run())

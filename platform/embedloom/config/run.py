@@ -11,9 +11,10 @@ from embedloom.config.gate import GateConfig
 from embedloom.config.merging import MergingConfig
 from embedloom.config.mining import MiningConfig
 from embedloom.config.model import EncoderConfig
+from embedloom.config.serving import ServingConfig
 from embedloom.config.synthesis import SynthesisConfig
 from embedloom.config.training import TrainingConfig
-from embedloom.config.use import EmbeddingConfig, EvaluationConfig, ServingConfig
+from embedloom.config.use import EmbeddingConfig, EvaluationConfig
 
 
 class RunSection(FrozenConfig):

@@ -1,4 +1,4 @@
-"""Sections about using the model: evaluation, embedding, serving."""
+"""Sections about using the model: evaluation and embedding."""
 
 from typing import Any, Literal
 
@@ -127,34 +127,5 @@ class EmbeddingConfig(FrozenConfig):
         if self.dtype == "binary" and self.index is not None:
             raise ValueError(
                 "index is not built from dtype binary: faiss.IndexBinaryFlat reads the packed bits as they are"
-            )
-        return self
-
-
-class ServingConfig(FrozenConfig):
-    """The endpoint; scaling per profile stands in cluster/cluster.yaml."""
-
-    model: str = "merged"
-    require_gate: bool = True  # serve only a model whose gate.json says that these very weights passed
-    served_name: str | None = None  # what clients put into ``model``; null: the run's name
-    host: str = "127.0.0.1"
-    port: int = Field(default=8000, ge=1, le=65535)
-    route_prefix: str = Field(default="/", pattern=r"^/.*$")
-    compute_dtype: Literal["auto", "float32", "bfloat16"] = (
-        "float32"  # as embedding.compute_dtype, so vectors agree
-    )
-    max_items: int = Field(default=2048, ge=1)  # OpenAI's limit per request
-    max_batch_tokens: int = Field(default=4096, ge=64)
-    batch_wait_seconds: float = Field(default=0.005, ge=0)
-    max_ongoing_requests: int = Field(default=64, ge=1)
-    max_queued_requests: int = Field(default=256, ge=1)
-    request_timeout_seconds: float = Field(default=60.0, gt=0)
-
-    @model_validator(mode="after")
-    def _queue_is_deep_enough(self) -> "ServingConfig":
-        # Ray counts a request as queued until a replica accepts it, so a shorter queue rejects in a burst.
-        if self.max_queued_requests < self.max_ongoing_requests:
-            raise ValueError(
-                f"max_queued_requests is {self.max_queued_requests}, below max_ongoing_requests {self.max_ongoing_requests}"
             )
         return self

@@ -10,15 +10,21 @@ from ray.serve.config import AutoscalingConfig, BackpressureConfig
 
 from embedloom.config.base import FrozenConfig, validate
 from embedloom.config.resources import ServeScaling
-from embedloom.config.use import ServingConfig
+from embedloom.config.serving import ServingConfig
+from embedloom.encoder.sidecars import derive_contract
 from embedloom.errors import DataError
 from embedloom.instructions import CONTRACT_FILE, PromptContract
-from embedloom.serving.api import RETRY_AFTER_SECONDS, EndpointSettings
+from embedloom.retrieval.model_id import model_id
+from embedloom.serving.calls import EndpointSettings
+from embedloom.serving.corpus_source import CorpusSource
 from embedloom.serving.gateway import Gateway
+from embedloom.serving.keys import read_keys
+from embedloom.serving.model_facts import read_gate, read_lineage
 from embedloom.serving.replica import EncoderEndpoint, EncoderReplica
 from embedloom.serving.service import BatchSettings
 from embedloom.verdict import check_gated
 
+RETRY_AFTER_SECONDS = 1  # of Serve's own 429, which is not the usual one
 GATEWAY_CPUS = 0.1  # bookkeeping only: it parses and waits
 
 
@@ -74,9 +80,17 @@ def build_application(args: ApplicationArgs) -> Application:
         max_items=serving.max_items,
         max_requests=scaling.max_replicas * serving.max_ongoing_requests + serving.max_queued_requests,
         request_timeout_seconds=serving.request_timeout_seconds,
+        max_item_characters=serving.max_item_characters,
+        max_body_bytes=int(serving.max_body_mib * 2**20),
+        keys=read_keys(serving),
+        allowed_origins=serving.allowed_origins,
+        request_log=serving.request_log,
+        lineage=read_lineage(folder),
+        gate=read_gate(folder),
     )
+    corpus = _corpus(serving, folder)
     batching = BatchSettings.of(serving)
-    model = (str(folder), scaling.compute_threads, serving.compute_dtype, batching)
+    model = (str(folder), scaling.compute_threads, serving.compute_dtype, batching, settings.fingerprint)
     common = {
         "graceful_shutdown_timeout_s": serving.request_timeout_seconds,
         "max_constructor_retry_count": 1,  # a model that does not load will not load the next time
@@ -88,13 +102,27 @@ def build_application(args: ApplicationArgs) -> Application:
     }
     if scaling.min_replicas == scaling.max_replicas == 1:
         endpoint = serve.deployment(serve.ingress()(EncoderEndpoint), name="endpoint", num_replicas=1)
-        return endpoint.options(**ingress, **computing).bind(*model, settings)
+        return endpoint.options(**ingress, **computing).bind(*model, settings, corpus)
     encoders = serve.deployment(EncoderReplica, name="encoder")
     encoder = encoders.options(
         **common, **computing, **_replicas(scaling), max_ongoing_requests=serving.max_ongoing_requests
     ).bind(*model)
     gateway = serve.deployment(serve.ingress()(Gateway), name="gateway", num_replicas=1)
-    return gateway.options(**ingress, ray_actor_options={"num_cpus": GATEWAY_CPUS}).bind(encoder, settings)
+    return gateway.options(**ingress, ray_actor_options={"num_cpus": GATEWAY_CPUS}).bind(
+        encoder, settings, corpus
+    )
+
+
+def _corpus(serving: ServingConfig, folder: Path) -> CorpusSource | None:
+    """The corpus to search, checked against the model before anything starts."""
+    if serving.corpus is None:
+        return None
+    contract = PromptContract.load(folder) if (folder / CONTRACT_FILE).exists() else derive_contract(folder)
+    source = CorpusSource.of(
+        serving.corpus, serving.documents, contract.hash, model_id(folder), contract.normalize
+    )
+    source.check()
+    return source
 
 
 def _ingress_limits(max_requests: int) -> dict[str, Any]:

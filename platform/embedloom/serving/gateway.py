@@ -4,6 +4,7 @@ A hop of its own, so that encoders can be scaled (to zero, too) and replaced beh
 whose replica died runs again on another, and one registry sees every request.
 """
 
+import asyncio
 from typing import Any
 
 from fastapi import FastAPI
@@ -11,9 +12,12 @@ from ray.exceptions import RayActorError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
-from embedloom.serving.api import EndpointSettings, create_api
+from embedloom.serving.api import create_api
+from embedloom.serving.calls import EndpointSettings
+from embedloom.serving.corpus_source import CorpusSource
 from embedloom.serving.messages import EncodeJob, EncodeResult, ModelInfo, Refusal
-from embedloom.serving.schemas import ApiError
+from embedloom.serving.refusals import ApiError
+from embedloom.serving.request_log import log_to_stderr
 
 _ATTEMPTS = 3  # encoding changes nothing, so a request whose replica died may run again
 
@@ -33,6 +37,15 @@ class HandleBackend:
         result: EncodeResult | Refusal = await self._call("encode", job)
         return result
 
+    async def tokenize(self, job: EncodeJob) -> list[list[int]] | Refusal:
+        """Token ids, or why not.
+
+        Raises:
+            ApiError: as ``encode``.
+        """
+        result: list[list[int]] | Refusal = await self._call("tokenize", job)
+        return result
+
     async def describe(self) -> ModelInfo:
         """The loaded model."""
         info: ModelInfo = await self._call("describe")
@@ -41,8 +54,12 @@ class HandleBackend:
     async def _call(self, method: str, *arguments: Any) -> Any:
         cause: Exception | None = None
         for _ in range(_ATTEMPTS):
+            answer = getattr(self._handle, method).remote(*arguments)
             try:
-                return await getattr(self._handle, method).remote(*arguments)
+                return await answer
+            except asyncio.CancelledError:
+                answer.cancel()  # the client left or time is up: the replica need not go on
+                raise
             except RayActorError as error:
                 cause = error
             except (BackPressureError, DeploymentUnavailableError) as error:
@@ -55,10 +72,14 @@ class HandleBackend:
 class Gateway:
     """The HTTP ingress; one replica, so its metrics are all of them."""
 
-    def __init__(self, encoder: DeploymentHandle, settings: EndpointSettings) -> None:
+    def __init__(
+        self, encoder: DeploymentHandle, settings: EndpointSettings, corpus: CorpusSource | None = None
+    ) -> None:
         self._backend = HandleBackend(encoder)
         self._settings = settings
+        self._corpus = corpus.open() if corpus is not None else None
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """The application; Serve calls this inside the replica, because its metrics cannot be pickled."""
-        return create_api(self._backend, self._settings)
+        log_to_stderr()
+        return create_api(self._backend, self._settings, corpus=self._corpus)

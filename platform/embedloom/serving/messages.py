@@ -7,17 +7,39 @@ import numpy as np
 
 from embedloom.instructions import Side
 
+Lane = Literal["query", "bulk"]
+Vectors = np.ndarray[Any, np.dtype[np.float32]]
+
 
 @dataclass(frozen=True, slots=True)
-class EncodeJob:
-    """Inputs of one request; exactly one of ``texts`` and ``token_ids`` is given."""
+class Part:
+    """Inputs that are prompted alike; exactly one of ``texts`` and ``token_ids`` is given."""
 
     side: Side
     texts: list[str] | None = None
     token_ids: list[list[int]] | None = None
     task_type: str = "retrieval"
     instruction: str | None = None
-    truncate: Literal["none", "end"] = "none"
+    name: str = "input"  # the request's field they came in, for refusals
+    is_list: bool = True  # whether a refusal says which item
+
+    def __len__(self) -> int:
+        """Number of inputs."""
+        return len(self.texts if self.texts is not None else self.token_ids or [])
+
+    def where(self, index: int) -> str:
+        """The field and, in a list, the item."""
+        return f"{self.name}[{index}]" if self.is_list else self.name
+
+
+@dataclass(frozen=True, slots=True)
+class EncodeJob:
+    """What one request wants encoded, by one replica, so that its vectors can be compared during a redeploy."""
+
+    parts: tuple[Part, ...]
+    truncate: Literal["none", "start", "end"] = "none"
+    contract_hash: str | None = None  # refuse under another contract
+    fingerprint: str | None = None  # refuse with other weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,11 +55,18 @@ class BatchRecord:
 class EncodeResult:
     """Vectors of one request in input order: float32 [n, dimension], and what they cost."""
 
-    vectors: np.ndarray[Any, np.dtype[np.float32]]
-    tokens: int
+    vectors: Vectors
+    side_tokens: dict[str, int]
+    lane: Lane
+    contract_hash: str
     tokenize_seconds: float
     queue_seconds: float
     batches: list[BatchRecord] = field(default_factory=list)  # each batch is reported by one of its requests
+
+    @property
+    def tokens(self) -> int:
+        """Real tokens, template and special tokens included."""
+        return sum(self.side_tokens.values())
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +75,8 @@ class Refusal:
 
     message: str
     code: str
+    param: str | None = None
+    retry_after_seconds: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,4 +88,5 @@ class ModelInfo:
     max_query_tokens: int
     max_document_tokens: int
     normalize: bool
+    instructions: dict[str, str] = field(default_factory=dict)
     matryoshka_dimensions: tuple[int, ...] = ()

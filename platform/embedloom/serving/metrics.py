@@ -45,8 +45,9 @@ class EndpointMetrics:
         )
         self.tokenize_seconds = self._seconds("tokenize", "Tokenising one request.")
         self.queue_seconds = self._seconds(
-            "queue", "From tokenised to the start of the request's first batch."
+            "queue", "From tokenised to the start of the request's first batch.", ("lane",)
         )
+        self.search_seconds = self._seconds("search", "Searching the corpus, after the query was embedded.")
         self.batch_seconds = self._seconds("batch", "One forward pass.")
         self.batch_texts = Histogram(
             "embedloom_batch_texts", "Texts per batch.", buckets=_ITEMS, registry=self.registry
@@ -55,9 +56,13 @@ class EndpointMetrics:
             "embedloom_batch_tokens", "Real tokens per batch.", buckets=_TOKENS, registry=self.registry
         )
 
-    def _seconds(self, name: str, description: str) -> Histogram:
+    def _seconds(self, name: str, description: str, labels: tuple[str, ...] = ()) -> Histogram:
         return Histogram(
-            f"embedloom_{name}_duration_seconds", description, buckets=_SECONDS, registry=self.registry
+            f"embedloom_{name}_duration_seconds",
+            description,
+            labels,
+            buckets=_SECONDS,
+            registry=self.registry,
         )
 
     def answered(self, path: str, status: int, seconds: float) -> None:
@@ -65,16 +70,21 @@ class EndpointMetrics:
         self.requests.labels(path, str(status)).inc()
         self.request_seconds.labels(path).observe(seconds)
 
-    def embedded(self, result: EncodeResult, side: str) -> None:
+    def embedded(self, result: EncodeResult) -> None:
         """Count one embedded request and the batches it reports."""
         self.items.observe(len(result.vectors))
-        self.tokens.labels(side).inc(result.tokens)
+        for side, tokens in result.side_tokens.items():
+            self.tokens.labels(side).inc(tokens)
         self.tokenize_seconds.observe(result.tokenize_seconds)
-        self.queue_seconds.observe(result.queue_seconds)
+        self.queue_seconds.labels(result.lane).observe(result.queue_seconds)
         for batch in result.batches:
             self.batch_seconds.observe(batch.seconds)
             self.batch_texts.observe(batch.texts)
             self.batch_tokens.observe(batch.tokens)
+
+    def searched(self, seconds: float) -> None:
+        """Count one search of the corpus."""
+        self.search_seconds.observe(seconds)
 
     def render(self) -> bytes:
         """Prometheus text."""

@@ -11,13 +11,16 @@ from fastapi import FastAPI
 from embedloom.config.base import validate
 from embedloom.encoder.device import DTypeName
 from embedloom.encoder.model import Encoder
-from embedloom.serving.api import EndpointSettings, create_api
+from embedloom.serving.api import create_api
+from embedloom.serving.calls import EndpointSettings
+from embedloom.serving.corpus_source import CorpusSource
 from embedloom.serving.messages import EncodeJob, EncodeResult, ModelInfo, Refusal
+from embedloom.serving.request_log import log_to_stderr
 from embedloom.serving.service import BatchSettings, EncoderService
 
 
 def load_service(
-    model_folder: str, threads: int, dtype: DTypeName, settings: BatchSettings
+    model_folder: str, threads: int, dtype: DTypeName, settings: BatchSettings, fingerprint: str
 ) -> EncoderService:
     """Load a model folder for serving and run it once.
 
@@ -27,14 +30,16 @@ def load_service(
     encoder = Encoder.load(Path(model_folder), threads=threads, dtype=dtype)
     # The first forward pass allocates and picks kernels; no client should pay for it.
     encoder.embed_tokens([[0] * 8])
-    return EncoderService(encoder, settings)
+    return EncoderService(encoder, settings, fingerprint)
 
 
 class EncoderReplica:
     """One of several encoders behind a gateway."""
 
-    def __init__(self, model_folder: str, threads: int, dtype: DTypeName, settings: BatchSettings) -> None:
-        self._service = load_service(model_folder, threads, dtype, settings)
+    def __init__(
+        self, model_folder: str, threads: int, dtype: DTypeName, settings: BatchSettings, fingerprint: str
+    ) -> None:
+        self._service = load_service(model_folder, threads, dtype, settings, fingerprint)
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
         """Apply ``BatchSettings`` changed in the Serve config, without a restart."""
@@ -43,6 +48,10 @@ class EncoderReplica:
     async def encode(self, job: EncodeJob) -> EncodeResult | Refusal:
         """See ``EncoderService.encode``."""
         return await self._service.encode(job)
+
+    async def tokenize(self, job: EncodeJob) -> list[list[int]] | Refusal:
+        """See ``EncoderService.tokenize``."""
+        return await self._service.tokenize(job)
 
     async def describe(self) -> ModelInfo:
         """See ``EncoderService.describe``."""
@@ -58,10 +67,13 @@ class EncoderEndpoint:
         threads: int,
         dtype: DTypeName,
         batching: BatchSettings,
+        fingerprint: str,
         settings: EndpointSettings,
+        corpus: CorpusSource | None = None,
     ) -> None:
-        self._service = load_service(model_folder, threads, dtype, batching)
+        self._service = load_service(model_folder, threads, dtype, batching, fingerprint)
         self._settings = settings
+        self._corpus = corpus.open() if corpus is not None else None
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
         """Apply ``BatchSettings`` changed in the Serve config, without a restart."""
@@ -69,4 +81,5 @@ class EncoderEndpoint:
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """The application; Serve calls this inside the replica."""
-        return create_api(self._service, self._settings)
+        log_to_stderr()
+        return create_api(self._service, self._settings, corpus=self._corpus)

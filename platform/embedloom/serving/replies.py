@@ -1,14 +1,18 @@
-"""What the endpoint answers with: reply models for the OpenAPI document, and vectors as JSON values."""
+"""What the endpoint answers with, as types for the OpenAPI document."""
 
-import base64
 from collections.abc import Sequence
 from typing import Any, Literal
 
-import numpy as np
-from pydantic import BaseModel
+from pydantic import BaseModel, ConfigDict
 
 
-class Embedding(BaseModel):
+class Reply(BaseModel):
+    """Closed, so that the OpenAPI document says all there is."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+class Embedding(Reply):
     """One vector of a reply."""
 
     object: Literal["embedding"] = "embedding"
@@ -16,14 +20,14 @@ class Embedding(BaseModel):
     embedding: list[float] | str
 
 
-class Usage(BaseModel):
+class Usage(Reply):
     """Tokens the model computed, template and special tokens included."""
 
     prompt_tokens: int
     total_tokens: int
 
 
-class EmbeddingsResponse(BaseModel):
+class EmbeddingsResponse(Reply):
     """Reply of ``POST /v1/embeddings``."""
 
     object: Literal["list"] = "list"
@@ -32,22 +36,126 @@ class EmbeddingsResponse(BaseModel):
     usage: Usage
 
 
-class ErrorDetail(BaseModel):
+class RerankDocument(Reply):
+    """A document's text, where ``return_documents`` asks for it."""
+
+    text: str
+
+
+class RerankResult(Reply):
+    """One document: its place in the request and its score."""
+
+    index: int
+    relevance_score: float
+    document: RerankDocument | None = None
+
+
+class RerankResponse(Reply):
+    """Reply of ``POST /v1/rerank``, best first; equal scores keep the order of the request."""
+
+    id: str
+    object: Literal["list"] = "list"
+    model: str
+    scored_by: Literal["embedding_similarity"] = "embedding_similarity"
+    results: list[RerankResult]
+    usage: Usage
+
+
+class SimilarityResponse(Reply):
+    """Reply of ``POST /v1/similarity``: a score per document, in the order of the request."""
+
+    object: Literal["list"] = "list"
+    model: str
+    similarities: list[float]
+    usage: Usage
+
+
+class TokenizedText(Reply):
+    """Token ids of one input, and the most that the model takes."""
+
+    index: int
+    token_ids: list[int]
+    count: int
+    limit: int
+
+
+class TokenizeResponse(Reply):
+    """Reply of ``POST /tokenize``."""
+
+    object: Literal["list"] = "list"
+    data: list[TokenizedText]
+    model: str
+    total_tokens: int
+
+
+class SearchHit(Reply):
+    """One document of the corpus; its text is null where the endpoint has none for it."""
+
+    id: str
+    score: float
+    title: str | None = None
+    text: str | None = None
+
+
+class SearchTiming(Reply):
+    """Where the time of a search went."""
+
+    embed_seconds: float
+    search_seconds: float
+
+
+class SearchResponse(Reply):
+    """Reply of ``POST /v1/search``, best first."""
+
+    object: Literal["list"] = "list"
+    model: str
+    contract_hash: str
+    results: list[SearchHit]
+    timing: SearchTiming
+    usage: Usage
+
+
+class ErrorDetail(Reply):
     """What went wrong, and with which parameter."""
 
     message: str
     type: str
-    param: str | None = None
-    code: str | None = None
+    param: str | None
+    code: str | None
 
 
-class ErrorResponse(BaseModel):
+class ErrorResponse(Reply):
     """Every answer with a status of 400 or above."""
 
     error: ErrorDetail
 
 
-class ModelCard(BaseModel):
+class Lineage(Reply):
+    """Where the model comes from: its artefact's identity and those of what it was made from."""
+
+    kind: str
+    fingerprint: str
+    inputs: dict[str, str]
+    created: str
+
+
+class GateVerdict(Reply):
+    """What the promotion gate said of this model."""
+
+    verdict: str
+    reasons: list[str] = []
+
+
+class CorpusCard(Reply):
+    """The corpus that ``/v1/search`` searches."""
+
+    documents: int
+    dimension: int
+    index: str
+    texts: bool
+
+
+class ModelCard(Reply):
     """One served model: what its vectors are, and what they may be compared with."""
 
     id: str
@@ -60,32 +168,36 @@ class ModelCard(BaseModel):
     matryoshka_dimensions: list[int]
     max_query_tokens: int
     max_document_tokens: int
+    instructions: dict[str, str]
+    lineage: Lineage | None
+    gate: GateVerdict | None
+    corpus: CorpusCard | None
 
 
-class ModelList(BaseModel):
+class ModelList(Reply):
     """Reply of ``GET /v1/models``."""
 
     object: Literal["list"] = "list"
     data: list[ModelCard]
 
 
-def encode_vectors(
-    vectors: np.ndarray[Any, np.dtype[np.float32]], encoding_format: Literal["float", "base64"]
-) -> list[list[float]] | list[str]:
-    """Vectors [n, dimension] as JSON values: lists of numbers, or base64 of little-endian float32."""
-    if encoding_format == "float":
-        numbers: list[list[float]] = vectors.tolist()
-        return numbers
-    little = np.ascontiguousarray(vectors, dtype="<f4")
-    return [base64.b64encode(row.tobytes()).decode("ascii") for row in little]
+class Health(Reply):
+    """Reply of ``GET /health``."""
+
+    status: Literal["ok"] = "ok"
 
 
-def shorten(
-    vectors: np.ndarray[Any, np.dtype[np.float32]], dimension: int, normalize: bool
-) -> np.ndarray[Any, np.dtype[np.float32]]:
-    """The first ``dimension`` numbers of each vector, at unit length again if the model normalises."""
-    cut = vectors[:, :dimension]
-    return cut / np.linalg.norm(cut, axis=1, keepdims=True) if normalize else cut
+class Readiness(Reply):
+    """Reply of ``GET /ready``."""
+
+    status: Literal["ready"] = "ready"
+    model: str
+    contract_hash: str
+
+
+def usage(tokens: int) -> dict[str, int]:
+    """A ``Usage`` as plain values."""
+    return {"prompt_tokens": tokens, "total_tokens": tokens}
 
 
 def reply_body(encoded: Sequence[list[float] | str], model: str, tokens: int) -> dict[str, Any]:
@@ -96,5 +208,5 @@ def reply_body(encoded: Sequence[list[float] | str], model: str, tokens: int) ->
             {"object": "embedding", "index": index, "embedding": value} for index, value in enumerate(encoded)
         ],
         "model": model,
-        "usage": {"prompt_tokens": tokens, "total_tokens": tokens},
+        "usage": usage(tokens),
     }

@@ -1,4 +1,4 @@
-"""One encoder for many concurrent requests: tokenise, refuse what is too long, batch by tokens, embed.
+"""One encoder for many concurrent requests: admit, tokenise, refuse what is too long, batch by tokens, embed.
 
 Tokenising and encoding run in one thread each, so the event loop stays free to take requests while the model
 computes. No Ray here; replica.py puts it on Serve.
@@ -6,39 +6,21 @@ computes. No Ray here; replica.py puts it on Serve.
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Protocol
+from typing import TypeVar
 
 from embedloom.config.base import FrozenConfig
-from embedloom.config.use import ServingConfig
-from embedloom.errors import DataError
-from embedloom.instructions import PromptContract, Side
-from embedloom.serving.batching import TokenBatcher, Vectors
-from embedloom.serving.messages import EncodeJob, EncodeResult, ModelInfo, Refusal
+from embedloom.config.serving import ServingConfig
+from embedloom.serving.batching import TokenBatcher
+from embedloom.serving.messages import EncodeJob, EncodeResult, ModelInfo, Part, Refusal, Vectors
+from embedloom.serving.scheduling import LaneLimits
+from embedloom.serving.tokenizing import ServingEncoder, given_ids, text_ids
 
-
-class ServingEncoder(Protocol):
-    """What serving needs of an encoder; ``embedloom.encoder.model.Encoder`` is one."""
-
-    contract: PromptContract
-    tokenizer: Any
-    backbone: Any
-
-    @property
-    def dimension(self) -> int:
-        """Length of a vector."""
-        ...
-
-    def tokenize(
-        self, texts: Sequence[str], side: Side, task_type: str = "retrieval", instruction: str | None = None
-    ) -> list[list[int]]:
-        """Token ids, cut to the side's limit."""
-        ...
-
-    def embed_tokens(self, token_ids: Sequence[Sequence[int]], max_batch_tokens: int = 4096) -> Vectors:
-        """Vectors in order."""
-        ...
+_SLICE_CHARACTERS = 2**16  # tokenised at a time, so that a query need not wait for a bulk request's megabytes
+_TOKENS_PER_CHARACTER = 0.3  # first guess; learnt from then on
+_SMOOTHING = 0.1
+Answer = TypeVar("Answer")
 
 
 class BatchSettings(FrozenConfig):
@@ -46,29 +28,52 @@ class BatchSettings(FrozenConfig):
 
     max_batch_tokens: int
     batch_wait_seconds: float
+    max_request_tokens: int = 300_000
+    max_queued_tokens: int = 600_000
+    query_lane_tokens: int = 512
+    query_lane_share: float = 0.5
 
     @classmethod
     def of(cls, config: ServingConfig) -> "BatchSettings":
         """The settings a serving section states."""
-        return cls(max_batch_tokens=config.max_batch_tokens, batch_wait_seconds=config.batch_wait_seconds)
+        return cls(**{name: getattr(config, name) for name in cls.model_fields})
+
+    @property
+    def lanes(self) -> LaneLimits:
+        """The same for the scheduler."""
+        return LaneLimits(
+            max_batch_tokens=self.max_batch_tokens,
+            wait_seconds=self.batch_wait_seconds,
+            max_queued_tokens=self.max_queued_tokens,
+            query_lane_tokens=self.query_lane_tokens,
+            query_lane_share=self.query_lane_share,
+        )
 
 
 class EncoderService:
     """One encoder serving concurrent requests of one event loop."""
 
-    def __init__(self, encoder: ServingEncoder, settings: BatchSettings) -> None:
+    def __init__(self, encoder: ServingEncoder, settings: BatchSettings, fingerprint: str = "") -> None:
         self._encoder = encoder
-        self._batcher = TokenBatcher(self._embed, settings.max_batch_tokens, settings.batch_wait_seconds)
+        self._settings = settings
+        self._fingerprint = fingerprint
+        self._batcher = TokenBatcher(self._embed, settings.lanes)
+        self._tokens_per_character = _TOKENS_PER_CHARACTER
         # One thread: the fast tokenizers keep their truncation as shared state and refuse a second borrower.
         self._tokenize_thread = ThreadPoolExecutor(1, thread_name_prefix="tokenize")
 
     def _embed(self, token_ids: Sequence[Sequence[int]]) -> Vectors:
-        return self._encoder.embed_tokens(token_ids, self._batcher.max_batch_tokens)
+        return self._encoder.embed_tokens(token_ids, self._settings.max_batch_tokens)
 
     def configure(self, settings: BatchSettings) -> None:
-        """Use other batch limits from the next batch on."""
-        self._batcher.max_batch_tokens = settings.max_batch_tokens
-        self._batcher.wait_seconds = settings.batch_wait_seconds
+        """Use other limits from the next batch on."""
+        self._settings = settings
+        self._batcher.scheduler.limits = settings.lanes
+
+    def queued_tokens(self) -> dict[str, int]:
+        """Tokens that wait, by lane."""
+        scheduler = self._batcher.scheduler
+        return {"query": scheduler.queued_tokens("query"), "bulk": scheduler.queued_tokens("bulk")}
 
     async def describe(self) -> ModelInfo:
         """What the loaded model is."""
@@ -79,73 +84,131 @@ class EncoderService:
             max_query_tokens=contract.max_query_tokens,
             max_document_tokens=contract.max_document_tokens,
             normalize=contract.normalize,
+            instructions=dict(contract.instructions),
             matryoshka_dimensions=tuple(getattr(config, "matryoshka_dimensions", None) or ()),
         )
 
     async def encode(self, job: EncodeJob) -> EncodeResult | Refusal:
         """Vectors of one request, or why it is refused."""
         started = time.monotonic()
-        if job.texts is not None:
-            loop = asyncio.get_running_loop()
-            try:
-                ids = await loop.run_in_executor(self._tokenize_thread, self._tokenize, job)
-            except DataError as error:  # a task type this model's contract has no instruction for
-                return Refusal(str(error), "invalid_task")
-        else:
-            ids = self._check_ids(job)
-        if isinstance(ids, Refusal):
-            return ids
-        tokenized = time.monotonic()
-        request = await self._batcher.submit(ids)
+        if refusal := self._pinned_elsewhere(job):
+            return refusal
+        scheduler = self._batcher.scheduler
+        place = scheduler.reserve(estimate := self._estimate(job))
+        if place is None:
+            return self._full(estimate)
+        try:
+            ids = await self._ids_of(job, limited=True)
+            if isinstance(ids, Refusal):
+                return ids
+            tokens = sum(map(len, ids))
+            if tokens > self._settings.max_request_tokens:
+                return Refusal(
+                    f"{job.parts[-1].name}: the request has {tokens} tokens; allowed: at most "
+                    f"{self._settings.max_request_tokens}",
+                    "request_too_large",
+                    job.parts[-1].name,
+                )
+            if not scheduler.resize(place, tokens):
+                return self._full(tokens)
+            tokenized = time.monotonic()
+            vectors, request = await self._batcher.submit(ids, place)
+        finally:
+            scheduler.release(place)
         return EncodeResult(
-            vectors=request.done.result(),
-            tokens=sum(map(len, ids)),
+            vectors=vectors,
+            side_tokens=_side_tokens(job, ids),
+            lane=place.lane,
+            contract_hash=self._encoder.contract.hash,
             tokenize_seconds=tokenized - started,
             queue_seconds=(request.started or tokenized) - request.arrived,
             batches=request.batches,
         )
 
-    def _tokenize(self, job: EncodeJob) -> list[list[int]] | Refusal:
-        texts = job.texts or []
-        if job.truncate == "none":
-            contract = self._encoder.contract
-            formatted = [contract.format(text, job.side, job.task_type, job.instruction) for text in texts]
-            whole: list[list[int]] = self._encoder.tokenizer(formatted, truncation=False, padding=False)[
-                "input_ids"
-            ]
-            if refusal := self._too_long(whole, job.side):
-                return refusal
-            if all(whole):
-                return whole
-        return self._encoder.tokenize(texts, job.side, job.task_type, job.instruction)
+    async def tokenize(self, job: EncodeJob) -> list[list[int]] | Refusal:
+        """Token ids of every input in order; with ``truncate`` none they may be above the side's limit."""
+        if refusal := self._pinned_elsewhere(job):
+            return refusal
+        return await self._ids_of(job, limited=False)
 
-    def _check_ids(self, job: EncodeJob) -> list[list[int]] | Refusal:
-        ids = job.token_ids or []
-        vocabulary = int(self._encoder.backbone.config.vocab_size)
-        for index, item in enumerate(ids):
-            if (largest := max(item)) >= vocabulary:
-                return Refusal(
-                    f"input[{index}] holds token id {largest}, the model's vocabulary ends at "
-                    f"{vocabulary - 1}; token ids must come from this model's own tokenizer",
-                    "invalid_token_id",
-                )
-        limit = self._encoder.contract.max_tokens(job.side)
-        if job.truncate == "end":
-            return [item[:limit] for item in ids]
-        return self._too_long(ids, job.side) or ids
+    async def _ids_of(self, job: EncodeJob, limited: bool) -> list[list[int]] | Refusal:
+        found: list[list[int]] = []
+        for part in job.parts:
+            if part.texts is None:
+                ids = given_ids(self._encoder, part, job.truncate)
+                if isinstance(ids, Refusal):
+                    return ids
+                found += ids
+                continue
+            for rows in _slices(part):
+                ids = await self._in_thread(lambda part=part, rows=rows: text_ids(self._encoder, part, rows, job.truncate, limited))  # fmt: skip
+                if isinstance(ids, Refusal):
+                    return ids
+                found += ids
+                if job.truncate == "none":
+                    self._learn(sum(len(text) for text in (part.texts or [])[rows]), sum(map(len, ids)))
+        return found
 
-    def _too_long(self, token_ids: Sequence[Sequence[int]], side: Side) -> Refusal | None:
-        limit = self._encoder.contract.max_tokens(side)
-        for index, item in enumerate(token_ids):
-            if len(item) > limit:
-                return Refusal(
-                    f"input[{index}] has {len(item)} tokens, the limit for a {side} is {limit} (instruction "
-                    'and special tokens included); shorten it, or send "truncate": "end"',
-                    "context_length_exceeded",
-                )
+    async def _in_thread(self, work: Callable[[], Answer]) -> Answer:
+        return await asyncio.get_running_loop().run_in_executor(self._tokenize_thread, work)
+
+    def _estimate(self, job: EncodeJob) -> int:
+        """About how many tokens a request has, before it is tokenised; an input counts at most its limit."""
+        total = 0
+        for part in job.parts:
+            limit = self._encoder.contract.max_tokens(part.side)
+            lengths = [len(ids) for ids in part.token_ids or []]
+            lengths += [1 + int(len(text) * self._tokens_per_character) for text in part.texts or []]
+            total += sum(min(length, limit) for length in lengths)
+        return min(total, self._settings.max_request_tokens)
+
+    def _learn(self, characters: int, tokens: int) -> None:
+        self._tokens_per_character += _SMOOTHING * (tokens / max(1, characters) - self._tokens_per_character)
+
+    def _full(self, tokens: int) -> Refusal:
+        scheduler = self._batcher.scheduler
+        return Refusal(
+            f"{scheduler.queued_tokens()} tokens are waiting here already; try again later",
+            "overloaded",
+            retry_after_seconds=scheduler.retry_after_seconds(tokens),
+        )
+
+    def _pinned_elsewhere(self, job: EncodeJob) -> Refusal | None:
+        own = self._encoder.contract.hash
+        if job.contract_hash not in (None, own):
+            return Refusal(
+                f"contract_hash: the request is pinned to {job.contract_hash!r}, this model's is {own!r}; vectors of "
+                "different contracts cannot be compared",
+                "contract_mismatch",
+                "contract_hash",
+            )
+        if job.fingerprint not in (None, self._fingerprint):
+            return Refusal("the served model is being replaced; try again", "model_replaced")
         return None
 
     async def close(self) -> None:
         """Stop the threads."""
         await self._batcher.close()
         self._tokenize_thread.shutdown(wait=False)
+
+
+def _slices(part: Part) -> Iterator[slice]:
+    """Runs of texts of about ``_SLICE_CHARACTERS``."""
+    start = characters = 0
+    for index, text in enumerate(part.texts or []):
+        characters += len(text) + len(part.instruction or "")
+        if characters >= _SLICE_CHARACTERS:
+            yield slice(start, index + 1)
+            start, characters = index + 1, 0
+    if start < len(part):
+        yield slice(start, len(part))
+
+
+def _side_tokens(job: EncodeJob, ids: list[list[int]]) -> dict[str, int]:
+    counts: dict[str, int] = {}
+    first = 0
+    for part in job.parts:
+        own = sum(map(len, ids[first : first + len(part)]))
+        counts[part.side] = counts.get(part.side, 0) + own
+        first += len(part)
+    return counts

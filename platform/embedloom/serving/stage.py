@@ -19,7 +19,7 @@ from ray import serve
 
 from embedloom.config.base import validate
 from embedloom.config.resources import ServeScaling
-from embedloom.config.use import ServingConfig
+from embedloom.config.serving import ServingConfig
 from embedloom.encoder.device import DTypeName
 from embedloom.errors import ConfigError, ServeError
 from embedloom.progress import note

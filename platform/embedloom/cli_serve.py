@@ -1,0 +1,89 @@
+"""The ``serve`` verb: a run config, or any model, with a corpus to search if wanted."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from embedloom.errors import ConfigError
+
+_CONFIG_ENDINGS = (".yaml", ".yml")
+_CLUSTER = Path("cluster/cluster.yaml")
+_SET_KEYS = {"name": "served_name"}  # others: serving.<option>
+
+
+def _option(name: str, help_text: str, **settings: Any) -> Any:
+    return typer.Option(f"--{name}", help=help_text, **settings)
+
+
+Source = Annotated[
+    str,
+    typer.Argument(
+        metavar="CONFIG|MODEL",
+        help="A run config (.yaml), or a model folder, .gguf file, Hugging Face id or shipped model.",
+    ),
+]
+Corpus = Annotated[
+    str | None, _option("corpus", "With MODEL: vectors of `embedloom embed`, searched at /v1/search.")
+]
+Documents = Annotated[
+    str | None, _option("documents", "With MODEL: what the corpus was embedded from, to show its texts.")
+]
+Name = Annotated[
+    str | None, _option("name", "With MODEL: what clients put into `model`; default: its own name.")
+]
+Port = Annotated[int | None, _option("port", "With MODEL: default 8000.")]
+Ask = Annotated[
+    list[str] | None,
+    _option("ask", "With CONFIG: ask the endpoint, print the nearest documents, stop; repeatable."),
+]
+ProfileName = Annotated[str, _option("profile", "A profile of the cluster config.")]
+ClusterFile = Annotated[Path, _option("cluster", "The cluster config.")]
+Overrides = Annotated[
+    list[str] | None,
+    _option(
+        "set",
+        "Override a config value; with MODEL, keys of the section serving; repeatable.",
+        metavar="SECTION.KEY=VALUE",
+    ),
+]
+DryRun = Annotated[bool, _option("dry-run", "Print what would be served and stop.")]
+
+
+def serve(
+    source: Source,
+    corpus: Corpus = None,
+    documents: Documents = None,
+    name: Name = None,
+    port: Port = None,
+    ask: Ask = None,
+    profile: ProfileName = "local",
+    cluster: ClusterFile = _CLUSTER,
+    overrides: Overrides = None,
+    dry_run: DryRun = False,
+) -> None:
+    """The OpenAI-compatible endpoint and its search page, until Ctrl-C.
+
+    embedloom serve CONFIG serves what the config's section serving says.
+
+    embedloom serve MODEL [--corpus VECTORS] needs no config.
+    """
+    given = {"corpus": corpus, "documents": documents, "served_name": name, "port": port}
+    if source.endswith(_CONFIG_ENDINGS):
+        for key, value in given.items():
+            if value is not None:
+                option = next((o for o, k in _SET_KEYS.items() if k == key), key)
+                raise ConfigError(
+                    f"--{option} goes with a MODEL; with a CONFIG use --set serving.{key}={value}"
+                )
+        from embedloom.launch import load, serve_run
+
+        print(serve_run(load(Path(source), profile, cluster, overrides or []), ask or [], dry_run))
+        return
+    if ask:
+        raise ConfigError("--ask goes with a CONFIG, whose run has documents to rank")
+    from embedloom.launch_embed import load_machine
+    from embedloom.launch_serve import serve_model, serving_config
+
+    config = serving_config({**given, "model": source}, overrides or [])
+    print(serve_model(config, load_machine(cluster, _CLUSTER), profile, dry_run))

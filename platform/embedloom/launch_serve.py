@@ -1,0 +1,57 @@
+"""``embedloom serve MODEL --corpus VECTORS``: an endpoint for any model, without a run config."""
+
+from pathlib import Path
+from typing import Any
+
+from embedloom.cluster.config import ClusterConfig
+from embedloom.config.base import apply_overrides, validate
+from embedloom.config.serving import ServingConfig
+from embedloom.encoder.registry import check_model_name
+from embedloom.progress import note
+
+
+def serving_config(given: dict[str, Any], overrides: list[str]) -> ServingConfig:
+    """The serving section that the command line describes.
+
+    Args:
+        given: keys of the section by name; None where the user said nothing.
+        overrides: ``key=value`` items of the section, such as ``max_items=64``.
+
+    Raises:
+        ConfigError: naming the key, the value seen and what is allowed.
+    """
+    content = {key: value for key, value in given.items() if value is not None}
+    items = [item.removeprefix("serving.") for item in overrides]
+    return validate(ServingConfig, apply_overrides(content, items), "serve")
+
+
+def serve_model(config: ServingConfig, cluster: ClusterConfig, profile: str, dry_run: bool) -> str:
+    """Serve ``config.model`` until interrupted; returns what to print.
+
+    Raises:
+        DataError, ConfigError: a model, corpus or settings that cannot be used.
+        ServeError: the endpoint did not start.
+    """
+    check_model_name(config.model, "MODEL")
+    machine = cluster.profile(profile)
+    name = config.served_name or Path(config.model).expanduser().absolute().name
+    url = f"http://{config.host}:{config.port}{config.route_prefix.rstrip('/')}"
+    if dry_run:
+        corpus = f" and search {config.corpus}" if config.corpus else ""
+        return f"would serve {config.model} as {name!r}{corpus} at {url}\n{url}"
+    from embedloom.encoder.registry import resolve_model
+    from embedloom.retrieval.model_id import model_id
+
+    folder = resolve_model(config.model)
+    from embedloom.cluster.session import ray_session
+
+    with ray_session(machine, cluster.auth):
+        # Imports Ray, which reads how to authenticate on its first import: the session has said it by now.
+        from embedloom.serving.stage import start_endpoint
+
+        with start_endpoint(
+            config, folder, model_id(folder), name, machine.serve, config.compute_dtype
+        ) as endpoint:
+            note("serve", f"{name} answers at {endpoint.url}/v1; the page is at {endpoint.url}/")
+            endpoint.wait()
+    return url

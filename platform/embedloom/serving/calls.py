@@ -1,0 +1,237 @@
+"""What every route does around its own work: read the body, admit, ask the encoder in time, notice who left."""
+
+import asyncio
+import re
+from collections.abc import Coroutine
+from typing import Any, Protocol, TypeVar
+
+from starlette.requests import ClientDisconnect, Request
+
+from embedloom.config.base import FrozenConfig
+from embedloom.serving.fields import HASH_PATTERN
+from embedloom.serving.keys import ApiKey
+from embedloom.serving.messages import EncodeJob, EncodeResult, ModelInfo, Refusal
+from embedloom.serving.metrics import EndpointMetrics
+from embedloom.serving.refusals import ApiError, Body, check_content_type, parse
+from embedloom.serving.replies import GateVerdict, Lineage
+from embedloom.serving.request_log import RequestLog, facts_of
+
+Answer = TypeVar("Answer")
+CONTRACT_HEADER = "x-contract-hash"
+# What an encoder may refuse, and the status it is told with.
+_STATUS = {"overloaded": 429, "contract_mismatch": 409, "model_replaced": 503}
+
+
+class EndpointSettings(FrozenConfig):
+    """What the HTTP side needs to know."""
+
+    served_name: str
+    fingerprint: str
+    created: int  # Unix seconds, as OpenAI's model list has it
+    max_items: int
+    max_requests: int  # computed and waiting together; one more is answered 429
+    request_timeout_seconds: float
+    max_item_characters: int = 262_144
+    max_body_bytes: int = 16 * 2**20
+    keys: tuple[ApiKey, ...] = ()  # hashes only; none: every client is served
+    allowed_origins: tuple[str, ...] = ()
+    request_log: RequestLog = "none"
+    lineage: Lineage | None = None
+    gate: GateVerdict | None = None
+
+
+class Backend(Protocol):
+    """Whatever turns jobs into vectors: an ``EncoderService`` here, or replicas elsewhere."""
+
+    async def encode(self, job: EncodeJob) -> EncodeResult | Refusal:
+        """Vectors, or why not.
+
+        Raises:
+            ApiError: no replica (503).
+        """
+        ...
+
+    async def tokenize(self, job: EncodeJob) -> list[list[int]] | Refusal:
+        """Token ids, or why not."""
+        ...
+
+    async def describe(self) -> ModelInfo:
+        """The loaded model; answers only when an encoder is up."""
+        ...
+
+
+class Calls:
+    """The encoder as routes see it; refusals come as ``ApiError``."""
+
+    def __init__(self, backend: Backend, settings: EndpointSettings, metrics: EndpointMetrics) -> None:
+        self.settings = settings
+        self.metrics = metrics
+        self._backend = backend
+        self._known: ModelInfo | None = None
+        self._running = 0
+
+    async def read(self, http: Request, model: type[Body]) -> Body:
+        """The body of a request as its type.
+
+        Raises:
+            ApiError: not JSON, not of that type, or too slow.
+        """
+        check_content_type(http.headers)
+        limit = self.settings.request_timeout_seconds
+        try:
+            body = await asyncio.wait_for(http.body(), limit)
+        except TimeoutError as error:
+            raise ApiError(
+                408, f"the body did not arrive within {limit:g} seconds", code="timeout"
+            ) from error
+        return parse(model, body)
+
+    async def encode(self, http: Request, job: EncodeJob) -> EncodeResult:
+        """Vectors, unless the endpoint is full, the encoder refuses, time runs out or the client leaves."""
+        facts = facts_of(http.scope)
+        if self.settings.request_log == "texts":
+            facts.texts = [text for part in job.parts for text in part.texts or ()]
+        result = await self._admitted(http, self._backend.encode(job))
+        if isinstance(result, Refusal):
+            raise refused(result)
+        if facts.client is not None:
+            facts.client.charge(result.tokens)
+        facts.values |= {"items": len(result.vectors), "tokens": result.tokens, "lane": result.lane}
+        self.metrics.embedded(result)
+        return result
+
+    async def tokenize(self, http: Request, job: EncodeJob) -> list[list[int]]:
+        """Token ids, under the same conditions."""
+        result = await self._admitted(http, self._backend.tokenize(job))
+        if isinstance(result, Refusal):
+            raise refused(result)
+        return result
+
+    async def info(self) -> ModelInfo:
+        """The loaded model, asked for once."""
+        if self._known is None:
+            self._known = await self._within_time(self._backend.describe())
+        return self._known
+
+    async def ready(self, seconds: float) -> ModelInfo:
+        """The loaded model, asked for now."""
+        return await asyncio.wait_for(self._backend.describe(), seconds)
+
+    def check_model(self, name: str | None) -> None:
+        """Refuse a model that is not the served one (404)."""
+        if name not in (None, self.settings.served_name):
+            raise ApiError(
+                404,
+                f"model: {name!r:.80} is not served here; allowed: {self.settings.served_name!r}",
+                param="model",
+                code="model_not_found",
+            )
+
+    def check_sizes(self, items: list[Any], name: str, is_list: bool = True) -> None:
+        """Refuse more items, or longer texts, than the endpoint takes (400)."""
+        if len(items) > self.settings.max_items:
+            raise ApiError(
+                400,
+                f"{name} has {len(items)} items; allowed: at most {self.settings.max_items}",
+                param=name,
+                code="too_many_items",
+            )
+        longest = self.settings.max_item_characters
+        for index, item in enumerate(items):
+            if isinstance(item, str) and len(item) > longest:
+                where = f"{name}[{index}]" if is_list else name
+                raise ApiError(
+                    400,
+                    f"{where} has {len(item)} characters; allowed: at most {longest}",
+                    param=name,
+                    code="string_above_max_length",
+                )
+
+    async def _admitted(self, http: Request, work: Coroutine[Any, Any, Answer]) -> Answer:
+        """Run the work unless the endpoint is full.
+
+        Counted here and not by Serve's queue limit, which counts a request as queued until a replica accepts
+        it, so that a burst is refused while replicas idle, and whose refusals are not in OpenAI's shape.
+        """
+        if self._running >= self.settings.max_requests:
+            work.close()
+            raise ApiError(
+                429,
+                f"this endpoint is full with {self._running} requests running or waiting; try again shortly",
+                code="overloaded",
+            )
+        self._running += 1
+        try:
+            return await self._within_time(_while_connected(http, work))
+        finally:
+            self._running -= 1
+
+    async def _within_time(self, work: Coroutine[Any, Any, Answer]) -> Answer:
+        limit = self.settings.request_timeout_seconds
+        try:
+            return await asyncio.wait_for(work, limit)
+        except TimeoutError as error:
+            raise ApiError(504, f"no answer within {limit:g} seconds", code="timeout") from error
+
+
+async def _while_connected(http: Request, work: Coroutine[Any, Any, Answer]) -> Answer:
+    """The answer of the work, which is cancelled when the client leaves: nobody would read it.
+
+    Raises:
+        ClientDisconnect: it left.
+    """
+    task = asyncio.ensure_future(work)
+    gone = asyncio.ensure_future(_departure(http))
+    try:
+        await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ClientDisconnect
+        return task.result()
+    finally:
+        task.cancel()
+        gone.cancel()
+
+
+async def _departure(http: Request) -> None:
+    while (await http.receive())["type"] != "http.disconnect":
+        pass
+
+
+def pinned(http: Request, field: str | None) -> str | None:
+    """The contract hash a request is pinned to, by header or field.
+
+    Raises:
+        ApiError: 400, not a hash, or two different ones.
+    """
+    header = http.headers.get(CONTRACT_HEADER)
+    if header is None:
+        return field
+    if not _is_hash(header):
+        raise ApiError(
+            400,
+            f"{CONTRACT_HEADER}: {header!r:.40} is not a contract hash; allowed: sixteen hex digits",
+            param=CONTRACT_HEADER,
+        )
+    if field not in (None, header):
+        raise ApiError(
+            400,
+            f"contract_hash is {field!r}, the header {CONTRACT_HEADER} says {header!r}; give one of them",
+            param="contract_hash",
+            code="contract_hash_twice",
+        )
+    return header
+
+
+def refused(refusal: Refusal) -> ApiError:
+    """An encoder's refusal as the client is told."""
+    return ApiError(
+        _STATUS.get(refusal.code, 400),
+        refusal.message,
+        param=refusal.param,
+        code=refusal.code,
+        retry_after_seconds=refusal.retry_after_seconds,
+    )
+
+
+def _is_hash(text: str) -> bool:
+    return re.fullmatch(HASH_PATTERN, text) is not None

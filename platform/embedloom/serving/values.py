@@ -1,0 +1,39 @@
+"""Vectors as replies state them: lists of numbers, base64, shortened ones, and similarities."""
+
+import base64
+from typing import Literal
+
+import numpy as np
+
+from embedloom.serving.messages import Vectors
+
+
+def encode_vectors(
+    vectors: Vectors, encoding_format: Literal["float", "base64"]
+) -> list[list[float]] | list[str]:
+    """Vectors [n, dimension] as JSON values: lists of numbers, or base64 of little-endian float32."""
+    if encoding_format == "float":
+        numbers: list[list[float]] = vectors.tolist()
+        return numbers
+    little = np.ascontiguousarray(vectors, dtype="<f4")
+    return [base64.b64encode(row.tobytes()).decode("ascii") for row in little]
+
+
+def shorten(vectors: Vectors, dimension: int, normalize: bool) -> Vectors:
+    """The first ``dimension`` numbers of each vector, at unit length again if the model normalises."""
+    cut = vectors[:, :dimension]
+    return cut / np.linalg.norm(cut, axis=1, keepdims=True) if normalize else cut
+
+
+def similarities(query: Vectors, documents: Vectors, normalize: bool) -> Vectors:
+    """Cosines of models that normalise, inner products of others: float32 [n].
+
+    Summed in float64 without BLAS, so that a pair scores alike in whatever company it is asked about.
+
+    Args:
+        query: float32 [dimension].
+        documents: float32 [n, dimension].
+        normalize: whether the model's vectors have unit length; their scores then stay within [-1, 1].
+    """
+    products = np.einsum("nd,d->n", documents.astype(np.float64), query.astype(np.float64), optimize=False)
+    return np.asarray(np.clip(products, -1, 1) if normalize else products, dtype=np.float32)

@@ -1,0 +1,191 @@
+"""Admission by tokens, clients that leave, and time limits, over the in-process app."""
+
+import asyncio
+import json
+
+import httpx
+import pytest
+
+from embedloom.serving.messages import EncodeJob, Part, Refusal
+from fakes_serving import FakeEncoder, api_of, client_of, refused, service_of
+
+
+async def settled(condition) -> None:
+    for _ in range(500):
+        if condition():
+            return
+        await asyncio.sleep(0.01)
+    raise AssertionError("did not come about within five seconds")
+
+
+def held(encoder: FakeEncoder) -> FakeEncoder:
+    encoder.gate.clear()
+    return encoder
+
+
+@pytest.mark.parametrize("batched", [True, False], ids=["one batched request", "many single ones"])
+def test_a_full_queue_answers_429_with_retry_after_and_recovers(batched):
+    """64 tokens are computed, 192 wait, the next request is refused: single and batched input alike."""
+    encoder = held(FakeEncoder())
+    limits = {
+        "max_batch_tokens": 64,
+        "max_request_tokens": 256,
+        "max_queued_tokens": 192,
+        "query_lane_tokens": 1,
+    }
+    text = "x" * 63  # 64 tokens
+
+    async def run():
+        api = api_of(encoder, limits=limits, max_requests=100)
+        transport = httpx.ASGITransport(api)
+        async with httpx.AsyncClient(transport=transport, base_url="http://t") as client:
+
+            def ask(count):
+                return client.post("/v1/embeddings", json={"model": "tiny", "input": [text] * count})
+
+            first = asyncio.create_task(ask(1))
+            await settled(lambda: encoder.batches)
+            waiting = (
+                [asyncio.create_task(ask(3))] if batched else [asyncio.create_task(ask(1)) for _ in range(3)]
+            )
+            await asyncio.sleep(0.1)
+            full = await ask(1)
+            encoder.gate.set()
+            answers = await asyncio.gather(first, *waiting)
+            return full, answers, await ask(3)
+
+    full, answers, after = asyncio.run(run())
+    error = refused(full, 429)
+    assert (error["code"], error["type"]) == ("overloaded", "rate_limit_error")
+    assert int(full.headers["retry-after"]) >= 1
+    assert [answer.status_code for answer in [*answers, after]] == [200] * (len(answers) + 1)
+
+
+def test_queries_are_admitted_while_bulk_is_full():
+    encoder = held(FakeEncoder())
+    limits = {
+        "max_batch_tokens": 64,
+        "max_request_tokens": 128,
+        "max_queued_tokens": 128,
+        "query_lane_tokens": 16,
+    }
+
+    async def run():
+        service = service_of(encoder, **limits)
+
+        def ask(texts):
+            return asyncio.create_task(service.encode(EncodeJob((Part("document", texts),))))
+
+        tasks = [ask(["x" * 63] * 2)]
+        await settled(lambda: encoder.batches)
+        tasks.append(ask(["x" * 63]))
+        await asyncio.sleep(0.05)
+        refused_bulk = await ask(["x" * 63] * 2)
+        tasks.append(ask(["query"]))
+        await asyncio.sleep(0.05)
+        queued = service.queued_tokens()
+        encoder.gate.set()
+        answers = await asyncio.gather(*tasks)
+        await service.close()
+        return refused_bulk, queued, answers
+
+    refusal, queued, answers = asyncio.run(run())
+    assert isinstance(refusal, Refusal) and refusal.code == "overloaded"
+    assert queued == {"query": 6, "bulk": 128}
+    assert [answer.lane for answer in answers] == ["bulk", "bulk", "query"]
+
+
+def test_a_request_above_the_token_limit_is_refused_for_good():
+    with client_of(FakeEncoder(), limits={"max_request_tokens": 100}) as client:
+        reply = client.post("/v1/embeddings", json={"model": "tiny", "input": ["x" * 60] * 2})
+        error = refused(reply, 400)
+        assert (error["code"], error["param"]) == ("request_too_large", "input")
+        assert "122 tokens; allowed: at most 100" in error["message"]
+
+
+def test_a_text_of_too_many_characters_is_refused_before_it_is_tokenised():
+    with client_of(FakeEncoder(), max_item_characters=50) as client:
+        for path, body, param in (
+            ("/v1/embeddings", {"input": ["a", "x" * 51]}, "input"),
+            ("/v1/rerank", {"query": "x" * 51, "documents": ["a"]}, "query"),
+            ("/v1/similarity", {"query": "a", "documents": ["x" * 51]}, "documents"),
+        ):
+            error = refused(client.post(path, json={"model": "tiny", **body}), 400)
+            assert (error["param"], error["code"]) == (param, "string_above_max_length")
+
+
+class Leaver:
+    """A client that sends a request and hangs up while it is being answered."""
+
+    def __init__(self, body: dict) -> None:
+        self.messages = [{"type": "http.request", "body": json.dumps(body).encode(), "more_body": False}]
+        self.leaves = asyncio.Event()
+        self.sent = []
+
+    async def receive(self):
+        if self.messages:
+            return self.messages.pop()
+        await self.leaves.wait()
+        return {"type": "http.disconnect"}
+
+    async def send(self, message):
+        self.sent.append(message)
+
+
+def test_a_client_that_leaves_frees_its_place():
+    encoder = held(FakeEncoder())
+
+    async def run():
+        api = api_of(encoder, max_requests=2, limits={"max_batch_tokens": 64})
+        scope = {
+            "type": "http", "method": "POST", "path": "/v1/embeddings", "raw_path": b"/v1/embeddings", "query_string": b"",
+            "headers": [(b"content-type", b"application/json")], "http_version": "1.1", "scheme": "http", "root_path": "",
+        }  # fmt: skip
+        clients = [Leaver({"model": "tiny", "input": ["x" * 63] * 8}) for _ in range(2)]
+        tasks = [asyncio.create_task(api(dict(scope), one.receive, one.send)) for one in clients]
+        await settled(lambda: encoder.batches)
+        await asyncio.sleep(0.05)
+        for one in clients:
+            one.leaves.set()
+        await asyncio.gather(*tasks)
+        encoder.gate.set()
+        # Both places of the endpoint are free again, and what was not yet computed never will be.
+        transport = httpx.ASGITransport(api)
+        async with httpx.AsyncClient(transport=transport, base_url="http://t") as client:
+            body = {"model": "tiny", "input": "a"}
+            replies = await asyncio.gather(*(client.post("/v1/embeddings", json=body) for _ in range(2)))
+            metrics = (await client.get("/metrics")).text
+        return clients, replies, metrics
+
+    clients, replies, metrics = asyncio.run(run())
+    assert [one.sent for one in clients] == [[], []]
+    assert [reply.status_code for reply in replies] == [200, 200]
+    assert len(encoder.batches) == 2
+    assert 'embedloom_requests_total{path="/v1/embeddings",status="499"} 2.0' in metrics
+
+
+def test_a_timed_out_request_leaves_the_queue():
+    encoder = held(FakeEncoder())
+    with client_of(encoder, request_timeout_seconds=0.1, limits={"max_batch_tokens": 64}) as client:
+        body = {"model": "tiny", "input": ["x" * 63] * 8}
+        assert refused(client.post("/v1/embeddings", json=body), 504)["code"] == "timeout"
+        encoder.gate.set()
+        assert client.post("/v1/embeddings", json={"model": "tiny", "input": "a"}).status_code == 200
+    assert len(encoder.batches) == 2
+
+
+def test_a_body_that_does_not_arrive_is_given_up():
+    async def run():
+        api = api_of(FakeEncoder(), request_timeout_seconds=0.05)
+
+        async def slow():
+            yield b'{"model": "tiny", '
+            await asyncio.sleep(5)
+
+        transport = httpx.ASGITransport(api)
+        async with httpx.AsyncClient(transport=transport, base_url="http://t") as client:
+            return await client.post(
+                "/v1/embeddings", content=slow(), headers={"content-type": "application/json"}
+            )
+
+    assert refused(asyncio.run(run()), 408)["code"] == "timeout"

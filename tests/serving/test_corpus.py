@@ -1,0 +1,166 @@
+"""Search of an embedded corpus: against brute force, and what it refuses to load."""
+
+import json
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from embedloom.artefacts import Artefact, ArtefactWriter
+from embedloom.config.use import EmbeddingConfig, IndexConfig
+from embedloom.errors import ConfigError, DataError
+from embedloom.retrieval.embed import vector_table
+from embedloom.retrieval.index import build_index
+from embedloom.retrieval.inputs import open_input
+from embedloom.retrieval.ledger import open_ledger
+from embedloom.serving.corpus import load_corpus
+from embedloom.storage import Place
+from fakes_serving import FakeEncoder, client_of, refused
+
+ENCODER = FakeEncoder(limit=128)
+HASH = ENCODER.contract.hash
+TEXTS = [f"document number {number}" for number in range(30)]
+
+
+def artefact(folder, texts=TEXTS, *, index=None, model="f00d", side="document", dimensions=None) -> Place:
+    """A vectors artefact as `embedloom embed` leaves it, by its own ledger, with vectors of the fake encoder."""
+    source_file = folder / "in.parquet"
+    folder.mkdir(exist_ok=True)
+    ids = [f"d{number:02d}" for number in range(len(texts))]
+    Place(str(folder)).write_table(
+        "in.parquet", pa.table({"id": ids, "title": ["T"] * len(ids), "text": texts})
+    )
+    place = Place(str(folder / "vectors"))
+    writer = ArtefactWriter(place, "vectors", "c", {"corpus": "x"}, "local")
+    ledger = open_ledger(open_input(str(source_file), EmbeddingConfig(), place), place, 8, None)
+    vectors = ENCODER.embed([f"T {text}" for text in texts], "document")
+    if dimensions:
+        vectors = vectors[:, :dimensions] / np.linalg.norm(vectors[:, :dimensions], axis=1, keepdims=True)
+    start = 0
+    for part, rows in zip(ledger.parts, ledger.rows, strict=True):
+        table = vector_table(ids[start : start + rows], vectors[start : start + rows], HASH, model, 1)
+        place.write_table(f"vectors/{part}", table)
+        start += rows
+    if index:
+        build_index(IndexConfig(kind=index, sample=10), place, HASH)
+    recipe = {"side": side, "dimensions": dimensions}
+    writer.commit({"rows": len(ids)}, {"contract_hash": HASH, "model_id": model, "recipe": recipe})
+    return place
+
+
+def load(place, documents=None, contract_hash=HASH, model="f00d"):
+    return load_corpus(place, documents, contract_hash, model, normalize=True)
+
+
+def best(query, texts=TEXTS, dimensions=8):
+    scores = (ENCODER.embed([f"T {text}" for text in texts], "document")[:, :dimensions]).astype(np.float64)
+    scores /= np.linalg.norm(scores, axis=1, keepdims=True)
+    scores = scores @ (query[:dimensions] / np.linalg.norm(query[:dimensions]))
+    return sorted(range(len(texts)), key=lambda row: (-scores[row], row)), scores
+
+
+@pytest.mark.parametrize("index", [None, "flat", "hnsw"])
+def test_hits_are_brute_forces(tmp_path, index):
+    place = artefact(tmp_path, index=index)
+    corpus = load(place, str(tmp_path / "in.parquet"))
+    assert (corpus.card.documents, corpus.card.index, corpus.card.texts) == (30, index or "exact", True)
+    query = ENCODER.embed(["where?"], "query")[0]
+    order, scores = best(query)
+    hits = corpus.search(query, 5, with_texts=True)
+    assert [hit.id for hit in hits] == [f"d{row:02d}" for row in order[:5]]
+    assert np.allclose([hit.score for hit in hits], scores[order[:5]], atol=1e-5)
+    assert [(hit.title, hit.text) for hit in hits] == [("T", TEXTS[row]) for row in order[:5]]
+    assert len(corpus.search(query, 1000, with_texts=False)) == 30
+
+
+def test_equal_documents_come_in_the_order_of_their_ids(tmp_path):
+    corpus = load(artefact(tmp_path, ["same", "other", "same", "same"]))
+    query = ENCODER.embed(["T same"], "document")[0]
+    assert [hit.id for hit in corpus.search(query, 3, with_texts=False)] == ["d00", "d02", "d03"]
+
+
+def test_a_query_is_cut_like_the_corpus(tmp_path):
+    corpus = load(artefact(tmp_path, dimensions=4))
+    query = ENCODER.embed(["where?"], "query")[0]
+    order, scores = best(query, dimensions=4)
+    hits = corpus.search(query, 3, with_texts=False)
+    assert [hit.id for hit in hits] == [f"d{row:02d}" for row in order[:3]]
+    assert hits[0].score == pytest.approx(scores[order[0]], abs=1e-5)
+
+
+def test_a_text_that_was_edited_since_is_not_shown(tmp_path):
+    place = artefact(tmp_path)
+    path = Place(str(tmp_path))
+    table = path.read_table("in.parquet")
+    texts = table.column("text").to_pylist()
+    edited = [text if row < 15 else text + " (new)" for row, text in enumerate(texts)]
+    path.write_table("in.parquet", table.set_column(2, "text", pa.array(edited)))
+    corpus = load(place, str(tmp_path / "in.parquet"))
+    for hit in corpus.search(ENCODER.embed(["where?"], "query")[0], 30, with_texts=True):
+        assert (hit.text is not None) == (int(hit.id[1:]) < 15)
+
+
+def test_without_the_documents_hits_are_ids(tmp_path):
+    corpus = load(artefact(tmp_path))
+    assert not corpus.card.texts
+    hit = corpus.search(ENCODER.embed(["where?"], "query")[0], 1, with_texts=True)[0]
+    assert (hit.title, hit.text) == (None, None)
+
+
+def test_documents_of_another_corpus_are_refused(tmp_path):
+    place = artefact(tmp_path)
+    other = Place(str(tmp_path / "other"))
+    other.write_table("in.parquet", pa.table({"id": ["a"], "text": ["something else"]}))
+    with pytest.raises(DataError, match=r"serving\.documents: .* is not what"):
+        load(place, str(tmp_path / "other" / "in.parquet"))
+
+
+def test_another_contract_other_weights_and_queries_are_refused(tmp_path):
+    place = artefact(tmp_path)
+    with pytest.raises(DataError, match="contract_hash"):
+        load(place, contract_hash="0" * 16)
+    with pytest.raises(DataError, match=r"embedded by model 'f00d', the served model is 'beef'"):
+        load(place, model="beef")
+    manifest = Artefact.open(place).manifest
+    manifest["details"]["recipe"]["side"] = "query"
+    place.write_bytes("manifest.json", json.dumps(manifest).encode())
+    with pytest.raises(ConfigError, match="side 'query'"):
+        load(place)
+    with pytest.raises(DataError, match=r"no manifest\.json"):
+        load(Place(str(tmp_path / "nothing")))
+
+
+def test_search_over_http_states_scores_timing_and_contract(tmp_path):
+    corpus = load(artefact(tmp_path), str(tmp_path / "in.parquet"))
+    encoder = FakeEncoder(limit=128)
+    with client_of(encoder, corpus=corpus) as client:
+        reply = client.post("/v1/search", json={"query": "where?", "top_k": 3, "instruction": "Find"})
+        query = encoder.embed(["where?"], "query", instruction="Find")[0]
+        body = reply.json()
+        assert [hit["id"] for hit in body["results"]] == [f"d{row:02d}" for row in best(query)[0][:3]]
+        assert body["results"][0]["text"].startswith("document number")
+        assert body["timing"]["embed_seconds"] > 0 and body["timing"]["search_seconds"] > 0
+        assert body["contract_hash"] == reply.headers["x-contract-hash"] == HASH
+        assert body["usage"]["total_tokens"] == 1 + len("Instruct: Find\nQuery: where?")
+        (card,) = client.get("/v1/models").json()["data"]
+        assert card["corpus"] == {"documents": 30, "dimension": 8, "index": "exact", "texts": True}
+        plain = client.post("/v1/search", json={"query": "where?", "return_documents": False}).json()
+        assert len(plain["results"]) == 10 and plain["results"][0]["text"] is None
+        for change, param in (({"top_k": 0}, "top_k"), ({"top_k": 1001}, "top_k"), ({"query": " "}, "query")):
+            assert refused(client.post("/v1/search", json={"query": "a", **change}), 400)["param"] == param
+        pin = {"query": "a", "contract_hash": "0" * 16}
+        assert refused(client.post("/v1/search", json=pin), 409)["code"] == "contract_mismatch"
+
+
+def test_an_index_never_meets_vectors_of_a_model_that_replaced_its_own(tmp_path):
+    corpus = load(artefact(tmp_path))
+    with client_of(FakeEncoder(limit=128), corpus=corpus, fingerprint="new weights") as client:
+        reply = client.post("/v1/search", json={"query": "where?"})
+        assert refused(reply, 503)["code"] == "model_replaced"
+        assert reply.headers["retry-after"] == "1"
+
+
+def test_without_a_corpus_there_is_no_search():
+    with client_of(FakeEncoder()) as client:
+        refused(client.post("/v1/search", json={"query": "a"}), 404)
+        assert client.get("/v1/models").json()["data"][0]["corpus"] is None

@@ -1,0 +1,96 @@
+"""What stands around every route: CORS, and the request log."""
+
+import json
+import logging
+
+import pytest
+
+from embedloom.config.serving import ServingConfig
+from embedloom.serving.keys import ApiKey
+from fakes_serving import FakeEncoder, client_of, refused
+
+HERE, ELSEWHERE = "https://search.example.org", "https://evil.example.org"
+BODY = {"model": "tiny", "input": "ab"}
+
+
+def preflight(client, origin: str):
+    return client.options(
+        "/v1/embeddings",
+        headers={
+            "origin": origin,
+            "access-control-request-method": "POST",
+            "access-control-request-headers": "content-type,authorization",
+        },
+    )
+
+
+def test_no_other_page_may_call_by_default():
+    with client_of(FakeEncoder()) as client:
+        refused(preflight(client, HERE), 405)
+        reply = client.post("/v1/embeddings", json=BODY, headers={"origin": HERE})
+        assert not [name for name in reply.headers if name.startswith("access-control")]
+
+
+def test_listed_origins_may_call_and_read_refusals():
+    key = ApiKey(name="page", sha256="0" * 64)
+    with client_of(FakeEncoder(), allowed_origins=(HERE,), keys=(key,)) as client:
+        assert preflight(client, HERE).headers["access-control-allow-origin"] == HERE
+        assert "access-control-allow-origin" not in preflight(client, ELSEWHERE).headers
+        reply = client.post("/v1/embeddings", json=BODY, headers={"origin": HERE})
+        refused(reply, 401)
+        assert reply.headers["access-control-allow-origin"] == HERE
+        assert "access-control-allow-credentials" not in reply.headers
+
+
+@pytest.mark.parametrize(
+    "origin", ["*", "https://*.example.org", "example.org", "https://a.org/path", "file://x"]
+)
+def test_an_origin_is_one_site(origin):
+    with pytest.raises(ValueError, match="is not an origin"):
+        ServingConfig(allowed_origins=(origin,))
+
+
+def lines_of(caplog):
+    return [json.loads(r.message) for r in caplog.records if r.name == "embedloom.serving.requests"]
+
+
+def logged(caplog, mode: str, **body):
+    caplog.set_level(logging.INFO, "embedloom.serving.requests")
+    with client_of(FakeEncoder(), request_log=mode) as client:
+        client.post("/v1/embeddings", json={**BODY, **body}, headers={"x-request-id": "r-1"})
+    return lines_of(caplog)
+
+
+def test_a_line_says_what_a_request_cost_and_not_what_it_said(caplog):
+    (line,) = logged(caplog, "facts", input=["secret words", "b"], user="someone")
+    assert line["request_id"] == "r-1"
+    assert (line["method"], line["path"], line["status"]) == ("POST", "/v1/embeddings", 200)
+    assert (line["items"], line["tokens"], line["lane"]) == (2, 15, "query")
+    assert line["seconds"] > 0
+    assert "secret" not in json.dumps(line) and "someone" not in json.dumps(line)
+
+
+def test_refused_requests_are_logged_without_their_texts(caplog):
+    (line,) = logged(caplog, "facts", input=["secret words"], dimensions=3)
+    assert line["status"] == 400
+    assert "secret" not in json.dumps(line)
+
+
+def test_texts_are_logged_only_when_asked_for_and_not_whole(caplog):
+    (line,) = logged(caplog, "texts", input="x" * 3000, truncate="end")
+    assert line["texts"] == ["x" * 1000]
+
+
+def test_the_log_can_be_off(caplog):
+    assert logged(caplog, "none") == []
+
+
+def test_a_line_names_the_key_and_unknown_paths_share_a_name(caplog):
+    caplog.set_level(logging.INFO, "embedloom.serving.requests")
+    digest = "2c26b46b68ffc68ff99b453c1d30413413422d706483bfa0f98a5e886266e7ae"  # of "foo"
+    with client_of(FakeEncoder(), request_log="facts", keys=(ApiKey(name="page", sha256=digest),)) as client:
+        client.post("/v1/embeddings", json=BODY, headers={"authorization": "Bearer foo"})
+        client.get("/v1/secret-path?q=words")
+    known, unknown = lines_of(caplog)
+    assert known["key"] == "page"
+    assert "key" not in unknown and unknown["path"] == "other" and unknown["status"] == 401
