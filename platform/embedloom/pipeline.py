@@ -32,8 +32,8 @@ def graph(run: Run) -> dict[str, Node]:
         Node("encoder", "encoder", (config.encoder,), (), _encoder),
     ]
     if config.synthesis is not None:
-        settings = section_state(config.synthesis, config.mining.teachers), config.run.seed
-        nodes.append(Node("synthesis", "synthesize", settings, ("corpus",), _synthesis))
+        written = section_state(config.synthesis, config.mining.teachers), config.run.seed
+        nodes.append(Node("synthesis", "synthesize", written, ("corpus",), _synthesis))
     pairs = tuple(node.name for node in nodes if node.name in ("corpus", "synthesis"))
     found = config.mining.model_dump(mode="json", exclude={"selection", "rescoring", "audit", "memory_gib"})
     nodes.append(Node("mining", "mine", (found,), pairs, _mining))

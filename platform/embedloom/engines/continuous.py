@@ -16,7 +16,7 @@ from embedloom.engines.protocol import EngineLostError
 from embedloom.errors import EmbedloomError
 
 Request = TypeVar("Request", contravariant=True)
-Result = TypeVar("Result", covariant=True)
+Result = TypeVar("Result")
 One = TypeVar("One")
 Out = TypeVar("Out")
 

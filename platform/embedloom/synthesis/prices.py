@@ -65,9 +65,9 @@ def prices(config: SynthesisConfig, gpu: bool) -> list[Price]:
             asked = math.ceil(rows / config.expected_acceptance / family.asked_rows(options))
             answers[number] += asked
             tokens[number] += asked * sampling_of(options, config.sampling).max_new_tokens
-    for options in task_families(config):
+    for section in task_families(config):
         for number, rows in enumerate(shares(config.tasks.count, weights)):
-            asked = math.ceil(rows / options.tasks_per_answer)
+            asked = math.ceil(rows / section.tasks_per_answer)
             answers[number] += asked
             tokens[number] += asked * config.sampling.max_new_tokens
     return [
