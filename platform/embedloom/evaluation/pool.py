@@ -107,7 +107,7 @@ class ScoringPool:
             elif job is not None:
                 failures[job] = _last_line(error)
                 note("evaluate", f"{job.label} failed: {failures[job]}")
-            waiting.discard(job)  # type: ignore[arg-type]
+            waiting.discard(job)
 
     def _assign(self, pending: list[Job], waiting: set[Job]) -> None:
         """Give ready jobs to idle actors."""
