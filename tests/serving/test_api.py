@@ -108,6 +108,12 @@ def test_models_list_carries_contract_and_fingerprint(client, encoder):
     refused(client.get("/v1/models/other"), 404)
 
 
+def test_a_served_name_may_hold_a_slash():
+    with client_of(FakeEncoder(), served_name="org/tiny") as client:
+        assert client.get("/v1/models/org/tiny").json()["id"] == "org/tiny"
+        assert client.get("/v1/models/org%2Ftiny").json()["id"] == "org/tiny"
+
+
 def test_full_endpoint_answers_429_with_retry_after(client, encoder):
     encoder.gate.clear()
     post_one = lambda: post(client, input="ab")  # noqa: E731

@@ -2,6 +2,7 @@
 
 import base64
 import concurrent.futures
+import hashlib
 import os
 import signal
 import socket
@@ -12,13 +13,21 @@ import openai
 import psutil
 import pytest
 
+from embedloom.artefacts import ArtefactWriter
 from embedloom.config.resources import ServeScaling
 from embedloom.config.serving import ServingConfig
 from embedloom.encoder.model import Encoder
-from embedloom.errors import ConfigError
+from embedloom.errors import ConfigError, DataError
+from embedloom.instructions import PromptContract
+from embedloom.retrieval.embed import vector_table
+from embedloom.retrieval.model_id import model_id
 from embedloom.serving.stage import Endpoint, check_port_free, start_endpoint
+from embedloom.storage import Place
+from fakes import make_tiny_encoder
 
 pytestmark = pytest.mark.ray
+KEY = "sk-of-these-tests"
+DOCUMENTS = [f"document number {number}" for number in range(20)]
 TEXTS = ["open a file", "Returns the shortest path between two nodes.", "größer, 日本語"]
 
 
@@ -34,7 +43,7 @@ def start(model, port: int | None = None, scaling: ServeScaling | None = None, *
 
 
 def client_of(endpoint: Endpoint) -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{endpoint.url}/v1", api_key="unused", max_retries=0)
+    return openai.OpenAI(base_url=f"{endpoint.url}/v1", api_key=KEY, max_retries=0)
 
 
 def cosines(reply, expected: np.ndarray) -> np.ndarray:
@@ -43,9 +52,25 @@ def cosines(reply, expected: np.ndarray) -> np.ndarray:
 
 
 @pytest.fixture(scope="module")
-def endpoint(ray_local, tiny_model):
-    with start(tiny_model) as endpoint:
-        yield endpoint
+def corpus(tiny_model, tmp_path_factory):
+    """Vectors of ``DOCUMENTS``, cut to their first sixteen dimensions."""
+    place = Place(str(tmp_path_factory.mktemp("corpus") / "vectors"))
+    vectors = Encoder.load(tiny_model, dtype="float32").embed(DOCUMENTS, "document")[:, :16]
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    contract, model = PromptContract.load(tiny_model).hash, model_id(tiny_model)
+    ids = [f"d{number:02d}" for number in range(20)]
+    writer = ArtefactWriter(place, "vectors", "c", {"corpus": "x"}, "local")
+    place.write_table("vectors/part-000000.parquet", vector_table(ids, vectors, contract, model, 1))
+    writer.commit({"rows": 20}, {"contract_hash": contract, "model_id": model})
+    return place.uri
+
+
+@pytest.fixture(scope="module")
+def endpoint(ray_local, tiny_model, corpus):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TEST_KEYS", f"tests: {{sha256: {hashlib.sha256(KEY.encode()).hexdigest()}}}")
+        with start(tiny_model, corpus=corpus, keys_variable="TEST_KEYS") as endpoint:
+            yield endpoint
 
 
 def test_port_in_use_stops_before_anything_starts(ray_local, tiny_model):
@@ -92,6 +117,37 @@ def test_client_lists_the_model(endpoint, tiny_model):
     assert card.contract_hash == Encoder.load(tiny_model).contract.hash
 
 
+def test_search_is_brute_force_over_the_corpus(endpoint, tiny_model, corpus):
+    encoder = Encoder.load(tiny_model, dtype="float32")
+    body = {"query": "number 7", "top_k": 5, "instruction": "Find"}
+    headers = {"authorization": f"Bearer {KEY}"}
+    reply = httpx.post(f"{endpoint.url}/v1/search", json=body, headers=headers, trust_env=False).json()
+    query = encoder.embed(["number 7"], "query", instruction="Find")[0, :16]
+    documents = encoder.embed(DOCUMENTS, "document")[:, :16]
+    scores = documents @ query / np.linalg.norm(documents, axis=1) / np.linalg.norm(query)
+    assert [hit["id"] for hit in reply["results"]] == [f"d{row:02d}" for row in np.argsort(-scores)[:5]]
+    assert np.allclose([hit["score"] for hit in reply["results"]], np.sort(scores)[::-1][:5], atol=1e-4)
+
+
+def test_without_the_key_nothing_but_health_and_the_page_is_answered(endpoint):
+    def status(path: str) -> int:
+        return httpx.get(f"{endpoint.url}{path}", trust_env=False).status_code
+
+    paths = ("/", "/health", "/v1/models", "/metrics")
+    assert [status(path) for path in paths] == [200, 200, 401, 401]
+    stranger = openai.OpenAI(base_url=f"{endpoint.url}/v1", api_key="sk-other", max_retries=0)
+    with pytest.raises(openai.AuthenticationError) as refused:
+        stranger.embeddings.create(model="tiny", input="a")
+    assert refused.value.code == "invalid_api_key"
+
+
+def test_a_corpus_of_other_weights_stops_before_anything_starts(ray_local, tiny_llama, corpus, tmp_path):
+    other = make_tiny_encoder(tiny_llama, tmp_path)
+    (other / "added.json").write_text("{}")
+    with pytest.raises(DataError, match=r"serving\.corpus: .* vectors of different weights"):
+        start(other, corpus=corpus)
+
+
 def test_many_clients_at_once_each_get_their_own(endpoint, tiny_model):
     encoder = Encoder.load(tiny_model, dtype="float32")
     texts = [f"function number {n} " * (1 + n % 3) for n in range(60)]
@@ -132,7 +188,7 @@ def test_overload_is_answered_200_or_429(behind_gateway):
     assert {reply.status_code for reply in replies} == {200, 429}
     for reply in replies:
         if reply.status_code == 429:
-            assert reply.headers["retry-after"] == "1"
+            assert int(reply.headers["retry-after"]) >= 1
             assert reply.json()["error"]["code"] == "overloaded"
 
 

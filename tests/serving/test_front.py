@@ -82,7 +82,7 @@ def test_texts_are_logged_only_when_asked_for_and_not_whole(caplog):
 
 
 def test_the_log_can_be_off(caplog):
-    assert logged(caplog, "off") == []
+    assert logged(caplog, "none") == []
 
 
 def test_a_line_names_the_key_and_unknown_paths_share_a_name(caplog):

@@ -48,7 +48,7 @@ class ServingConfig(FrozenConfig):
     keys_file: str | None = None
     keys_variable: str | None = None
     allowed_origins: tuple[str, ...] = ()  # web pages elsewhere that a browser may call from; none by default
-    request_log: Literal["off", "facts", "texts"] = "facts"  # facts: one line a request, without its texts
+    request_log: Literal["none", "facts", "texts"] = "facts"  # facts: one line a request, without its texts
 
     @model_validator(mode="after")
     def _queue_is_deep_enough(self) -> "ServingConfig":

@@ -54,7 +54,9 @@ def create_api(
     # FastAPI's own document and pages are off: the pages load scripts from elsewhere, openapi.py says why.
     api = FastAPI(title="embedloom", openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
     for route in routes:
-        api.add_api_route(route.path, route.handler, methods=[route.method], response_model=None)
+        # A served name may hold a slash, as names of Hugging Face do.
+        path = route.path.replace("{name}", "{name:path}")
+        api.add_api_route(path, route.handler, methods=[route.method], response_model=None)
     document = openapi_document(routes, settings, keyed=bool(settings.keys))
 
     async def openapi(http: Request) -> Response:

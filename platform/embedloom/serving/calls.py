@@ -35,7 +35,7 @@ class EndpointSettings(FrozenConfig):
     max_body_bytes: int = 16 * 2**20
     keys: tuple[ApiKey, ...] = ()  # hashes only; none: every client is served
     allowed_origins: tuple[str, ...] = ()
-    request_log: RequestLog = "off"
+    request_log: RequestLog = "none"
     lineage: Lineage | None = None
     gate: GateVerdict | None = None
 

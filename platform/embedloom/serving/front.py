@@ -34,7 +34,7 @@ class FrontSettings:
     paths: frozenset[str]  # that metrics name
     open_paths: frozenset[str]  # that need no key
     max_body_bytes: int
-    request_log: RequestLog = "off"
+    request_log: RequestLog = "none"
 
 
 class Front:

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from pydantic_core import to_json
 
-RequestLog = Literal["off", "facts", "texts"]
+RequestLog = Literal["none", "facts", "texts"]
 SCOPE_KEY = "embedloom.facts"
 logger = logging.getLogger("embedloom.serving.requests")
 _TEXT_CHARACTERS = 1000  # of one logged text
@@ -33,7 +33,7 @@ def write_line(
     mode: RequestLog, facts: Facts, request_id: str, method: str, path: str, status: int, seconds: float
 ) -> None:
     """Log one request that is over."""
-    if mode == "off":
+    if mode == "none":
         return
     line: dict[str, Any] = {
         "time": round(time.time(), 3),

@@ -1,0 +1,118 @@
+"""The `serve` verb up to the moment Ray would start."""
+
+import json
+import shutil
+
+import pytest
+from pydantic import ValidationError
+from typer.testing import CliRunner
+
+from embedloom.artefacts import ArtefactWriter
+from embedloom.cli import app
+from embedloom.config.serving import ServingConfig
+from embedloom.errors import ConfigError, DataError
+from embedloom.instructions import PromptContract
+from embedloom.launch_serve import serving_config
+from embedloom.retrieval.model_id import model_id
+from embedloom.serving.app import ApplicationArgs, build_application
+from embedloom.serving.model_facts import read_gate, read_lineage
+from embedloom.storage import Place
+
+QUICKSTART = "jobs/configs/quickstart.yaml"
+
+
+def test_options_become_the_section():
+    config = serving_config(
+        {"model": "m", "corpus": "v", "documents": None, "served_name": "x", "port": 9},
+        ["max_items=5", "serving.request_log=none"],
+    )
+    assert (config.model, config.corpus, config.served_name, config.port) == ("m", "v", "x", 9)
+    assert (config.max_items, config.request_log) == (5, "none")
+    with pytest.raises(
+        ConfigError, match="serve: max_item: unknown key; the nearest valid key is 'max_items'"
+    ):
+        serving_config({"model": "m"}, ["max_item=5"])
+
+
+def test_dry_run_says_what_would_be_served_and_where(tiny_model):
+    arguments = [
+        "serve",
+        str(tiny_model),
+        "--corpus",
+        "vectors",
+        "--name",
+        "tiny",
+        "--port",
+        "9",
+        "--dry-run",
+    ]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    words, url = result.stdout.strip().splitlines()
+    assert "as 'tiny' and search vectors" in words and url == "http://127.0.0.1:9"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--corpus", "v"], "--set serving.corpus=v"),
+        (["--name", "x"], "--name goes with a MODEL; with a CONFIG use --set serving.served_name=x"),
+    ],
+)
+def test_options_of_a_model_are_refused_beside_a_config(arguments, words):
+    result = CliRunner().invoke(app, ["serve", QUICKSTART, *arguments])
+    assert isinstance(result.exception, ConfigError) and words in str(result.exception)
+
+
+def test_a_model_that_is_not_there_is_named():
+    result = CliRunner().invoke(app, ["serve", "./nothing"])
+    assert isinstance(result.exception, DataError) and "MODEL: './nothing' does not exist" in str(
+        result.exception
+    )
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"max_queued_tokens": 100_000}, "below max_request_tokens"),
+        ({"keys_file": "a", "keys_variable": "B"}, "come from one of them"),
+        ({"documents": "d"}, "without corpus"),
+        ({"query_lane_share": 1.0}, "less than 1"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused(values, words):
+    with pytest.raises(ValidationError, match=words):
+        ServingConfig(**values)
+
+
+def vectors_of(model_folder, place: Place) -> Place:
+    writer = ArtefactWriter(place, "vectors", "c", {}, "local")
+    details = {"contract_hash": PromptContract.load(model_folder).hash, "model_id": model_id(model_folder)}
+    writer.commit({"rows": 0}, details)
+    return place
+
+
+def test_corpus_is_checked_before_anything_starts(tiny_model, tmp_path):
+    place = vectors_of(tiny_model, Place(str(tmp_path / "vectors")))
+    args = {"model_folder": str(tiny_model), "served_name": "t", "serving": ServingConfig(corpus=place.uri)}
+    source = build_application(ApplicationArgs(**args))._bound_deployment.init_args[-1]
+    assert (source.uri, source.model_id) == (place.uri, model_id(tiny_model))
+    other = shutil.copytree(tiny_model, tmp_path / "other")
+    (other / "added.json").write_text("{}")
+    with pytest.raises(DataError, match="vectors of different weights"):
+        build_application(ApplicationArgs(**{**args, "model_folder": str(other)}))
+
+
+def test_model_card_facts_come_from_the_folder(tmp_path):
+    assert read_lineage(tmp_path) is None and read_gate(tmp_path) is None
+    ArtefactWriter(Place(str(tmp_path)), "model", "c", {"training": "abc"}, "local").commit({})
+    lineage = read_lineage(tmp_path)
+    assert (lineage.kind, lineage.inputs) == ("model", {"training": "abc"})
+    (tmp_path / "gate.json").write_text(
+        json.dumps({"verdict": "refused", "reasons": ["sts fell"], "weights": "x"})
+    )
+    assert read_gate(tmp_path).model_dump() == {"verdict": "refused", "reasons": ["sts fell"]}
+    for content in ("[]", "{}", "no"):
+        (tmp_path / "gate.json").write_text(content)
+        with pytest.raises(DataError, match="states no verdict"):
+            read_gate(tmp_path)
