@@ -7,6 +7,7 @@ import httpx
 import pytest
 
 from embedloom.serving.messages import EncodeJob, Part, Refusal
+from embedloom.serving.metrics import EndpointMetrics
 from fakes_serving import FakeEncoder, api_of, client_of, refused, service_of
 
 
@@ -84,14 +85,18 @@ def test_queries_are_admitted_while_bulk_is_full():
         tasks.append(ask(["query"]))
         await asyncio.sleep(0.05)
         queued = service.queued_tokens()
+        metrics = EndpointMetrics()
+        metrics.watch_queue(service.queued_tokens)
+        shown = metrics.render().decode()
         encoder.gate.set()
         answers = await asyncio.gather(*tasks)
         await service.close()
-        return refused_bulk, queued, answers
+        return refused_bulk, queued, shown, answers
 
-    refusal, queued, answers = asyncio.run(run())
+    refusal, queued, shown, answers = asyncio.run(run())
     assert isinstance(refusal, Refusal) and refusal.code == "overloaded"
     assert queued == {"query": 6, "bulk": 128}
+    assert 'embedloom_queued_tokens{lane="bulk"} 128.0' in shown
     assert [answer.lane for answer in answers] == ["bulk", "bulk", "query"]
 
 

@@ -92,6 +92,27 @@ def test_of_a_body_of_100_mb_no_more_than_the_limit_is_read(declared):
     assert sum(read) <= (0 if declared else limit + len(piece))
 
 
+@pytest.mark.parametrize("length", [b"9" * 5000, b"100000000"])
+def test_a_declared_length_beyond_the_limit_is_refused_however_long_the_number(length):
+    async def run():
+        replies = []
+
+        async def send(message):
+            replies.append(message)
+
+        async def receive():
+            raise AssertionError("the body was asked for")
+
+        scope = {
+            "type": "http", "method": "POST", "path": "/v1/embeddings", "raw_path": b"/v1/embeddings", "query_string": b"",
+            "headers": [(b"content-length", length)], "http_version": "1.1", "scheme": "http", "root_path": "",
+        }  # fmt: skip
+        await api_of(FakeEncoder())(scope, receive, send)
+        return replies
+
+    assert asyncio.run(run())[0]["status"] == 413
+
+
 @pytest.mark.parametrize(
     "path", ["/v1/models/" + "x" * 5000, "/v1/models/%ff%00", "/v1/models/a%2Fb", "/%2e%2e/etc/passwd"]
 )

@@ -154,6 +154,17 @@ def test_waits_for_company_until_the_oldest_waited_its_time_or_a_batch_is_full()
     assert scheduler.seconds_until_batch() == 0
 
 
+def test_what_waited_already_does_not_wait_for_the_company_of_newcomers():
+    clock = Clock()
+    scheduler = scheduler_of(clock, wait_seconds=2.0)
+    add(scheduler, 6, 5)
+    scheduler.take()
+    clock.now += 3.0
+    add(scheduler, 3)
+    scheduler._queues["bulk"].requests.rotate(1)  # whoever is first in turn
+    assert scheduler.seconds_until_batch() == 0
+
+
 def test_retry_after_is_the_time_to_compute_what_is_in_the_way():
     scheduler = scheduler_of(max_queued_tokens=1000)
     assert scheduler.retry_after_seconds(10) == 1

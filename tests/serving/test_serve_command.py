@@ -94,7 +94,8 @@ def vectors_of(model_folder, place: Place) -> Place:
 
 def test_corpus_is_checked_before_anything_starts(tiny_model, tmp_path):
     place = vectors_of(tiny_model, Place(str(tmp_path / "vectors")))
-    args = {"model_folder": str(tiny_model), "served_name": "t", "serving": ServingConfig(corpus=place.uri, require_gate=False)}
+    serving = ServingConfig(corpus=place.uri, require_gate=False)
+    args = {"model_folder": str(tiny_model), "served_name": "t", "serving": serving}
     source = build_application(ApplicationArgs(**args))._bound_deployment.init_args[-1]
     assert (source.uri, source.model_id) == (place.uri, model_id(tiny_model))
     other = shutil.copytree(tiny_model, tmp_path / "other")

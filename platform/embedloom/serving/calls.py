@@ -203,7 +203,7 @@ def pinned(http: Request, field: str | None) -> str | None:
     Raises:
         ApiError: 400, not a hash, or two different ones.
     """
-    header = http.headers.get(CONTRACT_HEADER)
+    header: str | None = http.headers.get(CONTRACT_HEADER)
     if header is None:
         return field
     if not _is_hash(header):

@@ -5,6 +5,8 @@ every encoder replica, so a scrape of ``/metrics`` is complete. Ray's own ``ray_
 own port.
 """
 
+from collections.abc import Callable
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
@@ -81,6 +83,14 @@ class EndpointMetrics:
             self.batch_seconds.observe(batch.seconds)
             self.batch_texts.observe(batch.texts)
             self.batch_tokens.observe(batch.tokens)
+
+    def watch_queue(self, queued_tokens: Callable[[], dict[str, int]]) -> None:
+        """Show the tokens that wait, by lane, whenever metrics are asked for; of an encoder in this process."""
+        gauge = Gauge(
+            "embedloom_queued_tokens", "Tokens that wait for a batch.", ("lane",), registry=self.registry
+        )
+        for lane in queued_tokens():
+            gauge.labels(lane).set_function(lambda lane=lane: queued_tokens()[lane])
 
     def searched(self, seconds: float) -> None:
         """Count one search of the corpus."""

@@ -56,7 +56,7 @@ def openapi_document(routes: Sequence[Route], settings: EndpointSettings, keyed:
     """
     bodies = [route.body for route in routes if route.body is not None]
     replies = [route.reply for route in routes if not isinstance(route.reply, str)]
-    types = dict.fromkeys([*bodies, *replies, ErrorResponse])
+    types: dict[type[BaseModel], None] = dict.fromkeys([*bodies, *replies, ErrorResponse])
     _, schemas = models_json_schema(
         [(model, "validation") for model in types], ref_template="#/components/schemas/{model}"
     )

@@ -15,6 +15,7 @@ from embedloom.serving.api import create_api
 from embedloom.serving.calls import EndpointSettings
 from embedloom.serving.corpus_source import CorpusSource
 from embedloom.serving.messages import EncodeJob, EncodeResult, ModelInfo, Refusal
+from embedloom.serving.metrics import EndpointMetrics
 from embedloom.serving.request_log import log_to_stderr
 from embedloom.serving.service import BatchSettings, EncoderService
 
@@ -82,4 +83,6 @@ class EncoderEndpoint:
     def __serve_build_asgi_app__(self) -> FastAPI:
         """The application; Serve calls this inside the replica."""
         log_to_stderr()
-        return create_api(self._service, self._settings, corpus=self._corpus)
+        metrics = EndpointMetrics()
+        metrics.watch_queue(self._service.queued_tokens)
+        return create_api(self._service, self._settings, metrics, self._corpus)

@@ -149,7 +149,7 @@ class Scheduler:
 
         Requests that arrived during the last batch have waited already, so a busy encoder never idles here.
         """
-        waiting = [queue.requests[0].arrived for queue in self._queues.values() if queue.requests]
+        waiting = [request.arrived for queue in self._queues.values() for request in queue.requests]
         if not waiting:
             return None
         if self.queued_tokens() >= self.limits.max_batch_tokens:
@@ -180,8 +180,14 @@ class Scheduler:
         return "query" if tokens <= self.limits.query_lane_tokens else "bulk"
 
     def _next_lane(self) -> Lane | None:
-        waiting = [lane for lane in LANES if self._queues[lane].requests]
-        return min(waiting, key=lambda lane: self._queues[lane].served) if waiting else None
+        waiting: list[Lane] = [lane for lane in LANES if self._queues[lane].requests]
+        if not waiting:
+            return None
+        first: Lane = min(waiting, key=self._served)
+        return first
+
+    def _served(self, lane: Lane) -> float:
+        return self._queues[lane].served
 
     def _share(self, lane: Lane) -> float:
         share = self.limits.query_lane_share

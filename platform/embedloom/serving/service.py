@@ -6,9 +6,9 @@ computes. No Ray here; replica.py puts it on Serve.
 
 import asyncio
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from functools import partial
 
 from embedloom.config.base import FrozenConfig
 from embedloom.config.serving import ServingConfig
@@ -20,7 +20,6 @@ from embedloom.serving.tokenizing import ServingEncoder, given_ids, text_ids
 _SLICE_CHARACTERS = 2**16  # tokenised at a time, so that a query need not wait for a bulk request's megabytes
 _TOKENS_PER_CHARACTER = 0.3  # first guess; learnt from then on
 _SMOOTHING = 0.1
-Answer = TypeVar("Answer")
 
 
 class BatchSettings(FrozenConfig):
@@ -141,16 +140,14 @@ class EncoderService:
                 found += ids
                 continue
             for rows in _slices(part):
-                ids = await self._in_thread(lambda part=part, rows=rows: text_ids(self._encoder, part, rows, job.truncate, limited))  # fmt: skip
+                work = partial(text_ids, self._encoder, part, rows, job.truncate, limited)
+                ids = await asyncio.get_running_loop().run_in_executor(self._tokenize_thread, work)
                 if isinstance(ids, Refusal):
                     return ids
                 found += ids
                 if job.truncate == "none":
                     self._learn(sum(len(text) for text in (part.texts or [])[rows]), sum(map(len, ids)))
         return found
-
-    async def _in_thread(self, work: Callable[[], Answer]) -> Answer:
-        return await asyncio.get_running_loop().run_in_executor(self._tokenize_thread, work)
 
     def _estimate(self, job: EncodeJob) -> int:
         """About how many tokens a request has, before it is tokenised; an input counts at most its limit."""
