@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from embedloom.artefacts import MANIFEST_FILE
 from embedloom.cluster.config import ClusterConfig
 from embedloom.config.base import apply_overrides, validate
 from embedloom.config.serving import ServingConfig
@@ -25,6 +26,20 @@ def serving_config(given: dict[str, Any], overrides: list[str]) -> ServingConfig
     return validate(ServingConfig, apply_overrides(content, items), "serve")
 
 
+def gate_rule(config: ServingConfig, folder: Path) -> ServingConfig:
+    """Whether this model must have passed the gate: what the user says, else only a model that a run trained.
+
+    A foreign model named by hand has no run that could have judged it.
+    """
+    if "require_gate" in config.model_fields_set or (folder / MANIFEST_FILE).is_file():
+        return config
+    note(
+        "serve",
+        f"{config.model} comes from no run and has not been gated; serving.require_gate=true refuses such models",
+    )
+    return config.model_copy(update={"require_gate": False})
+
+
 def serve_model(config: ServingConfig, cluster: ClusterConfig, profile: str, dry_run: bool) -> str:
     """Serve ``config.model`` until interrupted; returns what to print.
 
@@ -43,6 +58,7 @@ def serve_model(config: ServingConfig, cluster: ClusterConfig, profile: str, dry
     from embedloom.retrieval.model_id import model_id
 
     folder = resolve_model(config.model)
+    config = gate_rule(config, folder)
     from embedloom.cluster.session import ray_session
 
     with ray_session(machine, cluster.auth):

@@ -12,7 +12,7 @@ from embedloom.cli import app
 from embedloom.config.serving import ServingConfig
 from embedloom.errors import ConfigError, DataError
 from embedloom.instructions import PromptContract
-from embedloom.launch_serve import serving_config
+from embedloom.launch_serve import gate_rule, serving_config
 from embedloom.retrieval.model_id import model_id
 from embedloom.serving.app import ApplicationArgs, build_application
 from embedloom.serving.model_facts import read_gate, read_lineage
@@ -104,6 +104,16 @@ def test_corpus_is_checked_before_anything_starts(tiny_model, tmp_path):
         build_application(ApplicationArgs(**{**args, "model_folder": str(other)}))
 
 
+def test_only_a_model_of_a_run_must_have_passed_the_gate_unless_told_otherwise(tmp_path):
+    foreign, own = tmp_path / "foreign", tmp_path / "own"
+    foreign.mkdir()
+    ArtefactWriter(Place(str(own)), "model", "c", {}, "local").commit({})
+    assert not gate_rule(serving_config({"model": str(foreign)}, []), foreign).require_gate
+    assert gate_rule(serving_config({"model": str(foreign)}, ["require_gate=true"]), foreign).require_gate
+    assert gate_rule(serving_config({"model": str(own)}, []), own).require_gate
+    assert not gate_rule(serving_config({"model": str(own)}, ["require_gate=false"]), own).require_gate
+
+
 def test_model_card_facts_come_from_the_folder(tmp_path):
     assert read_lineage(tmp_path) is None and read_gate(tmp_path) is None
     ArtefactWriter(Place(str(tmp_path)), "model", "c", {"training": "abc"}, "local").commit({})
@@ -115,5 +125,5 @@ def test_model_card_facts_come_from_the_folder(tmp_path):
     assert read_gate(tmp_path).model_dump() == {"verdict": "refused", "reasons": ["sts fell"]}
     for content in ("[]", "{}", "no"):
         (tmp_path / "gate.json").write_text(content)
-        with pytest.raises(DataError, match="states no verdict"):
+        with pytest.raises(DataError, match="not a verdict of the gate"):
             read_gate(tmp_path)

@@ -6,6 +6,7 @@ sentence-transformers read the folder and embed the same texts; a reader that is
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -141,18 +142,16 @@ def _cause(folder: Path, seen: Embedded, expected: Embedded, limit: float) -> st
         return "cause: weights (all readers of the folder would agree, so it was saved with other ones)"
     contract = PromptContract.load(folder)
     trials: dict[str, Callable[[], Embedded]] = {
-        f"pooling (it pools by {mode}, trained was {contract.pooling})": lambda m=mode: _own(
-            folder, pooling=m
-        )
+        f"pooling (it pools by {mode}, trained was {contract.pooling})": partial(_own, folder, pooling=mode)
         for mode in POOLINGS
         if mode != contract.pooling
     }
     if is_decoder(Encoder.load(folder, dtype="float32", device="cpu").backbone.config):
         flipped = "causal" if contract.attention == "bidirectional" else "bidirectional"
-        trials[f"mask (it attends {flipped}ly, trained was {contract.attention})"] = lambda: _own(
-            folder, attention=flipped
+        trials[f"mask (it attends {flipped}ly, trained was {contract.attention})"] = partial(
+            _own, folder, attention=flipped
         )
-        trials["rope (it turns without the scaling or base of the config)"] = lambda: _plain_rope(folder)
+        trials["rope (it turns without the scaling or base of the config)"] = partial(_plain_rope, folder)
     for name, trial in trials.items():
         if lowest_cosine(trial()[1], seen[1]) >= limit:
             return f"cause: {name}"

@@ -1,14 +1,11 @@
 """What a model folder says of itself beside its weights: where it comes from, and what the gate said."""
 
-import json
 from pathlib import Path
 
 from embedloom.artefacts import MANIFEST_FILE, Artefact
-from embedloom.errors import DataError
 from embedloom.serving.replies import GateVerdict, Lineage
 from embedloom.storage import Place
-
-GATE_FILE = "gate.json"
+from embedloom.verdict import read_verdict
 
 
 def read_lineage(folder: Path) -> Lineage | None:
@@ -32,15 +29,9 @@ def read_gate(folder: Path) -> GateVerdict | None:
     """What the promotion gate wrote into a model folder; None where it did not run.
 
     Raises:
-        DataError: the file states no verdict.
+        DataError: the file is not a verdict.
     """
-    path = folder / GATE_FILE
-    if not path.is_file():
+    found = read_verdict(folder)
+    if found is None:
         return None
-    try:
-        content = json.loads(path.read_text())
-        return GateVerdict(
-            verdict=str(content["verdict"]), reasons=[str(item) for item in content.get("reasons", ())]
-        )
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{path}: states no verdict of the gate; run the gate again") from error
+    return GateVerdict(verdict=found["verdict"], reasons=[str(reason) for reason in found.get("reasons", ())])

@@ -101,7 +101,8 @@ class ExampleOrder:
             self._shuffle(share, number, size)[max(0, start - number * size) : max(0, stop - number * size)]
             for number in range(start // size, -(-stop // size))
         ]
-        return np.concatenate([np.empty(0, dtype=np.int64), *parts]) + share.first_row
+        rows: Indices = np.concatenate([np.empty(0, dtype=np.int64), *parts]) + share.first_row
+        return rows
 
     def _shuffle(self, share: Share, number: int, size: int) -> Indices:
         """Shuffle ``number`` of the source's rows, or of those that its cap leaves."""
