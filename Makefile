@@ -33,6 +33,7 @@ test: install-dev
 
 drill: install-dev
 	$(BIN)/python tests/drills/embed_kills.py
+	$(BIN)/python tests/drills/evaluate_kills.py
 
 lint: install-dev
 	$(BIN)/ruff check .

@@ -73,6 +73,8 @@ def task_entry(task: str, request: GateRequest) -> dict[str, Any]:
         kind = "beir" if (path / "corpus.jsonl").is_file() else "local"
         entry = {"name": path.stem, "kind": kind, "path": str(path), "split": request.split}
         return {**entry, "limit": request.limit} if request.limit is not None else entry
+    if task.startswith((".", "/", "~")):
+        raise DataError(f"--task: {task} does not exist; allowed: a path, an mteb task or an mteb benchmark")
     return {"name": task, "kind": "benchmark" if "(" in task else "mteb"}
 
 

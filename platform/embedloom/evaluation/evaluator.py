@@ -109,6 +109,12 @@ class Evaluator:
             failures |= {job.label: reason for job, reason in failed.items() if isinstance(job, ScoreJob)}
         return failures
 
+    def warm(self, scorer: Scorer) -> None:
+        """Start all actors and have each load a model, before anybody looks at a clock."""
+        label = f"{scorer.name}/warm"
+        jobs = [TimeJob(label, scorer, (), ("a query",)) for _ in range(2 * self._pool_config.max_actors)]
+        self._started(len(jobs)).run(jobs, lambda job, outcome: None)
+
     def time(self, scorers: Sequence[Scorer], queries: Sequence[str]) -> dict[str, dict[str, float]]:
         """Milliseconds of one query, by scorer: each model alone, one query at a time."""
         found: dict[str, dict[str, float]] = {}
@@ -125,6 +131,7 @@ class Evaluator:
     def _started(self, size: int) -> ScoringPool:
         if self._pool is None:
             self._pool = ScoringPool(EvaluationActor, self._arguments, self._pool_config, max(1, size))
+        self._pool.grow(size)
         return self._pool
 
     def _survey(self, contracts: Sequence[PromptContract]) -> Failures:

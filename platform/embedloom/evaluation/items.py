@@ -4,7 +4,7 @@ Paired tests need more than one number a task. A table row is one item: ``value`
 ``target``, for statistics that are no mean, what it should have got.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -77,7 +77,7 @@ def watched(task: AbsTask) -> Iterator[ItemLog]:
     def predicted(predictions: Any, model: Any, folder: Any, hf_split: str, hf_subset: str) -> None:
         _log_predictions(log, task, predictions, hf_split, hf_subset)
 
-    hooks = {"_save_task_predictions": predicted}
+    hooks: dict[str, Callable[..., Any]] = {"_save_task_predictions": predicted}
     if isinstance(task, AbsTaskRetrieval):
         hooks["task_specific_scores"] = per_query
     for name, hook in hooks.items():

@@ -60,7 +60,11 @@ class ScoringPool:
         self._loaded: dict[int, Scorer | None] = {}
         self._running: dict[Any, tuple[int, Job | None]] = {}
         self._idle: list[int] = []
-        for index in range(min(size, pool.max_actors)):
+        self.grow(size)
+
+    def grow(self, size: int) -> None:
+        """Start more actors if ``size`` jobs could use them."""
+        for index in range(len(self._actors), min(size, self._pool.max_actors)):
             self._start(index)
 
     def _start(self, index: int) -> None:
@@ -103,7 +107,7 @@ class ScoringPool:
             elif job is not None:
                 failures[job] = _last_line(error)
                 note("evaluate", f"{job.label} failed: {failures[job]}")
-            waiting.discard(job)  # type: ignore[arg-type]
+            waiting.discard(job)
 
     def _assign(self, pending: list[Job], waiting: set[Job]) -> None:
         """Give ready jobs to idle actors."""

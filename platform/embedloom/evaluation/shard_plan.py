@@ -65,7 +65,8 @@ def _first_owner(keys: Keys) -> Rows:
     """Position of the first key equal to each key: int64 [n]."""
     order = np.lexsort((keys[:, 1], keys[:, 0]))  # stable, so the first of equal ones comes first
     sorted_keys = keys[order]
-    begins = np.concatenate([[True], (sorted_keys[1:] != sorted_keys[:-1]).any(axis=1)])
+    begins = np.ones(len(keys), dtype=bool)
+    begins[1:] = (sorted_keys[1:] != sorted_keys[:-1]).any(axis=1)
     first = order[np.flatnonzero(begins)[np.cumsum(begins) - 1]]
     owner = np.empty(len(keys), dtype=np.int64)
     owner[order] = first

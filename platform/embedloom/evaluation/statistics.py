@@ -99,7 +99,8 @@ def _correlation(one: Floats, other: Floats, counts: Floats) -> Floats:
     y = other - (counts * other).sum(axis=1, keepdims=True) / total
     covariance = (counts * x * y).sum(axis=1)
     scale = np.sqrt((counts * x * x).sum(axis=1) * (counts * y * y).sum(axis=1))
-    return np.divide(covariance, scale, out=np.zeros_like(covariance), where=scale > 0)
+    correlation: Floats = np.divide(covariance, scale, out=np.zeros_like(covariance), where=scale > 0)
+    return correlation
 
 
 def _average_precision(scores: Floats, labels: Floats, counts: Floats) -> Floats:
@@ -113,4 +114,5 @@ def _average_precision(scores: Floats, labels: Floats, counts: Floats) -> Floats
     precision = np.divide(np.cumsum(right, axis=1), seen, out=np.zeros_like(seen), where=seen > 0)
     positives = right.sum(axis=1)
     gained = (precision * right).sum(axis=1)
-    return np.divide(gained, positives, out=np.zeros_like(gained), where=positives > 0)
+    found: Floats = np.divide(gained, positives, out=np.zeros_like(gained), where=positives > 0)
+    return found

@@ -1,0 +1,154 @@
+"""The kill drill of evaluation: killed with -9 at random points, it must end with the result files of a calm run.
+
+    python tests/drills/evaluate_kills.py [--model MODEL] [--kills 10] [--seed 0] [--types sts ...] [--folder FOLDER]
+
+Scores two models and BM25 on small tasks of every local type, once undisturbed and once with kills of the whole
+process group, each at a drawn number of finished files and a drawn fraction of a second later. Then compares mteb's
+result files (all but dates and durations), items, vectors and ``scores.json``.
+"""
+
+import argparse
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from fakes_tasks import make_local_tasks
+
+LIMIT_SECONDS = 600
+SHARD_TEXTS = 6
+_TIMES = ("date", "evaluation_time", "evaluation_phases", "seconds", "created")
+
+
+def work(model: Path, tasks: Path, out: Path) -> None:
+    """One evaluation, as the pipeline runs it; continues where the last one stopped."""
+    from embedloom.artefacts import ArtefactWriter
+    from embedloom.cluster.config import AuthConfig, Profile
+    from embedloom.cluster.session import ray_session
+    from embedloom.config.resources import PoolConfig
+    from embedloom.config.use import EvaluationConfig, EvaluationTask
+    from embedloom.encoder.registry import resolve_model
+    from embedloom.storage import Place
+
+    config = EvaluationConfig(
+        tasks=(EvaluationTask(name="local", kind="local", path=str(tasks)),),
+        baselines=("bm25", "teacher"),
+        shard_texts=SHARD_TEXTS,
+        resamples=100,
+    )
+    folder = resolve_model(str(model))
+    with ray_session(Profile(logical_cpus=8, object_store_mib=100), AuthConfig()):
+        from embedloom.evaluation.stage import evaluate
+
+        writer = ArtefactWriter(Place(str(out)), "evaluation", "drill", {}, "local")
+        evaluate(config, None, {"one": folder}, ("two", folder), PoolConfig(max_actors=2), writer, "float32")
+
+
+def finished_files(out: Path) -> set[str]:
+    """Files that count as done work."""
+    return {
+        path.relative_to(out).as_posix()
+        for folder in ("_vectors", "items", "units")
+        for path in (out / folder).rglob("*.*")
+        if path.is_file() and not path.name.startswith("_tmp")
+    }
+
+
+def run_until(arguments: list[str], out: Path, target: int, delay: float) -> tuple[bool, int]:
+    """Start a run and kill its process group ``delay`` seconds after ``target`` files are finished.
+
+    Returns whether the kill came before the end, and how many files were finished then.
+    """
+    process = subprocess.Popen(
+        arguments, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + LIMIT_SECONDS
+    while process.poll() is None and len(finished_files(out)) < target:
+        assert time.monotonic() < deadline, "the run made no progress"
+        time.sleep(0.005)
+    time.sleep(delay)
+    alive = process.poll() is None
+    if alive:
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    for session in Path("/tmp").glob(f"el-ray-*/session_*_{process.pid}"):
+        shutil.rmtree(session.parent, ignore_errors=True)
+    return alive, len(finished_files(out))
+
+
+def timeless(value: Any) -> Any:
+    """JSON without what the clock decides."""
+    if isinstance(value, dict):
+        return {key: timeless(inner) for key, inner in value.items() if key not in _TIMES}
+    return [timeless(inner) for inner in value] if isinstance(value, list) else value
+
+
+def content(path: Path) -> object:
+    if not path.is_file():
+        return None
+    return timeless(json.loads(path.read_text())) if path.suffix == ".json" else path.read_bytes()
+
+
+def differences(left: Path, right: Path) -> list[str]:
+    """Names of files that only one folder has or whose content differs."""
+    names = {p.relative_to(root).as_posix() for root in (left, right) for p in root.rglob("*") if p.is_file()}
+    return sorted(name for name in names if content(left / name) != content(right / name))
+
+
+def drill(model: Path, folder: Path, kills: int, seed: int, types: list[str]) -> dict[str, object]:
+    """Run both ways and compare; returns what happened."""
+    tasks, calm, killed = make_local_tasks(folder / "tasks"), folder / "calm", folder / "killed"
+    for kind in [path for path in tasks.iterdir() if types and path.name not in types]:
+        shutil.rmtree(kind)
+    base = [sys.executable, "-W", "ignore", __file__, "--model", str(model), "--folder", str(tasks), "--work"]
+    subprocess.run([*base, str(calm)], check=True, stdout=subprocess.DEVNULL)
+    total = len(finished_files(calm))
+    draw = random.Random(seed)
+    targets = sorted(draw.randrange(0, total) for _ in range(kills))
+    moments = []
+    for target in targets:
+        alive, done = run_until([*base, str(killed)], killed, target, draw.uniform(0, 0.3))
+        if alive:
+            moments.append(done)
+    subprocess.run([*base, str(killed)], check=True, stdout=subprocess.DEVNULL)
+    return {
+        "files": total,
+        "kills": len(moments),
+        "files_at_kills": moments,
+        "different": differences(calm, killed),
+    }
+
+
+def main() -> None:
+    """Command line of the drill."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", type=Path, default=Path("minilm-l6"), help="a folder or a registry name")
+    parser.add_argument("--folder", type=Path, help="new folder; default: a temporary one")
+    parser.add_argument("--kills", type=int, default=10)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--types", nargs="*", default=[], help="task types; default: all")
+    parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.work:
+        work(options.model, options.folder, options.work)
+        return
+    folder = options.folder or Path(tempfile.mkdtemp(prefix="embedloom-drill-"))
+    folder.mkdir(parents=True, exist_ok=True)
+    result = drill(options.model, folder, options.kills, options.seed, options.types)
+    print(json.dumps(result))
+    sys.exit(bool(result["different"]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,186 @@
+"""The gate: what passes, what is refused and why, from made-up evidence with known answers."""
+
+import json
+
+import numpy as np
+import pytest
+
+from embedloom.config.gate import GateConfig, Tolerance
+from embedloom.config.resources import PoolConfig
+from embedloom.errors import DataError
+from embedloom.evaluation.gate import Evidence, decide
+from embedloom.evaluation.gate_stage import Contender, judge, store_verdict, verdict_text
+from embedloom.evaluation.items import SCHEMA
+from embedloom.evaluation.ranking import rank_models
+from embedloom.evaluation.statistics import Stratum
+from embedloom.storage import Place
+from embedloom.verdict import check_gated, weights_fingerprint
+
+RULES = GateConfig(resamples=500)
+
+
+def strata(values, key="test/default"):
+    return [Stratum(key, "mean", tuple(f"q{n}" for n in range(len(values))), np.asarray(values))]
+
+
+def evidence(**differences):
+    """Tasks of 200 queries whose items differ by noise around the given mean."""
+    rng = np.random.default_rng(0)
+    items, candidate, current = {}, {}, {}
+    for task, difference in differences.items():
+        base = rng.random(200)
+        moved = base + difference + rng.normal(0, 0.05, 200)
+        moved += difference - (moved - base).mean()
+        items[task] = (strata(moved), strata(base))
+        candidate[task], current[task] = float(moved.mean()), float(base.mean())
+    return Evidence(candidate, current, items)
+
+
+def failed(decision):
+    return {check.name for check in decision.checks if not check.passed}
+
+
+def test_a_better_model_passes_and_says_why():
+    decision = decide(RULES, evidence(a=0.03, b=0.02, c=0.0))
+    assert decision.verdict == "passed" and failed(decision) == set()
+    assert [entry.result for entry in decision.tasks] == ["better", "better", "equal"]
+    assert decision.mean["low"] > 0
+    assert "required: above 0" in decision.reasons[0]
+
+
+def test_one_significant_loss_refuses_a_model_that_is_better_on_the_whole():
+    decision = decide(RULES, evidence(a=0.08, b=0.08, c=-0.03))
+    assert decision.verdict == "refused"
+    assert failed(decision) == {"no_regression", "significance"}
+    assert any("c -0.0300, tolerated -0.0100" in reason for reason in decision.reasons)
+    assert any("significantly worse, Holm over 3 tasks: c -0.0300" in reason for reason in decision.reasons)
+    allowed = GateConfig(resamples=500, no_regression=(Tolerance(task="c", drop=0.05), Tolerance(drop=0.0)))
+    assert failed(decide(allowed, evidence(a=0.08, b=0.08, c=-0.03))) == {"significance"}
+
+
+def test_an_equal_model_is_not_better_but_not_worse():
+    equal = evidence(a=0.0, b=0.0)
+    assert failed(decide(RULES, equal)) == {"mean"}
+    assert decide(GateConfig(resamples=500, require="not_worse"), equal).verdict == "passed"
+    assert failed(decide(GateConfig(resamples=500, require="not_worse"), evidence(a=-0.05))) >= {"mean"}
+
+
+def test_losses_that_chance_explains_are_forgiven_the_more_tasks_there_are():
+    """Twenty tasks of pure noise: uncorrected some would look worse at 5 %, corrected none is."""
+    rng = np.random.default_rng(5)
+    base = {f"t{n}": rng.random(100) for n in range(20)}
+    moved = {task: values + rng.normal(0, 0.1, 100) for task, values in base.items()}
+    found = decide(
+        GateConfig(resamples=2000, require="not_worse", no_regression=(Tolerance(drop=0.2),)),
+        Evidence(
+            {task: float(values.mean()) for task, values in moved.items()},
+            {task: float(values.mean()) for task, values in base.items()},
+            {task: (strata(moved[task]), strata(base[task])) for task in base},
+        ),
+    )
+    assert found.verdict == "passed"
+    assert all(entry.result == "equal" for entry in found.tasks)
+
+
+def test_borda_within_the_pool_counts():
+    scores = {
+        "candidate": {"a": 0.6, "b": 0.1},
+        "current": {"a": 0.5, "b": 0.4},
+        "x": {"a": 0.4, "b": 0.3},
+        "y": {"a": 0.1, "b": 0.2},
+    }
+    places = {standing.model: standing for standing in rank_models(scores, {"a": "STS", "b": "STS"})}
+    given = evidence(a=0.03, b=0.02)
+    judged = Evidence(
+        given.candidate, given.current, given.items, (places["candidate"], places["current"]), "four"
+    )
+    refused = decide(RULES, judged)  # 3 + 0 votes against 2 + 3
+    assert failed(refused) == {"borda"}
+    assert "Borda -2 votes (rank 2 against 1, pool four)" in refused.reasons[0]
+    assert decide(GateConfig(resamples=500, min_borda_gain=-2), judged).verdict == "passed"
+    assert decide(GateConfig(resamples=500, min_borda_gain=None), judged).verdict == "passed"
+
+
+@pytest.mark.parametrize(
+    ("limits", "broken"),
+    [
+        ({"max_latency_ratio": 2.0}, {"latency"}),
+        ({"max_latency_milliseconds": 29.0}, {"latency"}),
+        ({"max_latency_ratio": 3.0, "max_latency_milliseconds": 30.0}, set()),
+        ({"max_size_ratio": 1.5}, {"size"}),
+        ({"max_size_mib": 2.0, "max_size_ratio": 2.0}, set()),
+    ],
+)
+def test_latency_and_size_have_limits(limits, broken):
+    given = evidence(a=0.03)
+    judged = Evidence(given.candidate, given.current, given.items, None, "", (30.0, 10.0), (2 * 2**20, 2**20))
+    assert failed(decide(GateConfig(resamples=500, **limits), judged)) == broken
+
+
+def test_a_task_without_items_counts_with_its_score_alone():
+    given = evidence(a=0.03)
+    decision = decide(
+        RULES, Evidence({**given.candidate, "p": 0.5}, {**given.current, "p": 0.45}, given.items)
+    )
+    assert decision.tasks[1].result == "not tested" and decision.tasks[1].low is None
+    assert decision.mean["difference"] == pytest.approx(0.04, abs=1e-6)
+
+
+def test_models_on_other_tasks_or_items_cannot_be_compared():
+    given = evidence(a=0.03)
+    with pytest.raises(DataError, match="on one side only: b"):
+        decide(RULES, Evidence({**given.candidate, "b": 1.0}, given.current, given.items))
+    other = {"a": (given.items["a"][0], strata(np.zeros(199)))}
+    with pytest.raises(
+        DataError, match="task 'a', test/default: the models were not scored on the same items"
+    ):
+        decide(RULES, Evidence(given.candidate, given.current, other))
+
+
+def test_items_pair_by_name_whatever_their_order():
+    given = evidence(a=0.01)
+    ours, (theirs,) = given.items["a"]
+    order = np.random.default_rng(1).permutation(200)
+    shuffled = Stratum(theirs.key, "mean", tuple(theirs.items[n] for n in order), theirs.values[order])
+    again = Evidence(given.candidate, given.current, {"a": (ours, [shuffled])})
+    assert decide(RULES, again).as_json() == decide(RULES, given).as_json()
+
+
+def test_verdict_is_stored_beside_the_weights_and_bound_to_them(tiny_model, tmp_path):
+    import shutil
+
+    import pyarrow as pa
+
+    folders = [tmp_path / name for name in ("new", "old")]
+    for folder in folders:
+        shutil.copytree(tiny_model, folder)
+    place = Place(str(tmp_path / "evaluation"))
+    rng = np.random.default_rng(0)
+    base = rng.random(100)
+    values = {"new": base + 0.05 + rng.normal(0, 0.02, 100), "old": base}
+    for name, found in values.items():
+        rows = [{"split": "test", "subset": "default", "item": f"q{n}", "statistic": "mean", "value": v, "target": None}
+                for n, v in enumerate(found)]  # fmt: skip
+        place.write_table(
+            f"items/models/{name}/docs/default.parquet", pa.Table.from_pylist(rows, schema=SCHEMA)
+        )
+    table = {"models": {name: {"docs": float(found.mean())} for name, found in values.items()}, "baselines": {},
+             "types": {"docs": "Retrieval"}}  # fmt: skip
+    place.write_json("scores.json", table)
+    new, old = (Contender(folder.name, folder) for folder in folders)
+    rules = GateConfig(resamples=300, max_size_ratio=1.0)
+    passed = judge(rules, place, (new, old), None, PoolConfig(), "float32")
+    refused = judge(rules, place, (old, new), None, PoolConfig(), "float32")
+    assert passed["weights"] == weights_fingerprint(folders[0])
+    assert store_verdict(Place(str(folders[0])), passed) == f"{folders[0]}/gate.json"
+    store_verdict(Place(str(folders[1])), refused)
+    check_gated(folders[0])
+    with pytest.raises(DataError, match=r"refused this model \(mean over tasks -0\.0484"):
+        check_gated(folders[1])
+    assert weights_fingerprint(folders[0]) == json.loads((folders[0] / "gate.json").read_text())["weights"]
+    text = verdict_text(passed)
+    assert text.splitlines()[0] == "gate: new against old: PASSED"
+    assert "ok   size" in text and "docs" in text and "better" in text
+    assert "FAIL mean" in verdict_text(refused)
+    with pytest.raises(DataError, match=r"no scores of 'gone'; it has new, old"):
+        judge(rules, place, (Contender("gone", folders[0]), old), None, PoolConfig(), "float32")
