@@ -188,6 +188,7 @@ def compare(method: str, ours: Path, peer: Path) -> dict[str, Any]:
 
 def rates(source: Path, target: Path) -> tuple[float, float]:
     """Bytes a second read from the page cache, and written with their sync, by as many threads as cores."""
+    os.sync()  # or the disk is still busy with what the merges wrote
     size, threads = source.stat().st_size, os.cpu_count() or 1
     offsets = range(0, size - _PIECE, _PIECE)
 

@@ -122,8 +122,11 @@ def test_check_tasks_stand_apart_and_a_task_without_items_needs_them():
     assert scored.check_items == {"other": {"test/x/1": 0.9}}
     with pytest.raises(ConfigError, match="'dev' has 0 scores by query, too few to keep some for the check"):
         set_apart(MergeSearch(tasks=tasks), (main, items))
-    with pytest.raises(ConfigError, match="'dev' of kind heldout has no score of its own, only sts"):
-        set_apart(MergeSearch(tasks=tasks), ({"sts": 0.5}, {}))
+    folder = MergeSearch(check_tasks=(EvaluationTask(name="folder"),))
+    with pytest.raises(
+        ConfigError, match="'folder' has no score of its own, only dev, sts, other; name single tasks"
+    ):
+        set_apart(folder, (main, items))
 
 
 def test_the_interval_is_that_of_paired_differences():

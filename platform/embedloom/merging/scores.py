@@ -33,15 +33,16 @@ def set_apart(search: MergeSearch, scores: TaskScores) -> Scored:
         ConfigError: a dev task that cannot be halved, as it has no scores by item.
     """
     main, items = scores
-    dev_tasks = [task.name for task in search.tasks]
-    for task in (*search.tasks, *search.check_tasks):
-        if task.name not in main:
-            raise ConfigError(
-                f"merging.search: {task.name!r} of kind {task.kind} has no score of its own, only {', '.join(main)}; "
-                "name single tasks"
-            )
-    if search.check_tasks:
-        check_tasks = [task.name for task in search.check_tasks]
+    check_tasks = [task.name for task in search.check_tasks]
+    absent = next((name for name in check_tasks if name not in main), None)
+    if absent is not None:
+        raise ConfigError(
+            f"merging.search.check_tasks: {absent!r} has no score of its own, only {', '.join(main)}; name single tasks"
+        )
+    dev_tasks = [
+        name for name in main if name not in check_tasks
+    ]  # a folder or benchmark stands for its tasks
+    if check_tasks:
         return Scored(
             fmean(main[name] for name in dev_tasks),
             fmean(main[name] for name in check_tasks),
