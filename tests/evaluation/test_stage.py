@@ -120,6 +120,7 @@ def test_job_whose_actor_dies_is_tried_again_once_and_takes_its_dependants_with_
             "/nowhere/corpus.jsonl is missing",
         ),
         ({"baselines": ("teacher",)}, ("t", Path("/nowhere")), DataError, "/nowhere: no .*safetensors"),
+        ({"baselines": ("bm25",), "pool": "/nowhere"}, None, DataError, "pool: /nowhere does not exist"),
     ],
 )
 def test_what_cannot_be_scored_is_refused_before_any_actor_starts(tmp_path, config, teacher, error, message):

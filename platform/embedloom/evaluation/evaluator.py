@@ -6,6 +6,7 @@ from types import TracebackType
 from embedloom.artefacts import Artefact
 from embedloom.config.resources import PoolConfig
 from embedloom.encoder.device import DTypeName
+from embedloom.errors import StageError
 from embedloom.evaluation.jobs import (
     EmbedJob,
     Job,
@@ -116,13 +117,20 @@ class Evaluator:
         self._started(len(jobs)).run(jobs, lambda job, outcome: None)
 
     def time(self, scorers: Sequence[Scorer], queries: Sequence[str]) -> dict[str, dict[str, float]]:
-        """Milliseconds of one query, by scorer: each model alone, one query at a time."""
+        """Milliseconds of one query, by scorer: each model alone, one query at a time.
+
+        Raises:
+            StageError: a model could not be timed.
+        """
         found: dict[str, dict[str, float]] = {}
-        pool = self._started(1)
         for scorer in scorers:
             job = TimeJob(f"{scorer.name}/latency", scorer, (), tuple(queries))
-            pool.run([job], lambda job, outcome, name=scorer.name: found.update({name: outcome.figures}))  # type: ignore[misc]
-        return found
+            failed = self._started(1).run(
+                [job], lambda job, outcome: found.update({job.label: outcome.figures})
+            )
+            if failed:
+                raise StageError(f"evaluate: {job.label} failed: {failed[job]}")
+        return {scorer.name: found[f"{scorer.name}/latency"] for scorer in scorers}
 
     def survey(self, spec: TaskSpec) -> Survey:
         """What a task turned out to be; only after ``score``."""

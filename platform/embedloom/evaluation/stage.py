@@ -13,7 +13,7 @@ from embedloom.evaluation.jobs import Unit
 from embedloom.evaluation.results import SCORES_FILE, score_table
 from embedloom.evaluation.scorers import make_scorers
 from embedloom.evaluation.specs import expand_tasks
-from embedloom.evaluation.standings import score_intervals, standings
+from embedloom.evaluation.standings import check_pool, score_intervals, standings
 from embedloom.evaluation.tasks import check_task
 from embedloom.storage import Place
 
@@ -66,6 +66,7 @@ def score_models(
     tasks = expand_tasks(config.tasks)
     ranks = {task: check_task(task, corpus) for task in tasks}
     scorers, contracts = make_scorers(models, config.baselines, teacher)
+    check_pool(config.pool, [task.name for task in tasks], [scorer.name for scorer in scorers])
     units = [
         Unit(scorer, task) for scorer in scorers for task in tasks if scorer.folder is not None or ranks[task]
     ]

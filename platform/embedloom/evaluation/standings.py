@@ -96,6 +96,20 @@ def shown_standings(
     return [ranked[place] for place in sorted(kept)]
 
 
+def check_pool(pool: str | None, tasks: Collection[str], models: Collection[str]) -> None:
+    """Fail before any work if models cannot be ranked within a pool.
+
+    Raises:
+        DataError: no such pool, none of the tasks in it, or a model's name taken.
+    """
+    if pool is not None:
+        ranked_among(
+            {model: dict.fromkeys(tasks, 0.0) for model in models},
+            dict.fromkeys(tasks, ""),
+            load_pool(Path(pool).expanduser()),
+        )
+
+
 def ranked_among(
     own: Scores, types: Mapping[str, str], pool: PinnedPool | None
 ) -> tuple[list[Standing], list[str]]:
