@@ -23,6 +23,8 @@ def test_texts_and_equal_texts_by_position(tmp_path, memory_bytes):
     texts = DocumentTexts([(place, "documents"), (place, "more")], memory_bytes)
     # positions are ranks of the ids: a 0, b 1, c 2, d 3, e 4; "same" + "words" is the text of a, c and e
     assert texts.find(["d", "nobody", "a"]).tolist() == [3, -1, 0]
+    assert [found.tolist() for found in texts.find_lists([["d"], [], ["nobody", "a"]])] == [[3], [], [-1, 0]]
+    assert texts.find_lists([]) == []
     assert texts.texts([4, 1, 1, 0]) == {0: "same words", 1: "x title only differs", 4: "same words"}
     assert texts.same_text(np.arange(5)).tolist() == [0, 1, 0, 3, 0]
     assert texts.position_of("same words") == 0

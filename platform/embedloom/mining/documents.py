@@ -1,7 +1,8 @@
 """The texts behind document ids, without holding the corpus in memory."""
 
 import hashlib
-from collections.abc import Iterable
+import itertools
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -50,8 +51,13 @@ class DocumentTexts:
 
     def find(self, ids: Iterable[str]) -> Positions:
         """Position of each id, -1 where no document has it."""
-        found = pc.index_in(pa.array(ids, pa.large_string()), value_set=self.ids)
+        found = pc.index_in(pa.array(list(ids), pa.large_string()), value_set=self.ids)
         return np.asarray(pc.fill_null(found, -1).to_numpy(zero_copy_only=False), dtype=np.int64)
+
+    def find_lists(self, lists: Sequence[Sequence[str]]) -> list[Positions]:
+        """``find`` of every list, in one look-up: each one builds a table of all ids, 0.25 s for a million."""
+        found = self.find(itertools.chain.from_iterable(lists))
+        return np.split(found, np.cumsum([len(ids) for ids in lists])[:-1]) if lists else []
 
     def same_text(self, positions: Positions) -> Positions:
         """The smallest position with the same text, for each of these: equal exactly for equal texts.

@@ -12,6 +12,7 @@ from embedloom.mining.mined import Found, Mined, negatives_given, positive_texts
 from embedloom.mining.select import Selection, blend, query_seed, select_negatives
 from embedloom.mining.teacher_pass import given_texts
 from embedloom.records import table_from_rows
+from embedloom.retrieval.exact import Positions
 
 EXAMPLES_FOLDER = "examples"
 AUDIT_FOLDER = "audit"
@@ -73,8 +74,15 @@ class ExampleWorker:
         queries = rows.to_pylist()
         found = self._mined.found(queries[0]["part"])
         positives = positive_texts(self._texts, queries)
+        known = self._texts.find_lists([row["known_positives"] for row in queries])
+        places = [self._texts.find_lists([one.ids for one in teacher]) for teacher in found]
         chosen = [
-            self._select(row, positive, [teacher[number] for teacher in found])
+            self._select(
+                row,
+                positive,
+                known[number],
+                [(teacher[number], at[number]) for teacher, at in zip(found, places, strict=True)],
+            )
             for number, (row, positive) in enumerate(zip(queries, positives, strict=True))
         ]
         wanted = {key for one in chosen for key in [*one.ids, *one.naive[:1]] if isinstance(key, int)}
@@ -99,28 +107,30 @@ class ExampleWorker:
             EXAMPLES_FOLDER: table_from_rows("examples", examples),
         }
 
-    def _select(self, row: dict[str, Any], positive: str, mined: list[Found]) -> Selection[Any]:
+    def _select(
+        self, row: dict[str, Any], positive: str, known: Positions, mined: list[tuple[Found, Positions]]
+    ) -> Selection[Any]:
         """Negatives of one query: positions of documents, or the texts that came with the pair."""
         rules = self._rules.selection
         if negatives_given(row):
-            texts = given_texts(row)[-len(mined[0].given) :] if mined[0].given else []
-            scored = dict(zip(texts, mined[0].given, strict=True))
+            given = mined[0][0].given
+            texts = given_texts(row)[-len(given) :] if given else []
+            scored = dict(zip(texts, given, strict=True))
             scored.pop(positive, None)
             kept = list(scored.items())[: rules.negatives]
             return Selection([text for text, _ in kept], [score for _, score in kept])
-        known = self._texts.find(row["known_positives"])
         excluded = {self._texts.position_of(positive), *self._texts.same_text(known[known >= 0]).tolist()}
         seed = query_seed(row["id"], "negatives")
         selections = [
             select_negatives(
-                self._texts.same_text(self._texts.find(one.ids)).tolist(),
+                self._texts.same_text(places).tolist(),
                 one.scores,
                 excluded,
                 one.lowest,
                 rules,
                 seed,
             )
-            for one in mined
+            for one, places in mined
         ]
         return blend(selections, rules, row["id"])
 
