@@ -35,9 +35,7 @@ class FixedCorpus:
 @contextlib.contextmanager
 def served(**options):
     server = uvicorn.Server(
-        uvicorn.Config(
-            api_of(FakeEncoder(limit=128), **options), port=0, log_level="warning", lifespan="none"
-        )
+        uvicorn.Config(api_of(FakeEncoder(limit=128), **options), port=0, log_level="warning", lifespan="off")
     )
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()

@@ -36,7 +36,8 @@ def make_config(root, model, **changes):
     ]
     path = root / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    source = TrainingSource(name="colours", format="flagembedding", path=str(path))
+    # The tiny model reads 64 bytes: after a longer instruction all queries would be cut to the same text.
+    source = TrainingSource(name="colours", format="flagembedding", path=str(path), instruction="Find")
     stage = TrainingStage(
         name="s", negatives=2, global_batch=7, learning_rate=5e-3, max_steps=STEPS, warmup_steps=1,
         sources=(source,),
@@ -155,4 +156,6 @@ def test_another_number_of_workers_goes_on_from_a_checkpoint(tiny_model, tmp_pat
         assert before[stage][0] == losses[:2]
         assert after[stage][0] == pytest.approx(losses[2:], rel=1e-5), stage
         assert after[stage][1] == pytest.approx(norms[2:], rel=1e-4), stage
-        np.testing.assert_allclose(after[stage][2], weights, rtol=1e-4, atol=2e-5, err_msg=stage)
+        # Adam divides a gradient by its own size: where it is all but zero, rounding decides a part of a step (5e-3).
+        np.testing.assert_allclose(after[stage][2], weights, rtol=1e-4, atol=5e-4, err_msg=stage)
+        assert np.abs(after[stage][2] - weights).mean() < 2e-6, stage
