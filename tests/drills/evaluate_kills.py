@@ -30,13 +30,22 @@ _TIMES = ("date", "evaluation_time", "evaluation_phases", "seconds", "created")
 
 
 def work(model: Path, tasks: Path, out: Path) -> None:
-    """One evaluation, as the pipeline runs it; continues where the last one stopped."""
-    from embedloom.artefacts import ArtefactWriter
+    """One evaluation in a Ray of its own; continues where the last one stopped."""
     from embedloom.cluster.config import AuthConfig, Profile
     from embedloom.cluster.session import ray_session
+    from embedloom.encoder.registry import resolve_model
+
+    folder = resolve_model(str(model))
+    with ray_session(Profile(logical_cpus=8, object_store_mib=100), AuthConfig()):
+        evaluate_here(folder, tasks, out)
+
+
+def evaluate_here(folder: Path, tasks: Path, out: Path) -> None:
+    """The same in the connected Ray, as the pipeline does it."""
+    from embedloom.artefacts import ArtefactWriter
     from embedloom.config.resources import PoolConfig
     from embedloom.config.use import EvaluationConfig, EvaluationTask
-    from embedloom.encoder.registry import resolve_model
+    from embedloom.evaluation.stage import evaluate
     from embedloom.storage import Place
 
     config = EvaluationConfig(
@@ -45,12 +54,8 @@ def work(model: Path, tasks: Path, out: Path) -> None:
         shard_texts=SHARD_TEXTS,
         resamples=100,
     )
-    folder = resolve_model(str(model))
-    with ray_session(Profile(logical_cpus=8, object_store_mib=100), AuthConfig()):
-        from embedloom.evaluation.stage import evaluate
-
-        writer = ArtefactWriter(Place(str(out)), "evaluation", "drill", {}, "local")
-        evaluate(config, None, {"one": folder}, ("two", folder), PoolConfig(max_actors=2), writer, "float32")
+    writer = ArtefactWriter(Place(str(out)), "evaluation", "drill", {}, "local")
+    evaluate(config, None, {"one": folder}, ("two", folder), PoolConfig(max_actors=2), writer, "float32")
 
 
 def finished_files(out: Path) -> set[str]:
@@ -104,22 +109,36 @@ def differences(left: Path, right: Path) -> list[str]:
     return sorted(name for name in names if content(left / name) != content(right / name))
 
 
-def drill(model: Path, folder: Path, kills: int, seed: int, types: list[str]) -> dict[str, object]:
-    """Run both ways and compare; returns what happened."""
-    tasks, calm, killed = make_local_tasks(folder / "tasks"), folder / "calm", folder / "killed"
+def make_tasks(folder: Path, types: list[str]) -> Path:
+    """Small local tasks of the named types, or of all."""
+    tasks = make_local_tasks(folder / "tasks")
     for kind in [path for path in tasks.iterdir() if types and path.name not in types]:
         shutil.rmtree(kind)
-    base = [sys.executable, "-W", "ignore", __file__, "--model", str(model), "--folder", str(tasks), "--work"]
-    subprocess.run([*base, str(calm)], check=True, stdout=subprocess.DEVNULL)
+    return tasks
+
+
+def drill(model: Path, tasks: Path, calm: Path, killed: Path, kills: int, seed: int) -> dict[str, object]:
+    """Kill an evaluation, let it end, and compare it with an undisturbed one; returns what happened."""
+    arguments = [
+        sys.executable,
+        "-W",
+        "ignore",
+        __file__,
+        "--model",
+        str(model),
+        "--folder",
+        str(tasks),
+        "--work",
+    ]
     total = len(finished_files(calm))
     draw = random.Random(seed)
     targets = sorted(draw.randrange(0, total) for _ in range(kills))
     moments = []
     for target in targets:
-        alive, done = run_until([*base, str(killed)], killed, target, draw.uniform(0, 0.3))
+        alive, done = run_until([*arguments, str(killed)], killed, target, draw.uniform(0, 0.3))
         if alive:
             moments.append(done)
-    subprocess.run([*base, str(killed)], check=True, stdout=subprocess.DEVNULL)
+    subprocess.run([*arguments, str(killed)], check=True, stdout=subprocess.DEVNULL)
     return {
         "files": total,
         "kills": len(moments),
@@ -145,7 +164,21 @@ def main() -> None:
         return
     folder = options.folder or Path(tempfile.mkdtemp(prefix="embedloom-drill-"))
     folder.mkdir(parents=True, exist_ok=True)
-    result = drill(options.model, folder, options.kills, options.seed, options.types)
+    tasks, calm, killed = make_tasks(folder, options.types), folder / "calm", folder / "killed"
+    command = [
+        sys.executable,
+        "-W",
+        "ignore",
+        __file__,
+        "--model",
+        options.model,
+        "--folder",
+        tasks,
+        "--work",
+        calm,
+    ]
+    subprocess.run([str(part) for part in command], check=True, stdout=subprocess.DEVNULL)
+    result = drill(options.model, tasks, calm, killed, options.kills, options.seed)
     print(json.dumps(result))
     sys.exit(bool(result["different"]))
 
