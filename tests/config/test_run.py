@@ -115,3 +115,13 @@ def test_overrides_parse_yaml_values():
     assert apply_overrides(content, ["a.b=[1, 2]", "list.0.x=null", "new.key=true"]) == {
         "a": {"b": [1, 2]}, "list": [{"x": None}], "new": {"key": True},
     }  # fmt: skip
+
+
+def test_the_papers_run_has_its_31_sources_and_batches():
+    """arXiv 2511.07025, Tables 8 and 9: 4,309,502 examples in batches of 128 are its 33,668 steps."""
+    stages = load_run(QUICKSTART.parent / "nemotron_8b.yaml").training.stages
+    sources = stages[1].sources
+    assert (len(sources), sum(source.cap for source in sources)) == (31, 4_309_502)
+    assert -(-4_309_502 // stages[1].global_batch) == 33_668
+    assert (stages[0].global_batch, stages[0].max_steps, stages[0].learning_rate) == (2048, 5773, 1e-5)
+    assert (stages[1].learning_rate, stages[1].negatives, stages[0].negatives) == (2e-6, 4, 1)
