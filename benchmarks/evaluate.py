@@ -28,7 +28,7 @@ import pandas as pd
 MODEL = "minilm-l6"
 LANGUAGES = ("eng", "deu", "spa", "rus", "ind", "nld")
 BUDGETS = {
-    "full": (60, 300, 400),
+    "full": (25, 100, 150),
     "quick": (12, 60, 120),
 }  # queries and documents a language, rows of a table
 QUICK_TASKS = ("tldr_cmd", "qed_sentence", "stsb_multi_mt", "stackoverflow_titles")
