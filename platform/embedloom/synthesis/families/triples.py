@@ -3,6 +3,7 @@
 The three differ in the lengths of their sides: see arXiv 2401.00368 §3.1 and its tables of prompts.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any, Generic, TypeVar
 
@@ -23,7 +24,7 @@ from embedloom.synthesis.prompt import Prompt, PromptRules
 Options = TypeVar("Options", bound=FamilyConfig)
 
 
-class Triples(Generic[Options]):
+class Triples(ABC, Generic[Options]):
     """What the three families share; a subclass states its name, its fields and their bounds."""
 
     name: str
@@ -33,9 +34,9 @@ class Triples(Generic[Options]):
     fields: tuple[str, str, str]  # query, positive and negative in the answer
     documents: tuple[str, ...]  # fields that keep their line breaks
 
+    @abstractmethod
     def limits(self, options: Options) -> dict[str, int]:
         """Field -> most characters."""
-        raise NotImplementedError
 
     def own_prompt(self, options: Options) -> tuple[str, PromptRules]:
         """See Family."""
