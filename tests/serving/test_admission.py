@@ -165,7 +165,8 @@ def test_a_client_that_leaves_frees_its_place():
     clients, replies, metrics = asyncio.run(run())
     assert [one.sent for one in clients] == [[], []]
     assert [reply.status_code for reply in replies] == [200, 200]
-    assert len(encoder.batches) == 2
+    # The two later texts may come in one batch or in two; none of those that were waiting is among them.
+    assert sum(len(batch) for batch in encoder.batches[1:]) == 2
     assert 'embedloom_requests_total{path="/v1/embeddings",status="499"} 2.0' in metrics
 
 
