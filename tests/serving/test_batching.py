@@ -99,7 +99,7 @@ def test_one_query_is_not_stuck_behind_a_bulk_request():
 
     before = asyncio.run(run())
     own = next(number for number, batch in enumerate(encoder.batches) if ids(10, 7) in batch)
-    assert own <= before  # the very next one, of fifty
+    assert own <= before + 2  # of fifty: at once but for what was being computed, or picked, when it came
 
 
 def test_waits_for_company_only_while_there_is_room():
