@@ -119,17 +119,22 @@ def build_missing(run: Run, verb: str | None = None) -> list[str]:
     """Build what a command needs and is not there yet, inside a connected Ray; returns the names built."""
     nodes = graph(run)
     todo = missing(run, nodes, verb)
-    done = finished(run, nodes)
-    training = [name for name in todo if nodes[name].verb == "train"]
     for name in needed_by(nodes, verb):
         if name not in todo:
             note(name, "finished, skipped")
-        elif name not in training:
+    build_nodes(run, nodes, todo, finished(run, nodes))
+    return todo
+
+
+def build_nodes(run: Run, nodes: dict[str, Node], names: list[str], done: Inputs) -> None:
+    """Build artefacts in order, inside a connected Ray, from finished ones; they are added to ``done``."""
+    training = [name for name in names if nodes[name].verb == "train"]
+    for name in names:
+        if name not in training:
             _build(run, nodes, name, done)
         elif name == training[0]:  # the first of the runs' stages starts them all
             groups = run.profile.stages.training.groups
             train_build.build_chains(training, groups, lambda stage: _build(run, nodes, stage, done))
-    return todo
 
 
 def _build(run: Run, nodes: dict[str, Node], name: str, done: Inputs) -> None:
