@@ -12,7 +12,7 @@ _HEADER = ("variant", "seeds", "mean", "95 % interval", "less the first", "95 % 
 
 def ablation_rows(result: dict[str, Any]) -> list[tuple[str, ...]]:
     """Cells of each variant, as ``ablation.json`` has them."""
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for variant in result["variants"]:
         scores = variant["scores"]
         done = f"{len(scores)} of {len(result['seeds'])}"
