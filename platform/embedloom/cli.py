@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from embedloom import __version__
+from embedloom.cli_ablate import ablate
 from embedloom.cli_embed import embed
 from embedloom.cli_merge import merge_models
 from embedloom.cli_rank import gate, leaderboard
@@ -77,6 +78,7 @@ def _add_stage_verb(verb: str, help_text: str) -> None:
 
 for _verb, _help in _STAGE_VERBS.items():
     _add_stage_verb(_verb, _help)
+app.command("ablate")(ablate)
 app.command("embed")(embed)
 app.command("merge-models")(merge_models)
 app.command("gate")(gate)

@@ -10,7 +10,7 @@ Ray and vLLM, and ``plan`` answers without.
 
 from pathlib import Path
 
-from embedloom import merge_build
+from embedloom import merge_build, train_build
 from embedloom.artefacts import Artefact, ArtefactWriter, fingerprint
 from embedloom.corpus.state import source_state
 from embedloom.errors import DataError
@@ -20,7 +20,6 @@ from embedloom.retrieval.model_id import embedding_state, model_id, rescoring_st
 from embedloom.retrieval.previous import set_aside
 from embedloom.run import Inputs, Node, Run
 from embedloom.synthesis.prompts_used import section_state
-from embedloom.training.sources import stage_state
 
 
 def graph(run: Run) -> dict[str, Node]:
@@ -43,27 +42,15 @@ def graph(run: Run) -> dict[str, Node]:
         scored = (*scored, "rescoring")
     rules = (config.mining.selection, config.mining.audit)
     nodes.append(Node("examples", "mine", rules, scored, _examples))
-    trained: list[str] = []
-    shared = config.training.model_dump(
-        mode="json", exclude={"candidates", "stages", "max_failures", "checkpoints_kept"}
-    )
-    for candidate in config.training.candidates:
-        start = "encoder"
-        for stage in config.training.stages:
-            name = f"training/{candidate.name}/{stage.name}"
-            content = (shared, candidate, stage, stage_state(stage))
-            needs = ("examples", start) if stage.uses_mined else (start,)
-            nodes.append(Node(name, "train", content, needs, _training))
-            start = name
-        trained.append(start)
+    stages, last = train_build.training_nodes(config, train_build.build_training)
+    nodes += stages
+    trained = list(last.values())
     nodes.append(Node("merged", "merge", *merge_build.node(config, trained), _merged))
     models = ("corpus", "encoder", *trained, "merged")
     judged = (config.evaluation, config.mining.teachers[0].model, task_files(config.evaluation))
     nodes.append(Node("evaluation", "evaluate", judged, models, _evaluation))
     model = config.embedding.model
-    source = {"merged": "merged", "base": "encoder"} | {
-        c.name: t for c, t in zip(config.training.candidates, trained, strict=True)
-    }
+    source = {"merged": "merged", "base": "encoder"} | last
     compared = tuple(source[name] for name in (config.gate.candidate, config.gate.against))
     nodes.append(Node("gate", "gate", (config.gate,), ("evaluation", *compared), _gate))
     parents = (["corpus"] if config.embedding.corpus is None else []) + (
@@ -132,20 +119,34 @@ def build_missing(run: Run, verb: str | None = None) -> list[str]:
     """Build what a command needs and is not there yet, inside a connected Ray; returns the names built."""
     nodes = graph(run)
     todo = missing(run, nodes, verb)
-    done = finished(run, nodes)
     for name in needed_by(nodes, verb):
         if name not in todo:
             note(name, "finished, skipped")
-            continue
-        node = nodes[name]
-        inputs = {parent: done[parent] for parent in node.inputs}
-        writer = writer_for(
-            run, nodes, name, {parent: artefact.fingerprint for parent, artefact in inputs.items()}
-        )
-        note(name, "continuing an interrupted build" if writer.resumed else "building")
-        done[name] = node.build(run, inputs, writer)
-        note(name, f"done in {duration(done[name].manifest['seconds'])}: {_summary(done[name])}")
+    build_nodes(run, nodes, todo, finished(run, nodes))
     return todo
+
+
+def build_nodes(run: Run, nodes: dict[str, Node], names: list[str], done: Inputs) -> None:
+    """Build artefacts in order, inside a connected Ray, from finished ones; they are added to ``done``."""
+    training = [name for name in names if nodes[name].verb == "train"]
+    for name in names:
+        if name not in training:
+            _build(run, nodes, name, done)
+        elif name == training[0]:  # the first of the runs' stages starts them all
+            groups = run.profile.stages.training.groups
+            train_build.build_chains(training, groups, lambda stage: _build(run, nodes, stage, done))
+
+
+def _build(run: Run, nodes: dict[str, Node], name: str, done: Inputs) -> None:
+    """Build one node from finished ones, and add it to them."""
+    node = nodes[name]
+    inputs = {parent: done[parent] for parent in node.inputs}
+    writer = writer_for(
+        run, nodes, name, {parent: artefact.fingerprint for parent, artefact in inputs.items()}
+    )
+    note(name, "continuing an interrupted build" if writer.resumed else "building")
+    done[name] = node.build(run, inputs, writer)
+    note(name, f"done in {duration(done[name].manifest['seconds'])}: {_summary(done[name])}")
 
 
 def _summary(artefact: Artefact) -> str:
@@ -215,19 +216,6 @@ def _examples(run: Run, inputs: Inputs, out: ArtefactWriter) -> Artefact:
     config, pool = run.config.mining, run.profile.stages.mining
     judge, rescored = judge_source(config), inputs.get("rescoring")
     return build_examples(config, inputs["mining"], inputs["corpus"], judge, pool, out, rescored)
-
-
-def _training(run: Run, inputs: Inputs, out: ArtefactWriter) -> Artefact:
-    from embedloom.training.stage import train_stage
-
-    _, candidate_name, stage_name = out.place.uri.rsplit("/", 2)
-    config = run.config.training
-    candidate = next(c for c in config.candidates if c.name == candidate_name)
-    stage = next(s for s in config.stages if s.name == stage_name)
-    start = next(artefact for name, artefact in inputs.items() if name != "examples")
-    group, dtype = run.profile.stages.training, run.config.encoder.dtype
-    mined = inputs.get("examples")
-    return train_stage(config, stage, candidate, model_folder(start), mined, group, dtype, out)
 
 
 def _merged(run: Run, inputs: Inputs, out: ArtefactWriter) -> Artefact:

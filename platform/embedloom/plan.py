@@ -39,7 +39,8 @@ def _resources(run: Run, verb: str) -> str:
     }
     if verb == "train":
         group = stages.training
-        return f"{group.workers} workers x {group.cpus:g} CPU" + (
+        at_once = f"{group.groups} runs at once, each " if group.groups > 1 else ""
+        return f"{at_once}{group.workers} workers x {group.cpus:g} CPU" + (
             f" + {group.gpus:g} GPU" if group.gpus else ""
         )
     return _pool(pools[verb]) if verb in pools else "driver"

@@ -75,8 +75,10 @@ SCHEMAS: dict[str, Schema] = {
                 "prompt_hash": pa.string(),
                 # JSON of what was drawn for a synthetic row: persona, length, target scores.
                 "attributes": pa.string(),
+                # What training sources call the row's pairs; null: the origin.
+                "dataset": pa.string(),
             },
-            frozenset({"positive", "negatives", "generator", "prompt_hash", "attributes"}),
+            frozenset({"positive", "negatives", "generator", "prompt_hash", "attributes", "dataset"}),
         ),
         Schema(
             "candidates",

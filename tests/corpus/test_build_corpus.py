@@ -209,3 +209,20 @@ def test_parts_have_a_fixed_size(tmp_path):
     writer.close()
     assert Counter(place.parquet_footer(name)[1] for name in place.names("rejects")) == {3: 2, 1: 1}
     assert place.read_tables("rejects", "rejects")["id"].to_pylist() == list("0123456")
+
+
+def test_pairs_carry_the_name_that_training_asks_for(tmp_path, tokenizer):
+    records = [{"text": sentence(number, 20), "ask": f"what is number {number}?"} for number in range(4)]
+    columns = {"query_column": "ask", "dataset": "faq"}
+    corpus = build(tmp_path, tokenizer, records, columns=columns, chunk_tokens=None)
+    pairs = corpus.place.read_tables("pairs/train", "pairs").to_pylist()
+    assert {(pair["dataset"], pair["origin"]) for pair in pairs} == {("faq", "public")}
+    assert {pair["query"] for pair in pairs} == {record["ask"] for record in records}
+    texts = dict(
+        zip(
+            *corpus.place.read_tables("documents/train").select(["id", "text"]).to_pydict().values(),
+            strict=True,
+        )
+    )
+    asked = {record["ask"]: record["text"] for record in records}
+    assert all(texts[pair["document_id"]] == asked[pair["query"]] for pair in pairs)

@@ -236,3 +236,47 @@ def test_an_unreachable_hub_dataset_is_named():
         DataError, match=r"dataset 'nobody/nothing' \(huggingface.*without a network give local files"
     ):
         read("huggingface", "nobody/nothing")  # the tests run with the hub offline
+
+
+PAIRS = [
+    {"q": "how to zip", "a": "Use zip.", "kind": "how"},
+    {"q": "compress a folder", "a": "Use zip.", "kind": "how"},
+    {"q": "what is zip", "a": "A format.", "kind": "what"},
+    {"q": "how to zip", "a": "Use zip.", "kind": "how"},
+]
+
+
+@pytest.mark.parametrize("format", ["parquet", "jsonl", "csv"])
+def test_rows_that_are_pairs_become_a_document_a_text(format, tmp_path):
+    path = tmp_path / f"pairs.{format}"
+    if format == "parquet":
+        pq.write_table(pa.Table.from_pylist(PAIRS), path)
+    elif format == "jsonl":
+        write_jsonl(path, PAIRS)
+    else:
+        path.write_text("q,a,kind\n" + "".join(f"{row['q']},{row['a']},{row['kind']}\n" for row in PAIRS))
+    columns = {"text_column": "a", "query_column": "q"}
+    rows = read(format, path, instruction="Find it", dataset="faq", **columns)
+    assert [(row.text, row.queries) for row in rows] == [
+        ("Use zip.", ("how to zip", "compress a folder")),
+        ("A format.", ("what is zip",)),
+    ]
+    assert {(row.instruction, row.dataset) for row in rows} == {("Find it", "faq")}
+    only = read(format, path, where={"kind": "what"}, **columns)
+    assert [row.text for row in only] == ["A format."] and "question" in only[0].instruction
+    assert [row.queries for row in read(format, path, limit=1, **columns)] == [("how to zip",)]
+    with pytest.raises(DataError, match=r"no column 'sort' \(corpus\.sources\.where\.sort\)|'sort'"):
+        read(format, path, where={"sort": "x"}, **columns)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"format": "text", "query_column": "q"}, "query_column does not fit format text"),
+        ({"format": "beir", "where": {"a": "b"}}, "where does not fit format beir"),
+        ({"format": "parquet", "instruction": "Find it"}, "instruction needs query_column"),
+    ],
+)
+def test_keys_of_pairs_need_a_table(settings, message):
+    with pytest.raises(ValueError, match=message):
+        CorpusSource(path="x", **settings)

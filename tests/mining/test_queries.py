@@ -30,6 +30,13 @@ def test_parts_cross_artefacts_and_keep_order(tmp_path):
     assert counts["given"] == [] and not out.exists("given")
 
 
+def test_pairs_with_a_name_of_their_own_keep_it(tmp_path):
+    natural = [pair_row("n0", "query 0", "d0", dataset="faq"), pair_row("n1", "query 1", "d1")]
+    _, counts, rows = written(tmp_path, natural)
+    assert [row["dataset"] for row in rows] == ["faq", "public"]
+    assert counts["pairs"] == {"faq": 1, "public": 1}
+
+
 def test_one_query_text_knows_all_its_positives(tmp_path):
     natural = [pair_row("n0", "shared", "d2"), pair_row("n1", "alone", "d1")]
     _, _, rows = written(tmp_path, natural, [pair_row("s0", "shared", "d0", origin="synthetic")])

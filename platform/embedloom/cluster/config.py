@@ -77,14 +77,11 @@ class Profile(FrozenConfig):
                     f"stages.{name}: {pool.min_actors} actors x {pool.gpus:g} GPUs exceed {gpus} GPUs"
                 )
         group = self.stages.training
-        if group.workers * group.gpus > gpus:
-            raise ValueError(
-                f"stages.training: {group.workers} workers x {group.gpus:g} GPUs exceed {gpus} GPUs"
-            )
-        if cpus is not None and group.workers * group.cpus > cpus:
-            raise ValueError(
-                f"stages.training: {group.workers} workers x {group.cpus:g} CPUs exceed {cpus} CPUs"
-            )
+        size = f"stages.training: {group.groups} groups x {group.workers} workers"
+        if group.groups * group.workers * group.gpus > gpus:
+            raise ValueError(f"{size} x {group.gpus:g} GPUs exceed {gpus} GPUs")
+        if cpus is not None and group.groups * group.workers * group.cpus > cpus:
+            raise ValueError(f"{size} x {group.cpus:g} CPUs exceed {cpus} CPUs")
         return self
 
     @property

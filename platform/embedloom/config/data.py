@@ -14,6 +14,8 @@ class CorpusSource(FrozenConfig):
 
     ``path`` is a file, glob or folder (``text``, ``beir``, ``parquet``, ``jsonl``, ``csv``) or a dataset name
     (``huggingface``); ``packages`` are installed Python packages (``python_docs``).
+
+    With ``query_column`` the rows are pairs: the text answers the query. A text that answers several is one document.
     """
 
     format: SourceFormat
@@ -23,8 +25,12 @@ class CorpusSource(FrozenConfig):
     text_column: str = "text"
     title_column: str | None = None
     id_column: str | None = None
+    query_column: str | None = None  # null: the rows are documents alone
+    instruction: str | None = Field(default=None, min_length=1)  # of the queries; null: that of retrieval
+    dataset: str | None = Field(default=None, min_length=1)  # what training calls the pairs; null: "public"
+    where: dict[str, str] = Field(default_factory=dict)  # column → value: only these rows
     lang: str | None = None
-    limit: int | None = Field(default=None, ge=1)
+    limit: int | None = Field(default=None, ge=1)  # rows read
 
     @model_validator(mode="after")
     def _has_its_place(self) -> "CorpusSource":
@@ -33,6 +39,18 @@ class CorpusSource(FrozenConfig):
                 raise ValueError("format python_docs takes packages: [..] and no path")
         elif not self.path or self.packages:
             raise ValueError(f"format {self.format} takes a path and no packages")
+        return self
+
+    @model_validator(mode="after")
+    def _keys_fit_format(self) -> "CorpusSource":
+        tables = ("parquet", "jsonl", "csv", "huggingface")
+        for key, given in (("query_column", self.query_column is not None), ("where", bool(self.where))):
+            if given and self.format not in tables:
+                raise ValueError(f"{key} does not fit format {self.format}; allowed: {', '.join(tables)}")
+        if self.query_column is None and self.instruction is not None:
+            raise ValueError(
+                "instruction needs query_column: other rows have no queries, or an instruction of their own"
+            )
         return self
 
 

@@ -35,7 +35,8 @@ class PoolConfig(FrozenConfig):
 class TrainingGroup(FrozenConfig):
     """The Ray Train worker group."""
 
-    workers: int = Field(default=1, ge=1)
+    groups: int = Field(default=1, ge=1)  # runs trained side by side, a group each
+    workers: int = Field(default=1, ge=1)  # of one group
     cpus: float = Field(default=1.0, ge=0)
     gpus: float = Field(default=0.0, ge=0, le=1)
     threads: int | None = Field(default=None, ge=1)

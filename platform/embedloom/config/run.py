@@ -43,15 +43,17 @@ class RunConfig(FrozenConfig):
 
     @model_validator(mode="after")
     def _mix_has_its_sources(self) -> "RunConfig":
-        mined = [stage for stage in self.training.stages if stage.uses_mined]
-        if mined and self.synthesis is None and self.training.mix.get("synthetic", 0.0) > 0:
+        runs = [self.training.of_run(run) for run in self.training.runs]
+        mined = [(run, stage) for run in runs for stage in run.stages if stage.uses_mined]
+        by_mix = [run for run, stage in mined if not stage.sources]
+        if self.synthesis is None and any(run.mix.get("synthetic", 0.0) > 0 for run in by_mix):
             raise ValueError("training.mix.synthetic is above 0, but the config has no synthesis section")
-        most = max((stage.negatives for stage in mined), default=0)
+        most = max((stage.negatives for _, stage in mined), default=0)
         if most > self.mining.selection.negatives:
             raise ValueError(
                 f"training.stages use up to {most} negatives, but mining.selection.negatives keeps {self.mining.selection.negatives}"
             )
-        models = ["merged", "base", *(candidate.name for candidate in self.training.candidates)]
+        models = ["merged", "base", *(run.name for run in self.training.runs)]
         for key, name in (("candidate", self.gate.candidate), ("against", self.gate.against)):
             if name not in models:
                 raise ValueError(

@@ -1,14 +1,15 @@
-"""Sections about training: stages, candidates, losses."""
+"""Sections about training: stages, runs, losses."""
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from embedloom.config.base import FrozenConfig
-from embedloom.config.training_data import TrainingSource, check_sources
+from embedloom.config.training_data import SourceChanges, TrainingSource, changed_sources, check_sources
 from embedloom.records import ORIGINS
 
 LossName = Literal["infonce", "gecko", "qwen3", "gemini"]
+Schedule = Literal["linear", "cosine", "constant"]
 
 
 class TrainingStage(FrozenConfig):
@@ -21,7 +22,7 @@ class TrainingStage(FrozenConfig):
     max_steps: int | None = Field(default=None, ge=1)  # null: one pass over the mix per epoch
     epochs: float = Field(default=1.0, gt=0)
     warmup_steps: int = Field(default=100, ge=0)
-    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    schedule: Schedule = "linear"
     sources: tuple[TrainingSource, ...] = ()  # none: the run's own mined examples, by training.mix
 
     @field_validator("sources")
@@ -35,13 +36,45 @@ class TrainingStage(FrozenConfig):
         return not self.sources or any(source.format == "mined" for source in self.sources)
 
 
+class StageChanges(FrozenConfig):
+    """What one run has otherwise in a stage; null: as the stage has it."""
+
+    negatives: int | None = Field(default=None, ge=0)
+    global_batch: int | None = Field(default=None, ge=1)
+    learning_rate: float | None = Field(default=None, gt=0)
+    max_steps: int | None = Field(default=None, ge=1)
+    epochs: float | None = Field(default=None, gt=0)  # alone: in place of the stage's max_steps
+    warmup_steps: int | None = Field(default=None, ge=0)
+    schedule: Schedule | None = None
+    sources: dict[str, SourceChanges] = Field(default_factory=dict)  # by name
+
+    def of(self, stage: TrainingStage) -> TrainingStage:
+        """The stage with the changes.
+
+        Raises:
+            ValueError: a source that the stage does not have, or sources that no longer fit together.
+        """
+        values = self.model_dump(exclude_none=True, exclude={"sources"})
+        if "epochs" in values:
+            values.setdefault("max_steps", None)
+        values["sources"] = changed_sources(stage.sources, self.sources, stage.name)
+        return stage.model_copy(update=values)
+
+
 class Candidate(FrozenConfig):
-    """One full training run; candidates differ in data order and hyper-parameters, and are then merged."""
+    """One training run through all stages, which ends in a candidate; the candidates are then merged.
+
+    What differs between the paper's six runs (arXiv 2511.07025 §6.4): mixes and hyper-parameters.
+    """
 
     name: str = Field(pattern=r"^[a-z0-9_]+$")
     seed: int
     learning_rate_scale: float = Field(default=1.0, gt=0)
-    mix: dict[str, float] | None = None  # replaces training.mix
+    mix: dict[str, float] | None = None  # replaces training.mix; the next ones replace the key of their name
+    loss: LossName | None = None
+    temperature: float | None = Field(default=None, gt=0)
+    weight_decay: float | None = Field(default=None, ge=0)
+    stages: dict[str, StageChanges] = Field(default_factory=dict)  # by name
 
 
 class MatryoshkaConfig(FrozenConfig):
@@ -69,7 +102,7 @@ class MatryoshkaConfig(FrozenConfig):
 class TrainingConfig(FrozenConfig):
     """Contrastive training on Ray Train and DeepSpeed."""
 
-    candidates: tuple[Candidate, ...] = Field(min_length=1)
+    runs: tuple[Candidate, ...] = Field(min_length=1)  # "candidates" is the older name of the key
     stages: tuple[TrainingStage, ...] = Field(min_length=1)
     mix: dict[str, float] = Field(default_factory=lambda: {"public": 0.5, "synthetic": 0.5})
     loss: LossName = "infonce"
@@ -95,6 +128,15 @@ class TrainingConfig(FrozenConfig):
     checkpoints_kept: int = Field(default=2, ge=1)
     max_failures: int = Field(default=3, ge=0)  # worker-group restarts before the stage fails
 
+    @model_validator(mode="before")
+    @classmethod
+    def _older_name_of_runs(cls, value: Any) -> Any:
+        if not isinstance(value, dict) or "candidates" not in value:
+            return value
+        if "runs" in value:
+            raise ValueError("runs and candidates are two names of one list; allowed: runs")
+        return {"runs" if key == "candidates" else key: item for key, item in value.items()}
+
     @field_validator("mix")
     @classmethod
     def _known_origins(cls, value: dict[str, float]) -> dict[str, float]:
@@ -103,25 +145,55 @@ class TrainingConfig(FrozenConfig):
     @model_validator(mode="after")
     def _names_are_unique(self) -> "TrainingConfig":
         for label, names in (
-            ("candidates", [candidate.name for candidate in self.candidates]),
+            ("runs", [run.name for run in self.runs]),
             ("stages", [stage.name for stage in self.stages]),
         ):
             if len(set(names)) != len(names):
                 raise ValueError(f"{label} must have different names, found {names}")
-        for candidate in self.candidates:
-            if candidate.mix is not None:
-                check_mix(candidate.mix)
         return self
 
     @model_validator(mode="after")
-    def _loss_has_something_to_push_away(self) -> "TrainingConfig":
-        for stage in self.stages:
-            if stage.negatives == 0 and self.loss == "infonce":
-                raise ValueError(
-                    f"stages.{stage.name}.negatives is 0, but infonce knows no other negatives; "
-                    "allowed: 1 or more, or loss gecko, qwen3 or gemini"
-                )
+    def _runs_fit(self) -> "TrainingConfig":
+        for run in self.runs:
+            config = self.of_run(run)
+            check_mix(config.mix)
+            for stage in config.stages:
+                if stage.negatives == 0 and config.loss == "infonce":
+                    raise ValueError(
+                        f"stages.{stage.name}.negatives is 0 in run {run.name!r}, but infonce knows no other negatives; "
+                        "allowed: 1 or more, or loss gecko, qwen3 or gemini"
+                    )
         return self
+
+    @property
+    def candidates(self) -> tuple[Candidate, ...]:
+        """The runs, by what they end in."""
+        return self.runs
+
+    def of_run(self, run: Candidate) -> "TrainingConfig":
+        """The section as one run has it: its changes applied, no other run in it.
+
+        Raises:
+            ValueError: a change of a stage or source that is not there.
+        """
+        names = [stage.name for stage in self.stages]
+        if unknown := sorted(set(run.stages) - set(names)):
+            raise ValueError(f"run {run.name!r} changes stage {unknown[0]!r}; allowed: {', '.join(names)}")
+        changed = {name: getattr(run, name) for name in _RUN_KEYS if getattr(run, name) is not None}
+        alone = Candidate(name=run.name, seed=run.seed, learning_rate_scale=run.learning_rate_scale)
+        return self.model_copy(
+            update={
+                **changed,
+                "runs": (alone,),
+                "stages": tuple(
+                    run.stages[stage.name].of(stage) if stage.name in run.stages else stage
+                    for stage in self.stages
+                ),
+            }
+        )
+
+
+_RUN_KEYS = ("mix", "loss", "temperature", "weight_decay")  # of a run, in place of the section's own
 
 
 def check_mix(mix: dict[str, float]) -> dict[str, float]:

@@ -57,6 +57,45 @@ class TrainingSource(FrozenConfig):
         return self
 
 
+class SourceChanges(FrozenConfig):
+    """What one run has otherwise of a source; null: as the stage has it."""
+
+    weight: float | None = Field(default=None, gt=0)
+    cap: int | None = Field(default=None, ge=1)
+    negatives: int | None = Field(default=None, ge=0)
+    drop: bool = False  # not in this run's mix
+
+
+def changed_sources(
+    sources: tuple[TrainingSource, ...], changes: dict[str, SourceChanges], stage: str
+) -> tuple[TrainingSource, ...]:
+    """The sources of a stage with a run's changes.
+
+    Raises:
+        ValueError: a source that the stage does not have, none left, or sources that do not fit together.
+    """
+    names = [source.name for source in sources]
+    if unknown := sorted(set(changes) - set(names)):
+        allowed = ", ".join(names) or "none, the stage has the run's mined examples by mix"
+        raise ValueError(
+            f"stages.{stage}.sources: {unknown[0]!r} is no source of the stage; allowed: {allowed}"
+        )
+    kept = []
+    for source in sources:
+        change = changes.get(source.name, SourceChanges())
+        if change.drop:
+            continue
+        values = change.model_dump(exclude_none=True, exclude={"drop"})
+        if ("weight" in values and source.cap is not None) or ("cap" in values and source.weight is not None):
+            raise ValueError(
+                f"stages.{stage}.sources.{source.name}: a weight in place of a cap, or the other way; allowed: the kind it has"
+            )
+        kept.append(source.model_copy(update=values))
+    if sources and not kept:
+        raise ValueError(f"stages.{stage}.sources: all are dropped; allowed: one or more left")
+    return check_sources(tuple(kept))
+
+
 def check_sources(sources: tuple[TrainingSource, ...]) -> tuple[TrainingSource, ...]:
     """Different names, and weights on all or on none."""
     names = [source.name for source in sources]

@@ -1,6 +1,7 @@
 """Columns to rows: what Parquet, JSONL, CSV and Hugging Face sources share."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ from embedloom.config.data import CorpusSource
 from embedloom.corpus.rows import SourceRow
 from embedloom.corpus.state import source_files
 from embedloom.errors import DataError
+from embedloom.instructions import DEFAULT_INSTRUCTIONS
 
 
 def files_of(source: CorpusSource, suffixes: tuple[str, ...]) -> list[Path]:
@@ -46,6 +48,8 @@ def used_columns(source: CorpusSource) -> dict[str, str]:
         "text_column": source.text_column,
         "title_column": source.title_column,
         "id_column": source.id_column,
+        "query_column": source.query_column,
+        **{f"where.{column}": column for column in source.where},
     }
     return {key: column for key, column in named.items() if column is not None}
 
@@ -78,15 +82,30 @@ def rows_of(
         DataError: a text or title that is not text, or a missing id.
     """
     for number, record in enumerate(records, start=1):
+        if any(str(record[column]) != value for column, value in source.where.items()):
+            continue
         place = f"{where}: row {number}"
-        title = source.title_column
+        title, query = source.title_column, source.query_column
         yield SourceRow(
             text=_text(record[source.text_column], source.text_column, place),
             title=_text(record[title], title, place) if title else None,
             id=_id(record[source.id_column], source.id_column, place) if source.id_column else "",
             lang=source.lang,
             source=f"{label}:{number}",
+            queries=(_text(record[query], query, place),) if query else (),
+            instruction=(source.instruction or DEFAULT_INSTRUCTIONS["retrieval"]) if query else "",
         )
+
+
+def one_document_a_text(rows: Iterable[SourceRow]) -> list[SourceRow]:
+    """Rows of pairs with each text once, where it first stood, and all its queries; holds them in memory."""
+    found: dict[tuple[str | None, str], SourceRow] = {}
+    queries: dict[tuple[str | None, str], dict[str, None]] = {}
+    for row in rows:
+        key = (row.title, row.text)
+        found.setdefault(key, row)
+        queries.setdefault(key, {}).update(dict.fromkeys(row.queries))
+    return [replace(row, queries=tuple(queries[key])) for key, row in found.items()]
 
 
 def _text(value: Any, column: str, place: str) -> str:

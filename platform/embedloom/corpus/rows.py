@@ -16,6 +16,7 @@ class SourceRow:
         id: the source's own id; empty until cleaning where there is none.
         queries: texts that the document answers by the source's own word (a summary line, a judged query).
         instruction: training instruction of those queries.
+        dataset: what training calls those pairs; empty: their origin.
     """
 
     text: str
@@ -26,3 +27,4 @@ class SourceRow:
     id: str = ""
     queries: tuple[str, ...] = ()
     instruction: str = ""
+    dataset: str = ""

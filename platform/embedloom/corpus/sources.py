@@ -1,10 +1,15 @@
-"""Sources: one reader a format, all giving the same rows; a reader streams, it never holds a whole file."""
+"""Sources: one reader a format, all giving the same rows; a reader streams, it never holds a whole file.
 
-from collections.abc import Callable, Iterator
+Pairs alone are gathered: a text that answers many queries must be one document, or the others would be its negatives.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from itertools import islice
 
 from embedloom.config.data import CorpusSource
 from embedloom.corpus.beir import read_beir
+from embedloom.corpus.columns import one_document_a_text
 from embedloom.corpus.hub import read_hub_dataset
 from embedloom.corpus.python_docs import read_python_docs
 from embedloom.corpus.rows import SourceRow
@@ -32,9 +37,10 @@ def read_source(source: CorpusSource) -> Iterator[SourceRow]:
         DataError: nothing there, not readable, a column that is not there, or no row at all.
     """
     count = 0
-    for row in islice(READERS[source.format](source), source.limit):
+    rows: Iterable[SourceRow] = islice(READERS[source.format](source), source.limit)
+    for row in one_document_a_text(rows) if source.query_column is not None else rows:
         count += 1
-        yield row
+        yield replace(row, dataset=source.dataset or "")
     if count == 0:
         place = source.path or f"packages {list(source.packages)}"
         raise DataError(

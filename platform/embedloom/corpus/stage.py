@@ -204,4 +204,5 @@ def _pair(row: SourceRow, query: str) -> dict[str, object]:
         "lang": lang,
         "document_lang": lang,
         "origin": "public",
+        "dataset": row.dataset or None,
     }

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
+from scipy.stats import t as student_t
 
 Statistic = Literal["mean", "spearman", "average_precision"]
 Floats = np.ndarray[Any, np.dtype[np.float64]]
@@ -56,6 +57,19 @@ def interval(scores: Floats, level: float = 0.95) -> tuple[float, float]:
     """Percentile interval of bootstrap scores [resamples]."""
     low, high = np.quantile(scores, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
+
+
+def mean_interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float] | None:
+    """Student's t interval of the mean of a few independent values, such as the scores of several seeds.
+
+    None for a single value, which says nothing about its spread. Three seeds give 4.3 standard errors to each side.
+    """
+    if len(values) < 2:
+        return None
+    array = np.asarray(values, dtype=np.float64)
+    error = float(array.std(ddof=1)) / np.sqrt(len(array))
+    reach = float(student_t.ppf((1 + level) / 2, len(array) - 1)) * error
+    return float(array.mean() - reach), float(array.mean() + reach)
 
 
 def one_sided_p(differences: Floats) -> float:

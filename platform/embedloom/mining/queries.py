@@ -173,7 +173,7 @@ class _Writer:
             "positive": positive,
             "negatives": negatives or None,
             "task_type": pair["task_type"],
-            "dataset": pair["origin"],
+            "dataset": pair["dataset"] or pair["origin"],
         }
 
     def _write(self, collection: str) -> None:

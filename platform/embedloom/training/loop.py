@@ -55,7 +55,7 @@ class LoopConfig:
     @property
     def fingerprint(self) -> str:
         """What a checkpoint must have been made with to go on from it."""
-        varying = {"candidates", "stages", "max_failures", "checkpoints_kept", "checkpoint_every_steps"}
+        varying = {"runs", "stages", "max_failures", "checkpoints_kept", "checkpoint_every_steps"}
         training = self.training.model_dump(mode="json", exclude=varying)
         return fingerprint(training, self.stage, self.sources, self.seed, self.learning_rate_scale)
 

@@ -1,0 +1,33 @@
+"""The ``ablate`` verb: a grid of runs, one table."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Ablation = Annotated[
+    Path,
+    typer.Argument(metavar="ABLATION", help="A grid file, such as jobs/configs/ablation_losses.yaml."),
+]
+ProfileName = Annotated[
+    str | None, typer.Option("--profile", help="A profile of the cluster config; default: the file's own.")
+]
+ClusterFile = Annotated[Path, typer.Option("--cluster", help="The cluster config.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="A key of the file, or of every run; repeatable."),
+]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what would be built and stop.")]
+
+
+def ablate(
+    ablation: Ablation,
+    profile: ProfileName = None,
+    cluster: ClusterFile = Path("cluster/cluster.yaml"),
+    overrides: Overrides = None,
+    dry_run: DryRun = False,
+) -> None:
+    """Variants of a run with several seeds, in one table; stages that are alike are built once."""
+    from embedloom.launch_ablate import ablate as run_ablation
+
+    print(run_ablation(ablation, profile, cluster, overrides or [], dry_run))

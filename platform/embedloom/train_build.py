@@ -1,0 +1,81 @@
+"""Building the runs of a training section: which artefacts they are, and several at once where the machines allow."""
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+from embedloom.artefacts import Artefact, ArtefactWriter
+from embedloom.config.run import RunConfig
+from embedloom.run import Build, Inputs, Node, Run
+from embedloom.training.sources import stage_state
+
+# Says how often a stage may fail and what it keeps, not what comes out; the stages are nodes of their own.
+_NOT_CONTENT = {"runs", "stages", "max_failures", "checkpoints_kept"}
+
+
+def training_nodes(config: RunConfig, build: Build) -> tuple[list[Node], dict[str, str]]:
+    """The stages of all runs, each run's in order, and the last stage's artefact by run.
+
+    A stage depends on what its own run makes of the section, so a change of one run leaves the others' artefacts,
+    and a change of its later stages its own earlier ones.
+    """
+    nodes: list[Node] = []
+    last: dict[str, str] = {}
+    for run in config.training.runs:
+        own = config.training.of_run(run)
+        shared = own.model_dump(mode="json", exclude=_NOT_CONTENT)
+        start = "encoder"
+        for stage in own.stages:
+            name = f"training/{run.name}/{stage.name}"
+            needs = ("examples", start) if stage.uses_mined else (start,)
+            content = (shared, own.runs[0], stage, stage_state(stage))
+            nodes.append(Node(name, "train", content, needs, build))
+            start = name
+        last[run.name] = start
+    return nodes, last
+
+
+def build_training(run: Run, inputs: Inputs, out: ArtefactWriter) -> Artefact:
+    """Train the stage of the run that the artefact's place names."""
+    from embedloom.training.stage import train_stage
+
+    _, run_name, stage_name = out.place.uri.rsplit("/", 2)
+    section = run.config.training
+    config = section.of_run(next(one for one in section.runs if one.name == run_name))
+    stage = next(stage for stage in config.stages if stage.name == stage_name)
+    start = next(artefact for name, artefact in inputs.items() if name != "examples")
+    group, dtype = run.profile.stages.training, run.config.encoder.dtype
+    mined = inputs.get("examples")
+    return train_stage(config, stage, config.runs[0], start.place.local, mined, group, dtype, out)
+
+
+def chains(names: Sequence[str]) -> list[list[str]]:
+    """Artefacts of stages, gathered by run, each run's in order."""
+    found: dict[str, list[str]] = {}
+    for name in names:
+        found.setdefault(name.split("/")[1], []).append(name)
+    return list(found.values())
+
+
+def build_chains(names: Sequence[str], groups: int, build: Callable[[str], None]) -> None:
+    """Build stages of several runs, ``groups`` runs at a time, each run's stages one after another.
+
+    A thread a run on the driver waits for its worker group; Ray places the groups. A run that fails ends alone: what
+    the others have learnt by then is worth more than the minutes saved.
+
+    Raises:
+        Exception: the first run's that failed, after all others have ended.
+    """
+
+    def one_run(stages: list[str]) -> None:
+        for name in stages:
+            build(name)
+
+    runs = chains(names)
+    if groups == 1 or len(runs) == 1:
+        for stages in runs:
+            one_run(stages)
+        return
+    with ThreadPoolExecutor(max_workers=min(groups, len(runs)), thread_name_prefix="run") as pool:
+        started = [pool.submit(one_run, stages) for stages in runs]
+    for future in started:
+        future.result()
