@@ -12,6 +12,7 @@ import typer
 
 from embedloom import __version__
 from embedloom.cli_ablate import ablate
+from embedloom.cli_cluster import app as cluster_app
 from embedloom.cli_embed import embed
 from embedloom.cli_merge import merge_models
 from embedloom.cli_rank import gate, leaderboard
@@ -20,9 +21,6 @@ from embedloom.errors import EmbedloomError
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None
-)
-cluster_app = typer.Typer(
-    no_args_is_help=True, help="Write or check the files that launchers, KubeRay and Serve read."
 )
 app.add_typer(cluster_app, name="cluster")
 
@@ -101,36 +99,6 @@ def plan(
     run = load(config, profile, cluster, overrides or [])
     print(plan_table(run))
     print(run.place.uri)
-
-
-@cluster_app.command("render")
-def cluster_render(
-    profile: ProfileName = LOCAL,
-    cluster: ClusterFile = CLUSTER,
-    out: Annotated[Path, typer.Option("--out", help="Folder for the files.")] = Path("cluster/rendered"),
-    dry_run: DryRun = False,
-) -> None:
-    """Write launcher, KubeRay and Serve files of a profile."""
-    from embedloom.cluster.config import load_cluster
-    from embedloom.cluster.render import render
-
-    config = load_cluster(cluster)
-    config.profile(profile)
-    if not dry_run:
-        for path in render(config, profile, out):
-            print(path)
-    print(out)
-
-
-@cluster_app.command("check")
-def cluster_check(profile: ProfileName = LOCAL, cluster: ClusterFile = CLUSTER) -> None:
-    """Validate what render would write with what Ray ships."""
-    from embedloom.cluster.config import load_cluster
-    from embedloom.cluster.render import check
-
-    for line in check(load_cluster(cluster), profile):
-        print(line)
-    print(cluster)
 
 
 @app.command()

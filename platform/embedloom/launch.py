@@ -175,7 +175,7 @@ def submit_run(
     arguments = [verb, str(config), "--profile", run.profile_name, "--cluster", str(cluster)]
     for item in overrides:
         arguments += ["--set", item]
-    if run.place.is_local:
+    if run.place.is_local and run.profile.storage.root is None:
         # The job's working directory is an unpacked copy; artefacts belong into the user's own folder.
         arguments += ["--set", f"run.output_dir={Path(run.config.run.output_dir).absolute()}"]
     if dry_run:

@@ -29,7 +29,7 @@ class Run:
     @property
     def place(self) -> Place:
         """Root of the run's artefacts."""
-        return Place(self.config.folder)
+        return Place(self.profile.run_folder(self.config.folder))
 
 
 @dataclass(frozen=True, slots=True)

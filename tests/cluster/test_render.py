@@ -6,14 +6,15 @@ import yaml
 
 from embedloom.cluster.config import ClusterConfig, load_cluster
 from embedloom.cluster.documents import documents
-from embedloom.cluster.render import (
-    check,
+from embedloom.cluster.render import check, render
+from embedloom.cluster.runtime_env import job_runtime_env
+from embedloom.cluster.validation import (
+    check_document,
     check_launcher_config,
     check_ray_cluster,
+    check_runtime_env,
     check_serve_config,
-    render,
 )
-from embedloom.cluster.runtime_env import job_runtime_env
 from embedloom.config.base import validate
 from embedloom.errors import ConfigError
 
@@ -64,8 +65,21 @@ def test_every_shipped_profile_renders_and_checks(cluster, tmp_path):
                 json.loads(path.read_text()) if path.suffix == ".json" else yaml.safe_load(path.read_text())
             )
             assert content == documents(cluster, name)[path.name]
-        lines = check(cluster, name, ROOT / "serve/config.yaml")
-        assert len(lines) == len(paths) + 1
+        lines = check(cluster, name, project=ROOT)
+        assert len(lines) == len(paths) + 2
+
+
+GOLDEN = Path(__file__).parent / "golden"  # embedloom cluster render --profile P --out tests/cluster/golden/P
+
+
+@pytest.mark.parametrize("profile", ["local", "h100x1", "a100x64"])
+def test_files_are_the_reviewed_ones(cluster, tmp_path, profile):
+    rendered = {path.name: path.read_text() for path in render(cluster, profile, tmp_path)}
+    assert rendered == {path.name: path.read_text() for path in (GOLDEN / profile).iterdir()}
+
+
+def test_every_shipped_profile_has_golden_files(cluster):
+    assert set(cluster.profiles) == {path.name for path in GOLDEN.iterdir()}
 
 
 def test_local_profile_needs_no_cluster_files(cluster):
@@ -153,8 +167,73 @@ def test_serve_typos_are_refused_with_the_nearest_key(path, typo, nearest):
         node = node[key]
     node[typo] = 1
     where = ".".join(str(key) for key in (*path, typo))
-    with pytest.raises(ConfigError, match=rf"c\.yaml: {where}: unknown key.*nearest is '{nearest}'"):
+    with pytest.raises(
+        ConfigError, match=rf"c\.yaml: {where}: unknown key.*nearest valid key is '{nearest}'"
+    ):
         check_serve_config(content, "c.yaml")
+
+
+def test_arguments_of_our_application_are_read():
+    content = yaml.safe_load((ROOT / "serve/config.yaml").read_text())
+    content["applications"][0]["args"]["serving"]["max_itmes"] = 1
+    with pytest.raises(
+        ConfigError, match=r"applications\.0\.args: serving\.max_itmes: .*nearest valid key is 'max_items'"
+    ):
+        check_serve_config(content, "c.yaml")
+
+
+def test_runtime_env_typos_are_refused():
+    with pytest.raises(
+        ConfigError, match=r"r\.yaml: env_var: unknown key; the nearest valid key is 'env_vars'"
+    ):
+        check_runtime_env({"env_var": {}}, "r.yaml")
+
+
+def test_spot_labels_storage_and_haproxy_reach_the_nodes():
+    cluster = small_cluster(spot=True, labels={"tier": "cheap"})
+    content = cluster.model_dump()
+    content["profiles"]["small"] |= {
+        "storage": {"root": "/mnt/runs", "claim": "runs", "mount_command": "mount /mnt/runs"},
+        "spill_folder": "/mnt/fast",
+    }
+    content["profiles"]["small"]["serve"]["haproxy"] = True
+    files = documents(validate(ClusterConfig, content, "test"), "small")
+    node = files["launcher.yaml"]["available_node_types"]["gpu"]
+    assert node["labels"] == {"tier": "cheap", "ray.io/market-type": "spot"}
+    assert node["node_config"]["InstanceMarketOptions"] == {"MarketType": "spot"}
+    assert files["launcher.yaml"]["initialization_commands"] == ["mount /mnt/runs"]
+    assert "--volume=/mnt/runs:/mnt/runs" in files["launcher.yaml"]["docker"]["run_options"]
+    (group,) = files["raycluster.yaml"]["spec"]["workerGroupSpecs"]
+    assert group["labels"] == {"tier": "cheap"}
+    assert group["rayStartParams"]["object-spilling-directory"] == "/mnt/fast"
+    pod = group["template"]["spec"]
+    assert pod["nodeSelector"]["karpenter.sh/capacity-type"] == "spot"
+    assert {"name": "RAY_SERVE_ENABLE_HA_PROXY", "value": "1"} in pod["containers"][0]["env"]
+    assert {"name": "RAY_NODE_MARKET_TYPE", "value": "spot"} in pod["containers"][0]["env"]
+    mounts = {mount["name"]: mount["mountPath"] for mount in pod["containers"][0]["volumeMounts"]}
+    assert mounts == {"shm": "/dev/shm", "spill": "/mnt/fast", "runs": "/mnt/runs"}
+    (application,) = files["serve.yaml"]["applications"]
+    assert application["args"]["model_folder"] == "/mnt/runs/served"
+
+
+def test_job_and_service_carry_the_cluster_and_their_own():
+    files = documents(small_cluster(), "small")
+    cluster = files["raycluster.yaml"]["spec"]
+    service = files["rayservice.yaml"]["spec"]
+    assert service["rayClusterConfig"] == cluster
+    assert yaml.safe_load(service["serveConfigV2"]) == files["serve.yaml"]
+    job = files["rayjob.yaml"]["spec"]
+    assert job["rayClusterSpec"]["workerGroupSpecs"] == cluster["workerGroupSpecs"]
+    assert job["entrypoint"].startswith(
+        "python -m embedloom.cli run /etc/embedloom/run.yaml --profile small "
+    )
+    head = job["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]
+    assert {"name": "config", "configMap": {"name": "embedloom-small"}} in head["volumes"]
+    service["serveConfigV2"] = service["serveConfigV2"].replace("import_path", "import_pth")
+    with pytest.raises(
+        ConfigError, match=r"rayservice\.yaml: spec\.serveConfigV2: applications\.0\.import_pth"
+    ):
+        check_document("rayservice.yaml", files["rayservice.yaml"])
 
 
 def test_serves_own_rules_still_hold():

@@ -8,8 +8,9 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
+from embedloom.cluster.checks import check_profile
 from embedloom.config.base import FrozenConfig, read_yaml, validate
-from embedloom.config.resources import PoolConfig, ServeScaling, StageResources
+from embedloom.config.resources import ServeScaling, StageResources
 from embedloom.errors import ConfigError
 
 DEFAULT_CLUSTER_FILE = Path("cluster/cluster.yaml")
@@ -20,7 +21,7 @@ class RayVersion(FrozenConfig):
 
     version: str
     python: str
-    image: str | None = None
+    image: str | None = None  # has embedloom installed, from cluster/requirements-cuda.lock
 
 
 class AuthConfig(FrozenConfig):
@@ -28,6 +29,24 @@ class AuthConfig(FrozenConfig):
 
     mode: Literal["token", "disabled"] = "token"
     token_path: str = "~/.ray/auth_token"
+
+
+class StorageConfig(FrozenConfig):
+    """Where runs are kept when ``run.output_dir`` is a relative path."""
+
+    root: str | None = None  # s3://..., gs://..., a folder all nodes see, or null: the working directory
+    claim: str | None = None  # KubeRay: the PersistentVolumeClaim that is mounted at a root that is a folder
+    # Launcher: shell command that mounts the root on a node, before its container starts; null: the image has it.
+    mount_command: str | None = None
+
+    @model_validator(mode="after")
+    def _mounts_have_a_folder(self) -> "StorageConfig":
+        if self.root is not None and "://" not in self.root and not self.root.startswith("/"):
+            raise ValueError(f"root is {self.root!r}; allowed: an absolute folder, s3://... or gs://...")
+        for key in ("claim", "mount_command"):
+            if getattr(self, key) is not None and (self.root is None or "://" in self.root):
+                raise ValueError(f"{key} is set, but root is {self.root!r}, no folder to mount it at")
+        return self
 
 
 class NodePool(FrozenConfig):
@@ -40,6 +59,8 @@ class NodePool(FrozenConfig):
     memory_gib: float = Field(gt=0)
     min_nodes: int = Field(default=0, ge=0)
     max_nodes: int = Field(default=1, ge=1)
+    spot: bool = False  # cheaper machines that may be taken away; every stage resumes
+    labels: dict[str, str] = Field(default_factory=dict)  # Ray node labels
 
     @model_validator(mode="after")
     def _bounds_are_ordered(self) -> "NodePool":
@@ -54,8 +75,13 @@ class Profile(FrozenConfig):
     backend: Literal["local", "existing"] = "local"  # existing: join the cluster at `address`
     address: str | None = None
     region: str | None = None  # AWS region; makes `cluster render` write the launcher's file
-    logical_cpus: int | None = Field(default=None, ge=2)  # local only: CPUs Ray schedules with
-    object_store_mib: int = Field(default=512, ge=100)
+    namespace: str = "default"  # KubeRay
+    storage: StorageConfig = StorageConfig()
+    logical_cpus: int | None = Field(default=None, ge=2)  # without pools: CPUs Ray schedules with
+    gpus: int = Field(default=0, ge=0)  # without pools: GPUs of this machine
+    object_store_mib: int = Field(default=512, ge=100)  # of every node
+    spill_folder: str | None = None  # fast local disk of every node; null: Ray's session folder
+    block_mib: float = Field(default=32.0, gt=0)  # Ray Data's target block size
     dashboard_port: int = Field(default=8265, ge=1, le=65535)
     pools: dict[str, NodePool] = Field(default_factory=dict)
     stages: StageResources = StageResources()
@@ -63,25 +89,11 @@ class Profile(FrozenConfig):
 
     @model_validator(mode="after")
     def _stages_fit_the_machines(self) -> "Profile":
-        cpus = self.total_cpus
-        gpus = self.total_gpus
-        for name in ("synthesis", "mining", "embedding", "evaluation"):
-            pool: PoolConfig = getattr(self.stages, name)
-            # One CPU stays free: a pool that holds every CPU starves the tasks that read for it, silently.
-            if cpus is not None and pool.min_actors * pool.cpus + 1 > cpus:
-                raise ValueError(
-                    f"stages.{name}: {pool.min_actors} actors x {pool.cpus:g} CPUs + 1 for reading exceed {cpus} CPUs"
-                )
-            if pool.min_actors * pool.gpus > gpus:
-                raise ValueError(
-                    f"stages.{name}: {pool.min_actors} actors x {pool.gpus:g} GPUs exceed {gpus} GPUs"
-                )
-        group = self.stages.training
-        size = f"stages.training: {group.groups} groups x {group.workers} workers"
-        if group.groups * group.workers * group.gpus > gpus:
-            raise ValueError(f"{size} x {group.gpus:g} GPUs exceed {gpus} GPUs")
-        if cpus is not None and group.groups * group.workers * group.cpus > cpus:
-            raise ValueError(f"{size} x {group.cpus:g} CPUs exceed {cpus} CPUs")
+        if self.pools and (self.gpus or self.logical_cpus is not None):
+            raise ValueError(
+                "logical_cpus and gpus describe one machine; with pools, each pool states its own"
+            )
+        check_profile(self)
         return self
 
     @property
@@ -94,7 +106,15 @@ class Profile(FrozenConfig):
     @property
     def total_gpus(self) -> int:
         """GPUs at full size."""
+        if not self.pools:
+            return self.gpus
         return sum(pool.gpus * pool.max_nodes for pool in self.pools.values())
+
+    def run_folder(self, folder: str) -> str:
+        """Where a run's folder is: below the storage root, unless it has a place of its own."""
+        if self.storage.root is None or "://" in folder or folder.startswith("/"):
+            return folder
+        return f"{self.storage.root.rstrip('/')}/{folder}"
 
 
 class ClusterConfig(FrozenConfig):

@@ -79,6 +79,10 @@ def _arguments(profile: Profile, folder: Path, ports: dict[str, int]) -> list[st
     ]  # fmt: skip
     if profile.logical_cpus is not None:
         arguments.append(f"--num-cpus={profile.logical_cpus}")
+    if profile.gpus:
+        arguments.append(f"--num-gpus={profile.gpus}")
+    if profile.spill_folder is not None:
+        arguments.append(f"--object-spilling-directory={profile.spill_folder}")
     return arguments + [f"{option}={port}" for option, port in ports.items()]
 
 

@@ -70,6 +70,9 @@ def ray_session(profile: Profile, auth: AuthConfig) -> Iterator[None]:
         )
     # Ray Data logs its plan and every start and end of a dataset; our progress lines say what users ask for.
     logging.getLogger("ray.data").setLevel(logging.WARNING)
+    from ray.data import DataContext
+
+    DataContext.get_current().target_max_block_size = int(profile.block_mib * 2**20)
     try:
         yield
     finally:
@@ -83,10 +86,12 @@ def init_arguments(profile: Profile, address: str | None = None) -> dict[str, An
     address = address or profile.address
     if address:
         return {"address": address}
+    optional = {"num_gpus": profile.gpus or None, "object_spilling_directory": profile.spill_folder}
     return {
         "address": "local",
         "num_cpus": profile.logical_cpus,
         "object_store_memory": profile.object_store_mib * 2**20,
+        **{key: value for key, value in optional.items() if value is not None},
         # Ray Train's cleaner of dead runs asks the dashboard's state API and fills the log without it. No
         # port is named: Ray then takes the next free one, where a named one that is taken ends in a
         # traceback.

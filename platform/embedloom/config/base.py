@@ -2,7 +2,8 @@
 
 import difflib
 from pathlib import Path
-from typing import Any, TypeVar
+from types import UnionType
+from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -95,6 +96,8 @@ def _describe(model: type[BaseModel], error: ValidationError) -> str:
         return (
             f"{where}: unknown key; the nearest valid key is {near[0]!r}; allowed: {', '.join(allowed)}{more}"
         )
+    if first["type"] == "union_tag_not_found":
+        return f"{where}{_untold(model, first)}{more}"
     if first["type"] == "missing":
         return f"{where}: required, but missing{more}"
     message = first["msg"].removeprefix("Value error, ")
@@ -103,19 +106,54 @@ def _describe(model: type[BaseModel], error: ValidationError) -> str:
     return f"{place}{message}{seen}{more}"
 
 
+def _untold(model: type[BaseModel], problem: Any) -> str:
+    """About a section whose kind is unknown because the key that tells it is missing, or misspelt."""
+    key = str(problem["ctx"]["discriminator"]).strip("'")
+    known = {name for one in _models_in(_annotation_at(model, problem["loc"])) for name in one.model_fields}
+    unknown = [str(name) for name in problem["input"] if name not in known]
+    near = difflib.get_close_matches(key, unknown, n=1, cutoff=0.0)
+    if near:
+        return (
+            f".{near[0]}: unknown key; the nearest valid key is {key!r}; allowed: {', '.join(sorted(known))}"
+        )
+    return f".{key}: required, but missing"
+
+
 def _section_at(model: type[BaseModel], loc: tuple[int | str, ...]) -> type[BaseModel]:
+    """The section an error's location leads to."""
+    found = _models_in(_annotation_at(model, loc))
+    return found[0] if found else model
+
+
+def _annotation_at(model: type[BaseModel], loc: tuple[int | str, ...]) -> Any:
     """Follow an error's location through nested sections, lists, mappings and unions."""
     current: Any = model
     for part in loc:
-        models = _models_in(current)
-        if isinstance(part, int):
-            continue
-        for candidate in models:
-            if part in candidate.model_fields:
-                current = candidate.model_fields[part].annotation
-                break
-    found = _models_in(current)
-    return found[0] if found else model
+        current = next((step for one in _sides(current) if (step := _step(one, part)) is not None), current)
+    return current
+
+
+def _sides(annotation: Any) -> list[Any]:
+    """The sides of a union, without what annotates them."""
+    origin = get_origin(annotation)
+    if origin is Annotated:
+        return _sides(get_args(annotation)[0])
+    if origin in (Union, UnionType):
+        return [side for argument in get_args(annotation) for side in _sides(argument)]
+    return [annotation]
+
+
+def _step(annotation: Any, part: int | str) -> Any:
+    """What stands at a key, a list's position, or under the value that tells the sides of a union apart."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        if part in annotation.model_fields:
+            return annotation.model_fields[str(part)].annotation
+        tags = [get_args(field.annotation) for field in annotation.model_fields.values()]
+        return annotation if (part,) in tags else None
+    arguments = get_args(annotation)
+    if get_origin(annotation) is dict:
+        return arguments[1]
+    return arguments[0] if isinstance(part, int) and arguments else None
 
 
 def _models_in(annotation: Any) -> list[type[BaseModel]]:

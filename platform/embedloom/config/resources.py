@@ -56,12 +56,45 @@ class ServeScaling(FrozenConfig):
     cpus: float = Field(default=1.0, ge=0)
     gpus: float = Field(default=0.0, ge=0)
     threads: int | None = Field(default=None, ge=1)
+    # Both null: those of the run config's `serving`, whose defaults suit up to four replicas.
+    max_ongoing_requests: int | None = Field(default=None, ge=1)  # of one replica
+    max_queued_requests: int | None = Field(default=None, ge=1)
+    idle_to_zero_seconds: float | None = Field(
+        default=None, gt=0
+    )  # of min_replicas 0; null: as any downscaling
+    haproxy: bool = False  # Serve's HAProxy in place of its Python proxy, on every node
 
     @model_validator(mode="after")
     def _bounds_are_ordered(self) -> "ServeScaling":
         if self.max_replicas < self.min_replicas:
             raise ValueError(f"max_replicas is {self.max_replicas}, below min_replicas {self.min_replicas}")
+        if self.idle_to_zero_seconds is not None and self.min_replicas > 0:
+            raise ValueError(
+                f"idle_to_zero_seconds is set, but min_replicas is {self.min_replicas}; only 0 can scale to zero"
+            )
+        if (self.max_ongoing_requests is None) != (self.max_queued_requests is None):
+            raise ValueError("max_ongoing_requests and max_queued_requests are set together, or neither is")
+        ongoing, queued = self.max_ongoing_requests, self.max_queued_requests
+        # Ray counts a request as queued until a replica accepts it, so a shorter queue rejects in a burst.
+        if ongoing is not None and queued is not None and queued < self.max_replicas * ongoing:
+            raise ValueError(
+                f"max_queued_requests is {queued}, below {self.max_replicas} max_replicas x {ongoing} max_ongoing_requests"
+            )
+        if ongoing is not None and self.target_ongoing_requests > ongoing:
+            raise ValueError(
+                f"target_ongoing_requests is {self.target_ongoing_requests:g}, above max_ongoing_requests {ongoing}, "
+                "so it would never scale up"
+            )
         return self
+
+    @property
+    def limits(self) -> dict[str, int]:
+        """What this scaling states of the limits that ``serving`` has, by their names there."""
+        values = {
+            "max_ongoing_requests": self.max_ongoing_requests,
+            "max_queued_requests": self.max_queued_requests,
+        }
+        return {key: value for key, value in values.items() if value is not None}
 
     @property
     def compute_threads(self) -> int:

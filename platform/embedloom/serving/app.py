@@ -3,12 +3,12 @@
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field, model_validator
 from ray import serve
 from ray.serve import Application
 from ray.serve.config import AutoscalingConfig, BackpressureConfig
 
-from embedloom.config.base import FrozenConfig, validate
+from embedloom.config.application import ApplicationArgs
+from embedloom.config.base import validate
 from embedloom.config.resources import ServeScaling
 from embedloom.config.serving import ServingConfig
 from embedloom.encoder.sidecars import derive_contract
@@ -26,28 +26,6 @@ from embedloom.verdict import check_gated
 
 RETRY_AFTER_SECONDS = 1  # of Serve's own 429, which is not the usual one
 GATEWAY_CPUS = 0.1  # bookkeeping only: it parses and waits
-
-
-class ApplicationArgs(FrozenConfig):
-    """Arguments of ``build``; also the ``args`` of serve/config.yaml."""
-
-    model_folder: str
-    served_name: str = Field(min_length=1)
-    model_id: str | None = (
-        None  # what identifies the weights, e.g. their artefact's fingerprint; null: the served name
-    )
-    serving: ServingConfig = ServingConfig()
-    scaling: ServeScaling = ServeScaling()
-
-    @model_validator(mode="after")
-    def _replicas_may_fill_up(self) -> "ApplicationArgs":
-        scales = self.scaling.min_replicas < self.scaling.max_replicas
-        if scales and self.scaling.target_ongoing_requests > self.serving.max_ongoing_requests:
-            raise ValueError(
-                f"scaling.target_ongoing_requests is {self.scaling.target_ongoing_requests:g}, above serving."
-                f"max_ongoing_requests {self.serving.max_ongoing_requests}, so it would never scale up"
-            )
-        return self
 
 
 def build(args: dict[str, Any]) -> Application:
@@ -72,7 +50,8 @@ def build_application(args: ApplicationArgs) -> Application:
     folder = check_model_folder(Path(args.model_folder))
     if args.serving.require_gate:
         check_gated(folder)
-    serving, scaling = args.serving, args.scaling
+    scaling = args.scaling
+    serving = args.serving.model_copy(update=scaling.limits)
     settings = EndpointSettings(
         served_name=args.served_name,
         fingerprint=args.model_id or args.served_name,
@@ -142,6 +121,7 @@ def _replicas(scaling: ServeScaling) -> dict[str, Any]:
             min_replicas=scaling.min_replicas,
             max_replicas=scaling.max_replicas,
             target_ongoing_requests=scaling.target_ongoing_requests,
+            downscale_to_zero_delay_s=scaling.idle_to_zero_seconds,
         )
     }
 

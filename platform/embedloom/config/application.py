@@ -1,0 +1,30 @@
+"""What the endpoint's application is given; light, so that a Serve config can be checked without the engines."""
+
+from pydantic import Field, model_validator
+
+from embedloom.config.base import FrozenConfig
+from embedloom.config.resources import ServeScaling
+from embedloom.config.serving import ServingConfig
+
+
+class ApplicationArgs(FrozenConfig):
+    """Arguments of ``build``; also the ``args`` of serve/config.yaml."""
+
+    model_folder: str
+    served_name: str = Field(min_length=1)
+    model_id: str | None = (
+        None  # what identifies the weights, e.g. their artefact's fingerprint; null: the served name
+    )
+    serving: ServingConfig = ServingConfig()
+    scaling: ServeScaling = ServeScaling()
+
+    @model_validator(mode="after")
+    def _replicas_may_fill_up(self) -> "ApplicationArgs":
+        scales = self.scaling.min_replicas < self.scaling.max_replicas
+        ongoing = self.scaling.max_ongoing_requests or self.serving.max_ongoing_requests
+        if scales and self.scaling.target_ongoing_requests > ongoing:
+            raise ValueError(
+                f"scaling.target_ongoing_requests is {self.scaling.target_ongoing_requests:g}, above serving."
+                f"max_ongoing_requests {ongoing}, so it would never scale up"
+            )
+        return self
