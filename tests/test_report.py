@@ -80,7 +80,7 @@ def test_page_is_one_well_formed_file_without_scripts_or_outside_assets(tmp_path
     _, page = report_of(run)
     text = run.read_bytes("report.html").decode()
     assert not re.search(r"<script|https?://|src=|@import|url\(", text)
-    assert page.count("svg") == 5  # scores on two tasks, losses of two stages, times
+    assert page.count("svg") == 6  # scores on two tasks, losses of two stages, times, lineage
     for shown in (
         "0.4322",
         "1m15s",

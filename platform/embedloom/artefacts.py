@@ -171,6 +171,7 @@ class ArtefactWriter:
             "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "details": dict(details or {}),
         }
+        self.place.sweep()  # what a full disk or a killed predecessor left half-written is no part of it
         self.place.write_json(MANIFEST_FILE, manifest)
         self.place.delete(BUILDING_FILE)
         return Artefact(self.place, manifest)
