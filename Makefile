@@ -32,9 +32,7 @@ test: install-dev
 	$(BIN)/python -m pytest
 
 drill: install-dev
-	$(BIN)/python tests/drills/embed_kills.py
-	$(BIN)/python tests/drills/synthesis_kills.py
-	$(BIN)/python tests/drills/evaluate_kills.py
+	$(BIN)/python tests/drills/run_drills.py --drills 100
 
 lint: install-dev
 	$(BIN)/ruff check .

@@ -3,6 +3,7 @@
 import html.parser
 import json
 import re
+from pathlib import Path
 
 import pytest
 
@@ -79,7 +80,7 @@ def test_page_is_one_well_formed_file_without_scripts_or_outside_assets(tmp_path
     _, page = report_of(run)
     text = run.read_bytes("report.html").decode()
     assert not re.search(r"<script|https?://|src=|@import|url\(", text)
-    assert page.count("svg") == 5  # scores on two tasks, losses of two stages, times
+    assert page.count("svg") == 6  # scores on two tasks, losses of two stages, times, lineage
     for shown in (
         "0.4322",
         "1m15s",
@@ -189,3 +190,18 @@ def test_bars_are_as_long_as_their_values():
 
 def test_a_single_point_is_a_chart_too():
     assert 'r="3"' in line_chart("t", {"a": [(1.0, 2.0)], "empty": []}, "step", "loss")
+
+
+def test_lineage_graph_has_every_artefact_and_every_input(tmp_path):
+    run = make_run(tmp_path / "quick")
+    begin(run, "mining", "mining").commit({"rows": 3})  # rebuilt: what examples was made from is gone
+    page = Page(Path(write_report(run)).read_text())
+    boxes = [attrs for tag, attrs in page.elements if tag == "rect" and attrs.get("class") == "node"]
+    edges = [attrs for tag, attrs in page.elements if tag == "path" and attrs.get("class") == "edge"]
+    # corpus, encoder, synthesis, mining, examples, 2 x 2 trainings, merged, evaluation
+    assert len(boxes) == 11
+    # synthesis 1, mining 0 since, examples 2, trainings 4 x 2, merged 2, evaluation 5
+    assert len(edges) == 1 + 0 + 2 + 8 + 2 + 5
+    assert sum("stroke-dasharray" in attrs for attrs in edges) == 1
+    places = {(attrs["x"], attrs["y"]) for attrs in boxes}
+    assert len(places) == len(boxes)

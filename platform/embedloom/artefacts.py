@@ -6,6 +6,7 @@ whole file or none; the next run with the same fingerprint continues from the wh
 fingerprint starts from an empty folder, and readers accept nothing without a manifest.
 """
 
+import functools
 import hashlib
 import json
 import shutil
@@ -38,6 +39,16 @@ def fingerprint(*parts: Any) -> str:
 
     canonical = json.dumps(parts, sort_keys=True, separators=(",", ":"), default=plain)
     return hashlib.sha256(canonical.encode()).hexdigest()[:16]
+
+
+@functools.cache
+def code_versions() -> dict[str, str]:
+    """The version, and a hash over this package's sources: what it was that built an artefact, to the letter."""
+    root = Path(__file__).parent
+    digest = hashlib.sha256()
+    for path in sorted(root.rglob("*.py")):
+        digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes())
+    return {"embedloom": __version__, "code": digest.hexdigest()[:16]}
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,11 +166,12 @@ class ArtefactWriter:
             "inputs": self.inputs,
             "counts": dict(counts),
             "seconds": round(time.monotonic() - self._started if seconds is None else seconds, 3),
-            "versions": {"embedloom": __version__},
+            "versions": code_versions(),
             "profile": self.profile,
             "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "details": dict(details or {}),
         }
+        self.place.sweep()  # what a full disk or a killed predecessor left half-written is no part of it
         self.place.write_json(MANIFEST_FILE, manifest)
         self.place.delete(BUILDING_FILE)
         return Artefact(self.place, manifest)

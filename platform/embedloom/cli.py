@@ -16,6 +16,7 @@ from embedloom.cli_cluster import app as cluster_app
 from embedloom.cli_embed import embed
 from embedloom.cli_merge import merge_models
 from embedloom.cli_rank import gate, leaderboard
+from embedloom.cli_runs import diff, explain, ledger, replay
 from embedloom.cli_serve import serve
 from embedloom.errors import EmbedloomError
 
@@ -82,6 +83,10 @@ app.command("merge-models")(merge_models)
 app.command("gate")(gate)
 app.command("leaderboard")(leaderboard)
 app.command("serve")(serve)
+app.command("explain")(explain)
+app.command("diff")(diff)
+app.command("replay")(replay)
+app.command("ledger")(ledger)
 
 
 @app.command()
@@ -91,13 +96,19 @@ def plan(
     cluster: ClusterFile = CLUSTER,
     overrides: Overrides = None,
     dry_run: DryRun = False,
+    calibrate: Annotated[
+        Path | None,
+        typer.Option("--calibrate", metavar="RUN", help="Predict by the ledger of this finished run."),
+    ] = None,
 ) -> None:
-    """What would run where; starts nothing."""
+    """What would run where, how long it takes and what it costs; starts nothing."""
     from embedloom.launch import load
     from embedloom.plan import plan_table
+    from embedloom.planning.ledger_file import read_ledger
+    from embedloom.storage import Place
 
     run = load(config, profile, cluster, overrides or [])
-    print(plan_table(run))
+    print(plan_table(run, None if calibrate is None else read_ledger(Place(str(calibrate)))))
     print(run.place.uri)
 
 
@@ -120,20 +131,6 @@ def submit(
     code = submit_run(run, config, cluster, overrides or [], stage, address, dry_run)
     print(run.place.uri)
     raise typer.Exit(code)
-
-
-@app.command()
-def explain(
-    run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, such as runs/quickstart.")],
-    row_id: Annotated[
-        str | None, typer.Argument(metavar="[ID]", help="Id of a document, pair or example.")
-    ] = None,
-) -> None:
-    """Lineage: from the model back to corpus, prompts and seeds."""
-    from embedloom.lineage import explain as explain_run
-    from embedloom.storage import Place
-
-    print(explain_run(Place(str(run_folder)), row_id))
 
 
 @app.command()

@@ -5,11 +5,14 @@ from pathlib import Path
 
 from embedloom.artefacts import Artefact
 from embedloom.cluster.config import load_cluster
+from embedloom.config.rates import RATES_FILE, RatesConfig, load_rates
 from embedloom.config.run import load_run
 from embedloom.encoder.registry import check_model_name
 from embedloom.errors import ConfigError, MissingDependency
 from embedloom.pipeline import build_missing, graph, missing, model_folder
 from embedloom.run import Run
+from embedloom.run_file import open_run
+from embedloom.storage import Place
 from embedloom.synthesis.pools import waves
 
 _NEEDS = {
@@ -27,9 +30,25 @@ def load(config: Path, profile: str, cluster: Path, overrides: list[str]) -> Run
     Raises:
         ConfigError: naming the file, the key, the value seen and what is allowed.
     """
-    run = Run(load_run(config, overrides), load_cluster(cluster), profile)
+    run = Run(load_run(config, overrides), load_cluster(cluster), profile, rates_beside(cluster))
     run.cluster.profile(profile)
     return run
+
+
+def reopen(folder: str, cluster: Path, profile: str | None) -> Run:
+    """A run that was executed before, by its ``run.json``.
+
+    Raises:
+        DataError: no ``run.json`` there.
+        ConfigError: a config that this version does not read, or an unknown profile.
+    """
+    return open_run(Place(folder), load_cluster(cluster), profile, rates_beside(cluster))
+
+
+def rates_beside(cluster: Path) -> RatesConfig | None:
+    """The rates file in the cluster config's folder; None if there is none."""
+    path = cluster.parent / RATES_FILE
+    return load_rates(path) if path.is_file() else None
 
 
 def preflight(run: Run, verbs: set[str]) -> None:
@@ -69,7 +88,7 @@ def preflight(run: Run, verbs: set[str]) -> None:
 
 def execute(run: Run, verb: str | None, dry_run: bool) -> str:
     """Run a verb (None: everything) and return the artefact's path; a dry run only prints the plan."""
-    from embedloom.plan import plan_table
+    from embedloom.plan import keep_ledger, keep_plan, plan_table
 
     nodes = graph(run)
     if verb is not None and all(node.verb != verb for node in nodes.values()):
@@ -81,8 +100,10 @@ def execute(run: Run, verb: str | None, dry_run: bool) -> str:
     if todo:
         from embedloom.cluster.session import ray_session
 
+        keep_plan(run, nodes)
         with ray_session(run.profile, run.cluster.auth):
             build_missing(run, verb)
+        keep_ledger(run, nodes)
     else:
         build_missing(run, verb)
     if verb in (None, "evaluate", "gate"):

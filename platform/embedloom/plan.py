@@ -1,19 +1,33 @@
 """``plan`` and ``--dry-run``: what would run where, without starting anything."""
 
 from embedloom.config.resources import PoolConfig
-from embedloom.pipeline import finished, graph
-from embedloom.run import Run
+from embedloom.pipeline import fingerprints, finished, graph
+from embedloom.planning.known import Known
+from embedloom.planning.ledger import build_ledger, write_plan
+from embedloom.planning.ledger_file import LEDGER_FILE, RunLedger, read_ledger
+from embedloom.planning.lines import prediction_lines
+from embedloom.planning.schedule import Plan, make_plan
+from embedloom.planning.training_steps import training_steps
+from embedloom.run import Node, Run
+from embedloom.run_file import write_run_file
 from embedloom.synthesis.prices import describe
 
 
-def plan_table(run: Run) -> str:
-    """One line an artefact: state, who works on it, how much work is known from the config."""
+def plan_table(run: Run, measured: RunLedger | None = None) -> str:
+    """One line an artefact: state, who works on it, how much work it is; then what it takes and costs.
+
+    Args:
+        run: the run.
+        measured: a finished run whose speeds the prediction uses; None: an earlier execution of this run, if there
+            was one, else the rates file.
+    """
     nodes = graph(run)
     done = finished(run, nodes)
+    known = Known(done, measured or own_ledger(run), fingerprints(nodes))
     rows = [("artefact", "state", "resources", "work")]
     for name, node in nodes.items():
         state = "finished" if name in done else "to build"
-        work = _done_work(done[name].counts) if name in done else _planned_work(run, name)
+        work = _done_work(done[name].counts) if name in done else _planned_work(run, nodes, name, known)
         rows.append((name, state, _resources(run, node.verb), work))
     widths = [max(len(row[column]) for row in rows) for column in range(3)]
     lines = [
@@ -25,7 +39,44 @@ def plan_table(run: Run) -> str:
     )
     section = run.config.synthesis
     costs = [] if section is None or "synthesis" in done else describe(section, run.profile.stages.synthesis)
-    return "\n".join([head, *lines, *costs])
+    return "\n".join([head, *lines, *costs, *_prediction(run, nodes, known)])
+
+
+def predicted(run: Run, nodes: dict[str, Node], known: Known) -> Plan | None:
+    """What is left to build, predicted; None without a rates file."""
+    return None if run.rates is None else make_plan(run, nodes, run.rates, known, known.finished)
+
+
+def keep_plan(run: Run, nodes: dict[str, Node]) -> None:
+    """Write ``run.json`` and the prediction into the run's folder, before anything is built."""
+    write_run_file(run)
+    known = Known(finished(run, nodes), own_ledger(run), fingerprints(nodes))
+    plan = predicted(run, nodes, known)
+    if plan is not None:
+        write_plan(run.place, plan)
+
+
+def keep_ledger(run: Run, nodes: dict[str, Node]) -> RunLedger | None:
+    """Write ``ledger.json``, what the finished artefacts took beside what was planned; None without a rates file."""
+    if run.rates is None:
+        return None
+    ledger = build_ledger(run, nodes, finished(run, nodes), run.rates)
+    ledger.write(run.place)
+    return ledger
+
+
+def own_ledger(run: Run) -> RunLedger | None:
+    """The ledger of an earlier execution in the same folder."""
+    return read_ledger(run.place) if run.place.exists(LEDGER_FILE) else None
+
+
+def _prediction(run: Run, nodes: dict[str, Node], known: Known) -> list[str]:
+    plan = predicted(run, nodes, known)
+    if plan is None or run.rates is None:
+        return ["no rates.yaml beside the cluster config, so time and cost are not predicted"]
+    if not plan.estimates:
+        return []
+    return prediction_lines(run, plan, run.rates, known.measured.run if known.measured else None)
 
 
 def _resources(run: Run, verb: str) -> str:
@@ -61,7 +112,7 @@ def _done_work(counts: dict[str, object]) -> str:
     return ", ".join(shown)
 
 
-def _planned_work(run: Run, name: str) -> str:
+def _planned_work(run: Run, nodes: dict[str, Node], name: str, known: Known) -> str:
     config = run.config
     if name == "synthesis" and config.synthesis is not None:
         section = config.synthesis
@@ -75,8 +126,9 @@ def _planned_work(run: Run, name: str) -> str:
     if name == "examples":
         return f"{config.mining.selection.method}, {config.mining.selection.negatives} negatives"
     if name.startswith("training/"):
-        stage = next(s for s in config.training.stages if s.name == name.rsplit("/", 1)[1])
-        steps = f"{stage.max_steps:,} steps" if stage.max_steps else f"{stage.epochs:g} epochs"
+        found = training_steps(config, nodes[name], nodes, known)
+        stage = found.stage
+        steps = f"{found.steps:,} steps" if found.steps else f"{stage.epochs:g} epochs"
         return f"{steps} x {stage.global_batch:,} queries, {stage.negatives} negatives, ZeRO-{config.training.zero_stage}"
     if name == "merged":
         search = "" if config.merging.search is None else f", {config.merging.search.kind} on dev tasks"

@@ -6,6 +6,7 @@ from typing import Any
 
 from embedloom.artefacts import Artefact, ArtefactWriter
 from embedloom.cluster.config import ClusterConfig, Profile
+from embedloom.config.rates import RatesConfig
 from embedloom.config.run import RunConfig
 from embedloom.storage import Place
 
@@ -20,6 +21,7 @@ class Run:
     config: RunConfig
     cluster: ClusterConfig
     profile_name: str
+    rates: RatesConfig | None = None  # of the file beside the cluster config; None: there is none
 
     @property
     def profile(self) -> Profile:

@@ -9,16 +9,17 @@ compares every byte of the two folders. Also fails if a finished file was writte
 
 import argparse
 import json
-import os
 import random
 import shlex
-import shutil
-import signal
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from drills.comparing import differences
+from drills.processes import run_until
 
 WORDS = [
     "read",
@@ -39,7 +40,6 @@ WORDS = [
     "lock",
 ]
 SHARD_ROWS = 50
-LIMIT_SECONDS = 600
 
 
 def write_texts(path: Path, count: int, seed: int) -> None:
@@ -78,41 +78,6 @@ def finished_files(out: Path) -> dict[str, int]:
     }
 
 
-def run_until(arguments: list[str], out: Path, target: int, delay: float) -> tuple[bool, int]:
-    """Start a run and kill its process group ``delay`` seconds after ``target`` files are finished.
-
-    Returns whether the kill came before the end, and how many files were finished then.
-    """
-    process = subprocess.Popen(
-        arguments, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    deadline = time.monotonic() + LIMIT_SECONDS
-    while process.poll() is None and len(finished_files(out)) < target:
-        assert time.monotonic() < deadline, "the run made no progress"
-        time.sleep(0.005)
-    time.sleep(delay)
-    alive = process.poll() is None
-    if alive:
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    for session in Path("/tmp").glob(f"el-ray-*/session_*_{process.pid}"):
-        shutil.rmtree(session.parent, ignore_errors=True)
-    return alive, len(finished_files(out))
-
-
-def differences(left: Path, right: Path) -> list[str]:
-    """Names of files that only one folder has or whose bytes differ; of the manifest, the times do not count."""
-    names = {p.relative_to(root).as_posix() for root in (left, right) for p in root.rglob("*") if p.is_file()}
-
-    def content(path: Path) -> bytes | None:
-        if path.name == "manifest.json" and path.is_file():
-            kept = {k: v for k, v in json.loads(path.read_text()).items() if k not in ("seconds", "created")}
-            return json.dumps(kept, sort_keys=True).encode()
-        return path.read_bytes() if path.is_file() else None
-
-    return sorted(name for name in names if content(left / name) != content(right / name))
-
-
 def drill(
     model: Path, folder: Path, texts: int, kills: int, seed: int, prefix: str = ""
 ) -> dict[str, object]:
@@ -134,7 +99,7 @@ def drill(
         seen.update(now)
 
     for target in targets:
-        alive, done = run_until(arguments, killed, target, draw.uniform(0, 0.3))
+        alive, done = run_until(arguments, lambda: finished_files(killed), target, draw.uniform(0, 0.3))
         note_rewritten()
         if alive:
             moments.append(done)

@@ -9,24 +9,20 @@ result files (all but dates and durations), items, vectors and ``scores.json``.
 
 import argparse
 import json
-import os
 import random
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from drills.comparing import differences
+from drills.processes import run_until
 from fakes_tasks import make_local_tasks
 
-LIMIT_SECONDS = 600
 SHARD_TEXTS = 6
-_TIMES = ("date", "evaluation_time", "evaluation_phases", "seconds", "created")
 
 
 def work(model: Path, tasks: Path, out: Path) -> None:
@@ -68,47 +64,6 @@ def finished_files(out: Path) -> set[str]:
     }
 
 
-def run_until(arguments: list[str], out: Path, target: int, delay: float) -> tuple[bool, int]:
-    """Start a run and kill its process group ``delay`` seconds after ``target`` files are finished.
-
-    Returns whether the kill came before the end, and how many files were finished then.
-    """
-    process = subprocess.Popen(
-        arguments, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    deadline = time.monotonic() + LIMIT_SECONDS
-    while process.poll() is None and len(finished_files(out)) < target:
-        assert time.monotonic() < deadline, "the run made no progress"
-        time.sleep(0.005)
-    time.sleep(delay)
-    alive = process.poll() is None
-    if alive:
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    for session in Path("/tmp").glob(f"el-ray-*/session_*_{process.pid}"):
-        shutil.rmtree(session.parent, ignore_errors=True)
-    return alive, len(finished_files(out))
-
-
-def timeless(value: Any) -> Any:
-    """JSON without what the clock decides."""
-    if isinstance(value, dict):
-        return {key: timeless(inner) for key, inner in value.items() if key not in _TIMES}
-    return [timeless(inner) for inner in value] if isinstance(value, list) else value
-
-
-def content(path: Path) -> object:
-    if not path.is_file():
-        return None
-    return timeless(json.loads(path.read_text())) if path.suffix == ".json" else path.read_bytes()
-
-
-def differences(left: Path, right: Path) -> list[str]:
-    """Names of files that only one folder has or whose content differs."""
-    names = {p.relative_to(root).as_posix() for root in (left, right) for p in root.rglob("*") if p.is_file()}
-    return sorted(name for name in names if content(left / name) != content(right / name))
-
-
 def make_tasks(folder: Path, types: list[str]) -> Path:
     """Small local tasks of the named types, or of all."""
     tasks = make_local_tasks(folder / "tasks")
@@ -135,7 +90,8 @@ def drill(model: Path, tasks: Path, calm: Path, killed: Path, kills: int, seed: 
     targets = sorted(draw.randrange(0, total) for _ in range(kills))
     moments = []
     for target in targets:
-        alive, done = run_until([*arguments, str(killed)], killed, target, draw.uniform(0, 0.3))
+        again = [*arguments, str(killed)]
+        alive, done = run_until(again, lambda: finished_files(killed), target, draw.uniform(0, 0.3))
         if alive:
             moments.append(done)
     subprocess.run([*arguments, str(killed)], check=True, stdout=subprocess.DEVNULL)

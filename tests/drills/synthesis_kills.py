@@ -6,7 +6,7 @@ Two generators, one of which is refused a third of its answers, write seed queri
 short pairs on a Ray cluster of two nodes of this machine; engines are fakes that answer after a short sleep. One run
 is left alone. In the other, at drawn numbers of finished files and drawn fractions of a second later, a drawn process
 is killed: an engine's actor, the second node's raylet, or the driver with everything it started, which is then run
-again. Compares every row, reject and task of the two artefacts, and fails if a finished shard was written twice.
+again; or an actor is stopped for two seconds. Compares every row, reject and task of the two artefacts, and fails if a finished shard was written twice.
 """
 
 import argparse
@@ -23,13 +23,16 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 TESTS = Path(__file__).resolve().parents[1]
-KINDS = ("actor", "raylet", "driver")
+sys.path.insert(0, str(TESTS))
+
+from drills.processes import pause, started, stop
+
+KINDS = ("actor", "raylet", "driver", "slow")
 SHARD_ROWS = 8
 LIMIT_SECONDS = 900
 STARTS = 3
+SLOW_SECONDS = 2.0  # a process stopped for so long is slow, not dead
 
 
 def drive(folder: Path, rows: int, quick: bool) -> None:
@@ -107,46 +110,25 @@ def finished_files(folder: Path) -> dict[str, int]:
     }
 
 
-def processes(driver: int, name: str) -> list[psutil.Process]:
-    """What the driver started, by a part of its command line, oldest first."""
-    found = []
-    for process in psutil.Process(driver).children(recursive=True):
-        try:
-            if name in " ".join(process.cmdline()):
-                found.append((process.create_time(), process.pid, process))
-        except psutil.NoSuchProcess:
-            continue
-    return [process for _, _, process in sorted(found)]
-
-
 def kill(kind: str, driver: subprocess.Popen[bytes], draw: random.Random) -> str:
-    """Kill one process of a kind; what was killed, empty if there was none."""
+    """Kill one process of a kind, or stop it for a while; the kind, empty if there was none."""
     if kind == "driver":
         stop(driver)
         return "driver"
     if kind == "raylet":
-        raylets = processes(driver.pid, "raylet/raylet")
+        raylets = started(driver.pid, "raylet/raylet")
         if len(raylets) > 1:
             raylets[-1].send_signal(signal.SIGKILL)
             return "raylet"
         return ""
-    actors = processes(driver.pid, "MapBatches(_PoolActor)")
+    actors = started(driver.pid, "MapBatches(_PoolActor)")
     if not actors:
         return ""
-    draw.choice(actors).send_signal(signal.SIGKILL)
-    return "actor"
-
-
-def stop(driver: subprocess.Popen[bytes]) -> None:
-    """Kill the driver and all it started: Ray's own processes are in its session."""
-    below = psutil.Process(driver.pid).children(recursive=True)
-    os.killpg(driver.pid, signal.SIGKILL)
-    for process in below:
-        try:
-            process.kill()
-        except psutil.NoSuchProcess:
-            continue
-    driver.wait()
+    if kind == "slow":
+        pause(draw.choice(actors), SLOW_SECONDS)
+    else:
+        draw.choice(actors).send_signal(signal.SIGKILL)
+    return kind
 
 
 def content(folder: Path) -> dict[str, Any]:

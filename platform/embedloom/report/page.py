@@ -8,6 +8,7 @@ from typing import Any
 from embedloom.progress import duration
 from embedloom.report.charts import Bar, bar_chart, line_chart
 from embedloom.report.leaderboard import leaderboard_section
+from embedloom.report.lineage_graph import lineage_graph
 from embedloom.report.markup import number_text, table_markup
 from embedloom.report.negatives import negatives_section
 from embedloom.report.summary import Curve, Stage
@@ -190,4 +191,5 @@ def _lineage(stages: list[Stage]) -> str:
         mark = stage.manifest["fingerprint"] if stage.manifest else "unfinished"
         made_from = ", ".join(f"{name} {value}" for name, value in stage.inputs.items())
         body.append([stage.name, mark, made_from or "-"])
-    return table_markup(["artefact", "fingerprint", "made from"], body, words=(0, 1, 2))
+    table = table_markup(["artefact", "fingerprint", "made from"], body, words=(0, 1, 2))
+    return f'<div class="scroll">{lineage_graph(stages)}</div>\n{table}'

@@ -71,7 +71,7 @@ def test_document_id_shows_its_source_and_every_pair_made_from_it(run):
     text = explain(run, "doc-zip")
     assert "source       tiny:zip" in text
     assert "pairs        2" in text
-    assert "synthetic  How do I zip a folder?" in text
+    assert "synthetic by smol, prompt p123  How do I zip a folder?" in text
 
 
 def test_rejected_id_shows_the_reason(run):

@@ -1,0 +1,118 @@
+"""``cluster/rates.yaml``: how fast devices are and what they cost, each number with its source."""
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from embedloom.config.base import FrozenConfig, read_yaml, validate
+
+RATES_FILE = "rates.yaml"
+WorkKind = Literal[
+    "corpus", "encoder", "synthesize", "embed", "train", "examples", "merge", "evaluate", "gate"
+]
+Unit = Literal["rows", "tokens", "bytes", "flops", "scores"]
+
+
+class Sourced(FrozenConfig):
+    """A number and where it is from."""
+
+    value: float = Field(gt=0)
+    source: str = Field(min_length=8)
+
+
+class Device(FrozenConfig):
+    """One kind of GPU, or one CPU core."""
+
+    accelerator: str | None = None  # as `accelerator` of a node pool says it; null: a CPU core
+    peak_bf16_tflops: Sourced | None = None  # dense
+    price_per_hour: Sourced | None = None  # of one, in the file's currency
+
+
+class ModelShape(FrozenConfig):
+    """What FLOPs are counted from."""
+
+    layers: int = Field(ge=1)
+    hidden_size: int = Field(ge=1)
+    layer_weights: int = Field(ge=1)  # of the matrices of one layer
+    embedding_weights: int = Field(ge=0)
+    source: str = Field(min_length=8)
+
+
+class WorkRate(FrozenConfig):
+    """How fast one device does one kind of work: by its MFU, or so many units a second."""
+
+    work: WorkKind
+    device: str
+    base: str | None = None  # only for this model; null: any
+    mfu: float | None = Field(default=None, gt=0, le=1)
+    per_second: float | None = Field(default=None, gt=0)
+    unit: Unit = "flops"
+    start_seconds: float = Field(default=0.0, ge=0)  # before the first unit, however much work there is
+    source: str = Field(min_length=8)
+
+    @model_validator(mode="after")
+    def _says_how_fast(self) -> "WorkRate":
+        if self.mfu is not None and self.per_second is not None:
+            raise ValueError(f"rate of {self.work} on {self.device} has mfu and per_second; allowed: one")
+        if self.mfu is not None and self.unit != "flops":
+            raise ValueError(
+                f"rate of {self.work} on {self.device}: mfu goes with unit flops, found {self.unit!r}"
+            )
+        if self.mfu is None and self.per_second is None and not self.start_seconds:
+            raise ValueError(f"rate of {self.work} on {self.device} needs mfu, per_second or start_seconds")
+        return self
+
+
+class Published(FrozenConfig):
+    """What somebody else's training took, to print beside the plan."""
+
+    base: str
+    device: str
+    gpus: int = Field(ge=1)
+    stage_hours: dict[str, float] = Field(min_length=1)  # training stage -> hours
+    source: str = Field(min_length=8)
+
+
+class RatesConfig(FrozenConfig):
+    """The whole file."""
+
+    version: Literal[1]
+    currency: str = "USD"
+    # Share of the token limits that texts fill where nothing has been measured: 1 makes every estimate a bound.
+    text_fill: Sourced
+    devices: dict[str, Device] = Field(min_length=1)
+    models: dict[str, ModelShape] = Field(default_factory=dict)
+    rates: tuple[WorkRate, ...] = Field(min_length=1)
+    published: tuple[Published, ...] = ()
+
+    @model_validator(mode="after")
+    def _devices_are_there(self) -> "RatesConfig":
+        for name in (*(rate.device for rate in self.rates), *(one.device for one in self.published)):
+            if name not in self.devices:
+                raise ValueError(f"unknown device {name!r}; allowed: {', '.join(sorted(self.devices))}")
+        for rate in self.rates:
+            if rate.mfu is not None and self.devices[rate.device].peak_bf16_tflops is None:
+                raise ValueError(f"rate of {rate.work} has an mfu, but {rate.device} no peak_bf16_tflops")
+        if self.text_fill.value > 1:
+            raise ValueError(f"text_fill.value is {self.text_fill.value:g}; a share is at most 1")
+        return self
+
+    def device_of(self, accelerator: str | None) -> str | None:
+        """Name of the device that a node pool's accelerator stands for; None where the file has none."""
+        return next((name for name, one in self.devices.items() if one.accelerator == accelerator), None)
+
+    def rate_of(self, work: str, device: str, base: str | None) -> WorkRate | None:
+        """The rate of this model, else that of any model; None where nothing is known."""
+        fitting = [rate for rate in self.rates if rate.work == work and rate.device == device]
+        own = [rate for rate in fitting if rate.base == base and base is not None]
+        return next(iter([*own, *(rate for rate in fitting if rate.base is None)]), None)
+
+
+def load_rates(path: Path) -> RatesConfig:
+    """Read and check a rates file.
+
+    Raises:
+        ConfigError: naming the file, the key, the value seen and what is allowed.
+    """
+    return validate(RatesConfig, read_yaml(path), str(path))

@@ -1,0 +1,61 @@
+"""``embedloom replay``: which artefacts of a run are stale, and why."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from embedloom.artefacts import BUILDING_FILE, MANIFEST_FILE, Artefact, fingerprint
+from embedloom.pipeline import fingerprints, graph
+from embedloom.run import Node, Run
+
+State = Literal["finished", "stale", "unfinished", "missing"]
+
+
+@dataclass(frozen=True, slots=True)
+class ArtefactState:
+    """One artefact: whether it is as its config and inputs say it must be."""
+
+    name: str
+    state: State
+    reason: str = ""
+
+
+def states(run: Run) -> list[ArtefactState]:
+    """State of every artefact, in the order they are built; reads manifests and starts nothing.
+
+    A finished artefact is stale if its settings, which include the state of the files it read, or what it was made
+    from are not what they were.
+
+    Raises:
+        DataError: a corrupt manifest.
+    """
+    nodes = graph(run)
+    wanted = fingerprints(nodes)
+    return [_state(run, node, wanted) for node in nodes.values()]
+
+
+def _state(run: Run, node: Node, wanted: dict[str, str]) -> ArtefactState:
+    place = run.place.child(node.name)
+    if not place.exists(MANIFEST_FILE):
+        begun = place.exists(BUILDING_FILE)
+        return ArtefactState(node.name, "unfinished" if begun else "missing")
+    artefact = Artefact.open(place)
+    if artefact.fingerprint == wanted[node.name]:
+        return ArtefactState(node.name, "finished")
+    reasons = []
+    if artefact.manifest["config_fingerprint"] != fingerprint(*node.settings):
+        reasons.append("its settings or the files it reads changed")
+    recorded = artefact.manifest["inputs"]
+    changed = [name for name in node.inputs if recorded.get(name) != wanted[name]]
+    if changed:
+        reasons.append(f"made from another {', '.join(changed)}")
+    return ArtefactState(node.name, "stale", "; ".join(reasons) or "other inputs")
+
+
+def state_lines(found: list[ArtefactState]) -> list[str]:
+    """One line an artefact."""
+    width = max(len(one.name) for one in found)
+    lines = [
+        f"{one.name.ljust(width)}  {one.state}{f': {one.reason}' if one.reason else ''}" for one in found
+    ]
+    left = sum(one.state != "finished" for one in found)
+    return [*lines, f"{left} of {len(found)} artefacts to build"]
