@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from embedloom import __version__
+from embedloom.cli_deploy import deploy
 from embedloom.cli_embed import embed
 from embedloom.cli_merge import merge_models
 from embedloom.cli_rank import gate, leaderboard
@@ -82,6 +83,7 @@ app.command("merge-models")(merge_models)
 app.command("gate")(gate)
 app.command("leaderboard")(leaderboard)
 app.command("serve")(serve)
+app.command("deploy")(deploy)
 
 
 @app.command()

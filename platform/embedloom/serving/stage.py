@@ -23,11 +23,18 @@ from embedloom.config.serving import ServingConfig
 from embedloom.encoder.device import DTypeName
 from embedloom.errors import ConfigError, ServeError
 from embedloom.progress import note
-from embedloom.serving.app import ApplicationArgs, build_application
-
-APPLICATION = "embedloom"
-READY_SECONDS = 300.0  # a replica imports torch first, which takes a minute on a busy node
-_QUIET = {"log_level": "WARNING", "enable_access_log": False}
+from embedloom.serving.address import remember
+from embedloom.serving.app import ApplicationArgs, build_application, build_encoders
+from embedloom.serving.applications import (
+    APPLICATION,
+    QUIET,
+    START_SECONDS,
+    last_line,
+    remove,
+    run,
+    version_name,
+    version_names,
+)
 
 
 @dataclass(slots=True)
@@ -37,6 +44,7 @@ class Endpoint:
     url: str
     served_name: str
     owns_serve: bool
+    address_file: Path | None = None
 
     def wait(self) -> None:
         """Block until SIGINT or SIGTERM; call from the main thread, then ``stop``."""
@@ -53,10 +61,12 @@ class Endpoint:
 
     def stop(self) -> None:
         """Let running requests finish, then take the application down; safe to call twice."""
+        if self.address_file is not None:
+            self.address_file.unlink(missing_ok=True)
         if not ray.is_initialized():
             return
-        if APPLICATION in serve.status().applications:
-            serve.delete(APPLICATION)
+        for name in (APPLICATION, *version_names()):  # encoders last: the endpoint still asks them
+            remove(name)
         if self.owns_serve:
             serve.shutdown()
 
@@ -101,7 +111,8 @@ def start_endpoint(
         config = config.model_copy(update={"compute_dtype": dtype})
     content = {"model_folder": str(model_folder), "model_id": model_id, "served_name": served_name}
     arguments = validate(ApplicationArgs, {**content, "serving": config, "scaling": scaling}, "serving")
-    application = build_application(arguments)
+    encoders = None if arguments.single else version_name(arguments.fingerprint)
+    application = build_application(arguments, encoders)
     owns_serve = not _serve_is_running()
     if owns_serve:
         check_port_free(config.host, config.port)
@@ -114,19 +125,23 @@ def start_endpoint(
         serve.start(
             proxy_location="HeadOnly",
             http_options={"host": config.host, "port": config.port},
-            logging_config=_QUIET,
+            logging_config=QUIET,
         )
-        serve.run(application, name=APPLICATION, route_prefix=config.route_prefix, logging_config=_QUIET)
-        _wait_until_ready(endpoint, READY_SECONDS)
+        if encoders is not None:
+            run(build_encoders(arguments), encoders, None)
+        run(application, APPLICATION, config.route_prefix)
+        _wait_until_ready(endpoint, START_SECONDS)
     except ServeError:
         endpoint.stop()
         raise
     except (RuntimeError, TimeoutError, ray.exceptions.RayError) as error:
         endpoint.stop()
-        raise ServeError(f"the endpoint did not start: {_last_line(error)}") from error
+        raise ServeError(f"the endpoint did not start: {last_line(error)}") from error
     except BaseException:
         endpoint.stop()
         raise
+    gcs = ray.get_runtime_context().gcs_address
+    endpoint.address_file = remember(config.port, endpoint.url, gcs)
     return endpoint
 
 
@@ -181,9 +196,3 @@ def _get(url: str) -> tuple[int, dict[str, Any]]:
         return error.code, {"body": error.read(200).decode(errors="replace")}
     except (OSError, ValueError):
         return 0, {}
-
-
-def _last_line(error: BaseException) -> str:
-    """The sentence that says why: Serve wraps a replica's whole traceback into its message."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__
