@@ -49,6 +49,8 @@ class ServingConfig(FrozenConfig):
     keys_file: str | None = None
     keys_variable: str | None = None
     allowed_origins: tuple[str, ...] = ()  # web pages elsewhere that a browser may call from; none by default
+    # On loopback without keys, the endpoint answers only to names of this machine, and to these (a local proxy's).
+    allowed_hosts: tuple[str, ...] = ()
     request_log: Literal["none", "facts", "texts"] = "facts"  # facts: one line a request, without its texts
 
     @model_validator(mode="after")

@@ -39,6 +39,7 @@ class ApplicationArgs(FrozenConfig):
     model_id: str | None = (
         None  # what identifies the weights, e.g. their artefact's fingerprint; null: the served name
     )
+    on_loopback: bool = False  # whether only this machine can connect; where it is known
     serving: ServingConfig = ServingConfig()
     scaling: ServeScaling = ServeScaling()
 
@@ -102,6 +103,7 @@ def build_application(args: ApplicationArgs, encoders: str | None = None) -> App
         max_body_bytes=int(serving.max_body_mib * 2**20),
         keys=read_keys(serving),
         allowed_origins=serving.allowed_origins,
+        hosts=_hosts(args),
         request_log=serving.request_log,
         lineage=read_lineage(folder),
         gate=read_gate(folder),
@@ -131,6 +133,18 @@ def build_encoders(args: ApplicationArgs) -> Application:
     return encoders.options(**options, max_ongoing_requests=args.serving.max_ongoing_requests).bind(
         *_model(args, folder), shared
     )
+
+
+def _hosts(args: ApplicationArgs) -> tuple[str, ...]:
+    """Names that the endpoint answers to; none: to any.
+
+    Without keys, loopback is all that keeps others out, and a page elsewhere gets past it by pointing its own name at
+    127.0.0.1 (DNS rebinding): then the browser takes the endpoint for a part of that page's site.
+    """
+    keyed = args.serving.keys_file is not None or args.serving.keys_variable is not None
+    if keyed or not args.on_loopback:
+        return ()
+    return ("localhost", "127.0.0.1", "::1", args.serving.host, *args.serving.allowed_hosts)
 
 
 def _model(args: ApplicationArgs, folder: Path) -> tuple[Any, ...]:

@@ -1,6 +1,7 @@
 """Starting the endpoint in the connected Ray, waiting until it answers, and stopping it after a drain."""
 
 import errno
+import ipaddress
 import json
 import logging
 import signal
@@ -109,7 +110,12 @@ def start_endpoint(
     """
     if dtype is not None:
         config = config.model_copy(update={"compute_dtype": dtype})
-    content = {"model_folder": str(model_folder), "model_id": model_id, "served_name": served_name}
+    content: dict[str, Any] = {
+        "model_folder": str(model_folder),
+        "model_id": model_id,
+        "served_name": served_name,
+        "on_loopback": _on_loopback(config.host),
+    }
     arguments = validate(ApplicationArgs, {**content, "serving": config, "scaling": scaling}, "serving")
     encoders = None if arguments.single else version_name(arguments.fingerprint)
     application = build_application(arguments, encoders)
@@ -143,6 +149,13 @@ def start_endpoint(
     gcs = ray.get_runtime_context().gcs_address
     endpoint.address_file = remember(config.port, endpoint.url, gcs)
     return endpoint
+
+
+def _on_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def check_port_free(host: str, port: int) -> None:
