@@ -157,7 +157,6 @@ class Traffic:
 def test_a_drifted_version_is_taken_away_and_a_sound_one_takes_over_without_a_failed_request(
     ray_local, tiny_model, tmp_path, monkeypatch
 ):
-    from test_endpoint import free_port
 
     from embedloom.serving.deploy import deploy
     from embedloom.serving.stage import start_endpoint
@@ -166,7 +165,7 @@ def test_a_drifted_version_is_taken_away_and_a_sound_one_takes_over_without_a_fa
     sound = shutil.copytree(tiny_model, tmp_path / "sound")
     llama = make_tiny_llama(tmp_path / "llama", seed=1)
     drifted = make_tiny_encoder(llama, tmp_path / "drifted")
-    config = ServingConfig(port=free_port(), require_gate=False)
+    config = ServingConfig(port=free_port(), require_gate=False, request_log="none")
     with start_endpoint(config, tiny_model, "old", "tiny", ServeScaling(threads=1)) as endpoint:
         with Traffic(endpoint.url) as traffic:
             refused = deploy(request_of(drifted))

@@ -73,7 +73,9 @@ def text_ids(
 
 
 def _nothing_left(encoder: ServingEncoder, part: Part, limit: int) -> Refusal | None:
-    """Why a text cut at its end would be an instruction and nothing else, where it would."""
+    """Why a text cut at its end would be the client's instruction and nothing else, where it would."""
+    if part.instruction is None:  # the contract's own is the model's business
+        return None
     prompt = encoder.contract.format("\0", part.side, part.task_type, part.instruction)
     before = prompt[: prompt.rindex("\0")]
     if not before or len(encoder.tokenizer([before], truncation=False)["input_ids"][0]) < limit:
@@ -82,7 +84,7 @@ def _nothing_left(encoder: ServingEncoder, part: Part, limit: int) -> Refusal | 
         f"instruction: it alone fills the limit of {limit} tokens for a {part.side}, so nothing of {part.name} would be "
         "left; allowed: a shorter one",
         "context_length_exceeded",
-        part.name if part.instruction is None else "instruction",
+        "instruction",
     )
 
 
