@@ -35,6 +35,12 @@ drill: install-dev
 	$(BIN)/python tests/drills/embed_kills.py
 	$(BIN)/python tests/drills/synthesis_kills.py
 	$(BIN)/python tests/drills/evaluate_kills.py
+	$(BIN)/python tests/drills/serve_overload.py
+	$(BIN)/python tests/drills/serve_kills.py
+	$(BIN)/python tests/drills/serve_kills.py --replicas 1
+	$(BIN)/python tests/drills/serve_soak.py
+	$(BIN)/python tests/drills/serve_schema.py
+	$(BIN)/python tests/drills/serve_clients.py
 
 lint: install-dev
 	$(BIN)/ruff check .

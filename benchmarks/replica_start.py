@@ -9,6 +9,7 @@ peer is the same deployment whose replicas read the folder themselves.
 """
 
 import argparse
+import dataclasses
 import json
 import os
 import subprocess
@@ -108,12 +109,13 @@ def measure(model: Path, shared: bool) -> dict[str, Any]:
         )  # fmt: skip
         encoders = build_encoders(args)
         deployment = encoders._bound_deployment
-        arguments = deployment.init_args if shared else (*deployment.init_args[:-1], False)
+        spec = deployment.init_args[0]
+        spec = spec if shared else dataclasses.replace(spec, shared=False)
         # A version of its own name makes the change of num_replicas one that keeps the first replica.
         options = {"version": "1"} | ({} if shared else {"deployment_actors": None})
 
         def of(replicas: int) -> Any:
-            return deployment.options(num_replicas=replicas, **options).bind(*arguments)
+            return deployment.options(num_replicas=replicas, _internal=True, **options).bind(spec)
 
         before, _ = memory()
         first_seconds = start(of(1), 1)

@@ -11,7 +11,6 @@ from ray.serve.config import AutoscalingConfig, BackpressureConfig
 from embedloom.config.base import FrozenConfig, validate
 from embedloom.config.resources import ServeScaling
 from embedloom.config.serving import ServingConfig
-from embedloom.encoder.sidecars import derive_contract
 from embedloom.errors import DataError
 from embedloom.instructions import CONTRACT_FILE, PromptContract
 from embedloom.retrieval.model_id import model_id
@@ -20,7 +19,8 @@ from embedloom.serving.corpus_source import CorpusSource
 from embedloom.serving.gateway import Gateway
 from embedloom.serving.handles import ENCODERS
 from embedloom.serving.keys import read_keys
-from embedloom.serving.model_facts import read_gate, read_lineage
+from embedloom.serving.loading import ModelSpec
+from embedloom.serving.model_facts import contract_of, read_gate, read_lineage
 from embedloom.serving.replica import EncoderEndpoint, EncoderReplica
 from embedloom.serving.service import BatchSettings
 from embedloom.serving.weights import shares_weights, weights_actor
@@ -114,7 +114,7 @@ def build_application(args: ApplicationArgs, encoders: str | None = None) -> App
     if args.single:
         endpoint = serve.deployment(serve.ingress()(EncoderEndpoint), name=SINGLE, num_replicas=1)
         return endpoint.options(**ingress, **_computing(args)).bind(
-            *_model(args, folder), settings, corpus, blueprint
+            _model(args, folder), settings, corpus, blueprint
         )
     gateway = serve.deployment(serve.ingress()(Gateway), name=GATEWAY, num_replicas=1)
     return gateway.options(**ingress, ray_actor_options={"num_cpus": GATEWAY_CPUS}).bind(
@@ -125,13 +125,13 @@ def build_application(args: ApplicationArgs, encoders: str | None = None) -> App
 def build_encoders(args: ApplicationArgs) -> Application:
     """Bind the encoders of one model, without HTTP."""
     folder = check_model_folder(Path(args.model_folder))
-    shared = shares_weights(args.scaling)
+    shared = shares_weights(args.scaling) and args.serving.engine == "torch"
     options = _patience(args.serving) | _computing(args) | _replicas(args.scaling)
     if shared:
         options["deployment_actors"] = [weights_actor(str(folder), args.serving.compute_dtype)]
     encoders = serve.deployment(EncoderReplica, name=ENCODERS)
     return encoders.options(**options, max_ongoing_requests=args.serving.max_ongoing_requests).bind(
-        *_model(args, folder), shared
+        _model(args, folder, shared)
     )
 
 
@@ -147,9 +147,18 @@ def _hosts(args: ApplicationArgs) -> tuple[str, ...]:
     return ("localhost", "127.0.0.1", "::1", args.serving.host, *args.serving.allowed_hosts)
 
 
-def _model(args: ApplicationArgs, folder: Path) -> tuple[Any, ...]:
-    batching = BatchSettings.of(args.serving)
-    return str(folder), args.scaling.compute_threads, args.serving.compute_dtype, batching, args.fingerprint
+def _model(args: ApplicationArgs, folder: Path, shared: bool = False) -> ModelSpec:
+    scaling, serving = args.scaling, args.serving
+    return ModelSpec(
+        folder=str(folder),
+        fingerprint=args.fingerprint,
+        batching=BatchSettings.of(serving),
+        threads=scaling.compute_threads,
+        dtype=serving.compute_dtype,
+        engine=serving.engine,
+        gpus=scaling.gpus,
+        shared=shared,
+    )
 
 
 def _patience(serving: ServingConfig) -> dict[str, Any]:
@@ -177,15 +186,6 @@ def _corpus(serving: ServingConfig, folder: Path) -> CorpusSource | None:
     )
     source.check()
     return source
-
-
-def contract_of(folder: Path) -> PromptContract:
-    """A model folder's prompt contract; of a foreign model, the one its files describe.
-
-    Raises:
-        DataError: a broken one.
-    """
-    return PromptContract.load(folder) if (folder / CONTRACT_FILE).exists() else derive_contract(folder)
 
 
 def _ingress_limits(max_requests: int) -> dict[str, Any]:

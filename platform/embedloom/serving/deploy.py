@@ -23,12 +23,12 @@ from embedloom.serving.app import (
     ApplicationArgs,
     build_application,
     build_encoders,
-    contract_of,
 )
 from embedloom.serving.applications import APPLICATION, remove, run, version_name, version_names
 from embedloom.serving.golden import check_golden, expected_vectors
 from embedloom.serving.handles import ENCODERS
 from embedloom.serving.messages import ModelInfo
+from embedloom.serving.model_facts import contract_of
 from embedloom.serving.trial import Decision, TrialRules, Window, decide
 from embedloom.serving.versions import TrialOrders
 

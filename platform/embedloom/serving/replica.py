@@ -3,61 +3,29 @@
 Plain classes; app.py makes deployments of them.
 """
 
-from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI
 from ray import serve
 
 from embedloom.config.base import validate
-from embedloom.encoder.device import DTypeName
-from embedloom.encoder.model import Encoder
-from embedloom.encoder.shared import SharedWeights
 from embedloom.serving.api import create_api
 from embedloom.serving.calls import EndpointSettings
 from embedloom.serving.corpus_source import CorpusSource
 from embedloom.serving.ingress import Ingress
+from embedloom.serving.loading import ModelSpec, load_service
 from embedloom.serving.messages import EncodeJob, EncodeResult, ModelInfo, Refusal
 from embedloom.serving.metrics import EndpointMetrics
 from embedloom.serving.request_log import log_to_stderr
-from embedloom.serving.service import BatchSettings, EncoderService
-from embedloom.serving.weights import mapped_weights
-
-
-def load_service(
-    model_folder: str,
-    threads: int,
-    dtype: DTypeName,
-    settings: BatchSettings,
-    fingerprint: str,
-    weights: SharedWeights | None = None,
-) -> EncoderService:
-    """Load a model folder for serving and run it once; ``weights`` are used in place of the folder's.
-
-    Raises:
-        DataError: not a model folder, or a broken one.
-    """
-    encoder = Encoder.load(Path(model_folder), threads=threads, dtype=dtype, weights=weights)
-    # The first forward pass allocates and picks kernels; no client should pay for it.
-    encoder.embed_tokens([[0] * 8])
-    return EncoderService(encoder, settings, fingerprint)
+from embedloom.serving.service import BatchSettings
 
 
 class EncoderReplica:
     """One of several encoders behind a gateway."""
 
-    def __init__(
-        self,
-        model_folder: str,
-        threads: int,
-        dtype: DTypeName,
-        settings: BatchSettings,
-        fingerprint: str,
-        shared: bool = False,
-    ) -> None:
+    def __init__(self, spec: ModelSpec) -> None:
         self._tag = serve.get_replica_context().replica_tag
-        weights = mapped_weights() if shared else None
-        self._service = load_service(model_folder, threads, dtype, settings, fingerprint, weights)
+        self._service = load_service(spec)
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
         """Apply ``BatchSettings`` changed in the Serve config, without a restart."""
@@ -84,16 +52,12 @@ class EncoderEndpoint(Ingress):
 
     def __init__(
         self,
-        model_folder: str,
-        threads: int,
-        dtype: DTypeName,
-        batching: BatchSettings,
-        fingerprint: str,
+        spec: ModelSpec,
         settings: EndpointSettings,
         corpus: CorpusSource | None,
         blueprint: dict[str, Any],
     ) -> None:
-        self._service = load_service(model_folder, threads, dtype, batching, fingerprint)
+        self._service = load_service(spec)
         super().__init__(self._service, settings, corpus, blueprint)
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:

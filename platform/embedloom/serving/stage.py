@@ -17,6 +17,7 @@ from typing import Any
 
 import ray
 from ray import serve
+from ray.serve import Application
 
 from embedloom.config.base import validate
 from embedloom.config.resources import ServeScaling
@@ -126,29 +127,32 @@ def start_endpoint(
     endpoint = Endpoint(
         f"http://{host}:{config.port}{config.route_prefix.rstrip('/')}", served_name, owns_serve
     )
-    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     try:
-        serve.start(
-            proxy_location="HeadOnly",
-            http_options={"host": config.host, "port": config.port},
-            logging_config=QUIET,
-        )
-        if encoders is not None:
-            run(build_encoders(arguments), encoders, None)
-        run(application, APPLICATION, config.route_prefix)
+        _start(arguments, application, encoders)
         _wait_until_ready(endpoint, START_SECONDS)
-    except ServeError:
-        endpoint.stop()
-        raise
+        gcs = ray.get_runtime_context().gcs_address
+        endpoint.address_file = remember(config.port, endpoint.url, gcs)
     except (RuntimeError, TimeoutError, ray.exceptions.RayError) as error:
         endpoint.stop()
         raise ServeError(f"the endpoint did not start: {last_line(error)}") from error
     except BaseException:
         endpoint.stop()
         raise
-    gcs = ray.get_runtime_context().gcs_address
-    endpoint.address_file = remember(config.port, endpoint.url, gcs)
     return endpoint
+
+
+def _start(arguments: ApplicationArgs, application: Application, encoders: str | None) -> None:
+    """Start Serve, the encoders where they are an application of their own, and what answers HTTP."""
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    serving = arguments.serving
+    serve.start(
+        proxy_location="HeadOnly",
+        http_options={"host": serving.host, "port": serving.port},
+        logging_config=QUIET,
+    )
+    if encoders is not None:
+        run(build_encoders(arguments), encoders, None)
+    run(application, APPLICATION, serving.route_prefix)
 
 
 def _on_loopback(host: str) -> bool:

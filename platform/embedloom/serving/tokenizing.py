@@ -49,8 +49,8 @@ def text_ids(
     limit = encoder.contract.max_tokens(part.side)
     try:
         if truncate == "end":
-            ids = encoder.tokenize(texts, part.side, part.task_type, part.instruction)
-            return ids if max(map(len, ids)) < limit else _nothing_left(encoder, part, limit) or ids
+            cut = encoder.tokenize(texts, part.side, part.task_type, part.instruction)
+            return cut if max(map(len, cut)) < limit else _nothing_left(encoder, part, limit) or cut
         formatted = [
             encoder.contract.format(text, part.side, part.task_type, part.instruction) for text in texts
         ]
