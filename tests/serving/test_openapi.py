@@ -47,7 +47,7 @@ class OneDocument:
 
 def schema_of(**settings):
     api = api_of(FakeEncoder(limit=128), max_item_characters=400, **settings)
-    schema = schemathesis.openapi.from_asgi("/openapi.json", api)
+    schema = schemathesis.openapi.from_asgi("/openapi.json", api, headers=HEADERS)
     schema.config.generation.update(modes=list(schemathesis.GenerationMode))
     return schema
 

@@ -36,6 +36,9 @@ class Ingress:
         self.corpus = corpus.open() if corpus is not None else None
         self._blueprint = blueprint
         self._encoders = encoders
+        self._tried: tuple[str, Backend] | None = (
+            None  # application and its handle: one a trial, not one a call
+        )
 
     async def describe_endpoint(self) -> tuple[dict[str, Any], ModelInfo, str | None]:
         """The ``ApplicationArgs`` this endpoint was built from, its model, and the application of its encoders."""
@@ -44,7 +47,9 @@ class Ingress:
     async def order_trial(self, orders: dict[str, Any]) -> Window:
         """Begin or renew the trial of a new version (``TrialOrders``); returns what was seen so far."""
         checked = validate(TrialOrders, orders, "trial")
-        self.router.order(checked, encoders_of(checked.application))
+        if self._tried is None or self._tried[0] != checked.application:
+            self._tried = checked.application, encoders_of(checked.application)
+        self.router.order(checked, self._tried[1])
         return self.router.window()
 
     async def end_trial(self) -> Window:
