@@ -33,6 +33,12 @@ test: install-dev
 
 drill: install-dev
 	$(BIN)/python tests/drills/run_drills.py --drills 100
+	$(BIN)/python tests/drills/serve_overload.py
+	$(BIN)/python tests/drills/serve_kills.py
+	$(BIN)/python tests/drills/serve_kills.py --replicas 1
+	$(BIN)/python tests/drills/serve_soak.py
+	$(BIN)/python tests/drills/serve_schema.py
+	$(BIN)/python tests/drills/serve_clients.py
 
 lint: install-dev
 	$(BIN)/ruff check .

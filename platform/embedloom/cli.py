@@ -13,6 +13,7 @@ import typer
 from embedloom import __version__
 from embedloom.cli_ablate import ablate
 from embedloom.cli_cluster import app as cluster_app
+from embedloom.cli_deploy import deploy
 from embedloom.cli_embed import embed
 from embedloom.cli_merge import merge_models
 from embedloom.cli_rank import gate, leaderboard
@@ -87,6 +88,7 @@ app.command("explain")(explain)
 app.command("diff")(diff)
 app.command("replay")(replay)
 app.command("ledger")(ledger)
+app.command("deploy")(deploy)
 
 
 @app.command()

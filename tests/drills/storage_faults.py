@@ -95,7 +95,9 @@ def truncate_one(folder: Path, draw: random.Random) -> Path | None:
     found = sorted(
         path
         for path in folder.rglob("*")
-        if path.suffix in (".parquet", ".safetensors") and not path.name.startswith("_tmp") and path.stat().st_size > 1
+        if path.suffix in (".parquet", ".safetensors")
+        and not path.name.startswith("_tmp")
+        and path.stat().st_size > 1
     )
     if not found:
         return None

@@ -2,11 +2,14 @@
 
 import asyncio
 import json
+from types import SimpleNamespace
 
 import httpx
+import numpy as np
 import pytest
 
-from embedloom.serving.messages import EncodeJob, Part, Refusal
+from embedloom.serving.handles import HandleBackend
+from embedloom.serving.messages import EncodeJob, EncodeResult, Part, Refusal
 from embedloom.serving.metrics import EndpointMetrics
 from fakes_serving import FakeEncoder, api_of, client_of, refused, service_of
 
@@ -195,3 +198,35 @@ def test_a_body_that_does_not_arrive_is_given_up():
             )
 
     assert refused(asyncio.run(run()), 408)["code"] == "timeout"
+
+
+class Answered:
+    """What a Serve handle gives back."""
+
+    def __init__(self, result):
+        self.result = result
+
+    def __await__(self):
+        async def done():
+            return self.result
+
+        return done().__await__()
+
+
+def test_a_gateway_shows_what_waits_at_all_its_replicas():
+    results = [
+        EncodeResult(np.zeros((1, 2), np.float32), {}, "query", "c", 0, 0, replica=tag, queued=queued)
+        for tag, queued in (
+            ("a", {"query": 5, "bulk": 100}),
+            ("b", {"query": 1, "bulk": 0}),
+            ("a", {"query": 0, "bulk": 40}),
+        )
+    ]
+    handle = SimpleNamespace(encode=SimpleNamespace(remote=lambda _: Answered(results.pop(0))))
+    backend = HandleBackend(handle)
+    assert backend.queued_tokens() == {"query": 0, "bulk": 0}
+    seen = []
+    for _ in range(3):
+        asyncio.run(backend.encode(EncodeJob(())))
+        seen.append(backend.queued_tokens())
+    assert seen == [{"query": 5, "bulk": 100}, {"query": 6, "bulk": 100}, {"query": 1, "bulk": 40}]

@@ -9,7 +9,7 @@ import yaml
 from embedloom.config.resources import ServeScaling
 from embedloom.config.serving import ServingConfig
 from embedloom.errors import ConfigError, DataError
-from embedloom.serving.app import ApplicationArgs, build, build_application
+from embedloom.serving.app import ApplicationArgs, build, build_application, build_encoders
 from embedloom.serving.service import BatchSettings
 from embedloom.serving.stage import check_port_free
 from embedloom.verdict import weights_fingerprint
@@ -139,3 +139,25 @@ def test_port_in_use_is_named():
 def test_host_that_is_not_ours_is_named():
     with pytest.raises(ConfigError, match=r"serving\.host: cannot listen on '192\.0\.2\.1'"):
         check_port_free("192.0.2.1", 8000)
+
+
+@pytest.mark.parametrize(
+    ("scaling", "serving", "shared"),
+    [
+        ({"min_replicas": 0, "max_replicas": 3}, {}, True),
+        ({"min_replicas": 0, "max_replicas": 1}, {}, False),  # nobody to share with
+        ({"min_replicas": 2, "max_replicas": 2, "gpus": 0.5}, {}, False),  # weights live on the device
+        ({"min_replicas": 2, "max_replicas": 2}, {"engine": "vllm"}, False),
+    ],
+)
+def test_several_replicas_on_cpu_share_their_weights(tiny_model, scaling, serving, shared):
+    args = ApplicationArgs(
+        model_folder=str(tiny_model),
+        served_name="t",
+        serving=ServingConfig(require_gate=False, **serving),
+        scaling=ServeScaling(**scaling),
+    )
+    encoders = build_encoders(args)._bound_deployment
+    actors = encoders._deployment_config.deployment_actors or []
+    assert [actor.name for actor in actors] == (["weights"] if shared else [])
+    assert encoders.init_args[0].shared == shared

@@ -198,7 +198,7 @@ def test_killed_encoder_behind_the_gateway_loses_no_request(behind_gateway):
 
     def ask(number: int) -> int:
         if number == 20:
-            os.kill(_pid_of("ServeReplica:embedloom:encoder"), signal.SIGKILL)
+            os.kill(_pid_of(":encoder"), signal.SIGKILL)
         return len(client.embeddings.create(model="tiny", input=f"text {number}").data)
 
     with concurrent.futures.ThreadPoolExecutor(4) as pool:

@@ -6,6 +6,8 @@ import logging
 import pytest
 
 from embedloom.config.serving import ServingConfig
+from embedloom.serving.app import ApplicationArgs, build_application
+from embedloom.serving.calls import EndpointSettings
 from embedloom.serving.keys import ApiKey
 from fakes_serving import FakeEncoder, client_of, refused
 
@@ -94,3 +96,43 @@ def test_a_line_names_the_key_and_unknown_paths_share_a_name(caplog):
     known, unknown = lines_of(caplog)
     assert known["key"] == "page"
     assert "key" not in unknown and unknown["path"] == "other" and unknown["status"] == 401
+
+
+def test_an_endpoint_on_loopback_answers_only_to_names_of_this_machine():
+    hosts = ("localhost", "127.0.0.1", "::1")
+    with client_of(FakeEncoder(), hosts=hosts) as client:
+        for host in ("localhost:8000", "127.0.0.1", "[::1]:8000", "LOCALHOST"):
+            assert client.post("/v1/embeddings", json=BODY, headers={"host": host}).status_code == 200, host
+        for host in ("evil.example.org", "127.0.0.1.evil.example.org:8000", "", "[::2]"):
+            error = refused(client.post("/v1/embeddings", json=BODY, headers={"host": host}), 403)
+            assert error["code"] == "unknown_host"
+    with client_of(FakeEncoder()) as client:
+        assert client.get("/health", headers={"host": "anything"}).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("on_loopback", "serving", "checked"),
+    [
+        (True, {}, True),
+        (True, {"allowed_hosts": ("search.local",)}, True),
+        (False, {"host": "0.0.0.0"}, False),
+        (True, {"keys_variable": "KEYS_OF_THIS_TEST"}, False),
+    ],
+)
+def test_hosts_are_checked_where_loopback_is_all_that_keeps_others_out(
+    tiny_model, monkeypatch, on_loopback, serving, checked
+):
+    monkeypatch.setenv("KEYS_OF_THIS_TEST", "a: {sha256: " + "ab" * 32 + "}")
+    args = ApplicationArgs(
+        model_folder=str(tiny_model),
+        served_name="t",
+        on_loopback=on_loopback,
+        serving=ServingConfig(require_gate=False, **serving),
+    )
+    (settings,) = [
+        item
+        for item in build_application(args)._bound_deployment.init_args
+        if isinstance(item, EndpointSettings)
+    ]
+    assert bool(settings.hosts) == checked
+    assert set(serving.get("allowed_hosts", ())) <= set(settings.hosts)

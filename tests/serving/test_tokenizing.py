@@ -65,3 +65,15 @@ def test_refusals_name_the_item_of_the_whole_request():
 def test_token_ids_are_cut_at_either_end(truncate, kept):
     given = list(range(100))
     assert given_ids(FakeEncoder(), Part("document", token_ids=[given]), truncate) == [given[kept]]
+
+
+def test_an_instruction_that_leaves_nothing_of_a_query_cut_at_its_end_is_refused():
+    # BOS, "Instruct: ", the instruction, "\nQuery: ": 1 + 10 + n + 8 tokens.
+    for length, refused in ((12, False), (13, True), (40, True)):
+        part = Part("query", ["abc"], instruction="i" * length, name="query", is_list=False)
+        found = ids_of(FakeEncoder(limit=32), part, "end")
+        assert isinstance(found, Refusal) == refused, length
+    assert (found.param, found.code) == ("instruction", "context_length_exceeded")
+    assert found.message.startswith("instruction: it alone fills the limit of 32 tokens for a query")
+    (ids,) = ids_of(FakeEncoder(limit=32), Part("document", ["x" * 99]), "end")
+    assert len(ids) == 32

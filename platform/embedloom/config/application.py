@@ -15,8 +15,19 @@ class ApplicationArgs(FrozenConfig):
     model_id: str | None = (
         None  # what identifies the weights, e.g. their artefact's fingerprint; null: the served name
     )
+    on_loopback: bool = False  # whether only this machine can connect; where it is known
     serving: ServingConfig = ServingConfig()
     scaling: ServeScaling = ServeScaling()
+
+    @property
+    def fingerprint(self) -> str:
+        """What identifies the weights."""
+        return self.model_id or self.served_name
+
+    @property
+    def single(self) -> bool:
+        """Whether one process is encoder and HTTP side at once."""
+        return self.scaling.min_replicas == self.scaling.max_replicas == 1
 
     @model_validator(mode="after")
     def _replicas_may_fill_up(self) -> "ApplicationArgs":

@@ -6,6 +6,8 @@ from pydantic import Field, field_validator, model_validator
 
 from embedloom.config.base import FrozenConfig
 
+ServingEngine = Literal["torch", "vllm"]
+
 
 class ServingConfig(FrozenConfig):
     """What is served where, how requests are batched, and what one request may ask for."""
@@ -19,6 +21,8 @@ class ServingConfig(FrozenConfig):
     compute_dtype: Literal["auto", "float32", "bfloat16"] = (
         "float32"  # as embedding.compute_dtype, so vectors agree
     )
+    # torch: our encoder. vllm: its pooling runner, for GPUs; a replica whose golden vectors differ does not start.
+    engine: ServingEngine = "torch"
     # A vectors artefact to search, and the texts it was embedded from (null: those the artefact or its run holds).
     corpus: str | None = None
     documents: str | None = None
@@ -49,6 +53,8 @@ class ServingConfig(FrozenConfig):
     keys_file: str | None = None
     keys_variable: str | None = None
     allowed_origins: tuple[str, ...] = ()  # web pages elsewhere that a browser may call from; none by default
+    # On loopback without keys, the endpoint answers only to names of this machine, and to these (a local proxy's).
+    allowed_hosts: tuple[str, ...] = ()
     request_log: Literal["none", "facts", "texts"] = "facts"  # facts: one line a request, without its texts
 
     @model_validator(mode="after")

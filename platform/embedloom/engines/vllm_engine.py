@@ -48,7 +48,7 @@ class VLLMEngine:
             DataError: the folder is no model vLLM can load, or its tokenizer has no chat template.
         """
         require_engine(gpu)
-        _set_environment(gpu, threads, options.batch_invariant)
+        set_environment(gpu, threads, options.batch_invariant)
         self._max_model_tokens = options.max_model_tokens
         self._encoding = Lock()
 
@@ -150,7 +150,7 @@ def _load(model_folder: Path, options: EngineOptions, gpu: bool, tensor_parallel
     return llm
 
 
-def _set_environment(gpu: bool, threads: int, batch_invariant: bool) -> None:
+def set_environment(gpu: bool, threads: int, batch_invariant: bool) -> None:
     """What vLLM reads from the environment when it is imported."""
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # below it stands one line per converted weight
     os.environ["VLLM_NO_USAGE_STATS"] = "1"

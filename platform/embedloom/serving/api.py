@@ -70,6 +70,7 @@ def create_api(
         open_paths=frozenset(route.path for route in routes if not route.needs_key),
         max_body_bytes=settings.max_body_bytes,
         request_log=settings.request_log,
+        hosts=frozenset(name.encode().lower() for name in settings.hosts),
     )
     keys = KeyRing(settings.keys) if settings.keys else None
     api.add_middleware(Front, metrics=metrics, settings=front, keys=keys)

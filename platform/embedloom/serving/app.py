@@ -11,21 +11,24 @@ from embedloom.config.application import ApplicationArgs
 from embedloom.config.base import validate
 from embedloom.config.resources import ServeScaling
 from embedloom.config.serving import ServingConfig
-from embedloom.encoder.sidecars import derive_contract
 from embedloom.errors import DataError
 from embedloom.instructions import CONTRACT_FILE, PromptContract
 from embedloom.retrieval.model_id import model_id
 from embedloom.serving.calls import EndpointSettings
 from embedloom.serving.corpus_source import CorpusSource
 from embedloom.serving.gateway import Gateway
+from embedloom.serving.handles import ENCODERS
 from embedloom.serving.keys import read_keys
-from embedloom.serving.model_facts import read_gate, read_lineage
+from embedloom.serving.loading import ModelSpec
+from embedloom.serving.model_facts import contract_of, read_gate, read_lineage
 from embedloom.serving.replica import EncoderEndpoint, EncoderReplica
 from embedloom.serving.service import BatchSettings
+from embedloom.serving.weights import shares_weights, weights_actor
 from embedloom.verdict import check_gated
 
 RETRY_AFTER_SECONDS = 1  # of Serve's own 429, which is not the usual one
 GATEWAY_CPUS = 0.1  # bookkeeping only: it parses and waits
+SINGLE, GATEWAY = "endpoint", "gateway"  # deployments that answer HTTP
 
 
 def build(args: dict[str, Any]) -> Application:
@@ -38,11 +41,16 @@ def build(args: dict[str, Any]) -> Application:
     return build_application(validate(ApplicationArgs, args, "serve arguments"))
 
 
-def build_application(args: ApplicationArgs) -> Application:
+def build_application(args: ApplicationArgs, encoders: str | None = None) -> Application:
     """Bind one endpoint process for a single replica, else a gateway and its encoders.
 
     Measured on two cores with a tiny model: the gateway's hop adds 4 ms to a request of 15 ms and costs a
     quarter or more of the throughput; with several replicas it pays for itself by retrying and balancing.
+
+    Args:
+        args: model, settings and scaling.
+        encoders: name of a running application of ``build_encoders``, so that the gateway can be replaced without
+            touching them; None binds them into this one.
 
     Raises:
         DataError: the model folder is not one, or has not passed the gate.
@@ -54,7 +62,7 @@ def build_application(args: ApplicationArgs) -> Application:
     serving = args.serving.model_copy(update=scaling.limits)
     settings = EndpointSettings(
         served_name=args.served_name,
-        fingerprint=args.model_id or args.served_name,
+        fingerprint=args.fingerprint,
         created=int((folder / "config.json").stat().st_mtime),
         max_items=serving.max_items,
         max_requests=scaling.max_replicas * serving.max_ongoing_requests + serving.max_queued_requests,
@@ -63,40 +71,84 @@ def build_application(args: ApplicationArgs) -> Application:
         max_body_bytes=int(serving.max_body_mib * 2**20),
         keys=read_keys(serving),
         allowed_origins=serving.allowed_origins,
+        hosts=_hosts(args),
         request_log=serving.request_log,
         lineage=read_lineage(folder),
         gate=read_gate(folder),
     )
     corpus = _corpus(serving, folder)
-    batching = BatchSettings.of(serving)
-    model = (str(folder), scaling.compute_threads, serving.compute_dtype, batching, settings.fingerprint)
-    common = {
+    blueprint = args.model_dump(mode="json")
+    ingress = _patience(serving) | _ingress_limits(settings.max_requests)
+    if args.single:
+        endpoint = serve.deployment(serve.ingress()(EncoderEndpoint), name=SINGLE, num_replicas=1)
+        return endpoint.options(**ingress, **_computing(args)).bind(
+            _model(args, folder), settings, corpus, blueprint
+        )
+    gateway = serve.deployment(serve.ingress()(Gateway), name=GATEWAY, num_replicas=1)
+    return gateway.options(**ingress, ray_actor_options={"num_cpus": GATEWAY_CPUS}).bind(
+        encoders or build_encoders(args), settings, corpus, blueprint
+    )
+
+
+def build_encoders(args: ApplicationArgs) -> Application:
+    """Bind the encoders of one model, without HTTP."""
+    folder = check_model_folder(Path(args.model_folder))
+    shared = shares_weights(args.scaling) and args.serving.engine == "torch"
+    options = _patience(args.serving) | _computing(args) | _replicas(args.scaling)
+    if shared:
+        options["deployment_actors"] = [weights_actor(str(folder), args.serving.compute_dtype)]
+    encoders = serve.deployment(EncoderReplica, name=ENCODERS)
+    return encoders.options(**options, max_ongoing_requests=args.serving.max_ongoing_requests).bind(
+        _model(args, folder, shared)
+    )
+
+
+def _hosts(args: ApplicationArgs) -> tuple[str, ...]:
+    """Names that the endpoint answers to; none: to any.
+
+    Without keys, loopback is all that keeps others out, and a page elsewhere gets past it by pointing its own name at
+    127.0.0.1 (DNS rebinding): then the browser takes the endpoint for a part of that page's site.
+    """
+    keyed = args.serving.keys_file is not None or args.serving.keys_variable is not None
+    if keyed or not args.on_loopback:
+        return ()
+    return ("localhost", "127.0.0.1", "::1", args.serving.host, *args.serving.allowed_hosts)
+
+
+def _model(args: ApplicationArgs, folder: Path, shared: bool = False) -> ModelSpec:
+    scaling, serving = args.scaling, args.serving
+    return ModelSpec(
+        folder=str(folder),
+        fingerprint=args.fingerprint,
+        batching=BatchSettings.of(serving),
+        threads=scaling.compute_threads,
+        dtype=serving.compute_dtype,
+        engine=serving.engine,
+        gpus=scaling.gpus,
+        shared=shared,
+    )
+
+
+def _patience(serving: ServingConfig) -> dict[str, Any]:
+    return {
         "graceful_shutdown_timeout_s": serving.request_timeout_seconds,
         "max_constructor_retry_count": 1,  # a model that does not load will not load the next time
+        "max_surge_percent": 100,  # a replica is stopped when the one that replaces it answers, not before
     }
-    ingress = common | _ingress_limits(settings.max_requests)
-    computing = {
-        "ray_actor_options": {"num_cpus": scaling.cpus, "num_gpus": scaling.gpus},
-        "user_config": batching.model_dump(),
+
+
+def _computing(args: ApplicationArgs) -> dict[str, Any]:
+    return {
+        "ray_actor_options": {"num_cpus": args.scaling.cpus, "num_gpus": args.scaling.gpus},
+        "user_config": BatchSettings.of(args.serving).model_dump(),
     }
-    if scaling.min_replicas == scaling.max_replicas == 1:
-        endpoint = serve.deployment(serve.ingress()(EncoderEndpoint), name="endpoint", num_replicas=1)
-        return endpoint.options(**ingress, **computing).bind(*model, settings, corpus)
-    encoders = serve.deployment(EncoderReplica, name="encoder")
-    encoder = encoders.options(
-        **common, **computing, **_replicas(scaling), max_ongoing_requests=serving.max_ongoing_requests
-    ).bind(*model)
-    gateway = serve.deployment(serve.ingress()(Gateway), name="gateway", num_replicas=1)
-    return gateway.options(**ingress, ray_actor_options={"num_cpus": GATEWAY_CPUS}).bind(
-        encoder, settings, corpus
-    )
 
 
 def _corpus(serving: ServingConfig, folder: Path) -> CorpusSource | None:
     """The corpus to search, checked against the model before anything starts."""
     if serving.corpus is None:
         return None
-    contract = PromptContract.load(folder) if (folder / CONTRACT_FILE).exists() else derive_contract(folder)
+    contract = contract_of(folder)
     source = CorpusSource.of(
         serving.corpus, serving.documents, contract.hash, model_id(folder), contract.normalize
     )

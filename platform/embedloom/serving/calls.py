@@ -35,6 +35,7 @@ class EndpointSettings(FrozenConfig):
     max_body_bytes: int = 16 * 2**20
     keys: tuple[ApiKey, ...] = ()  # hashes only; none: every client is served
     allowed_origins: tuple[str, ...] = ()
+    hosts: tuple[str, ...] = ()  # names it answers to; none: to any
     request_log: RequestLog = "none"
     lineage: Lineage | None = None
     gate: GateVerdict | None = None

@@ -35,6 +35,7 @@ class FrontSettings:
     open_paths: frozenset[str]  # that need no key
     max_body_bytes: int
     request_log: RequestLog = "none"
+    hosts: frozenset[bytes] = frozenset()  # names it answers to, without port; none: to any
 
 
 class Front:
@@ -82,6 +83,13 @@ class Front:
 
     def _check(self, scope: Scope, headers: dict[bytes, bytes], facts: Facts) -> None:
         """Refuse who has no key and what is too large, before a byte of the body is read."""
+        if self._settings.hosts and _name(headers.get(b"host", b"")) not in self._settings.hosts:
+            raise ApiError(
+                403,
+                "host: this endpoint answers only to names of this machine, lest a web page elsewhere points its own "
+                "name here; give it API keys, or the name in serving.allowed_hosts",
+                code="unknown_host",
+            )
         if self._keys is not None and self._path(scope) not in self._settings.open_paths:
             facts.client = self._keys.identify(headers.get(b"authorization"))
             facts.client.begin()
@@ -107,6 +115,13 @@ class Front:
         if path in self._settings.paths:
             return path
         return _MODEL_PATH if path.startswith("/v1/models/") else "other"
+
+
+def _name(host: bytes) -> bytes:
+    """The name in a Host header: no port, no brackets."""
+    if host.startswith(b"["):
+        return host[1:].partition(b"]")[0].lower()
+    return host.partition(b":")[0].lower()
 
 
 class _Exchange:

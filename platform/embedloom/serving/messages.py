@@ -62,6 +62,8 @@ class EncodeResult:
     tokenize_seconds: float
     queue_seconds: float
     batches: list[BatchRecord] = field(default_factory=list)  # each batch is reported by one of its requests
+    replica: str = ""  # who computed it
+    queued: dict[str, int] = field(default_factory=dict)  # tokens that waited there afterwards, by lane
 
     @property
     def tokens(self) -> int:

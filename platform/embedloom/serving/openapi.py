@@ -19,6 +19,7 @@ from embedloom.serving.replies import ErrorResponse
 _REASONS = {
     400: "The request is not valid; param names the field.",
     401: "No API key, or an unknown one.",
+    403: "Asked by a name that is not this machine's.",
     404: "No such model.",
     408: "The body did not arrive in time.",
     409: "The request is pinned to another contract hash than the model's.",
@@ -65,7 +66,7 @@ def openapi_document(routes: Sequence[Route], settings: EndpointSettings, keyed:
         _state_limits(components["schemas"][model.__name__], settings)
     paths: dict[str, Any] = {}
     for route in routes:
-        paths.setdefault(route.path, {})[route.method.lower()] = _operation(route, keyed)
+        paths.setdefault(route.path, {})[route.method.lower()] = _operation(route, settings, keyed)
     if keyed:
         components["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
     return {
@@ -76,8 +77,10 @@ def openapi_document(routes: Sequence[Route], settings: EndpointSettings, keyed:
     }
 
 
-def _operation(route: Route, keyed: bool) -> dict[str, Any]:
+def _operation(route: Route, settings: EndpointSettings, keyed: bool) -> dict[str, Any]:
     statuses = list(_WITH_BODY if route.body else _BY_NAME if "{" in route.path else _WITHOUT_BODY)
+    if settings.hosts:
+        statuses.append(403)
     operation: dict[str, Any] = {
         "operationId": route.handler.__name__,
         "summary": (route.handler.__doc__ or "").strip().splitlines()[0],

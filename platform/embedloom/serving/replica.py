@@ -3,44 +3,29 @@
 Plain classes; app.py makes deployments of them.
 """
 
-from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI
+from ray import serve
 
 from embedloom.config.base import validate
-from embedloom.encoder.device import DTypeName
-from embedloom.encoder.model import Encoder
 from embedloom.serving.api import create_api
 from embedloom.serving.calls import EndpointSettings
 from embedloom.serving.corpus_source import CorpusSource
+from embedloom.serving.ingress import Ingress
+from embedloom.serving.loading import ModelSpec, load_service
 from embedloom.serving.messages import EncodeJob, EncodeResult, ModelInfo, Refusal
 from embedloom.serving.metrics import EndpointMetrics
 from embedloom.serving.request_log import log_to_stderr
-from embedloom.serving.service import BatchSettings, EncoderService
-
-
-def load_service(
-    model_folder: str, threads: int, dtype: DTypeName, settings: BatchSettings, fingerprint: str
-) -> EncoderService:
-    """Load a model folder for serving and run it once.
-
-    Raises:
-        DataError: not a model folder, or a broken one.
-    """
-    encoder = Encoder.load(Path(model_folder), threads=threads, dtype=dtype)
-    # The first forward pass allocates and picks kernels; no client should pay for it.
-    encoder.embed_tokens([[0] * 8])
-    return EncoderService(encoder, settings, fingerprint)
+from embedloom.serving.service import BatchSettings
 
 
 class EncoderReplica:
     """One of several encoders behind a gateway."""
 
-    def __init__(
-        self, model_folder: str, threads: int, dtype: DTypeName, settings: BatchSettings, fingerprint: str
-    ) -> None:
-        self._service = load_service(model_folder, threads, dtype, settings, fingerprint)
+    def __init__(self, spec: ModelSpec) -> None:
+        self._tag = serve.get_replica_context().replica_tag
+        self._service = load_service(spec)
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
         """Apply ``BatchSettings`` changed in the Serve config, without a restart."""
@@ -48,7 +33,10 @@ class EncoderReplica:
 
     async def encode(self, job: EncodeJob) -> EncodeResult | Refusal:
         """See ``EncoderService.encode``."""
-        return await self._service.encode(job)
+        result = await self._service.encode(job)
+        if isinstance(result, EncodeResult):
+            result.replica = self._tag
+        return result
 
     async def tokenize(self, job: EncodeJob) -> list[list[int]] | Refusal:
         """See ``EncoderService.tokenize``."""
@@ -59,22 +47,18 @@ class EncoderReplica:
         return await self._service.describe()
 
 
-class EncoderEndpoint:
+class EncoderEndpoint(Ingress):
     """The only encoder of an endpoint, answering HTTP itself: one process and one hop less."""
 
     def __init__(
         self,
-        model_folder: str,
-        threads: int,
-        dtype: DTypeName,
-        batching: BatchSettings,
-        fingerprint: str,
+        spec: ModelSpec,
         settings: EndpointSettings,
-        corpus: CorpusSource | None = None,
+        corpus: CorpusSource | None,
+        blueprint: dict[str, Any],
     ) -> None:
-        self._service = load_service(model_folder, threads, dtype, batching, fingerprint)
-        self._settings = settings
-        self._corpus = corpus.open() if corpus is not None else None
+        self._service = load_service(spec)
+        super().__init__(self._service, settings, corpus, blueprint)
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
         """Apply ``BatchSettings`` changed in the Serve config, without a restart."""
@@ -85,4 +69,4 @@ class EncoderEndpoint:
         log_to_stderr()
         metrics = EndpointMetrics()
         metrics.watch_queue(self._service.queued_tokens)
-        return create_api(self._service, self._settings, metrics, self._corpus)
+        return create_api(self.router, self.settings, metrics, self.corpus)

@@ -122,6 +122,7 @@ class EncoderService:
             tokenize_seconds=tokenized - started,
             queue_seconds=(request.started or tokenized) - request.arrived,
             batches=request.batches,
+            queued=self.queued_tokens(),
         )
 
     async def tokenize(self, job: EncodeJob) -> list[list[int]] | Refusal:

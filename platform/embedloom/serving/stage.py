@@ -1,6 +1,7 @@
 """Starting the endpoint in the connected Ray, waiting until it answers, and stopping it after a drain."""
 
 import errno
+import ipaddress
 import json
 import logging
 import signal
@@ -16,6 +17,7 @@ from typing import Any
 
 import ray
 from ray import serve
+from ray.serve import Application
 
 from embedloom.config.base import validate
 from embedloom.config.resources import ServeScaling
@@ -23,11 +25,18 @@ from embedloom.config.serving import ServingConfig
 from embedloom.encoder.device import DTypeName
 from embedloom.errors import ConfigError, ServeError
 from embedloom.progress import note
-from embedloom.serving.app import ApplicationArgs, build_application
-
-APPLICATION = "embedloom"
-READY_SECONDS = 300.0  # a replica imports torch first, which takes a minute on a busy node
-_QUIET = {"log_level": "WARNING", "enable_access_log": False}
+from embedloom.serving.address import remember
+from embedloom.serving.app import ApplicationArgs, build_application, build_encoders
+from embedloom.serving.applications import (
+    APPLICATION,
+    QUIET,
+    START_SECONDS,
+    last_line,
+    remove,
+    run,
+    version_name,
+    version_names,
+)
 
 
 @dataclass(slots=True)
@@ -37,6 +46,7 @@ class Endpoint:
     url: str
     served_name: str
     owns_serve: bool
+    address_file: Path | None = None
 
     def wait(self) -> None:
         """Block until SIGINT or SIGTERM; call from the main thread, then ``stop``."""
@@ -53,10 +63,12 @@ class Endpoint:
 
     def stop(self) -> None:
         """Let running requests finish, then take the application down; safe to call twice."""
+        if self.address_file is not None:
+            self.address_file.unlink(missing_ok=True)
         if not ray.is_initialized():
             return
-        if APPLICATION in serve.status().applications:
-            serve.delete(APPLICATION)
+        for name in (APPLICATION, *version_names()):  # encoders last: the endpoint still asks them
+            remove(name)
         if self.owns_serve:
             serve.shutdown()
 
@@ -99,9 +111,15 @@ def start_endpoint(
     """
     if dtype is not None:
         config = config.model_copy(update={"compute_dtype": dtype})
-    content = {"model_folder": str(model_folder), "model_id": model_id, "served_name": served_name}
+    content: dict[str, Any] = {
+        "model_folder": str(model_folder),
+        "model_id": model_id,
+        "served_name": served_name,
+        "on_loopback": _on_loopback(config.host),
+    }
     arguments = validate(ApplicationArgs, {**content, "serving": config, "scaling": scaling}, "serving")
-    application = build_application(arguments)
+    encoders = None if arguments.single else version_name(arguments.fingerprint)
+    application = build_application(arguments, encoders)
     owns_serve = not _serve_is_running()
     if owns_serve:
         check_port_free(config.host, config.port)
@@ -109,25 +127,39 @@ def start_endpoint(
     endpoint = Endpoint(
         f"http://{host}:{config.port}{config.route_prefix.rstrip('/')}", served_name, owns_serve
     )
-    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     try:
-        serve.start(
-            proxy_location="HeadOnly",
-            http_options={"host": config.host, "port": config.port},
-            logging_config=_QUIET,
-        )
-        serve.run(application, name=APPLICATION, route_prefix=config.route_prefix, logging_config=_QUIET)
-        _wait_until_ready(endpoint, READY_SECONDS)
-    except ServeError:
-        endpoint.stop()
-        raise
+        _start(arguments, application, encoders)
+        _wait_until_ready(endpoint, START_SECONDS)
+        gcs = ray.get_runtime_context().gcs_address
+        endpoint.address_file = remember(config.port, endpoint.url, gcs)
     except (RuntimeError, TimeoutError, ray.exceptions.RayError) as error:
         endpoint.stop()
-        raise ServeError(f"the endpoint did not start: {_last_line(error)}") from error
+        raise ServeError(f"the endpoint did not start: {last_line(error)}") from error
     except BaseException:
         endpoint.stop()
         raise
     return endpoint
+
+
+def _start(arguments: ApplicationArgs, application: Application, encoders: str | None) -> None:
+    """Start Serve, the encoders where they are an application of their own, and what answers HTTP."""
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    serving = arguments.serving
+    serve.start(
+        proxy_location="HeadOnly",
+        http_options={"host": serving.host, "port": serving.port},
+        logging_config=QUIET,
+    )
+    if encoders is not None:
+        run(build_encoders(arguments), encoders, None)
+    run(application, APPLICATION, serving.route_prefix)
+
+
+def _on_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def check_port_free(host: str, port: int) -> None:
@@ -181,9 +213,3 @@ def _get(url: str) -> tuple[int, dict[str, Any]]:
         return error.code, {"body": error.read(200).decode(errors="replace")}
     except (OSError, ValueError):
         return 0, {}
-
-
-def _last_line(error: BaseException) -> str:
-    """The sentence that says why: Serve wraps a replica's whole traceback into its message."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__

@@ -49,7 +49,8 @@ def text_ids(
     limit = encoder.contract.max_tokens(part.side)
     try:
         if truncate == "end":
-            return encoder.tokenize(texts, part.side, part.task_type, part.instruction)
+            cut = encoder.tokenize(texts, part.side, part.task_type, part.instruction)
+            return cut if max(map(len, cut)) < limit else _nothing_left(encoder, part, limit) or cut
         formatted = [
             encoder.contract.format(text, part.side, part.task_type, part.instruction) for text in texts
         ]
@@ -69,6 +70,22 @@ def text_ids(
     if truncate == "start":
         return _cut_starts(encoder.contract, part, whole, encoded["offset_mapping"], rows.start)
     return _too_long(part, whole, limit, rows.start) if limited else whole
+
+
+def _nothing_left(encoder: ServingEncoder, part: Part, limit: int) -> Refusal | None:
+    """Why a text cut at its end would be the client's instruction and nothing else, where it would."""
+    if part.instruction is None:  # the contract's own is the model's business
+        return None
+    prompt = encoder.contract.format("\0", part.side, part.task_type, part.instruction)
+    before = prompt[: prompt.rindex("\0")]
+    if not before or len(encoder.tokenizer([before], truncation=False)["input_ids"][0]) < limit:
+        return None
+    return Refusal(
+        f"instruction: it alone fills the limit of {limit} tokens for a {part.side}, so nothing of {part.name} would be "
+        "left; allowed: a shorter one",
+        "context_length_exceeded",
+        "instruction",
+    )
 
 
 def _cut_starts(

@@ -1,0 +1,197 @@
+"""Requests and latency of `embedloom serve` beside Infinity and vLLM's pooling server: same model, same cores, one run.
+
+    python benchmarks/serve_load.py [--quick] [--json] [--model minilm-l6] [--seconds 15] [--install] [--only NAME]
+
+Every server runs alone, in processes of its own, float32, on all cores, the clients beside it. Closed loop with 1, 16,
+64 and 256 clients (1 and 16 with --quick), short queries and mixed lengths; then an open loop at 70 % of the slowest
+server's rate, so p99 is compared at equal load. The headline is requests a second at the most clients up to 64, short
+queries. The floor is our encoder's offline rate on the same texts in batches: the share of it that the endpoint
+reaches under saturation. A peer that is missing is reported with how to install it (--install builds Infinity's own
+environment in .bench/).
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parent))
+from serving.client import texts
+
+from serving import servers
+
+CLIENT = Path(__file__).parent / "serving" / "client.py"
+_NO_PROXY = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+
+
+def offline(model: str, kind: str, threads: int) -> float:
+    """Tokens a second of the encoder alone."""
+    from embedloom.encoder.model import Encoder
+
+    encoder = Encoder.load(Path(model), threads=threads, dtype="float32")
+    ids = encoder.tokenize(texts(kind, 600), "document")
+    encoder.embed_tokens(ids[:64])
+    started = time.perf_counter()
+    encoder.embed_tokens(ids)
+    return sum(map(len, ids)) / (time.perf_counter() - started)
+
+
+def load(url: str, server: servers.Server, *options: str) -> dict[str, Any]:
+    """One stretch of load, by a client process."""
+    run = subprocess.run(
+        [sys.executable, str(CLIENT), url, server.model, *options],
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    found: dict[str, Any] = json.loads(run.stdout.splitlines()[-1])
+    return found
+
+
+def vectors(url: str, server: servers.Server) -> Any:
+    """Vectors of a few texts, of unit length."""
+    body = json.dumps(
+        {"model": server.model, "input": texts("mixed", 8, 7), "encoding_format": "float"}
+    ).encode()
+    request = urllib.request.Request(f"{url}/embeddings", body, {"content-type": "application/json"})
+    with _NO_PROXY.open(request, timeout=60) as reply:
+        found = np.array([item["embedding"] for item in json.loads(reply.read())["data"]])
+    return found / np.linalg.norm(found, axis=1, keepdims=True)
+
+
+def measure(server: servers.Server, folder: Path, options: argparse.Namespace, rate: float) -> dict[str, Any]:
+    """All closed loops of a server, or (rate > 0) the open ones."""
+    rows = []
+    with servers.running(server, folder / f"{server.name}.log") as url:
+        found = vectors(url, server)
+        load(url, server, "--clients", "8", "--seconds", "1")
+        for kind in options.kinds:
+            stretch = ["--kind", kind, "--seconds", str(options.seconds)]
+            if rate:
+                rows.append(load(url, server, *stretch, "--rate", str(rate)))
+                continue
+            for clients in options.clients:
+                rows.append(load(url, server, *stretch, "--clients", str(clients)))
+                print(f"{server.name}: {rows[-1]}", file=sys.stderr, flush=True)
+    return {"rows": rows, "vectors": found}
+
+
+def headline(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """The stretch that is compared: short queries, the most clients up to 64."""
+    fitting = [row for row in rows if row["kind"] == "short" and row["clients"] <= 64]
+    return max(fitting, key=lambda row: int(row["clients"]))
+
+
+def candidates(
+    model: Path, folder: Path, options: argparse.Namespace
+) -> tuple[list[servers.Server], dict[str, str]]:
+    """Servers that can run here, ours first, and why the others cannot."""
+    found, missing = [], {}
+    makers = {
+        "embedloom": lambda: servers.ours(model, folder, options.threads),
+        "infinity": lambda: servers.infinity(model, options.threads, options.install),
+        "vllm": lambda: servers.vllm(model, options.threads),
+    }
+    for name, make in makers.items():
+        if options.only and name not in ("embedloom", *options.only):
+            continue
+        try:
+            found.append(make())
+        except servers.Missing as error:
+            missing[name] = str(error)
+    return found, missing
+
+
+def compare(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Run everything and put it side by side."""
+    from embedloom.encoder.registry import resolve_model
+
+    model = resolve_model(options.model)
+    found, missing = candidates(model, folder, options)
+    results: dict[str, dict[str, Any]] = {}
+    for server in found:
+        try:
+            results[server.name] = measure(server, folder, options, 0.0)
+        except (servers.Missing, subprocess.CalledProcessError) as error:
+            missing[server.name] = str(error)
+    if "embedloom" not in results:
+        raise SystemExit(missing["embedloom"])
+    slowest = min(headline(result["rows"])["requests_per_second"] for result in results.values())
+    for server in found:
+        if server.name in results:
+            again = measure(server, folder, options, 0.7 * slowest)
+            results[server.name]["rows"] += again["rows"]
+    rates = {kind: offline(str(model), kind, options.threads) for kind in options.kinds}
+    return summary(options, results, missing, rates)
+
+
+def summary(
+    options: argparse.Namespace, results: dict[str, Any], missing: dict[str, str], rates: dict[str, float]
+) -> dict[str, Any]:
+    """The JSON object of the last line."""
+    own = results["embedloom"]
+    closed = {name: [row for row in r["rows"] if row["loop"] == "closed"] for name, r in results.items()}
+    ours = headline(closed["embedloom"])["requests_per_second"]
+    peers = {
+        name: headline(rows)["requests_per_second"] for name, rows in closed.items() if name != "embedloom"
+    }
+    best = max(peers, key=lambda name: peers[name], default=None)
+    saturated = {
+        kind: max(row["tokens_per_second"] for row in closed["embedloom"] if row["kind"] == kind) / rate
+        for kind, rate in rates.items()
+    }
+    cosines = {
+        name: float((r["vectors"] * own["vectors"]).sum(axis=1).min())
+        for name, r in results.items()
+        if name != "embedloom"
+    }
+    return {
+        "name": "serve_load", "ours": ours, "peer": peers.get(best, 0.0) if best else 0.0,
+        "peer_name": best or "none could be started", "ratio": round(ours / peers[best], 2) if best else 0.0,
+        "unit": f"requests/s, {headline(closed['embedloom'])['clients']} clients, short queries",
+        "floor_share": round(min(saturated.values()), 3),
+        "equal": all(value >= 0.999 for value in cosines.values()) if cosines else None,
+        "work": {
+            "model": options.model, "threads": options.threads, "seconds": options.seconds,
+            "offline_tokens_per_second": {kind: round(rate) for kind, rate in rates.items()},
+            "share_of_offline_rate": {kind: round(share, 3) for kind, share in saturated.items()},
+            "lowest_cosine_to_ours": cosines, "missing": missing,
+            "rows": [{"server": name, **row} for name, r in results.items() for row in r["rows"]],
+        },
+    }  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--quick", action="store_true", help="1 and 16 clients, short stretches")
+    parser.add_argument("--json", action="store_true", help="one JSON object on the last line")
+    parser.add_argument(
+        "--model", default="minilm-l6", help="a folder or registry name that every server can load"
+    )
+    parser.add_argument("--seconds", type=float, help="of each stretch; default 15, 3 with --quick")
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument(
+        "--install", action="store_true", help="install Infinity into .bench/ if it is not there"
+    )
+    parser.add_argument("--only", action="append", help="a peer; repeatable; default: all")
+    options = parser.parse_args()
+    options.seconds = options.seconds or (3.0 if options.quick else 15.0)
+    options.clients = (1, 16) if options.quick else (1, 16, 64, 256)
+    options.kinds = ("short",) if options.quick else ("short", "mixed")
+    with tempfile.TemporaryDirectory(prefix="el-", dir="/tmp") as folder:
+        result = compare(options, Path(folder))
+    print(json.dumps(result) if options.json else json.dumps(result, indent=2))
+
+
+if __name__ == "__main__":
+    main()

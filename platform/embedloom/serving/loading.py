@@ -1,0 +1,48 @@
+"""An encoder loaded for serving: ours over weights of its own or shared ones, or vLLM's."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from embedloom.config.serving import ServingEngine
+from embedloom.encoder.device import DTypeName
+from embedloom.encoder.model import Encoder
+from embedloom.serving.service import BatchSettings, EncoderService
+from embedloom.serving.tokenizing import ServingEncoder
+from embedloom.serving.weights import mapped_weights
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSpec:
+    """Which model a replica serves, and how it computes."""
+
+    folder: str
+    fingerprint: str
+    batching: BatchSettings
+    threads: int
+    dtype: DTypeName
+    engine: ServingEngine = "torch"
+    gpus: float = 0.0
+    shared: bool = False  # weights from the deployment's holder; only inside a replica
+
+
+def load_service(spec: ModelSpec) -> EncoderService:
+    """Load a model folder for serving and run it once.
+
+    Raises:
+        DataError: not a model folder, or a broken one.
+        ServeError: vLLM gives other vectors than were exported.
+        MissingDependency: vLLM is not installed.
+    """
+    folder = Path(spec.folder)
+    encoder: ServingEncoder
+    if spec.engine == "vllm":
+        from embedloom.serving.vllm_encoder import VLLMEncoder
+
+        encoder = VLLMEncoder(folder, spec.threads, spec.dtype, spec.gpus)
+        encoder.check()
+    else:
+        weights = mapped_weights() if spec.shared else None
+        encoder = Encoder.load(folder, threads=spec.threads, dtype=spec.dtype, weights=weights)
+    # The first forward pass allocates and picks kernels; no client should pay for it.
+    encoder.embed_tokens([[0] * 8])
+    return EncoderService(encoder, spec.batching, spec.fingerprint)

@@ -1,0 +1,190 @@
+"""Two versions of the model behind one endpoint: who answers which request, and what is seen of both. No Ray here.
+
+The live version answers unless a trial is on. A trial sends a share of requests to the new version, or a copy of each
+(shadow), and fills a ``Window``. Whatever the new version fails at, the live one answers, so a bad version costs time
+and no answers. A trial ends by itself when nobody renews it: the command that watches it may have died.
+"""
+
+import asyncio
+import time
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+from pydantic import Field
+
+from embedloom.config.base import FrozenConfig
+from embedloom.serving.calls import Backend
+from embedloom.serving.messages import EncodeJob, EncodeResult, ModelInfo, Refusal
+from embedloom.serving.neighbours import NeighbourStore
+from embedloom.serving.trial import Side, Window
+
+_MOST_SECONDS = 4096  # answers whose time is kept, of each version
+_MOST_COPIES = 4  # in flight; a request beyond them is not copied
+_NO_ROOM = ("overloaded", "model_replaced")  # refusals that say nothing about the request
+
+
+class TrialOrders(FrozenConfig):
+    """How a new version is tried."""
+
+    version: str  # its fingerprint
+    application: str  # where its encoders run
+    share: float = Field(ge=0, le=1)  # of requests that it answers
+    shadow: bool = False  # it gets copies, and its answers reach nobody
+    same_space: bool = True  # its vectors may be compared with the live version's
+    lease_seconds: float = Field(default=20.0, gt=0)
+
+
+class _Trial:
+    def __init__(self, orders: TrialOrders, backend: Backend, deadline: float) -> None:
+        self.orders = orders
+        self.backend = backend
+        self.deadline = deadline
+        self.window = Window(version=orders.version)
+        self.store = NeighbourStore(orders.same_space)
+        self.seen = 0
+        self.copies: set[asyncio.Task[None]] = set()
+
+    def draws(self) -> bool:
+        """Whether the next request goes to the new version: exactly the share, spread evenly."""
+        self.seen += 1
+        share = self.orders.share
+        return int(self.seen * share) > int((self.seen - 1) * share)
+
+
+class VersionRouter:
+    """A backend over the live version's and, during a trial, the new version's."""
+
+    def __init__(
+        self, live: Backend, timeout_seconds: float, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        """Build one.
+
+        Args:
+            live: the version that answers.
+            timeout_seconds: of a whole request; the new version gets half of it, so that the live one can still answer.
+            clock: seconds.
+        """
+        self._live = live
+        self._timeout = timeout_seconds / 2
+        self._clock = clock
+        self._trial: _Trial | None = None
+
+    def order(self, orders: TrialOrders, backend: Backend) -> None:
+        """Begin a trial, or renew and change the one that is on."""
+        deadline = self._clock() + orders.lease_seconds
+        if self._trial is None or self._trial.orders.version != orders.version:
+            self._trial = _Trial(orders, backend, deadline)
+        self._trial.orders, self._trial.deadline = orders, deadline
+
+    def end(self) -> None:
+        """Back to the live version alone."""
+        self._trial = None
+
+    def window(self) -> Window:
+        """What was seen in the trial that is on; an empty one without a version where none is."""
+        trial = self._current()
+        return Window() if trial is None else trial.window
+
+    async def encode(self, job: EncodeJob) -> EncodeResult | Refusal:
+        """Vectors by one of the versions, or why not; raises what the live version raises."""
+        trial = self._current()
+        if trial is None or job.fingerprint is not None:
+            # Pinned to the live version's weights: a search of vectors that it made.
+            return await self._live.encode(job)
+        if not trial.orders.shadow and trial.draws():
+            answer = await self._ask(trial, trial.backend.encode(job))
+            if answer is not None:
+                self._copy(trial, self._compare_with_live(trial, job, answer))
+                return answer
+            return await self._live.encode(job)
+        started = self._clock()
+        result = await self._live.encode(job)
+        self._seen(trial.window.live, started)
+        if isinstance(result, EncodeResult):
+            if trial.orders.shadow:
+                self._copy(trial, self._compare_with_candidate(trial, job, result))
+            else:
+                trial.store.add(result.vectors)
+        return result
+
+    async def tokenize(self, job: EncodeJob) -> list[list[int]] | Refusal:
+        """Token ids by the live version."""
+        return await self._live.tokenize(job)
+
+    async def describe(self) -> ModelInfo:
+        """The live version."""
+        return await self._live.describe()
+
+    def _current(self) -> _Trial | None:
+        if self._trial is not None and self._clock() > self._trial.deadline:
+            self._trial = None
+        return self._trial
+
+    def _seen(self, side: Side, started: float) -> None:
+        side.requests += 1
+        if len(side.seconds) >= _MOST_SECONDS:
+            del side.seconds[: _MOST_SECONDS // 2]
+        side.seconds.append(self._clock() - started)
+
+    async def _ask(
+        self, trial: _Trial, work: Coroutine[Any, Any, EncodeResult | Refusal]
+    ) -> EncodeResult | Refusal | None:
+        """The new version's answer, or None where it has none."""
+        started = self._clock()
+        window = trial.window
+        try:
+            answer = await asyncio.wait_for(work, self._timeout)
+        except (
+            Exception
+        ) as error:  # whatever is wrong with the new version, it is what a trial is there to find
+            window.last_error = f"{type(error).__name__}: {error}"[:300]
+            window.candidate.requests += 1
+            window.candidate.errors += 1
+            return None
+        if isinstance(answer, Refusal) and answer.code in _NO_ROOM:
+            window.last_error = answer.message
+            window.candidate.requests += 1
+            window.candidate.errors += 1
+            return None
+        self._seen(window.candidate, started)
+        return answer
+
+    def _copy(self, trial: _Trial, work: Coroutine[Any, Any, None]) -> None:
+        if len(trial.copies) >= _MOST_COPIES:
+            work.close()
+            return
+        task = asyncio.ensure_future(work)
+        trial.copies.add(task)
+        task.add_done_callback(trial.copies.discard)
+
+    async def _compare_with_live(self, trial: _Trial, job: EncodeJob, answer: EncodeResult | Refusal) -> None:
+        if not isinstance(answer, EncodeResult):
+            return
+        try:
+            live = await self._live.encode(job)
+        except Exception:  # it has its own requests to fail or not
+            return
+        if isinstance(live, EncodeResult):
+            self._compare(trial, live, answer)
+
+    async def _compare_with_candidate(self, trial: _Trial, job: EncodeJob, live: EncodeResult) -> None:
+        # A pin says what the client's index is of; this answer meets no index.
+        copy = EncodeJob(job.parts, job.truncate)
+        answer = await self._ask(trial, trial.backend.encode(copy))
+        if isinstance(answer, EncodeResult):
+            self._compare(trial, live, answer)
+
+    def _compare(self, trial: _Trial, live: EncodeResult, candidate: EncodeResult) -> None:
+        if trial.orders.same_space and live.vectors.shape != candidate.vectors.shape:
+            trial.window.candidate.errors += 1
+            trial.window.last_error = (
+                f"vectors {candidate.vectors.shape}, the live version's {live.vectors.shape}"
+            )
+            return
+        found = trial.store.compare(live.vectors, candidate.vectors)
+        window = trial.window
+        window.compared += found.texts
+        window.overlap_sum += found.overlap_sum
+        window.cosines += found.cosines
+        window.cosine_sum += found.cosine_sum
+        trial.store.add(live.vectors, candidate.vectors)

@@ -1,0 +1,178 @@
+"""`embedloom deploy` into a running endpoint, and what it refuses before it starts anything."""
+
+import json
+import shutil
+import socket
+import threading
+
+import httpx
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from embedloom.cli import app
+from embedloom.config.resources import ServeScaling
+from embedloom.config.serving import ServingConfig
+from embedloom.encoder.model import Encoder
+from embedloom.encoder.parity import GOLDEN_TEXTS
+from embedloom.errors import ConfigError, ServeError
+from embedloom.instructions import PromptContract
+from embedloom.launch_deploy import trial_rules
+from embedloom.serving import address
+from embedloom.serving.app import ApplicationArgs
+from embedloom.serving.golden import check_golden, expected_vectors
+from embedloom.serving.messages import EncodeResult, ModelInfo, Refusal
+from embedloom.serving.trial import TrialRules
+from fakes import make_tiny_encoder, make_tiny_llama
+
+RULES = TrialRules(watch_seconds=3, min_requests=5, min_compared=5, latency_slack_seconds=5)
+
+
+def request_of(folder, **changes):
+    from embedloom.serving.deploy import DeployRequest
+
+    return DeployRequest(folder, f"id of {folder.name}", RULES, share=0.5, **changes)
+
+
+def live_args(folder, **serving) -> tuple[ApplicationArgs, ModelInfo]:
+    contract = PromptContract.load(folder)
+    serving = {"model": str(folder), "require_gate": False, **serving}
+    args = ApplicationArgs(
+        model_folder=str(folder), model_id="old", served_name="tiny", serving=ServingConfig(**serving)
+    )
+    return args, ModelInfo(8, contract.hash, 64, 64, True)
+
+
+def test_the_successor_keeps_all_but_the_model(tiny_model, tmp_path):
+    from embedloom.serving.deploy import successor
+
+    live, info = live_args(tiny_model, max_items=7, port=1234)
+    copy = shutil.copytree(tiny_model, tmp_path / "copy")
+    new = successor(request_of(copy), live, info)
+    assert (new.model_folder, new.fingerprint, new.served_name) == (str(copy), "id of copy", "tiny")
+    assert (new.serving.max_items, new.serving.port, new.serving.require_gate) == (7, 1234, False)
+    assert successor(request_of(copy, require_gate=True), live, info).serving.require_gate
+
+
+def test_another_contract_and_a_corpus_of_the_old_model_are_refused(tiny_model, tmp_path):
+    from embedloom.serving.deploy import successor
+
+    live, info = live_args(tiny_model)
+    other = ModelInfo(8, "0" * 16, 64, 64, True)
+    with pytest.raises(ConfigError, match=rf"its contract is {info.contract_hash}, .*--new-vectors"):
+        successor(request_of(tiny_model), live, other)
+    assert (
+        successor(request_of(tiny_model, new_vectors=True), live, other).model_id
+        == f"id of {tiny_model.name}"
+    )
+    searching, info = live_args(tiny_model, corpus="vectors")
+    with pytest.raises(ConfigError, match="--corpus: this endpoint searches vectors"):
+        successor(request_of(tiny_model), searching, info)
+
+
+def test_rules_come_from_the_command_line():
+    rules, gate = trial_rules(5, ["min_overlap=0.5", "require_gate=false"])
+    assert (rules.watch_seconds, rules.min_overlap, gate) == (5, 0.5, False)
+    with pytest.raises(ConfigError, match="nearest valid key is 'min_overlap'"):
+        trial_rules(5, ["min_overlp=0.5"])
+
+
+def test_endpoints_are_found_by_port_and_forgotten_with_their_process(monkeypatch, tmp_path, tiny_model):
+    monkeypatch.setenv("EMBEDLOOM_CACHE", str(tmp_path))
+    with pytest.raises(ConfigError, match=r"no endpoint runs on this machine .*embedloom serve"):
+        address.find(None)
+    address.remember(8001, "http://127.0.0.1:8001", "127.0.0.1:6379")
+    assert address.find(None).ray_address == "127.0.0.1:6379"
+    result = CliRunner().invoke(app, ["deploy", str(tiny_model), "--dry-run", "--canary", "0.2"])
+    assert result.exit_code == 0, result.output
+    assert "into http://127.0.0.1:8001, on 20 % of requests" in result.stdout
+    second = address.remember(8002, "http://127.0.0.1:8002", "127.0.0.1:6380")
+    with pytest.raises(ConfigError, match=r"several endpoints .*: 8001, 8002"):
+        address.find(None)
+    assert address.find(8002).port == 8002
+    second.write_text(json.dumps({**json.loads(second.read_text()), "pid": 2**22 + 1}))  # above any pid
+    assert address.find(None).port == 8001 and not second.exists()
+
+
+def asked(encoder: Encoder, turn: float = 0.0):
+    def ask(job):
+        (part,) = job.parts
+        vectors = encoder.embed(part.texts, part.side, part.task_type)
+        vectors = vectors + turn * np.roll(vectors, 1, axis=1)
+        return EncodeResult(vectors, {}, "query", "", 0.0, 0.0)
+
+    return ask
+
+
+def test_golden_vectors_hold_a_live_replica_to_the_export(tiny_model):
+    encoder = Encoder.load(tiny_model, dtype="float32")
+    expected, dtype = expected_vectors(tiny_model)
+    assert expected.shape == (len(GOLDEN_TEXTS), encoder.dimension) and dtype == "float32"
+    assert check_golden(asked(encoder), expected, dtype, "float32") > 0.99999
+    with pytest.raises(ServeError, match=r"has cosine 0\.9\d+ to the exported one, allowed is 0\.9999"):
+        check_golden(asked(encoder, 0.02), expected, dtype, "float32")
+    assert check_golden(asked(encoder, 0.02), expected, dtype, "bfloat16") > 0.999
+    with pytest.raises(ServeError, match=r"refuses .*no such task"):
+        check_golden(lambda _: Refusal("no such task", "invalid_task"), expected, dtype, "float32")
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+class Traffic:
+    """Clients that ask without pause; what they were answered."""
+
+    def __init__(self, url: str) -> None:
+        self.url, self.failures, self.answers = url, [], 0
+        self.over = threading.Event()
+        self.threads = [threading.Thread(target=self._ask, args=(number,)) for number in range(3)]
+
+    def _ask(self, number: int) -> None:
+        client = httpx.Client(trust_env=False, timeout=60)
+        while not self.over.is_set():
+            number += 7
+            body = {"model": "tiny", "input": [f"text {number % 400} of a client", f"other {number % 300}"]}
+            reply = client.post(f"{self.url}/v1/embeddings", json=body)
+            self.answers += 1
+            if reply.status_code != 200:
+                self.failures.append((reply.status_code, reply.text[:200]))
+            self.over.wait(0.02)
+
+    def __enter__(self) -> "Traffic":
+        for thread in self.threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.over.set()
+        for thread in self.threads:
+            thread.join()
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_drifted_version_is_taken_away_and_a_sound_one_takes_over_without_a_failed_request(
+    ray_local, tiny_model, tmp_path, monkeypatch
+):
+
+    from embedloom.serving.deploy import deploy
+    from embedloom.serving.stage import start_endpoint
+
+    monkeypatch.setenv("EMBEDLOOM_CACHE", str(tmp_path / "cache"))
+    sound = shutil.copytree(tiny_model, tmp_path / "sound")
+    llama = make_tiny_llama(tmp_path / "llama", seed=1)
+    drifted = make_tiny_encoder(llama, tmp_path / "drifted")
+    config = ServingConfig(port=free_port(), require_gate=False, request_log="none")
+    with start_endpoint(config, tiny_model, "old", "tiny", ServeScaling(threads=1)) as endpoint:
+        with Traffic(endpoint.url) as traffic:
+            refused = deploy(request_of(drifted))
+            assert not refused.promoted and refused.reason.startswith("drift: "), refused
+            taken = deploy(request_of(sound))
+            assert taken.promoted, taken
+            seen = traffic.answers
+            card = httpx.get(f"{endpoint.url}/v1/models", trust_env=False).json()["data"][0]
+            assert card["fingerprint"] == "id of sound"
+        assert traffic.failures == [] and seen > 50
