@@ -6,9 +6,19 @@ from pydantic import Field, field_validator, model_validator
 
 from embedloom.config.base import FrozenConfig
 from embedloom.config.training_data import TrainingSource, check_sources
+from embedloom.config.training_options import (
+    PARITY_READERS,
+    DevScoring,
+    LoraConfig,
+    ParityReader,
+    TrackerName,
+    check_different,
+)
 from embedloom.records import ORIGINS
 
 LossName = Literal["infonce", "gecko", "qwen3", "gemini"]
+# How a run is watched, checked and restarted decides nothing about the weights, so no fingerprint counts it.
+WATCHING = frozenset({"max_failures", "checkpoints_kept", "trackers", "parity"})
 
 
 class TrainingStage(FrozenConfig):
@@ -94,6 +104,15 @@ class TrainingConfig(FrozenConfig):
     checkpoint_every_steps: int = Field(default=200, ge=1)
     checkpoints_kept: int = Field(default=2, ge=1)
     max_failures: int = Field(default=3, ge=0)  # worker-group restarts before the stage fails
+    dev: DevScoring | None = None
+    lora: LoraConfig | None = None
+    trackers: tuple[TrackerName, ...] = ("tensorboard",)
+    parity: tuple[ParityReader, ...] = PARITY_READERS  # readers that must see the exported model as trained
+
+    @field_validator("trackers", "parity")
+    @classmethod
+    def _named_once(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        return check_different(value, "trackers, and readers of parity,")
 
     @field_validator("mix")
     @classmethod
@@ -111,6 +130,14 @@ class TrainingConfig(FrozenConfig):
         for candidate in self.candidates:
             if candidate.mix is not None:
                 check_mix(candidate.mix)
+        return self
+
+    @model_validator(mode="after")
+    def _lora_trains_what_it_says(self) -> "TrainingConfig":
+        if self.lora is not None and self.freeze_token_embeddings:
+            raise ValueError(
+                "freeze_token_embeddings is set beside lora, which freezes all weights of the base; leave it out"
+            )
         return self
 
     @model_validator(mode="after")
