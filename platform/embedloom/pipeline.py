@@ -12,15 +12,18 @@ from pathlib import Path
 
 from embedloom import merge_build
 from embedloom.artefacts import Artefact, ArtefactWriter, fingerprint
+from embedloom.config.training import WATCHING
 from embedloom.corpus.state import source_state
 from embedloom.errors import DataError
-from embedloom.judging import build_evaluation, build_gate, task_files
+from embedloom.judging import build_evaluation, build_gate, open_dev_tasks, task_files
 from embedloom.progress import duration, note
 from embedloom.retrieval.model_id import embedding_state, model_id, rescoring_state
 from embedloom.retrieval.previous import set_aside
 from embedloom.run import Inputs, Node, Run
 from embedloom.synthesis.prompts_used import section_state
 from embedloom.training.sources import stage_state
+
+PREPARED_FOLDER = "_training_data"  # tokens that candidates share
 
 
 def graph(run: Run) -> dict[str, Node]:
@@ -44,21 +47,26 @@ def graph(run: Run) -> dict[str, Node]:
     rules = (config.mining.selection, config.mining.audit)
     nodes.append(Node("examples", "mine", rules, scored, _examples))
     trained: list[str] = []
-    shared = config.training.model_dump(
-        mode="json", exclude={"candidates", "stages", "max_failures", "checkpoints_kept"}
-    )
+    shared = config.training.model_dump(mode="json", exclude={"candidates", "stages", *WATCHING})
+    dev = config.training.dev
+    dev_state = task_files(dev.tasks) if dev is not None else None
     for candidate in config.training.candidates:
         start = "encoder"
         for stage in config.training.stages:
             name = f"training/{candidate.name}/{stage.name}"
-            content = (shared, candidate, stage, stage_state(stage))
-            needs = ("examples", start) if stage.uses_mined else (start,)
+            content = (shared, candidate, stage, stage_state(stage), dev_state)
+            mined = ("examples",) if stage.uses_mined else ()
+            needs = (*mined, start, *(("corpus",) if dev is not None and dev.needs_corpus else ()))
             nodes.append(Node(name, "train", content, needs, _training))
             start = name
         trained.append(start)
     nodes.append(Node("merged", "merge", *merge_build.node(config, trained), _merged))
     models = ("corpus", "encoder", *trained, "merged")
-    judged = (config.evaluation, config.mining.teachers[0].model, task_files(config.evaluation))
+    judged = (
+        config.evaluation,
+        config.mining.teachers[0].model,
+        task_files(config.evaluation.tasks, config.evaluation.pool),
+    )
     nodes.append(Node("evaluation", "evaluate", judged, models, _evaluation))
     model = config.embedding.model
     source = {"merged": "merged", "base": "encoder"} | {
@@ -224,13 +232,15 @@ def _training(run: Run, inputs: Inputs, out: ArtefactWriter) -> Artefact:
     config = run.config.training
     candidate = next(c for c in config.candidates if c.name == candidate_name)
     stage = next(s for s in config.stages if s.name == stage_name)
-    start = next(artefact for name, artefact in inputs.items() if name != "examples")
+    start = next(artefact for name, artefact in inputs.items() if name not in ("examples", "corpus"))
     group, dtype = run.profile.stages.training, run.config.encoder.dtype
-    mined = inputs.get("examples")
-    return train_stage(config, stage, candidate, model_folder(start), mined, group, dtype, out)
+    mined, prepared = inputs.get("examples"), run.place.child(PREPARED_FOLDER)
+    dev = open_dev_tasks(run.config, inputs.get("corpus"))
+    return train_stage(config, stage, candidate, model_folder(start), mined, group, dtype, out, prepared, dev)
 
 
 def _merged(run: Run, inputs: Inputs, out: ArtefactWriter) -> Artefact:
+    run.place.child(PREPARED_FOLDER).remove()  # all candidates are trained
     return merge_build.build_merged(run.config, run.profile.stages, inputs, out)
 
 
