@@ -63,8 +63,9 @@ def run_ours(folder: Path, negatives: int, steps: int, batch: int, micro_batch: 
     from embedloom.config.training import TrainingConfig, TrainingStage
     from embedloom.config.training_data import TrainingSource
     from embedloom.storage import Place
-    from embedloom.training.loop import LoopConfig, StageTrainer
-    from embedloom.training.prepare import prepare_sources
+    from embedloom.training.loop import StageTrainer
+    from embedloom.training.loop_config import LoopConfig
+    from embedloom.training.prepared import prepare_sources
 
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0", LOCAL_RANK="0", DS_ACCELERATOR="cpu")
     store = dist.FileStore(str(folder / "rendezvous"), 1)
@@ -79,9 +80,21 @@ def run_ours(folder: Path, negatives: int, steps: int, batch: int, micro_batch: 
         micro_batch_tokens=micro_batch,
     )  # fmt: skip
     data, model = Place(str(folder / "data")), folder / "model"
-    prepare_sources("bench", training, negatives, (source,), None, model, data)
+    prepared = prepare_sources("bench", training, negatives, (source,), None, model, data)
+    folders = {name: index["folder"] for name, index in prepared.items()}
     loop = LoopConfig(
-        "bench", training, stage, (source,), 0, 1.0, "auto", model, data, Place(str(folder)), threads=0
+        "bench",
+        training,
+        stage,
+        (source,),
+        0,
+        1.0,
+        "auto",
+        model,
+        data,
+        folders,
+        Place(str(folder)),
+        threads=0,
     )
     trainer = StageTrainer(loop, 0, 1)
     records = [trainer.train_step()[0] for _ in range(steps)]

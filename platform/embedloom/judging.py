@@ -1,25 +1,39 @@
 """The two last artefacts of a run, ``evaluation`` and ``gate``: which models they are about, from what they follow."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from embedloom.artefacts import Artefact, ArtefactWriter
 from embedloom.cluster.config import Profile
 from embedloom.config.run import RunConfig
-from embedloom.config.use import EvaluationConfig
+from embedloom.config.use import EvaluationTask
 from embedloom.errors import ConfigError
 from embedloom.storage import Place
 
 VERDICT_FILE = "verdict.json"
 
 
-def task_files(config: EvaluationConfig) -> dict[str, list[int]]:
+def task_files(tasks: Sequence[EvaluationTask], pool: str | None = None) -> dict[str, list[int]]:
     """Size and modification time of every file that local tasks and the pool are read from: part of the fingerprint."""
-    roots = [Path(task.path).expanduser() for task in config.tasks if task.path is not None]
-    if config.pool is not None:
-        roots.append(Path(config.pool).expanduser())
+    roots = [Path(task.path).expanduser() for task in tasks if task.path is not None]
+    if pool is not None:
+        roots.append(Path(pool).expanduser())
     files = [file for root in roots for file in ([root] if root.is_file() else sorted(root.rglob("*")))]
     return {str(file): [file.stat().st_size, file.stat().st_mtime_ns] for file in files if file.is_file()}
+
+
+def open_dev_tasks(config: RunConfig, corpus: Artefact | None) -> Any:
+    """What training is to be scored on while it goes on, checked; None without ``training.dev``.
+
+    Raises:
+        UserError: a task that cannot be scored, or that the run is judged on.
+    """
+    if config.training.dev is None:
+        return None
+    from embedloom.evaluation.in_training import dev_tasks
+
+    return dev_tasks(config.training.dev, config.evaluation.tasks, corpus)
 
 
 def build_evaluation(

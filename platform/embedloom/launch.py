@@ -7,6 +7,7 @@ from embedloom.artefacts import Artefact
 from embedloom.cluster.config import load_cluster
 from embedloom.config.rates import RATES_FILE, RatesConfig, load_rates
 from embedloom.config.run import load_run
+from embedloom.config.training import TrainingConfig
 from embedloom.encoder.registry import check_model_name
 from embedloom.errors import ConfigError, MissingDependency
 from embedloom.pipeline import build_missing, graph, missing, model_folder
@@ -65,6 +66,8 @@ def preflight(run: Run, verbs: set[str]) -> None:
         for package, extra in needs.get(verb, ()):
             if importlib.util.find_spec(package) is None:
                 raise MissingDependency(package, "gpu" if gpu else extra, f"`embedloom {verb}`")
+    if "train" in verbs:
+        check_training_packages(config.training, run.profile.stages.training.gpus > 0)
     if verbs & {"encoder", "corpus"}:
         check_model_name(config.encoder.base, "encoder.base")
     if verbs & {"mine", "evaluate"}:
@@ -84,6 +87,31 @@ def preflight(run: Run, verbs: set[str]) -> None:
         if config.synthesis.quality.round_trip is not None and config.mining.teachers[0].engine != "openai":
             check_model_name(config.mining.teachers[0].model, "mining.teachers.0")
         waves(config.synthesis.generators, run.profile.stages.synthesis)
+
+
+def check_training_packages(config: TrainingConfig, gpu: bool) -> None:
+    """Fail before training starts if a package is missing that only some of its options need.
+
+    Args:
+        config: the training section.
+        gpu: whether workers reserve GPUs; decides which extra has the engine.
+
+    Raises:
+        MissingDependency: naming the option and how to install the package.
+    """
+    engines = "gpu" if gpu else "cpu"
+    wanted: list[tuple[str, str, str]] = [
+        (name, name, f"training.trackers: {name}") for name in config.trackers if name != "tensorboard"
+    ]
+    if config.dev is not None:
+        wanted.append(("mteb", engines, "training.dev"))
+    if config.lora is not None:
+        wanted.append(("peft", engines, "training.lora"))
+    if "vllm" in config.parity:
+        wanted.append(("vllm", engines, "training.parity: vllm"))
+    for package, extra, option in wanted:
+        if importlib.util.find_spec(package) is None:
+            raise MissingDependency(package, extra, option)
 
 
 def execute(run: Run, verb: str | None, dry_run: bool) -> str:

@@ -47,7 +47,11 @@ def graph(run: Run) -> dict[str, Node]:
     trained = list(last.values())
     nodes.append(Node("merged", "merge", *merge_build.node(config, trained), _merged))
     models = ("corpus", "encoder", *trained, "merged")
-    judged = (config.evaluation, config.mining.teachers[0].model, task_files(config.evaluation))
+    judged = (
+        config.evaluation,
+        config.mining.teachers[0].model,
+        task_files(config.evaluation.tasks, config.evaluation.pool),
+    )
     nodes.append(Node("evaluation", "evaluate", judged, models, _evaluation))
     model = config.embedding.model
     source = {"merged": "merged", "base": "encoder"} | last
@@ -219,6 +223,7 @@ def _examples(run: Run, inputs: Inputs, out: ArtefactWriter) -> Artefact:
 
 
 def _merged(run: Run, inputs: Inputs, out: ArtefactWriter) -> Artefact:
+    run.place.child(train_build.PREPARED_FOLDER).remove()  # all runs are trained
     return merge_build.build_merged(run.config, run.profile.stages, inputs, out)
 
 

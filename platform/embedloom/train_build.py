@@ -5,11 +5,13 @@ from concurrent.futures import ThreadPoolExecutor
 
 from embedloom.artefacts import Artefact, ArtefactWriter
 from embedloom.config.run import RunConfig
+from embedloom.config.training import WATCHING
+from embedloom.judging import open_dev_tasks, task_files
 from embedloom.run import Build, Inputs, Node, Run
 from embedloom.training.sources import stage_state
 
-# Says how often a stage may fail and what it keeps, not what comes out; the stages are nodes of their own.
-_NOT_CONTENT = {"runs", "stages", "max_failures", "checkpoints_kept"}
+PREPARED_FOLDER = "_training_data"  # tokens that runs share
+_NOT_CONTENT = {"runs", "stages", *WATCHING}  # the stages are nodes of their own
 
 
 def training_nodes(config: RunConfig, build: Build) -> tuple[list[Node], dict[str, str]]:
@@ -19,6 +21,9 @@ def training_nodes(config: RunConfig, build: Build) -> tuple[list[Node], dict[st
     and a change of its later stages its own earlier ones.
     """
     nodes: list[Node] = []
+    dev = config.training.dev
+    dev_state = task_files(dev.tasks) if dev is not None else None
+    judged = ("corpus",) if dev is not None and dev.needs_corpus else ()
     last: dict[str, str] = {}
     for run in config.training.runs:
         own = config.training.of_run(run)
@@ -26,9 +31,9 @@ def training_nodes(config: RunConfig, build: Build) -> tuple[list[Node], dict[st
         start = "encoder"
         for stage in own.stages:
             name = f"training/{run.name}/{stage.name}"
-            needs = ("examples", start) if stage.uses_mined else (start,)
-            content = (shared, own.runs[0], stage, stage_state(stage))
-            nodes.append(Node(name, "train", content, needs, build))
+            mined = ("examples",) if stage.uses_mined else ()
+            content = (shared, own.runs[0], stage, stage_state(stage), dev_state)
+            nodes.append(Node(name, "train", content, (*mined, start, *judged), build))
             start = name
         last[run.name] = start
     return nodes, last
@@ -42,10 +47,13 @@ def build_training(run: Run, inputs: Inputs, out: ArtefactWriter) -> Artefact:
     section = run.config.training
     config = section.of_run(next(one for one in section.runs if one.name == run_name))
     stage = next(stage for stage in config.stages if stage.name == stage_name)
-    start = next(artefact for name, artefact in inputs.items() if name != "examples")
+    start = next(artefact for name, artefact in inputs.items() if name not in ("examples", "corpus"))
     group, dtype = run.profile.stages.training, run.config.encoder.dtype
-    mined = inputs.get("examples")
-    return train_stage(config, stage, config.runs[0], start.place.local, mined, group, dtype, out)
+    mined, prepared = inputs.get("examples"), run.place.child(PREPARED_FOLDER)
+    dev = open_dev_tasks(run.config, inputs.get("corpus"))
+    return train_stage(
+        config, stage, config.runs[0], start.place.local, mined, group, dtype, out, prepared, dev
+    )
 
 
 def chains(names: Sequence[str]) -> list[list[str]]:

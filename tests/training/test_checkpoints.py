@@ -8,6 +8,7 @@ from embedloom.errors import DataError
 from embedloom.instructions import PromptContract
 from embedloom.storage import Place
 from embedloom.training.checkpoints import STATE_FILE, check_resumable, is_model, save_final_model
+from fakes_training import training_config
 
 
 def test_checkpoints_of_another_config_are_refused_before_workers_start(tmp_path):
@@ -25,15 +26,18 @@ def test_nothing_to_resume_is_fine(tmp_path):
 
 def test_a_matryoshka_model_says_so_in_contract_and_config(tiny_model, tmp_path):
     encoder = Encoder.load(tiny_model, dtype="float32")
-    save_final_model(encoder, tmp_path, (32, 8), [], embed_golden(encoder))
-    assert is_model(tmp_path)
-    assert PromptContract.load(tmp_path).matryoshka_dimensions == (8, 32)
-    assert json.loads((tmp_path / "config.json").read_text())["matryoshka_dimensions"] == [8, 32]
-    assert Encoder.load(tmp_path, dtype="float32").contract.matryoshka_dimensions == (8, 32)
+    folder = tmp_path / "model"
+    config = training_config(matryoshka={"dimensions": [32, 8]})
+    save_final_model(encoder, folder, config, embed_golden(encoder))
+    assert is_model(folder)
+    assert PromptContract.load(folder).matryoshka_dimensions == (8, 32)
+    assert json.loads((folder / "config.json").read_text())["matryoshka_dimensions"] == [8, 32]
+    assert Encoder.load(folder, dtype="float32").contract.matryoshka_dimensions == (8, 32)
 
 
 def test_a_plain_model_keeps_the_contract_of_its_base(tiny_model, tmp_path):
     encoder = Encoder.load(tiny_model, dtype="float32")
-    save_final_model(encoder, tmp_path, None, [], embed_golden(encoder))
-    assert min(check_export(tmp_path).values()) > 0.999999
-    assert PromptContract.load(tmp_path) == PromptContract.load(tiny_model)
+    folder = tmp_path / "model"
+    save_final_model(encoder, folder, training_config(), embed_golden(encoder))
+    assert min(check_export(folder).values()) > 0.999999
+    assert PromptContract.load(folder) == PromptContract.load(tiny_model)

@@ -1,24 +1,22 @@
 """The real step (encoder, DeepSpeed, plan, losses) on one and on two gloo processes, without Ray."""
 
 import json
-import os
-import socket
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from embedloom.config.training import TrainingConfig, TrainingStage
 from embedloom.config.training_data import TrainingSource
 from embedloom.encoder.parity import embed_golden, lowest_cosine
 from embedloom.storage import Place
 from embedloom.training.checkpoints import save_checkpoint
-from embedloom.training.loop import LoopConfig, StageTrainer
-from embedloom.training.prepare import prepare_sources
+from embedloom.training.loop import StageTrainer
+from embedloom.training.loop_config import LoopConfig
+from embedloom.training.prepared import prepare_sources
+from fakes_group import run_processes
 
 STEPS = 3
 COLOURS = ["red", "green", "blue", "grey", "pink", "gold"]
@@ -47,8 +45,11 @@ def make_config(root, model, **changes):
         candidates=[{"name": "a", "seed": 0}], stages=[stage], **{**settings, **changes}
     )
     data = Place(str(root / "data"))
-    prepare_sources("t", training, 2, (source,), None, model, data)
-    return LoopConfig("t", training, stage, (source,), 5, 1.0, "float32", model, data, Place(str(root)), 1)
+    prepared = prepare_sources("t", training, 2, (source,), None, model, data)
+    folders = {name: index["folder"] for name, index in prepared.items()}
+    return LoopConfig(
+        "t", training, stage, (source,), 5, 1.0, "float32", model, data, folders, Place(str(root)), 1
+    )
 
 
 def changed(config, **changes):
@@ -82,35 +83,8 @@ def train(task, rank, world_size):
     return [r.loss for r in records], [r.grad_norm for r in records], flat, golden
 
 
-def _worker(rank, world_size, port, tasks, results):
-    os.environ.update(
-        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), LOCAL_RANK=str(rank), DS_ACCELERATOR="cpu"
-    )
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=world_size)
-    for name, task in tasks.items():
-        results.put((name, rank, *train(task, rank, world_size)))
-    dist.barrier()
-    dist.destroy_process_group()
-
-
 def run_group(tasks, world_size):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    context = mp.get_context("spawn")
-    results = context.Queue()
-    workers = [
-        context.Process(target=_worker, args=(rank, world_size, port, tasks, results))
-        for rank in range(world_size)
-    ]
-    for worker in workers:
-        worker.start()
-    found = [results.get(timeout=240) for _ in range(len(tasks) * world_size)]
-    for worker in workers:
-        worker.join(timeout=60)
-        assert worker.exitcode == 0
-    return {name: values for name, rank, *values in found if rank == 0}
+    return run_processes(train, tasks, world_size)
 
 
 @pytest.mark.slow

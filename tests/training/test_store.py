@@ -17,7 +17,9 @@ from embedloom.training.batches import plan_batch
 from embedloom.training.loop import shares_of
 from embedloom.training.order import ExampleOrder
 from embedloom.training.prepare import INDEX_FILE, RowRules, TextTokens, prepare_source
+from embedloom.training.prepared import prepare_sources
 from embedloom.training.store import ExampleStore
+from fakes_training import training_config
 
 
 def write_lines(path, rows):
@@ -54,7 +56,7 @@ def test_prepared_rows_are_what_the_encoder_would_tokenize(tiny_model, tmp_path,
     assert index["parts"] == [8, 8, 4]
     # Rows with 1, 2 or 3 negatives, 3 wanted: 7 x 2 + 7 x 1 + 6 x 0 repeats.
     assert index["repeated_negatives"] == 21
-    examples = ExampleStore(place, ["s"], 3)
+    examples = ExampleStore(place, {"s": "s"}, 3)
     encoder = Encoder.load(tiny_model, dtype="float32")
     for row in (0, 7, 8, 19):
         expected = line(row, negatives=1 + row % 3)
@@ -76,7 +78,7 @@ def test_only_texts_that_stand_opposite_each_other_both_carry_the_instruction(
     source = source_of(path, task_type=task_type, instruction="Do it")
     place = Place(str(tmp_path / "data"))
     prepare_source(source, None, TextTokens(tiny_model), rules(), place.child("s"))
-    (group,) = ExampleStore(place, ["s"], 1).groups([0])
+    (group,) = ExampleStore(place, {"s": "s"}, 1).groups([0])
     encoder = Encoder.load(tiny_model, dtype="float32")
     instructed = encoder.tokenize(["yes 0"], "query", task_type, "Do it")[0]
     assert (group.documents[0] == instructed) is on_documents
@@ -87,7 +89,7 @@ def test_a_sources_own_number_of_negatives_repeats_fewer(tiny_model, tmp_path):
     path = write_lines(tmp_path / "a.jsonl", [line(0, negatives=4)])
     place = Place(str(tmp_path / "data"))
     prepare_source(source_of(path, negatives=1), None, TextTokens(tiny_model), rules(), place.child("s"))
-    (group,) = ExampleStore(place, ["s"], 3).groups([0])
+    (group,) = ExampleStore(place, {"s": "s"}, 3).groups([0])
     assert group.documents[1] == group.documents[2] == group.documents[3]
 
 
@@ -118,10 +120,10 @@ def test_a_bad_row_is_refused_by_source_and_id_or_counted(tiny_model, tmp_path, 
 
 def test_a_cap_above_the_usable_rows_is_refused(tiny_model, tmp_path):
     path = write_lines(tmp_path / "a.jsonl", [line(0), line(1)])
-    with pytest.raises(DataError, match=r"source 's': cap is 3, but it has 2 usable rows"):
-        prepare_source(
-            source_of(path, cap=3), None, TextTokens(tiny_model), rules(), Place(str(tmp_path)).child("s")
-        )
+    config, data = training_config(), Place(str(tmp_path / "data"))
+    for _ in range(2):  # the second time its rows are there already
+        with pytest.raises(DataError, match=r"source 's': cap is 3, but it has 2 usable rows"):
+            prepare_sources("t", config, 1, [source_of(path, cap=3)], None, tiny_model, data)
 
 
 def test_a_killed_preparation_goes_on_after_its_last_whole_part(
@@ -160,7 +162,7 @@ def mixed(tiny_model, tmp_path_factory):
     )
     for source in sources:
         prepare_source(source, None, TextTokens(tiny_model), rules(), place.child(source.name))
-    return ExampleStore(place, ["a", "b"], 3), sources
+    return ExampleStore(place, {"a": "a", "b": "b"}, 3), sources
 
 
 BATCH = 5

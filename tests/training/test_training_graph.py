@@ -61,3 +61,18 @@ def test_an_unknown_key_of_a_source_is_named():
         ConfigError, match=r"sources\.0\.wieght: unknown key; the nearest valid key is 'weight'"
     ):
         load_run(QUICKSTART, [wrong])
+
+
+def test_dev_tasks_are_part_of_what_a_stage_depends_on_and_watching_is_not(tmp_path):
+    inputs, before = fingerprint_of([])
+    watched = ["training.trackers=[]", "training.parity=[embedloom]", "training.checkpoints_kept=5"]
+    assert fingerprint_of(watched) == (inputs, before)
+    heldout, scored = fingerprint_of(["training.dev={}"])
+    assert heldout == ("examples", "encoder", "corpus") and scored != before
+    path = tmp_path / "queries.jsonl"
+    path.write_text("{}")
+    beir = f"training.dev={{tasks: [{{name: b, kind: beir, path: '{tmp_path}', split: dev}}]}}"
+    own, first = fingerprint_of([beir])
+    assert own == inputs
+    path.write_text("{} ")
+    assert fingerprint_of([beir])[1] != first

@@ -14,6 +14,7 @@ from embedloom.config.model import EncoderConfig
 from embedloom.config.serving import ServingConfig
 from embedloom.config.synthesis import SynthesisConfig
 from embedloom.config.training import TrainingConfig
+from embedloom.config.training_options import check_not_judged
 from embedloom.config.use import EmbeddingConfig, EvaluationConfig
 
 
@@ -59,6 +60,12 @@ class RunConfig(FrozenConfig):
                 raise ValueError(
                     f"gate.{key} is {name!r}, no model of this run; allowed: {', '.join(models)}"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _dev_tasks_are_not_judged(self) -> "RunConfig":
+        if self.training.dev is not None:
+            check_not_judged(self.training.dev, self.evaluation.tasks)
         return self
 
     @property

@@ -6,10 +6,20 @@ from pydantic import Field, field_validator, model_validator
 
 from embedloom.config.base import FrozenConfig
 from embedloom.config.training_data import SourceChanges, TrainingSource, changed_sources, check_sources
+from embedloom.config.training_options import (
+    PARITY_READERS,
+    DevScoring,
+    LoraConfig,
+    ParityReader,
+    TrackerName,
+    check_different,
+)
 from embedloom.records import ORIGINS
 
 LossName = Literal["infonce", "gecko", "qwen3", "gemini"]
 Schedule = Literal["linear", "cosine", "constant"]
+# How a run is watched, checked and restarted decides nothing about the weights, so no fingerprint counts it.
+WATCHING = frozenset({"max_failures", "checkpoints_kept", "trackers", "parity"})
 
 
 class TrainingStage(FrozenConfig):
@@ -127,6 +137,15 @@ class TrainingConfig(FrozenConfig):
     checkpoint_every_steps: int = Field(default=200, ge=1)
     checkpoints_kept: int = Field(default=2, ge=1)
     max_failures: int = Field(default=3, ge=0)  # worker-group restarts before the stage fails
+    dev: DevScoring | None = None
+    lora: LoraConfig | None = None
+    trackers: tuple[TrackerName, ...] = ("tensorboard",)
+    parity: tuple[ParityReader, ...] = PARITY_READERS  # readers that must see the exported model as trained
+
+    @field_validator("trackers", "parity")
+    @classmethod
+    def _named_once(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        return check_different(value, "trackers, and readers of parity,")
 
     @model_validator(mode="before")
     @classmethod
@@ -150,6 +169,14 @@ class TrainingConfig(FrozenConfig):
         ):
             if len(set(names)) != len(names):
                 raise ValueError(f"{label} must have different names, found {names}")
+        return self
+
+    @model_validator(mode="after")
+    def _lora_trains_what_it_says(self) -> "TrainingConfig":
+        if self.lora is not None and self.freeze_token_embeddings:
+            raise ValueError(
+                "freeze_token_embeddings is set beside lora, which freezes all weights of the base; leave it out"
+            )
         return self
 
     @model_validator(mode="after")

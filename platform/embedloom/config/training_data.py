@@ -35,6 +35,7 @@ class TrainingSource(FrozenConfig):
     instruction: str | None = None  # null: the source's own, else that of its task type
     task_type: str = "retrieval"  # of formats that state none
     negatives: int | None = Field(default=None, ge=0)  # most used of a query's own; null: the stage's number
+    license: str | None = None  # as the source states it; for the data card
     dataset: str | None = None  # mined, examples: only the rows of this dataset
     query_column: str = "anchor"
     positive_column: str = "positive"

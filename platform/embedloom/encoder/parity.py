@@ -5,7 +5,7 @@ sentence-transformers read the folder and embed the same texts; a reader that is
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from embedloom.config.training_options import PARITY_READERS
 from embedloom.encoder.backbone import is_decoder
 from embedloom.encoder.model import Encoder, Vectors
 from embedloom.encoder.pooling import POOLINGS, pool
+from embedloom.encoder.vllm_reader import read_with_vllm
 from embedloom.errors import StageError
 from embedloom.instructions import PromptContract, Side
 
@@ -59,8 +61,12 @@ def save_golden(golden: Embedded, dtype: torch.dtype, folder: Path) -> None:
     (folder / GOLDEN_FILE).write_text(json.dumps(content) + "\n")
 
 
-def check_export(folder: Path) -> dict[str, float]:
-    """Lowest cosine between the trainer's golden vectors and those of every reader of the folder.
+def check_export(folder: Path, readers: Sequence[str] = PARITY_READERS) -> dict[str, float]:
+    """Lowest cosine between the trainer's golden vectors and those of each reader of the folder.
+
+    Args:
+        folder: a model folder with golden vectors.
+        readers: which to ask, by the names of ``training.parity``.
 
     Raises:
         StageError: a reader is below the limit; the message says by how much and, where it can be told, why.
@@ -69,8 +75,8 @@ def check_export(folder: Path) -> dict[str, float]:
     expected: Embedded = content["ids"], np.asarray(content["vectors"], dtype=np.float32)
     limit = MIN_COSINE[content["dtype"]]
     found: dict[str, float] = {}
-    for name, read in _READERS.items():
-        seen = read(folder)
+    for name in readers:
+        seen = _READERS[name](folder)
         found[name] = lowest_cosine(seen[1], expected[1])
         if not found[name] >= limit or seen[0] != expected[0]:
             raise StageError(
@@ -121,10 +127,18 @@ def _sentence_transformers(folder: Path) -> Embedded:
     return ids, np.stack(vectors).astype(np.float32)
 
 
+def _vllm(folder: Path) -> Embedded:
+    contract = PromptContract.load(folder)
+    limits = [contract.max_tokens(side) for _, side, _ in GOLDEN_TEXTS]
+    ids, vectors = read_with_vllm(folder.absolute(), golden_texts(contract), limits)
+    return ids, np.asarray(vectors, dtype=np.float32)
+
+
 _READERS: dict[str, Callable[[Path], Embedded]] = {
     "embedloom": _own,
     "transformers": _transformers,
     "sentence-transformers": _sentence_transformers,
+    "vllm": _vllm,
 }
 
 

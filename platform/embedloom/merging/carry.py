@@ -15,6 +15,7 @@ from embedloom.storage import Place
 
 LINEAGE_FILE = "lineage.json"
 SEARCH_FILE = "search.json"
+DATA_CARD_FILE = "data_card.md"
 # Weights in any format, and what goes with them: the merged model's are written anew, in one format.
 _WEIGHTS = (
     ".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt", ".pth", ".onnx", ".onnx_data", ".gguf",
@@ -28,6 +29,7 @@ _OWN_FILES = {
     LINEAGE_FILE,
     SEARCH_FILE,
     CARD_FILE,
+    DATA_CARD_FILE,
     "gate.json",
     "metrics.jsonl",
 }
@@ -127,3 +129,16 @@ def model_card(plan: MergePlan, lineage: Mapping[str, Any], base_model: str | No
         "", f"Prompts, pooling and lengths are in `{CONTRACT_FILE}`; the sources by fingerprint in `{LINEAGE_FILE}`.",
     ]  # fmt: skip
     return "\n".join(lines) + "\n"
+
+
+def merged_data_card(plan: MergePlan) -> str | None:
+    """What the merged models were trained on: their data cards, equal ones once; None if none has any."""
+    found: dict[str, list[str]] = {}
+    for name, folder in plan.models.items():
+        if folder.place.exists(DATA_CARD_FILE):
+            card = folder.place.read_bytes(DATA_CARD_FILE).decode(errors="replace")
+            found.setdefault(card, []).append(name)
+    lines = []
+    for card, names in found.items():
+        lines += [f"# Trained as {', '.join(names)}", "", card.replace("\n#", "\n##").replace("# ", "## ", 1)]
+    return "\n".join(lines) if lines else None

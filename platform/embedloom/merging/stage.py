@@ -6,7 +6,15 @@ from typing import Any
 from embedloom.artefacts import Artefact, ArtefactWriter
 from embedloom.config.merging import MergingConfig
 from embedloom.config.resources import PoolConfig
-from embedloom.merging.carry import LINEAGE_FILE, carry_over, keep_folders, lineage_of, model_card
+from embedloom.merging.carry import (
+    DATA_CARD_FILE,
+    LINEAGE_FILE,
+    carry_over,
+    keep_folders,
+    lineage_of,
+    merged_data_card,
+    model_card,
+)
 from embedloom.merging.layout import write_index
 from embedloom.merging.origin import CARD_FILE
 from embedloom.merging.plan import MergePlan, plan_merge
@@ -54,6 +62,8 @@ def merge(
     write_weights(plan, out.place, pool, threads)
     out.place.write_json(LINEAGE_FILE, lineage)
     out.place.write_bytes(CARD_FILE, model_card(plan, lineage, base_model).encode())
+    if (data_card := merged_data_card(plan)) is not None:
+        out.place.write_bytes(DATA_CARD_FILE, data_card.encode())
     return out.commit(_counts(plan), lineage)
 
 

@@ -1,10 +1,12 @@
 """Checkpoints of a worker group: what they hold, and whether one fits the run that wants to go on with it."""
 
 import json
+import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
 
+from embedloom.config.training import TrainingConfig
 from embedloom.encoder.export import save_model
 from embedloom.encoder.model import Encoder
 from embedloom.encoder.parity import Embedded, save_golden
@@ -56,13 +58,15 @@ def _check_fingerprint(where: str, state: dict[str, Any], fingerprint: str) -> N
         )
 
 
-def load_checkpoint(engine: Any, folder: Path, expected: dict[str, Any]) -> tuple[int, list[StepRecord]]:
-    """Weights and optimizer state of a checkpoint, the examples seen, and the records so far.
+def load_checkpoint(
+    engine: Any, folder: Path, expected: dict[str, Any]
+) -> tuple[dict[str, Any], list[StepRecord]]:
+    """Load weights and optimizer state of a checkpoint; returns its cursor (``save_checkpoint``) and the records so far.
 
     Args:
         engine: a DeepSpeed engine.
         folder: of the checkpoint.
-        expected: what this run's state would say besides ``examples_seen``.
+        expected: what this run's state would say at its start.
 
     Raises:
         DataError: a checkpoint of another config, or one that cannot be cut for this number of workers.
@@ -74,25 +78,32 @@ def load_checkpoint(engine: Any, folder: Path, expected: dict[str, Any]) -> tupl
         load_resized(engine, folder, ENGINE_TAG, f"{state['fingerprint']}-{state['examples_seen']}")
     else:
         engine.load_checkpoint(str(folder), tag=ENGINE_TAG)
-    return int(state["examples_seen"]), read_metrics(folder)
+    return state, read_metrics(folder)
 
 
-def save_final_model(
-    encoder: Encoder,
-    folder: Path,
-    dimensions: tuple[int, ...] | None,
-    records: list[StepRecord],
-    golden: Embedded,
-) -> None:
-    """The finished model folder, with the prefixes it was trained for in its contract and config, and golden vectors."""
-    contract = encoder.contract
-    if dimensions is not None:
-        contract = contract.model_copy(update={"matryoshka_dimensions": tuple(sorted(dimensions))})
-        encoder.backbone.config.is_matryoshka = True
-        encoder.backbone.config.matryoshka_dimensions = sorted(dimensions)
-    save_model(encoder.backbone, encoder.tokenizer, contract, folder)
+def save_final_model(encoder: Encoder, folder: Path, config: TrainingConfig, golden: Embedded) -> None:
+    """Write a model folder: plain weights, the prefixes it is trained for in contract and config, golden vectors.
+
+    Args:
+        encoder: with whole weights, not a worker's part of them.
+        folder: written anew.
+        config: says which prefixes, and whether adapters have to be merged.
+        golden: what the encoder makes of the golden texts.
+    """
+    contract, backbone = encoder.contract, encoder.backbone
+    if config.matryoshka is not None:
+        dimensions = sorted(config.matryoshka.dimensions)
+        contract = contract.model_copy(update={"matryoshka_dimensions": tuple(dimensions)})
+        backbone.config.is_matryoshka = True
+        backbone.config.matryoshka_dimensions = dimensions
+    if config.lora is not None:
+        from embedloom.training.lora import merged_backbone  # peft takes a second to import
+
+        backbone = merged_backbone(backbone)
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    save_model(backbone, encoder.tokenizer, contract, folder)
     save_golden(golden, encoder.dtype, folder)
-    (folder / METRICS_FILE).write_text(metrics_text(records))
 
 
 def temporary_folder() -> tempfile.TemporaryDirectory[str]:

@@ -36,13 +36,14 @@ def deepspeed_settings(config: TrainingConfig, bf16_weights: bool) -> dict[str, 
 def parameter_groups(
     parameters: Iterable[tuple[str, nn.Parameter]], weight_decay: float
 ) -> list[dict[str, Any]]:
-    """Weight decay for matrices, none for norms and biases."""
+    """Weight decay for matrices, none for norms and biases; frozen weights and empty groups are left out."""
     decayed: list[nn.Parameter] = []
     plain: list[nn.Parameter] = []
     for name, parameter in parameters:
         if parameter.requires_grad:
             (plain if parameter.ndim < 2 or "norm" in name.lower() else decayed).append(parameter)
-    return [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    groups = [(decayed, weight_decay), (plain, 0.0)]
+    return [{"params": own, "weight_decay": decay} for own, decay in groups if own]
 
 
 def build_engine(module: nn.Module, config: TrainingConfig, bf16_weights: bool) -> Any:

@@ -2,21 +2,17 @@
 
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from embedloom.artefacts import fingerprint
-from embedloom.config.training import TrainingConfig, TrainingStage
-from embedloom.config.training_data import TrainingSource
-from embedloom.encoder.device import DTypeName
 from embedloom.encoder.model import Encoder
 from embedloom.encoder.parity import embed_golden
-from embedloom.storage import Place
 from embedloom.training.batches import BatchPlan, plan_batch
+from embedloom.training.build import matrix_weights, prepare_backbone, shares_of
 from embedloom.training.checkpoints import (
     MODEL_CHECKPOINT,
     is_model,
@@ -26,38 +22,24 @@ from embedloom.training.checkpoints import (
     temporary_folder,
 )
 from embedloom.training.deepspeed import build_engine, unsharded_gradient_norm
+from embedloom.training.dev import DevScores
 from embedloom.training.gradients import GradientPass
+from embedloom.training.loop_config import LoopConfig
 from embedloom.training.losses import Objective
-from embedloom.training.metrics import StepRecord, StepWriter, peak_flops, peak_memory_mib, training_flops
+from embedloom.training.metrics import (
+    METRICS_FILE,
+    StepRecord,
+    StepWriter,
+    metrics_text,
+    peak_flops,
+    peak_memory_mib,
+    training_flops,
+)
 from embedloom.training.module import ContrastiveModule
-from embedloom.training.order import ExampleOrder, Share
+from embedloom.training.order import ExampleOrder
 from embedloom.training.schedule import learning_rate
 from embedloom.training.store import ExampleStore
 from embedloom.training.watch import LossWatch
-
-
-@dataclass(frozen=True, slots=True)
-class LoopConfig:
-    """Everything a worker needs; picklable."""
-
-    label: str
-    training: TrainingConfig
-    stage: TrainingStage
-    sources: tuple[TrainingSource, ...]
-    seed: int
-    learning_rate_scale: float
-    dtype: DTypeName
-    start_model: Path
-    data: Place  # prepared sources
-    logs: Place
-    threads: int
-
-    @property
-    def fingerprint(self) -> str:
-        """What a checkpoint must have been made with to go on from it."""
-        varying = {"runs", "stages", "max_failures", "checkpoints_kept", "checkpoint_every_steps"}
-        training = self.training.model_dump(mode="json", exclude=varying)
-        return fingerprint(training, self.stage, self.sources, self.seed, self.learning_rate_scale)
 
 
 def train_worker(config: LoopConfig) -> str | None:
@@ -91,24 +73,33 @@ class StageTrainer:
         torch.manual_seed(config.seed)
         self.encoder = Encoder.load(config.start_model, dtype=config.dtype, trainable=True)
         prepare_backbone(self.encoder.backbone, training)
-        self.store = ExampleStore(config.data, [source.name for source in config.sources], stage.negatives)
+        self.store = ExampleStore(config.data, config.folders, stage.negatives)
         self.order = ExampleOrder(shares_of(config.sources, self.store), config.seed)
         self.total_steps = stage.max_steps or max(
             1, math.ceil(self.order.epoch_size * stage.epochs / stage.global_batch)
         )
         objective = Objective.of(training, self.encoder.dimension, self.encoder.contract.normalize)
+        self.matrix_weights = matrix_weights(self.encoder.backbone)  # before ZeRO-3 takes them apart
         bf16_weights = torch.cuda.is_available() and self.encoder.dtype == torch.bfloat16
         self.engine = build_engine(ContrastiveModule(self.encoder), training, bf16_weights)
         self.gradients = GradientPass(self.engine, objective, rank, world_size)
         self.watch = LossWatch()
-        self.writer = StepWriter(config.label, self.total_steps, config.logs if rank == 0 else None)
-        self.matrix_weights = matrix_weights(self.encoder.backbone)
+        self.writer = StepWriter(
+            config.label, self.total_steps, config.logs if rank == 0 else None,
+            training.trackers, config.identity, config.settings,
+        )  # fmt: skip
+        self.dev: DevScores | None = None
+        if training.dev is not None and config.dev_tasks is not None:
+            tokens = training.micro_batch_tokens
+            self.dev = DevScores(training.dev, config.dev_tasks, self.encoder, rank, world_size, tokens)
         self.step = 0
 
     def resume(self, folder: Path) -> None:
         """Continue after the last checkpoint: weights, optimizer, cursor and metrics so far."""
-        seen, records = load_checkpoint(self.engine, folder, self._state())
-        self.step = seen // self.config.stage.global_batch
+        state, records = load_checkpoint(self.engine, folder, self._state())
+        self.step = int(state["examples_seen"]) // self.config.stage.global_batch
+        if self.dev is not None:
+            self.dev.resume(state["dev"], folder)
         self.writer.records = records
         for record in records:
             self.watch.seen(record.loss)
@@ -117,16 +108,29 @@ class StageTrainer:
         """Steps from where we are to the end, with checkpoints, then the model; or why it stopped."""
         if self.rank == 0:
             self.writer.start(self.writer.records)
+        if self.dev is not None and not self.dev.points:
+            self._score(self.dev)
         while self.step < self.total_steps:
             record, problem = self.train_step()
             if record is None:
                 return problem
+            if self.dev is not None and self.dev.is_due(self.step, self.total_steps):
+                record = replace(record, dev_score=self._score(self.dev))
             self.writer.add(record) if self.rank == 0 else self.writer.records.append(record)
             if self.step % self.config.training.checkpoint_every_steps == 0 and self.step < self.total_steps:
                 self.report_checkpoint()
         self.report_model()
         self.writer.close()
         return None
+
+    def _score(self, dev: DevScores) -> float:
+        """Score the model on dev tasks, and keep its weights where they are the best so far."""
+        point, is_best = dev.measure(self.step)
+        if self.rank == 0:
+            self.writer.add_dev(point, dev.config.metric, is_best)
+        if is_best:
+            self._export(dev.best_folder)
+        return point.score
 
     def train_step(self) -> tuple[StepRecord | None, str | None]:
         """One optimizer step over the next ``global_batch`` examples, or why there must be none."""
@@ -187,9 +191,8 @@ class StageTrainer:
             return None
         config = self.encoder.backbone.config
         squared = sum(length * length for own in lengths for length in own)
-        flops = training_flops(
-            tokens, squared, self.matrix_weights, config.num_hidden_layers, config.hidden_size
-        )
+        weights, frozen = self.matrix_weights
+        flops = training_flops(tokens, squared, weights, config.num_hidden_layers, config.hidden_size, frozen)
         return round(flops / (seconds * peak * self.world_size), 4)
 
     def _state(self) -> dict[str, Any]:
@@ -198,6 +201,7 @@ class StageTrainer:
             "fingerprint": self.config.fingerprint,
             "world_size": self.world_size,
             "zero_stage": self.config.training.zero_stage,
+            "dev": self.dev.state() if self.dev is not None else [],
         }
 
     def report_checkpoint(self) -> None:
@@ -205,44 +209,37 @@ class StageTrainer:
         with temporary_folder() as folder:
             records = self.writer.records if self.rank == 0 else None
             save_checkpoint(self.engine, Path(folder), self._state(), records)
+            if self.dev is not None and self.rank == 0:
+                self.dev.copy_best(Path(folder))
             self._report(folder, f"step-{self.step:08d}")
 
     def report_model(self) -> None:
-        """Gather the weights on rank 0 and report the finished model folder."""
+        """Report the finished model folder: that of the last step, or of the best dev score."""
+        with temporary_folder() as temporary:
+            folder = Path(temporary)
+            if self.dev is not None and self.dev.config.keep == "best":
+                folder = self.dev.best_folder
+            else:
+                self._export(folder)
+            if self.rank == 0:
+                (folder / METRICS_FILE).write_text(metrics_text(self.writer.records))
+                if self.dev is not None:
+                    self.dev.save(folder)
+            self._report(str(folder) if self.rank == 0 else None, MODEL_CHECKPOINT)
+
+    def _export(self, folder: Path) -> None:
+        """Gather the weights on rank 0 and write them as a model folder."""
         import deepspeed
 
         training = self.config.training
-        dimensions = training.matryoshka.dimensions if training.matryoshka is not None else None
         golden = embed_golden(self.encoder)
-        with temporary_folder() as folder:
-            weights = list(self.encoder.backbone.parameters())
-            with deepspeed.zero.GatheredParameters(weights, enabled=training.zero_stage == 3):
-                if self.rank == 0:
-                    save_final_model(self.encoder, Path(folder), dimensions, self.writer.records, golden)
-            self._report(folder if self.rank == 0 else None, MODEL_CHECKPOINT)
+        weights = list(self.encoder.backbone.parameters())
+        with deepspeed.zero.GatheredParameters(weights, enabled=training.zero_stage == 3):
+            if self.rank == 0:
+                save_final_model(self.encoder, folder, training, golden)
 
     def _report(self, folder: str | None, name: str) -> None:
         import ray.train
 
         checkpoint = ray.train.Checkpoint.from_directory(folder) if folder else None
         ray.train.report({"step": self.step}, checkpoint=checkpoint, checkpoint_dir_name=name)
-
-
-def prepare_backbone(backbone: Any, config: TrainingConfig) -> None:
-    """Training mode, frozen embeddings and recomputation as the config has them."""
-    backbone.train()
-    if config.freeze_token_embeddings:
-        backbone.get_input_embeddings().requires_grad_(False)
-    if config.gradient_checkpointing:
-        backbone.gradient_checkpointing_enable()
-
-
-def matrix_weights(backbone: Any) -> int:
-    """Weights that every token is multiplied with: all but the token embeddings."""
-    total = sum(parameter.numel() for parameter in backbone.parameters())
-    return int(total - backbone.get_input_embeddings().weight.numel())
-
-
-def shares_of(sources: tuple[TrainingSource, ...], store: ExampleStore) -> list[Share]:
-    """The sources' parts of an epoch, with the rows they turned out to have."""
-    return [Share(s.name, store.first_row(s.name), store.sizes[s.name], s.weight, s.cap) for s in sources]

@@ -2,17 +2,20 @@
 
 import json
 import resource
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from embedloom.progress import Progress
+from embedloom.config.training_options import TrackerName
+from embedloom.progress import Progress, note
 from embedloom.storage import Place
+from embedloom.training.dev import DevPoint
+from embedloom.training.trackers import TrackedRun, Trackers
 
 METRICS_FILE = "metrics.jsonl"
-TENSORBOARD_FOLDER = "_tensorboard"  # merging and other readers of model folders pass over names with _
 
 # Dense bfloat16 FLOP/s by a part of the device's name, from NVIDIA's data sheets; longer names first.
 _PEAKS = {
@@ -45,6 +48,7 @@ class StepRecord:
     seconds: float
     memory_mib: int  # most that rank 0 held at once so far
     mfu: float | None = None  # of all workers; None where the device's peak is not known
+    dev_score: float | None = None  # mean over dev tasks; None at steps that are not scored
 
     @property
     def shown(self) -> dict[str, Any]:
@@ -60,19 +64,40 @@ class StepRecord:
         }
         if self.mfu is not None:
             values["mfu"] = f"{self.mfu:.1%}"
+        if self.dev_score is not None:
+            values["dev"] = self.dev_score
         return {**values, "memory": f"{self.memory_mib:,} MiB"}
 
 
 class StepWriter:
     """Rank 0's record of the run so far; a resumed run takes over the records up to its checkpoint."""
 
-    def __init__(self, label: str, total_steps: int, folder: Place | None) -> None:
+    def __init__(
+        self,
+        label: str,
+        total_steps: int,
+        folder: Place | None,
+        trackers: Sequence[TrackerName] = ("tensorboard",),
+        identity: str = "",
+        settings: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Write nothing yet.
+
+        Args:
+            label: of the stage, for people.
+            total_steps: of the stage.
+            folder: for ``metrics.jsonl`` and trackers' files, where it is local.
+            trackers: where else to send the numbers.
+            identity: by which trackers know the run again after a restart.
+            settings: of the run, for trackers to show.
+        """
         self.records: list[StepRecord] = []
         self._label = label
         self._total = total_steps
         self._folder = folder if folder is not None and folder.is_local else None
+        self._names, self._identity, self._settings = trackers, identity, settings or {}
         self._progress: Progress | None = None
-        self._board: Any = None
+        self._trackers: Trackers | None = None
 
     def start(self, records: list[StepRecord]) -> None:
         """Begin, or go on, after these records: what later steps of a killed run wrote is cut off."""
@@ -80,14 +105,12 @@ class StepWriter:
         done = len(records)
         # A line a step, but of steps shorter than a second not every one; the file has them all.
         self._progress = Progress(self._label, self._total, "steps", done=done, every_seconds=1.0)
-        if self._folder is None:
-            return
-        from tensorboardX import SummaryWriter
-
-        self._folder.write_bytes(METRICS_FILE, metrics_text(records).encode())
-        # Points of a killed run behind its checkpoint are hidden by purge_step.
-        folder = str(self._folder.local / TENSORBOARD_FOLDER)
-        self._board = SummaryWriter(folder, purge_step=done + 1 if done else None, flush_secs=30)
+        folder = None
+        if self._folder is not None:
+            self._folder.write_bytes(METRICS_FILE, metrics_text(records).encode())
+            folder = self._folder.local
+        run = TrackedRun(self._label, self._identity, self._settings, folder, done + 1)
+        self._trackers = Trackers(self._names, run)
 
     def add(self, record: StepRecord) -> None:
         """Keep and show one step."""
@@ -97,15 +120,22 @@ class StepWriter:
         if self._folder is not None:
             with (self._folder.local / METRICS_FILE).open("a") as stream:
                 stream.write(json.dumps(asdict(record)) + "\n")
-        if self._board is not None:
-            for name, value in asdict(record).items():
-                if name != "step" and value is not None:
-                    self._board.add_scalar(f"train/{name}", value, record.step)
+        if self._trackers is not None:
+            values = {f"train/{name}": value for name, value in asdict(record).items() if name != "step"}
+            self._trackers.log(values, record.step)
+
+    def add_dev(self, point: DevPoint, metric: str, is_best: bool) -> None:
+        """Show the dev scores of a step; before its record, as trackers want steps in order."""
+        best = ", the best so far: its weights are kept" if is_best else ""
+        note(self._label, f"dev {metric} {point.score:.5f} after {point.step} steps{best}")
+        if self._trackers is not None:
+            values = {f"dev/{name}/{metric}": score for name, score in point.tasks.items()}
+            self._trackers.log({**values, f"dev/{metric}": point.score}, point.step)
 
     def close(self) -> None:
-        """Flush what TensorBoard holds back."""
-        if self._board is not None:
-            self._board.close()
+        """Send what trackers hold back."""
+        if self._trackers is not None:
+            self._trackers.close()
 
 
 def metrics_text(records: list[StepRecord]) -> str:
@@ -136,11 +166,12 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
 
 
 def training_flops(
-    tokens: float, squared_tokens: float, weights: int, layers: int, hidden_size: int
+    tokens: float, squared_tokens: float, weights: int, layers: int, hidden_size: int, frozen: int = 0
 ) -> float:
     """FLOPs of a forward and backward: 6 a weight and token, and 12 l h n² of attention for a text of n tokens.
 
-    Recomputation (gradient checkpointing, cached gradients) is not counted: MFU is about useful work.
+    A frozen weight has no gradient of its own, which leaves 4. Recomputation (gradient checkpointing, cached
+    gradients) is not counted: MFU is about useful work.
 
     Args:
         tokens: real tokens.
@@ -148,5 +179,6 @@ def training_flops(
         weights: of the matrices that every token goes through, so without the token embeddings.
         layers: of the backbone.
         hidden_size: of the backbone.
+        frozen: how many of the weights are frozen.
     """
-    return 6 * weights * tokens + 12 * layers * hidden_size * squared_tokens
+    return (6 * weights - 2 * frozen) * tokens + 12 * layers * hidden_size * squared_tokens

@@ -7,7 +7,7 @@ goes on after its last whole part.
 
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -15,12 +15,11 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute
 
-from embedloom.config.training import TrainingConfig
+from embedloom.artefacts import fingerprint
 from embedloom.config.training_data import TrainingSource
 from embedloom.encoder.tokenizer import contract_ids, load_tokenizer
 from embedloom.errors import DataError
 from embedloom.instructions import PromptContract
-from embedloom.progress import note
 from embedloom.storage import Place
 from embedloom.training.sources import read_source
 from embedloom.training.sources.example import LABEL_TASK_TYPES, SourceExample
@@ -39,6 +38,7 @@ class TextTokens:
     def __init__(self, folder: Path) -> None:
         self.contract = PromptContract.load(folder)
         self.tokenizer = load_tokenizer(folder)
+        self.identity = fingerprint(self.contract.hash, self.tokenizer.backend_tokenizer.to_str())
 
     def queries(self, rows: list[SourceExample]) -> list[list[int]]:
         """Ids of the rows' queries, with their instructions."""
@@ -110,7 +110,7 @@ def prepare_source(
     """Write one source's token ids below ``out`` and return its index: rows per part and counts.
 
     Raises:
-        DataError: the source does not fit its format, has no usable row, or fewer than its cap.
+        DataError: the source does not fit its format, or has no usable row.
     """
     if out.exists(INDEX_FILE):
         return out.read_json(INDEX_FILE)
@@ -130,48 +130,9 @@ def prepare_source(
     rejects = dict(rules.rejects)
     if not parts:
         raise DataError(f"source {source.name!r}: no usable row; rejects: {rejects}")
-    if source.cap is not None and source.cap > sum(parts):
-        raise DataError(
-            f"source {source.name!r}: cap is {source.cap:,}, but it has {sum(parts):,} usable rows; rejects: {rejects}"
-        )
     index = {"parts": parts, "rejects": rejects, "repeated_negatives": rules.repeated, "tokens": total}
     out.write_json(INDEX_FILE, index)
     return index
-
-
-def prepare_sources(
-    label: str,
-    config: TrainingConfig,
-    negatives: int,
-    sources: Sequence[TrainingSource],
-    mined: Place | None,
-    model: Path,
-    data: Place,
-) -> dict[str, Any]:
-    """Prepare every source below ``data`` that is not yet there.
-
-    Args:
-        label: of the stage, for the progress lines.
-        config: says what becomes of bad rows.
-        negatives: wanted for every query.
-        sources: of the stage.
-        mined: the run's own mined examples.
-        model: folder whose tokenizer and contract make the ids.
-        data: folder with one subfolder a source.
-
-    Returns:
-        Counts for the manifest: negatives that were repeated, rejects by reason.
-    """
-    tokens = TextTokens(model)
-    rejects: Counter[str] = Counter()
-    repeated = 0
-    for source in sources:
-        rules = RowRules(negatives, config.repeat_negatives, config.bad_rows == "skip")
-        index = prepare_source(source, mined, tokens, rules, data.child(source.name))
-        rejects.update(index["rejects"])
-        repeated += index["repeated_negatives"]
-        note(label, f"{source.name}: {sum(index['parts']):,} examples, {index['tokens']:,} tokens")
-    return {"repeated_negatives": repeated, "rejects": dict(rejects)}
 
 
 def _cut(source: TrainingSource, limit: int, rows: Iterator[SourceExample]) -> Iterator[SourceExample]:

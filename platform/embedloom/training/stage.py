@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,15 @@ from embedloom.config.training_data import TrainingSource
 from embedloom.encoder.device import DTypeName
 from embedloom.encoder.parity import check_export
 from embedloom.errors import ConfigError, StageError
+from embedloom.instructions import PromptContract
 from embedloom.storage import Place
+from embedloom.training.cards import Lineage, stage_facts, write_cards
 from embedloom.training.checkpoints import check_resumable
-from embedloom.training.loop import LoopConfig, train_worker
+from embedloom.training.dev import DevTasks, read_dev
+from embedloom.training.loop import train_worker
+from embedloom.training.loop_config import LoopConfig
 from embedloom.training.metrics import METRICS_FILE
-from embedloom.training.prepare import prepare_sources
+from embedloom.training.prepared import preparation_counts, prepare_sources
 
 CHECKPOINT_FOLDER = "_train"
 DATA_FOLDER = "_data"
@@ -32,6 +37,8 @@ def train_stage(
     group: TrainingGroup,
     dtype: DTypeName,
     out: ArtefactWriter,
+    prepared_data: Place | None = None,
+    dev_tasks: DevTasks | None = None,
 ) -> Artefact:
     """Train one stage and commit its model folder; an interrupted run continues from its last checkpoint.
 
@@ -44,9 +51,11 @@ def train_stage(
         group: worker group.
         dtype: compute type.
         out: writer of ``training/<candidate>/<stage>``.
+        prepared_data: where prepared sources stay for other stages and candidates; None: they are deleted afterwards.
+        dev_tasks: of ``training.dev``.
 
     Raises:
-        ConfigError: a global batch that leaves workers without a query.
+        ConfigError: a global batch that leaves workers without a query, or an adapter without a place.
         DataError: a source that does not fit, named with its row, or checkpoints of another config.
         StageError: the loss is not finite or has diverged, the workers failed more often than
             ``training.max_failures``, or some reader would read the export as another model.
@@ -56,21 +65,40 @@ def train_stage(
             f"training.stages.{stage.name}.global_batch: {stage.global_batch} queries cannot be shared out to {group.workers} workers; "
             f"allowed: {group.workers} or more"
         )
-    loop = _loop_config(config, stage, candidate, start_model, group, dtype, out.place)
-    mined = mining.place if mining is not None else None
+    if config.lora is not None:
+        from embedloom.training.lora import check_targets  # peft takes a second to import
+
+        check_targets(config.lora, start_model, PromptContract.load(start_model).attention)
+    root = absolute(out.place)
+    data = root.child(DATA_FOLDER) if prepared_data is None else absolute(prepared_data)
+    loop = _loop_config(config, stage, candidate, start_model, group, dtype, root, data)
     check_resumable(out.place.child(CHECKPOINT_FOLDER), loop.fingerprint)
-    counts = prepare_sources(loop.label, config, stage.negatives, loop.sources, mined, start_model, loop.data)
+    prepared = prepare_sources(
+        loop.label, config, stage.negatives, loop.sources, mining, start_model, loop.data
+    )
+    folders = {name: index["folder"] for name, index in prepared.items()}
+    loop = replace(loop, folders=folders, dev_tasks=dev_tasks)
     result = _fit(loop, group, out.place.child(CHECKPOINT_FOLDER))
+    facts = stage_facts(config, stage, candidate, loop.sources, prepared)
     with out.local_folder() as folder, result.checkpoint.as_directory() as final:
         shutil.copytree(final, folder, dirs_exist_ok=True)
         records = [json.loads(line) for line in (folder / METRICS_FILE).read_text().splitlines()]
         # Between stages only our own code reads the model; the last stage's is an export.
-        parity = check_export(folder) if stage.name == config.stages[-1].name else None
+        parity = check_export(folder, config.parity) if stage.name == config.stages[-1].name else None
+        facts |= {"steps": len(records), "dev": read_dev(folder)}
+        history = Lineage.after(start_model, facts)
+        write_cards(folder, history)
     for name in (CHECKPOINT_FOLDER, DATA_FOLDER):
         out.place.child(name).remove()
+    details = {
+        "loss_curve": _curve(records),
+        "stage": stage.name,
+        "candidate": candidate.name,
+        "parity": parity,
+    }
     return out.commit(
-        {**_counts(records), **counts},
-        {"loss_curve": _curve(records), "stage": stage.name, "candidate": candidate.name, "parity": parity},
+        {**_counts(records), **preparation_counts(prepared)},
+        {**details, "dev": facts["dev"], "base": history.base, "stages": history.stages},
     )
 
 
@@ -81,10 +109,9 @@ def _loop_config(
     start_model: Path,
     group: TrainingGroup,
     dtype: DTypeName,
-    place: Place,
+    root: Place,
+    data: Place,
 ) -> LoopConfig:
-    # Ray Train's workers have another working directory.
-    root = Place(str(place.local)) if place.is_local else place
     return LoopConfig(
         label=f"train {candidate.name}/{stage.name}",
         training=config,
@@ -95,10 +122,16 @@ def _loop_config(
         learning_rate_scale=candidate.learning_rate_scale,
         dtype=dtype,
         start_model=start_model.absolute(),
-        data=root.child(DATA_FOLDER),
+        data=data,
+        folders={},
         logs=root,
         threads=group.compute_threads,
     )
+
+
+def absolute(place: Place) -> Place:
+    """The same place for Ray Train's workers, who have another working directory."""
+    return Place(str(place.local)) if place.is_local else place
 
 
 def mined_sources(mix: dict[str, float]) -> tuple[TrainingSource, ...]:

@@ -7,7 +7,7 @@ Below an object store, parts are copied to the node's own disk when first needed
 import hashlib
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -23,13 +23,21 @@ _OPEN_PARTS = 2048  # mapped at a time; each is a handful of objects, its pages 
 
 
 class ExampleStore:
-    """Rows numbered through all sources, in the order of their names' list."""
+    """Rows numbered through all sources, in the order in which they are named."""
 
-    def __init__(self, place: Place, names: Sequence[str], negatives: int) -> None:
+    def __init__(self, place: Place, folders: Mapping[str, str], negatives: int) -> None:
+        """Read the sources' indexes.
+
+        Args:
+            place: below which they lie.
+            folders: of each source, by its name.
+            negatives: that every example shall have.
+        """
         self._place = place
-        self._names = list(names)
+        self._folders = dict(folders)
+        self._names = list(folders)
         self._negatives = negatives
-        self.indexes = {name: place.child(name).read_json(INDEX_FILE) for name in names}
+        self.indexes = {name: place.child(folder).read_json(INDEX_FILE) for name, folder in folders.items()}
         self.sizes = {name: int(sum(index["parts"])) for name, index in self.indexes.items()}
         self._starts = np.cumsum([0, *self.sizes.values()])
         self._part = lru_cache(maxsize=_OPEN_PARTS)(self._open_part)
@@ -73,7 +81,7 @@ class ExampleStore:
         return name, self._part(name, inside // PART_ROWS), inside % PART_ROWS
 
     def _open_part(self, name: str, number: int) -> pa.RecordBatch:
-        path = self._local(f"{name}/part-{number:06d}.arrow")
+        path = self._local(f"{self._folders[name]}/part-{number:06d}.arrow")
         return pa.ipc.open_file(pa.memory_map(str(path))).get_batch(0)
 
     def _local(self, name: str) -> Path:

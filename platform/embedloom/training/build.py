@@ -1,0 +1,33 @@
+"""What a worker makes of its config before the first step."""
+
+from typing import Any
+
+from embedloom.config.training import TrainingConfig
+from embedloom.config.training_data import TrainingSource
+from embedloom.training.order import Share
+from embedloom.training.store import ExampleStore
+
+
+def prepare_backbone(backbone: Any, config: TrainingConfig) -> None:
+    """Training mode, adapters, frozen embeddings and recomputation as the config has them."""
+    if config.lora is not None:
+        from embedloom.training.lora import add_adapters  # peft takes a second to import
+
+        add_adapters(backbone, config.lora)
+    backbone.train()
+    if config.freeze_token_embeddings:
+        backbone.get_input_embeddings().requires_grad_(False)
+    if config.gradient_checkpointing:
+        backbone.gradient_checkpointing_enable()
+
+
+def matrix_weights(backbone: Any) -> tuple[int, int]:
+    """Weights that every token is multiplied with, all but the token embeddings, and how many of them are frozen."""
+    embeddings = backbone.get_input_embeddings().weight
+    own = [parameter for parameter in backbone.parameters() if parameter is not embeddings]
+    return sum(p.numel() for p in own), sum(p.numel() for p in own if not p.requires_grad)
+
+
+def shares_of(sources: tuple[TrainingSource, ...], store: ExampleStore) -> list[Share]:
+    """The sources' parts of an epoch, with the rows they turned out to have."""
+    return [Share(s.name, store.first_row(s.name), store.sizes[s.name], s.weight, s.cap) for s in sources]
