@@ -57,8 +57,8 @@ def _origin(run: Place, artefacts: dict[str, Artefact]) -> Iterator[str]:
         return
     config = read_run_file(run)["resolved"]
     seeds = [f"run {config['run']['seed']}"]
-    seeds += [
-        f"{one['name']} {one['seed']}" for one in config["training"].get("candidates", []) if "seed" in one
-    ]
+    training = config["training"]
+    runs = training.get("runs", training.get("candidates", []))  # the older name of the key
+    seeds += [f"{one['name']} {one['seed']}" for one in runs if "seed" in one]
     sources = [str(s.get("path") or ", ".join(s.get("packages", ()))) for s in config["corpus"]["sources"]]
     yield f"config  {run.uri}/{RUN_FILE}  seeds: {', '.join(seeds)}; corpus sources: {'; '.join(sources)}"
