@@ -6,10 +6,11 @@ from pathlib import Path
 import pytest
 import yaml
 
+from embedloom.config.application import ApplicationArgs
 from embedloom.config.resources import ServeScaling
 from embedloom.config.serving import ServingConfig
 from embedloom.errors import ConfigError, DataError
-from embedloom.serving.app import ApplicationArgs, build, build_application, build_encoders
+from embedloom.serving.app import build, build_application, build_encoders
 from embedloom.serving.service import BatchSettings
 from embedloom.serving.stage import check_port_free
 from embedloom.verdict import weights_fingerprint

@@ -11,6 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 from embedloom.cli import app
+from embedloom.config.application import ApplicationArgs
 from embedloom.config.resources import ServeScaling
 from embedloom.config.serving import ServingConfig
 from embedloom.encoder.model import Encoder
@@ -19,7 +20,6 @@ from embedloom.errors import ConfigError, ServeError
 from embedloom.instructions import PromptContract
 from embedloom.launch_deploy import trial_rules
 from embedloom.serving import address
-from embedloom.serving.app import ApplicationArgs
 from embedloom.serving.golden import check_golden, expected_vectors
 from embedloom.serving.messages import EncodeResult, ModelInfo, Refusal
 from embedloom.serving.trial import TrialRules

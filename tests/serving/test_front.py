@@ -5,8 +5,9 @@ import logging
 
 import pytest
 
+from embedloom.config.application import ApplicationArgs
 from embedloom.config.serving import ServingConfig
-from embedloom.serving.app import ApplicationArgs, build_application
+from embedloom.serving.app import build_application
 from embedloom.serving.calls import EndpointSettings
 from embedloom.serving.keys import ApiKey
 from fakes_serving import FakeEncoder, client_of, refused

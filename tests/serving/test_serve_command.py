@@ -9,12 +9,13 @@ from typer.testing import CliRunner
 
 from embedloom.artefacts import ArtefactWriter
 from embedloom.cli import app
+from embedloom.config.application import ApplicationArgs
 from embedloom.config.serving import ServingConfig
 from embedloom.errors import ConfigError, DataError
 from embedloom.instructions import PromptContract
 from embedloom.launch_serve import gate_rule, serving_config
 from embedloom.retrieval.model_id import model_id
-from embedloom.serving.app import ApplicationArgs, build_application
+from embedloom.serving.app import build_application
 from embedloom.serving.model_facts import read_gate, read_lineage
 from embedloom.storage import Place
 

@@ -14,13 +14,13 @@ import ray
 from ray import serve
 from ray.serve.exceptions import RayServeException
 
+from embedloom.config.application import ApplicationArgs
 from embedloom.config.base import validate
 from embedloom.errors import ConfigError, ServeError
 from embedloom.progress import note
 from embedloom.serving.app import (
     GATEWAY,
     SINGLE,
-    ApplicationArgs,
     build_application,
     build_encoders,
 )

@@ -19,6 +19,7 @@ import ray
 from ray import serve
 from ray.serve import Application
 
+from embedloom.config.application import ApplicationArgs
 from embedloom.config.base import validate
 from embedloom.config.resources import ServeScaling
 from embedloom.config.serving import ServingConfig
@@ -26,7 +27,7 @@ from embedloom.encoder.device import DTypeName
 from embedloom.errors import ConfigError, ServeError
 from embedloom.progress import note
 from embedloom.serving.address import remember
-from embedloom.serving.app import ApplicationArgs, build_application, build_encoders
+from embedloom.serving.app import build_application, build_encoders
 from embedloom.serving.applications import (
     APPLICATION,
     QUIET,
