@@ -7,7 +7,9 @@ at 256 tokens, with other rows' positives as 1 and as 4 negatives; SmolLM2-135M 
 bfloat16 autocast where the CPU has it. Ours is InfoNCE on a query's own negatives; the peer's nearest is
 MultipleNegativesRankingLoss, which adds in-batch columns to the same products (microseconds a step). Each side runs in
 a process of its own, for its peak memory; the peer's batch size a forward is tried and its best counts. Model loading
-and the first two steps are left out. The headline is 1 negative; ``work.by_negatives`` holds both.
+and the first two steps are left out. The headline is 1 negative; ``work.by_negatives`` holds both, with the share that
+the real tokens' matrix products alone would take at the best rate measured here, and our rate with one and two workers
+of a thread each.
 """
 
 import argparse
@@ -56,8 +58,18 @@ def prepare_model(layers: int, out: Path) -> None:
     prepare_base(config, resolve_model("smollm2-135m"), out)
 
 
-def run_ours(folder: Path, negatives: int, steps: int, batch: int, micro_batch: int) -> dict[str, Any]:
-    """Our step, without Ray around it: one worker, DeepSpeed ZeRO-0; ``micro_batch`` in tokens."""
+def run_ours(
+    folder: Path,
+    negatives: int,
+    steps: int,
+    batch: int,
+    micro_batch: int,
+    rank: int,
+    workers: int,
+    threads: int,
+) -> dict[str, Any]:
+    """Our step, without Ray around it: DeepSpeed ZeRO-0; ``micro_batch`` in tokens; 0 threads are torch's own."""
+    import torch
     import torch.distributed as dist
 
     from embedloom.config.training import TrainingConfig, TrainingStage
@@ -68,41 +80,57 @@ def run_ours(folder: Path, negatives: int, steps: int, batch: int, micro_batch: 
     from embedloom.training.prepared import prepare_sources
 
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0", LOCAL_RANK="0", DS_ACCELERATOR="cpu")
-    store = dist.FileStore(str(folder / "rendezvous"), 1)
-    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    if threads:
+        torch.set_num_threads(threads)
+    store = dist.FileStore(str(folder / f"rendezvous-{workers}-{threads}"), workers)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=workers)
     source = TrainingSource(name="pairs", format="sentence_transformers", path=str(folder / "rows.jsonl"))
     stage = TrainingStage(
         name="bench", negatives=negatives, global_batch=batch, learning_rate=1e-5, max_steps=steps,
         warmup_steps=0, sources=(source,),
     )  # fmt: skip
     training = TrainingConfig(
-        candidates=[{"name": "a", "seed": 0}], stages=[stage], temperature=TEMPERATURE, zero_stage=0,
+        runs=[{"name": "a", "seed": 0}], stages=[stage], temperature=TEMPERATURE, zero_stage=0,
         micro_batch_tokens=micro_batch,
     )  # fmt: skip
     data, model = Place(str(folder / "data")), folder / "model"
+    if rank > 0:
+        dist.barrier()  # the first has prepared them by then
     prepared = prepare_sources("bench", training, negatives, (source,), None, model, data)
+    if rank == 0 and workers > 1:
+        dist.barrier()
     folders = {name: index["folder"] for name, index in prepared.items()}
     loop = LoopConfig(
-        "bench",
-        training,
-        stage,
-        (source,),
-        0,
-        1.0,
-        "auto",
-        model,
-        data,
-        folders,
-        Place(str(folder)),
-        threads=0,
-    )
-    trainer = StageTrainer(loop, 0, 1)
+        "bench", training, stage, (source,), 0, 1.0, "auto", model, data, folders, Place(str(folder)), threads
+    )  # fmt: skip
+    trainer = StageTrainer(loop, rank, workers)
     records = [trainer.train_step()[0] for _ in range(steps)]
     kept = [record for record in records[WARM_STEPS:] if record is not None]
+    tokens = sum(r.tokens for r in kept)
+    weights, _ = trainer.matrix_weights
     return {
-        "seconds": sum(r.seconds for r in kept), "tokens": sum(r.tokens for r in kept),
+        "seconds": sum(r.seconds for r in kept), "tokens": tokens,
+        "floor_seconds": 0.0 if rank else 6 * weights * tokens / gemm_rate(trainer.encoder),
         "padding_share": float(np.mean([r.padding_share for r in kept])), "loss": [r.loss for r in records if r],
     }  # fmt: skip
+
+
+def gemm_rate(encoder: Any) -> float:
+    """FLOP/s of this process's best matrix product of the model's own shapes and type."""
+    import torch
+
+    config, best = encoder.backbone.config, 0.0
+    for columns, rows in (
+        (config.hidden_size, config.intermediate_size),
+        (config.intermediate_size, config.hidden_size),
+    ):
+        left = torch.randn(4096, columns, dtype=encoder.dtype)
+        right = torch.randn(columns, rows, dtype=encoder.dtype)
+        for _ in range(20):
+            started = time.perf_counter()
+            left @ right
+            best = max(best, 2 * 4096 * columns * rows / (time.perf_counter() - started))
+    return best
 
 
 def run_peer(folder: Path, negatives: int, steps: int, batch: int, micro_batch: int) -> dict[str, Any]:
@@ -156,13 +184,21 @@ def run_peer(folder: Path, negatives: int, steps: int, batch: int, micro_batch: 
 
 
 def in_process(
-    side: str, folder: Path, negatives: int, steps: int, batch: int, micro_batch: int
-) -> dict[str, Any]:
-    """One side in its own process: rate, peak memory."""
+    side: str, folder: Path, negatives: int, steps: int, batch: int, micro_batch: int, workers: int = 1,
+    threads: int = 0,
+) -> dict[str, Any]:  # fmt: skip
+    """One side in processes of its own: rate, peak memory of the first."""
     command = [sys.executable, __file__, "--side", side, "--work", str(folder)]
     command += ["--negatives", str(negatives), "--steps", str(steps)]
     command += ["--batch", str(batch), "--micro-batch", str(micro_batch)]
+    command += ["--workers", str(workers), "--threads", str(threads)]
+    others = [
+        subprocess.Popen([*command, "--rank", str(rank)], stdout=subprocess.DEVNULL)
+        for rank in range(1, workers)
+    ]
     run = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    if any(other.wait() for other in others):
+        raise SystemExit(f"{side}: one of {workers} workers failed")
     result = json.loads(run.stdout.splitlines()[-1])
     return {**result, "rate": result["tokens"] / result["seconds"]}
 
@@ -177,6 +213,12 @@ def compare(pairs: Path, negatives: int, options: argparse.Namespace) -> dict[st
         tried = {
             size: in_process("peer", folder, negatives, options.steps, options.batch, size) for size in sizes
         }
+        scaling = {
+            workers: in_process("ours", folder, negatives, options.steps, options.batch, 4096, workers, 1)[
+                "rate"
+            ]
+            for workers in (1, 2)
+        }
     best = max(tried, key=lambda size: tried[size]["rate"])
     peer = tried[best]
     return {
@@ -184,6 +226,8 @@ def compare(pairs: Path, negatives: int, options: argparse.Namespace) -> dict[st
         "peer_name": f"sentence-transformers trainer, {best} rows a forward", "peak_mb": ours["peak_mb"],
         "peer_peak_mb": peer["peak_mb"], "tokens": ours["tokens"], "peer_tokens": peer["tokens"],
         "padding_share": round(ours["padding_share"], 4), "first_losses": [round(x, 4) for x in ours["loss"][:3]],
+        "floor_share": round(ours["floor_seconds"] / ours["seconds"], 3),
+        "rate_by_workers_of_one_thread": {workers: round(rate, 1) for workers, rate in scaling.items()},
         "peer_rates": {size: round(found["rate"], 1) for size, found in tried.items()},
     }  # fmt: skip
 
@@ -200,17 +244,20 @@ def main() -> None:
         parser.add_argument(hidden, help=argparse.SUPPRESS)
     for hidden in ("--negatives", "--micro-batch"):
         parser.add_argument(hidden, type=int, help=argparse.SUPPRESS)
+    for hidden, value in (("--rank", 0), ("--workers", 1), ("--threads", 0)):
+        parser.add_argument(hidden, type=int, default=value, help=argparse.SUPPRESS)
     options = parser.parse_args()
     options.steps = options.steps or (4 if options.quick else 12)
     options.batch = options.batch or (8 if options.quick else 32)
     if options.side:
-        run = {"ours": run_ours, "peer": run_peer}[options.side]
-        result = run(Path(options.work), options.negatives, options.steps, options.batch, options.micro_batch)
+        work = (Path(options.work), options.negatives, options.steps, options.batch, options.micro_batch)
+        ours = (options.rank, options.workers, options.threads)
+        result = run_peer(*work) if options.side == "peer" else run_ours(*work, *ours)
         result["peak_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
         print(json.dumps(result))
         return
     found = {count: compare(options.pairs, count, options) for count in ((1,) if options.quick else (1, 4))}
-    keys = ("ours", "peer", "peer_name", "ratio", "peak_mb", "peer_peak_mb")
+    keys = ("ours", "peer", "peer_name", "ratio", "floor_share", "peak_mb", "peer_peak_mb")
     result = {"name": "train_throughput", **{key: found[1][key] for key in keys}, "unit": "real tokens/s"}
     result["work"] = {"steps": options.steps, "global_batch": options.batch, "layers": options.layers}
     result["work"]["by_negatives"] = found
