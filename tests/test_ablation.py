@@ -154,6 +154,8 @@ def test_an_unknown_key_names_the_nearest(tmp_path):
     assert error.value.exit_code == 2
     with pytest.raises(ConfigError, match=r"'median'.*merged, base, alpha, beta"):
         planned(write(tmp_path, grid={"training.loss": ["gecko"]}, model="median"))
+    with pytest.raises(ConfigError, match=r"variant 'negatives-1': .*'7' is not an index of a list of 2"):
+        planned(write(tmp_path, grid={"training.stages.7.negatives": [1]}))
     with pytest.raises(ConfigError, match="gird: unknown key; the nearest valid key is 'grid'"):
         load_ablation(write(tmp_path, gird={"training.loss": ["gecko"]}), [])
 
@@ -166,6 +168,10 @@ def test_overrides_reach_the_ablation_and_its_runs(tmp_path):
     assert config.seeds == (7,) and [run.seed for run in runs] == [7, 7]
     assert {run.run.config.training.temperature for run in runs} == {0.5}
     assert [one.seed for one in runs[0].run.config.training.runs] == [7, 1007]
+    stages = [{"name": "only", "negatives": 2, "global_batch": 4, "learning_rate": 0.001, "max_steps": 9}]
+    path = write(tmp_path, grid={"training.loss": ["infonce"]}, set={"training.stages": stages})
+    _, runs = planned(path, "training.stages.0.max_steps=5")
+    assert runs[0].run.config.training.stages[0].max_steps == 5
     assert runs[0].run.config.folder == f"{tmp_path}/elsewhere/small/loss-infonce-seed7"
 
 

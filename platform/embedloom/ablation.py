@@ -75,7 +75,13 @@ def plan_runs(
     for variant in config.all_variants:
         items = [f"{key}={json.dumps(value)}" for key, value in {**config.set, **variant.set}.items()]
         for seed in config.seeds:
-            content = apply_overrides(read_yaml(base), [*items, *overrides])
+            try:
+                content = apply_overrides(read_yaml(base), items)
+            except ConfigError as error:  # it speaks of --set, as which the items are applied
+                raise ConfigError(f"{path}: variant {variant.name!r}: {error}") from error
+            apply_overrides(
+                content, list(overrides)
+            )  # after the variant's own, which may replace whole lists
             _seed_runs(content, seed)
             content["run"] = {
                 **content["run"],
