@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent))
-from serving.client import texts
+from serving.client import STOCK, texts
 
 from serving import servers
 
@@ -42,6 +42,15 @@ def offline(model: str, kind: str, threads: int) -> float:
     started = time.perf_counter()
     encoder.embed_tokens(ids)
     return sum(map(len, ids)) / (time.perf_counter() - started)
+
+
+def count_tokens(model: Path, kinds: tuple[str, ...], out: Path) -> None:
+    """Tokens of every text that clients send, special ones included."""
+    from embedloom.encoder.tokenizer import load_tokenizer
+
+    tokenizer = load_tokenizer(model)
+    counts = {kind: [len(ids) for ids in tokenizer(texts(kind, STOCK))["input_ids"]] for kind in kinds}
+    out.write_text(json.dumps(counts))
 
 
 def load(url: str, server: servers.Server, *options: str) -> dict[str, Any]:
@@ -74,7 +83,14 @@ def measure(server: servers.Server, folder: Path, options: argparse.Namespace, r
         found = vectors(url, server)
         load(url, server, "--clients", "8", "--seconds", "1")
         for kind in options.kinds:
-            stretch = ["--kind", kind, "--seconds", str(options.seconds)]
+            stretch = [
+                "--kind",
+                kind,
+                "--seconds",
+                str(options.seconds),
+                "--counts",
+                str(folder / "counts.json"),
+            ]
             if rate:
                 rows.append(load(url, server, *stretch, "--rate", str(rate)))
                 continue
@@ -115,6 +131,7 @@ def compare(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     from embedloom.encoder.registry import resolve_model
 
     model = resolve_model(options.model)
+    count_tokens(model, options.kinds, folder / "counts.json")
     found, missing = candidates(model, folder, options)
     results: dict[str, dict[str, Any]] = {}
     for server in found:

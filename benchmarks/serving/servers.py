@@ -130,9 +130,7 @@ def vllm(model: Path, threads: int) -> Server:
         "--dtype",
         "float32",
     ]
-    command += ["--port", "{port}", "--host", "127.0.0.1", "--enforce-eager", "--disable-log-requests"]
-    if "--disable-log-requests" not in _help(program):
-        command.remove("--disable-log-requests")
+    command += ["--port", "{port}", "--host", "127.0.0.1", "--enforce-eager"]
     cores = f"0-{threads - 1}"
     return Server(
         "vllm",
@@ -140,11 +138,6 @@ def vllm(model: Path, threads: int) -> Server:
         "bench",
         {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": cores, "HF_HUB_OFFLINE": "1"},
     )
-
-
-def _help(program: Path) -> str:
-    run = subprocess.run([str(program), "serve", "--help=all"], capture_output=True, text=True, check=False)
-    return run.stdout
 
 
 @contextlib.contextmanager
