@@ -29,7 +29,7 @@ def test_a_profile_that_fits_is_accepted():
             synthesis={"min_actors": 4, "max_actors": 4, "gpus": 4, "tensor_parallel": 4},
             embedding={"min_actors": 16, "max_actors": 16, "cpus": 2, "gpus": 1, "memory_gib": 8},
             training={"workers": 16, "cpus": 2, "gpus": 1},
-        )
+        ),
     )
     assert made.total_gpus == 16
     assert made.total_cpus == 36
