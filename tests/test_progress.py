@@ -1,7 +1,11 @@
 import io
 import json
+import logging
 
-from embedloom.progress import Progress, duration
+import pytest
+
+from embedloom.progress import Progress, duration, note, stage_log
+from embedloom.storage import Place
 
 
 def test_duration_reads_like_a_clock():
@@ -25,3 +29,34 @@ def test_every_advance_is_in_the_metrics_file_and_the_last_is_printed(tmp_path):
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["done"] for line in lines] == [1, 2, 3]
     assert stream.getvalue().count("\n") == 1 and "3/3 rows" in stream.getvalue()
+
+
+@pytest.fixture(params=["local", "memory"])
+def run(request, tmp_path):
+    uri = str(tmp_path / "run") if request.param == "local" else f"memory://{tmp_path.name}/run"
+    yield Place(uri)
+    Place(uri).remove()
+
+
+def test_a_stage_keeps_its_lines_warnings_and_traceback(run, capsys):
+    with stage_log(run, "training/alpha/pretrain"):
+        note("train", "building")
+        logging.getLogger("some.library").warning("slow disk")
+    note("train", "between the stages")
+    with pytest.raises(ValueError, match="bad row"), stage_log(run, "training/alpha/pretrain"):
+        raise ValueError("bad row")
+    assert run.names("logs") == ["logs/training-alpha-pretrain.log"]
+    text = run.read_bytes("logs/training-alpha-pretrain.log").decode()
+    assert "INFO [train] building" in text
+    assert "WARNING slow disk" in text
+    assert "training/alpha/pretrain did not finish" in text and "ValueError: bad row" in text
+    assert "between the stages" not in text
+    assert capsys.readouterr().err.splitlines() == ["[train] building", "[train] between the stages"]
+
+
+def test_stages_do_not_write_into_each_others_logs(run):
+    for stage in ("mining", "examples"):
+        with stage_log(run, stage):
+            note(stage, "building")
+    assert run.read_bytes("logs/mining.log").decode().count("building") == 1
+    assert run.read_bytes("logs/examples.log").decode().count("[examples] building") == 1

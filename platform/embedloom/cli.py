@@ -5,6 +5,7 @@ running, 2 bad config or data.
 """
 
 import sys
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -36,6 +37,14 @@ Overrides = Annotated[
     typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override a config value; repeatable."),
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")]
+
+
+class OnInterrupt(StrEnum):
+    """What Ctrl-C does to a submitted job."""
+
+    stop = "stop"
+    detach = "detach"
+
 
 LOCAL = "local"
 CLUSTER = Path("cluster/cluster.yaml")
@@ -125,12 +134,28 @@ def submit(
     address: Annotated[
         str | None, typer.Option("--address", help="Dashboard of a running cluster, http://host:8265.")
     ] = None,
+    on_interrupt: Annotated[
+        OnInterrupt, typer.Option("--on-interrupt", help="What Ctrl-C does to the job.")
+    ] = OnInterrupt.stop,
+    render: Annotated[
+        Path | None,
+        typer.Option(
+            "--render-job", metavar="FILE", help="Write a RayJob for KubeRay instead of submitting."
+        ),
+    ] = None,
 ) -> None:
-    """The same through Ray Jobs: log streamed, exit code kept."""
-    from embedloom.launch import load, submit_run
+    """The same through Ray Jobs: log streamed, exit code kept; the same command joins a job that still runs."""
+    from embedloom.launch import load
+    from embedloom.launch_submit import SubmitOptions, render_job, submit_run
 
     run = load(config, profile, cluster, overrides or [])
-    code = submit_run(run, config, cluster, overrides or [], stage, address, dry_run)
+    options = SubmitOptions(config, cluster, tuple(overrides or ()), stage, address, on_interrupt.value)
+    if render is not None:
+        if not dry_run:
+            render_job(run, options, render)
+        print(render)
+        return
+    code = submit_run(run, options, dry_run)
     print(run.place.uri)
     raise typer.Exit(code)
 

@@ -1,11 +1,13 @@
-"""What the commands share: load a run, check that it can work here, execute it, serve it, submit it."""
+"""What the commands share: load a run, check that it can work here, execute it, serve it."""
 
 import importlib.util
 from pathlib import Path
 
 from embedloom.artefacts import Artefact
+from embedloom.cluster.checks import check_actor_gpus
 from embedloom.cluster.config import load_cluster
 from embedloom.config.rates import RATES_FILE, RatesConfig, load_rates
+from embedloom.cluster.placement import machines
 from embedloom.config.run import load_run
 from embedloom.config.training import TrainingConfig
 from embedloom.encoder.registry import check_model_name
@@ -33,6 +35,7 @@ def load(config: Path, profile: str, cluster: Path, overrides: list[str]) -> Run
     """
     run = Run(load_run(config, overrides), load_cluster(cluster), profile, rates_beside(cluster))
     run.cluster.profile(profile)
+    _check_generators(run, config)
     return run
 
 
@@ -50,6 +53,17 @@ def rates_beside(cluster: Path) -> RatesConfig | None:
     """The rates file in the cluster config's folder; None if there is none."""
     path = cluster.parent / RATES_FILE
     return load_rates(path) if path.is_file() else None
+
+
+def _check_generators(run: Run, config: Path) -> None:
+    """Raise ConfigError if an engine of a generator's own pool does not fit a node of the profile."""
+    generators = () if run.config.synthesis is None else run.config.synthesis.generators
+    for index, generator in enumerate(generators):
+        if generator.pool is not None:
+            try:
+                check_actor_gpus(generator.pool, machines(run.profile), f"synthesis.generators.{index}.pool")
+            except ValueError as error:
+                raise ConfigError(f"{config}: {error}") from error
 
 
 def preflight(run: Run, verbs: set[str]) -> None:
@@ -201,35 +215,3 @@ def _answers(run: Run, url: str, questions: list[str]) -> str:
     vectors = Artefact.open(run.place.child("vectors"), "vectors")
     name = run.config.serving.served_name or run.config.run.name
     return "\n\n".join(nearest_documents(url, name, question, corpus, vectors) for question in questions)
-
-
-def submit_run(
-    run: Run,
-    config: Path,
-    cluster: Path,
-    overrides: list[str],
-    stage: str | None,
-    address: str | None,
-    dry_run: bool,
-) -> int:
-    """Send the run, or one stage, to a Ray cluster as a job; returns the driver's exit code."""
-    from embedloom.cluster.jobs import submit
-
-    verb = stage or "run"
-    allowed = {"run"} | {node.verb for node in graph(run).values()} - {"corpus", "encoder"}
-    if verb not in allowed:
-        raise ConfigError(
-            f"--stage: {verb!r} is not a stage of this run; allowed: {', '.join(sorted(allowed))}"
-        )
-    arguments = [verb, str(config), "--profile", run.profile_name, "--cluster", str(cluster)]
-    for item in overrides:
-        arguments += ["--set", item]
-    if run.place.is_local and run.profile.storage.root is None:
-        # The job's working directory is an unpacked copy; artefacts belong into the user's own folder.
-        arguments += ["--set", f"run.output_dir={Path(run.config.run.output_dir).absolute()}"]
-    if dry_run:
-        return 0
-    return submit(
-        arguments, profile_name=run.profile_name, cluster=run.cluster, address=address,
-        start_head=address is None and run.profile.backend == "local", working_dir=Path.cwd(),
-    )  # fmt: skip

@@ -15,7 +15,7 @@ from embedloom.artefacts import Artefact, ArtefactWriter, fingerprint
 from embedloom.corpus.state import source_state
 from embedloom.errors import DataError
 from embedloom.judging import build_evaluation, build_gate, task_files
-from embedloom.progress import duration, note
+from embedloom.progress import duration, note, stage_log
 from embedloom.retrieval.model_id import embedding_state, model_id, rescoring_state
 from embedloom.retrieval.previous import set_aside
 from embedloom.run import Inputs, Node, Run
@@ -148,9 +148,10 @@ def _build(run: Run, nodes: dict[str, Node], name: str, done: Inputs) -> None:
     writer = writer_for(
         run, nodes, name, {parent: artefact.fingerprint for parent, artefact in inputs.items()}
     )
-    note(name, "continuing an interrupted build" if writer.resumed else "building")
-    done[name] = node.build(run, inputs, writer)
-    note(name, f"done in {duration(done[name].manifest['seconds'])}: {_summary(done[name])}")
+    with stage_log(run.place, name):
+        note(name, "continuing an interrupted build" if writer.resumed else "building")
+        done[name] = node.build(run, inputs, writer)
+        note(name, f"done in {duration(done[name].manifest['seconds'])}: {_summary(done[name])}")
 
 
 def _summary(artefact: Artefact) -> str:

@@ -1,13 +1,25 @@
 """Progress: one line at a time with rate and time left, and the same numbers as JSON lines.
 
-Lines go to stderr, so that the last line on stdout is the artefact's path.
+Lines go to stderr, so that the last line on stdout is the artefact's path. While a stage is built they also go to its
+log file in the run's folder, with the time and what libraries warn of.
 """
 
 import json
+import logging
 import sys
+import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
+
+from embedloom.storage import Place
+
+LOG_FOLDER = "logs"
+_LINES = logging.getLogger("embedloom.progress")
+_LINES.propagate = False  # stderr has the line already
+_LINES.addHandler(logging.NullHandler())
 
 
 def duration(seconds: float) -> str:
@@ -88,6 +100,41 @@ def note(stage: str, message: str) -> None:
     _write(sys.stderr, f"[{stage}] {message}")
 
 
+@contextmanager
+def stage_log(run: Place, stage: str) -> Iterator[None]:
+    """Keep what is said while a stage is built in ``logs/<stage>.log`` of the run's folder; a rerun adds to it.
+
+    Progress lines of this process, warnings of libraries, and the traceback if it ends with an error. What actors
+    print is in Ray's own log files.
+    """
+    name = f"{LOG_FOLDER}/{stage.replace('/', '-')}.log"
+    with tempfile.TemporaryDirectory(prefix="embedloom-log-") as temporary:
+        path = run.local / name if run.is_local else Path(temporary) / "stage.log"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not run.is_local and run.exists(name):
+            path.write_bytes(run.read_bytes(name))
+        handler = logging.FileHandler(path, encoding="utf-8")
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        loggers = (_LINES, logging.getLogger())
+        level = _LINES.level
+        _LINES.setLevel(logging.INFO)
+        for logger in loggers:
+            logger.addHandler(handler)
+        try:
+            yield
+        except BaseException:
+            _LINES.exception("%s did not finish", stage)
+            raise
+        finally:
+            for logger in loggers:
+                logger.removeHandler(handler)
+            _LINES.setLevel(level)
+            handler.close()
+            if not run.is_local:
+                run.write_bytes(name, path.read_bytes())
+
+
 def _write(stream: IO[str], line: str) -> None:
     stream.write(line + "\n")
     stream.flush()
+    _LINES.info(line)

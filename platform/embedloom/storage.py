@@ -1,8 +1,8 @@
 """Files by name below a folder, local or in an object store, each written whole or not at all.
 
 Paths go through fsspec: a local folder, ``s3://`` or ``gs://`` behave alike. A local file is written under a
-temporary name and renamed; an object store has no rename, but its uploads are atomic, so files there are written
-directly.
+temporary name and renamed; an object store has no rename, but an upload is one request, or parts that only a last
+request makes an object of, so files there are written directly.
 """
 
 import json
@@ -41,7 +41,11 @@ class Place:
         return Path(self.uri.removeprefix("file://")).absolute()
 
     def _resolve(self, name: str = "") -> tuple[fsspec.AbstractFileSystem, str]:
-        filesystem, root = fsspec.core.url_to_fs(str(self.local) if self.is_local else self.uri)
+        if self.is_local:
+            filesystem, root = fsspec.core.url_to_fs(str(self.local))
+        else:
+            # Another process's files must be seen: a listing that was kept would hide parts that actors wrote since.
+            filesystem, root = fsspec.core.url_to_fs(self.uri, use_listings_cache=False)
         return filesystem, posixpath.join(root, name) if name else root
 
     def child(self, name: str) -> "Place":
@@ -91,11 +95,12 @@ class Place:
         """Write one file so that it is there whole or not at all."""
         filesystem, path = self._resolve(name)
         folder, base = posixpath.split(path)
-        filesystem.makedirs(folder, exist_ok=True)
         if not self.is_local:
-            with filesystem.open(path, "wb") as stream:
-                stream.write(content)
+            # Not through an open file: leaving its block on an error would complete the upload with what it has.
+            # No folder either: object stores have none, and making one would make a misspelt bucket.
+            filesystem.pipe_file(path, content)
             return
+        filesystem.makedirs(folder, exist_ok=True)
         temporary = Path(folder) / f"_tmp-{os.getpid()}-{base}"
         with temporary.open("wb") as local_stream:
             local_stream.write(content)
@@ -114,7 +119,6 @@ class Place:
             source.replace(self.local / name)
             return
         filesystem, path = self._resolve(name)
-        filesystem.makedirs(posixpath.dirname(path), exist_ok=True)
         filesystem.put_file(str(source), path)
         source.unlink()
 

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,8 +15,8 @@ import pytest
 
 from embedloom.cluster.config import AuthConfig, ClusterConfig, Profile, RayVersion
 from embedloom.cluster.head import free_ports, local_head
-from embedloom.cluster.job_client import run_job
-from embedloom.cluster.jobs import submit
+from embedloom.cluster.job_client import JobOrder, run_job
+from embedloom.cluster.jobs import Submission, submit
 from embedloom.cluster.session import ensure_token
 from embedloom.errors import ConfigError
 
@@ -43,6 +44,13 @@ def project(tmp_path_factory):
             if sys.argv[1] == "sleep":
                 pathlib.Path(sys.argv[2]).write_text(str(os.getpid()))
                 time.sleep(300)
+            if sys.argv[1] == "wait":
+                go = pathlib.Path(sys.argv[2])
+                go.with_suffix(".pid").write_text(str(os.getpid()))
+                while not go.exists():
+                    time.sleep(0.1)
+                print("waited enough", flush=True)
+                sys.exit(2)
             if sys.argv[1] == "die":
                 os.kill(os.getpid(), 9)
             sys.exit(int(sys.argv[1]))
@@ -69,30 +77,35 @@ def test_free_ports_differ():
 
 def test_address_and_head_exclude_each_other(tmp_path):
     with pytest.raises(ConfigError, match="--address"):
-        submit(
-            ["run"],
-            profile_name="local",
-            cluster=CLUSTER,
-            address="http://x:1",
-            start_head=True,
-            working_dir=tmp_path,
-        )
+        submit(Submission(("run",), "local", tmp_path, address="http://x:1", start_head=True), CLUSTER)
+
+
+def test_a_job_cannot_outlive_the_head_that_stops_with_its_command(tmp_path):
+    with pytest.raises(ConfigError, match=r"--on-interrupt: detach needs a cluster .*allowed: stop"):
+        submit(Submission(("run",), "local", tmp_path, start_head=True, on_interrupt="detach"), CLUSTER)
 
 
 def test_unreachable_cluster_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr("embedloom.cluster.job_client.CONNECT_SECONDS", 0.1)
     (port,) = free_ports(1)
     with pytest.raises(ConfigError, match=rf"no usable Ray dashboard at http://127\.0\.0\.1:{port}"):
-        run_job("true", f"http://127.0.0.1:{port}", tmp_path)
+        run_job(JobOrder("true", tmp_path), f"http://127.0.0.1:{port}")
+
+
+@pytest.fixture(scope="module")
+def head():
+    ensure_token(CLUSTER.auth)
+    with local_head(CLUSTER.profile("local")) as dashboard:
+        yield dashboard
 
 
 @pytest.mark.slow
 @pytest.mark.ray
-def test_exit_codes_logs_and_working_folder(project, capfd):
-    with local_head(CLUSTER.profile("local")) as dashboard, ThreadPoolExecutor(4) as pool:
+def test_exit_codes_logs_and_working_folder(head, project, capfd):
+    with ThreadPoolExecutor(4) as pool:
 
         def run(word: str) -> int:
-            return run_job(f"{sys.executable} -m embedloom.cli {word} 'a b'", dashboard, project)
+            return run_job(JobOrder(f"{sys.executable} -m embedloom.cli {word} 'a b'", project), head)
 
         assert list(pool.map(run, ("0", "1", "2", "die"))) == [
             0,
@@ -105,25 +118,13 @@ def test_exit_codes_logs_and_working_folder(project, capfd):
     assert "sees ['config.yaml', 'platform']" in out  # results stay at home
 
 
-@pytest.mark.slow
-@pytest.mark.ray
-def test_interrupted_submit_stops_job_and_head(project, tmp_path):
-    marker = tmp_path / "pid"
-    script = textwrap.dedent(
-        f"""
-        from pathlib import Path
-        from embedloom.cluster.config import ClusterConfig
-        from embedloom.cluster.jobs import submit
-        cluster = ClusterConfig.model_validate_json({CLUSTER.model_dump_json()!r})
-        submit(["sleep", {str(marker)!r}], profile_name="local", cluster=cluster, address=None, start_head=True,
-               working_dir=Path({str(project)!r}))
-        """
-    )
+def started(script: str, marker: Path) -> "subprocess.Popen[bytes]":
+    """A script in a process of its own, once its job has written the marker."""
     package = str(Path(__file__).parents[2] / "platform")
     # As in a user's shell: the command itself has to say how Ray authenticates.
     plain = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
     process = subprocess.Popen(
-        [sys.executable, "-c", script],
+        [sys.executable, "-c", textwrap.dedent(script)],
         env={**plain, "PYTHONPATH": package},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -133,6 +134,56 @@ def test_interrupted_submit_stops_job_and_head(project, tmp_path):
         assert process.poll() is None, process.stderr.read().decode()
         assert time.monotonic() < deadline
         time.sleep(0.2)
+    return process
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_a_detached_job_goes_on_and_the_same_command_joins_it(head, project, tmp_path, capfd):
+    go = tmp_path / "go"
+    entrypoint = f"{sys.executable} -m embedloom.cli wait {go}"
+    process = started(
+        f"""
+        from pathlib import Path
+        from embedloom.cluster.config import AuthConfig
+        from embedloom.cluster.session import set_ray_environment
+        set_ray_environment(AuthConfig(token_path={CLUSTER.auth.token_path!r}))
+        from embedloom.cluster.job_client import JobOrder, run_job
+        run_job(JobOrder({entrypoint!r}, Path({str(project)!r}), "k", "detach"), {head!r})
+        """,
+        go.with_suffix(".pid"),
+    )
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert b"goes on" in errors
+    assert process.returncode != 0
+    driver = int(go.with_suffix(".pid").read_text())
+    assert psutil.pid_exists(driver)
+    threading.Timer(1, go.touch).start()
+    assert run_job(JobOrder(entrypoint, project, "k"), head) == 2  # the code of the job that was there
+    captured = capfd.readouterr()
+    assert "waited enough" in captured.out
+    assert "joining job" in captured.err
+    assert int(go.with_suffix(".pid").read_text()) == driver
+    assert run_job(JobOrder(entrypoint, project, "k"), head) == 2  # it has ended, so this is a new one
+    assert int(go.with_suffix(".pid").read_text()) != driver
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_interrupted_submit_stops_job_and_head(project, tmp_path):
+    marker = tmp_path / "pid"
+    process = started(
+        f"""
+        from pathlib import Path
+        from embedloom.cluster.config import ClusterConfig
+        from embedloom.cluster.jobs import Submission, submit
+        cluster = ClusterConfig.model_validate_json({CLUSTER.model_dump_json()!r})
+        order = Submission(("sleep", {str(marker)!r}), "local", Path({str(project)!r}), start_head=True)
+        submit(order, cluster)
+        """,
+        marker,
+    )
     family = psutil.Process(process.pid).children(recursive=True)
     assert family
     process.send_signal(signal.SIGINT)

@@ -6,7 +6,9 @@ import logging
 import re
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import aiohttp
 from ray.exceptions import AuthenticationError
@@ -25,27 +27,68 @@ _CHATTY = (
     "ray._private.runtime_env.packaging",
     "ray._private.runtime_env.working_dir",
 )
+_KEY = "embedloom.key"  # in a job's metadata
+OnInterrupt = Literal["stop", "detach"]
 _EXIT_CODE = re.compile(r"failed with exit code (\d+)")
 
 
-def run_job(entrypoint: str, dashboard: str, working_dir: Path) -> int:
-    """Submit one shell command, stream its log to stdout and return its exit code; see ``submit``."""
+@dataclass(frozen=True, slots=True)
+class JobOrder:
+    """What is submitted, and what Ctrl-C does to it.
+
+    Attributes:
+        entrypoint: one shell command.
+        working_dir: project root, uploaded.
+        key: what the job works on. A job of the same key that still runs is joined, for two drivers would write the
+            same artefacts; None submits in any case.
+        on_interrupt: stop ends the job; detach leaves it running.
+    """
+
+    entrypoint: str
+    working_dir: Path
+    key: str | None = None
+    on_interrupt: OnInterrupt = "stop"
+
+
+def run_job(order: JobOrder, dashboard: str) -> int:
+    """Submit a job or join it, stream its log to stdout and return its exit code; see ``submit``."""
     for name in _CHATTY:
         logging.getLogger(name).setLevel(logging.ERROR)
     client = _connect(dashboard)
-    job = _submit(client, entrypoint, working_dir)
-    note("submit", f"job {job} on {dashboard}")
+    job = _running(client, order.key)
+    if job is None:
+        job = _submit(client, order)
+        note("submit", f"job {job} on {dashboard}")
+    else:
+        note("submit", f"joining job {job} on {dashboard}, which is at this already")
     try:
         asyncio.run(_stream_log(client, job))
         return _exit_code(client, job)
     except (RuntimeError, OSError, aiohttp.ClientError) as error:
         raise StageError(f"lost the connection to job {job}: {_first_line(error)}") from error
     except KeyboardInterrupt:
-        note("submit", f"stopping job {job}")
-        with contextlib.suppress(RuntimeError, OSError):
-            client.stop_job(job)
-            _wait_until_over(client, job, STOP_SECONDS)
+        _interrupted(client, job, order.on_interrupt)
         raise
+
+
+def _interrupted(client: JobSubmissionClient, job: str, on_interrupt: OnInterrupt) -> None:
+    if on_interrupt == "detach":
+        note("submit", f"job {job} goes on; the same command joins it again")
+        return
+    note("submit", f"stopping job {job}")
+    with contextlib.suppress(RuntimeError, OSError):
+        client.stop_job(job)
+        _wait_until_over(client, job, STOP_SECONDS)
+
+
+def _running(client: JobSubmissionClient, key: str | None) -> str | None:
+    """Id of a job of this key that has not ended."""
+    if key is None:
+        return None
+    for info in client.list_jobs():
+        if (info.metadata or {}).get(_KEY) == key and not info.status.is_terminal() and info.submission_id:
+            return str(info.submission_id)
+    return None
 
 
 def _connect(dashboard: str) -> JobSubmissionClient:
@@ -66,11 +109,15 @@ def _connect(dashboard: str) -> JobSubmissionClient:
         time.sleep(0.5)
 
 
-def _submit(client: JobSubmissionClient, entrypoint: str, working_dir: Path) -> str:
+def _submit(client: JobSubmissionClient, order: JobOrder) -> str:
+    runtime_env = job_runtime_env(order.working_dir)
+    metadata = {} if order.key is None else {_KEY: order.key}
     deadline = time.monotonic() + CONNECT_SECONDS
     while True:
         try:
-            return str(client.submit_job(entrypoint=entrypoint, runtime_env=job_runtime_env(working_dir)))
+            return str(
+                client.submit_job(entrypoint=order.entrypoint, runtime_env=runtime_env, metadata=metadata)
+            )
         except (RuntimeError, OSError) as error:  # requests' errors are OSErrors
             # The dashboard answers before its agent on the head does.
             waiting = isinstance(error, RuntimeError) and "agent" in str(error)

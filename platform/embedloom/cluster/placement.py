@@ -75,7 +75,7 @@ def machines(profile: "Profile") -> list[Machine]:
     """All nodes of a profile at full size."""
     if not profile.pools:
         cpus = math.inf if profile.logical_cpus is None else float(profile.logical_cpus)
-        return [Machine("this machine", cpus, float(profile.gpus))]
+        return [Machine("this-machine", cpus, float(profile.gpus))]
     return [
         Machine(f"{name}-{number}", float(pool.cpus), float(pool.gpus), pool.memory_gib)
         for name, pool in profile.pools.items()
