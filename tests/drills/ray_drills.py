@@ -41,7 +41,9 @@ def ray_drills(folder: Path, seed: int, report: Callable[[Outcome], None]) -> li
 def _environment() -> None:
     """What the started commands need to find the package and the tests."""
     paths = [str(_PACKAGE), str(_PACKAGE.parent / "tests"), os.environ.get("PYTHONPATH", "")]
-    os.environ.update(PYTHONPATH=os.pathsep.join(path for path in paths if path), RAY_DATA_DISABLE_PROGRESS_BARS="1")
+    os.environ.update(
+        PYTHONPATH=os.pathsep.join(path for path in paths if path), RAY_DATA_DISABLE_PROGRESS_BARS="1"
+    )
 
 
 def _series(folder: Path, model: Path, seed: int) -> Iterator[Outcome]:
@@ -69,11 +71,28 @@ def _embedding(folder: Path, model: Path, seed: int) -> Iterator[Outcome]:
 def _evaluation(folder: Path, model: Path, seed: int) -> Iterator[Outcome]:
     folder.mkdir()
     tasks, calm = evaluate_kills.make_tasks(folder, ["sts", "reranking"]), folder / "calm"
-    command = [sys.executable, "-W", "ignore", evaluate_kills.__file__, "--model", model, "--folder", tasks, "--work", calm]
+    command = [
+        sys.executable,
+        "-W",
+        "ignore",
+        evaluate_kills.__file__,
+        "--model",
+        model,
+        "--folder",
+        tasks,
+        "--work",
+        calm,
+    ]
     subprocess.run([str(part) for part in command], check=True, stdout=subprocess.DEVNULL)
     result = evaluate_kills.drill(model, tasks, calm, folder / "killed", EVALUATE_KILLS, seed)
     for number, done in enumerate(result["files_at_kills"]):  # type: ignore[arg-type, var-annotated]
-        yield Outcome("evaluation", "driver", seed + number, not result["different"], f"after {done} of {result['files']} files")
+        yield Outcome(
+            "evaluation",
+            "driver",
+            seed + number,
+            not result["different"],
+            f"after {done} of {result['files']} files",
+        )
 
 
 def _training(folder: Path, seed: int) -> Iterator[Outcome]:
@@ -81,7 +100,13 @@ def _training(folder: Path, seed: int) -> Iterator[Outcome]:
     for number, kind in enumerate(TRAIN_KINDS):
         result = train_kills.drill(inputs, calm, folder / f"{kind}-{number}", kind, seed + number)
         equal = result["struck"] and not result["different"]
-        yield Outcome("training", kind, seed + number, equal, f"after {result['after_checkpoints']} checkpoints {result['different'][:3]}")
+        yield Outcome(
+            "training",
+            kind,
+            seed + number,
+            equal,
+            f"after {result['after_checkpoints']} checkpoints {result['different'][:3]}",
+        )
 
 
 def _short(result: dict[str, Any]) -> str:

@@ -33,8 +33,10 @@ from fakes_without_ray import without_ray
 
 def serial_plan(stages: list[str], count: int, seed: int) -> list[tuple[str, str, int]]:
     """``count`` drills, spread evenly over stages and faults."""
-    cells = itertools.product(itertools.count(seed), FAULTS, stages)
-    return [(stage, fault, number) for number, fault, stage in itertools.islice(cells, count)]
+    cells = (
+        (stage, fault, number) for number in itertools.count(seed) for fault in FAULTS for stage in stages
+    )
+    return list(itertools.islice(cells, count))
 
 
 def run_serial(folder: Path, stages: list[str], count: int, seed: int) -> list[Outcome]:
@@ -57,23 +59,34 @@ def report(outcome: Outcome) -> None:
 
 def table(outcomes: list[Outcome]) -> list[str]:
     """Equal of all, by stage and fault."""
-    stages, faults = (list(dict.fromkeys(getattr(one, key) for one in outcomes)) for key in ("stage", "fault"))
+    stages, faults = (
+        list(dict.fromkeys(getattr(one, key) for one in outcomes)) for key in ("stage", "fault")
+    )
     all_of = Counter((one.stage, one.fault) for one in outcomes)
     equal = Counter((one.stage, one.fault) for one in outcomes if one.equal)
     rows = [["stage", *faults]]
     for stage in stages:
-        cells = [f"{equal[stage, fault]}/{all_of[stage, fault]}" if all_of[stage, fault] else "" for fault in faults]
+        cells = [
+            f"{equal[stage, fault]}/{all_of[stage, fault]}" if all_of[stage, fault] else ""
+            for fault in faults
+        ]
         rows.append([stage, *cells])
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    ]
 
 
 def main() -> None:
     """Command line of the drills."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--drills", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--stages", nargs="*", choices=list(STAGES), default=list(STAGES), help="of those without Ray")
+    parser.add_argument(
+        "--stages", nargs="*", choices=list(STAGES), default=list(STAGES), help="of those without Ray"
+    )
     parser.add_argument("--without-ray", action="store_true", help="leave the drills on Ray clusters out")
     parser.add_argument("--folder", type=Path, help="new folder for everything; default: a temporary one")
     options = parser.parse_args()

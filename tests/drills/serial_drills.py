@@ -96,7 +96,9 @@ class SerialDrills:
                 break
             detail.append("refused by name")
         if ending.status != 0:
-            return Outcome(stage, fault, seed, False, f"{'; '.join(detail)}; the rerun ended with {ending.message}")
+            return Outcome(
+                stage, fault, seed, False, f"{'; '.join(detail)}; the rerun ended with {ending.message}"
+            )
         found = differences(self.calm(stage), out)
         return Outcome(stage, fault, seed, not found, "; ".join([*detail, *found[:3]]))
 
@@ -117,4 +119,3 @@ class SerialDrills:
         if ending.status != 0:
             raise RuntimeError(f"{what} failed: {ending.message}")
         return ending
-

@@ -28,12 +28,16 @@ def prepare(folder: Path) -> None:
         shard(variant(model, folder / f"candidate-{seed}", seed), 3)
     documents = random_documents(60)
     pairs = [
-        pair_row(f"n{n:02d}", " ".join(documents[n]["text"].split()[:3]), documents[n]["id"]) for n in range(40)
+        pair_row(f"n{n:02d}", " ".join(documents[n]["text"].split()[:3]), documents[n]["id"])
+        for n in range(40)
     ]
     make_corpus(folder / "documents", documents, pairs, cuts=3)
     write_corpus(folder / "seeds")
     draw = random.Random(0)
-    rows = [{"id": f"r{n}", "text": " ".join(draw.choices(WORDS, k=draw.randint(3, 40))) + f" {n}."} for n in range(300)]
+    rows = [
+        {"id": f"r{n}", "text": " ".join(draw.choices(WORDS, k=draw.randint(3, 40))) + f" {n}."}
+        for n in range(300)
+    ]
     (folder / "raw.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
@@ -42,7 +46,9 @@ def tiny_model(folder: Path) -> Path:
     return make_tiny_encoder(make_tiny_llama(folder / "llama"), folder / "model")
 
 
-def _once(place: Place, kind: str, inputs: dict[str, str], make: Callable[[ArtefactWriter], Artefact]) -> Artefact:
+def _once(
+    place: Place, kind: str, inputs: dict[str, str], make: Callable[[ArtefactWriter], Artefact]
+) -> Artefact:
     """Skip what is finished, go on with what was interrupted, as ``pipeline.build_missing`` does."""
     wanted = fingerprint(kind, "drill", inputs)
     return Artefact.find(place, wanted) or make(ArtefactWriter(place, kind, "drill", inputs, "local"))
@@ -58,7 +64,12 @@ def corpus(inputs: Path, out: Path) -> None:
             "min_characters": 20, "chunk_tokens": 64,
         }
     )  # fmt: skip
-    _once(Place(str(out / "corpus")), "corpus", {}, lambda writer: build_corpus(config, 7, inputs / "llama", writer))
+    _once(
+        Place(str(out / "corpus")),
+        "corpus",
+        {},
+        lambda writer: build_corpus(config, 7, inputs / "llama", writer),
+    )
 
 
 def synthesis(inputs: Path, out: Path) -> None:
@@ -69,7 +80,9 @@ def synthesis(inputs: Path, out: Path) -> None:
     models = {name: lambda: inputs for name in ("first", "second")}
 
     def make(writer: ArtefactWriter) -> Artefact:
-        return synthesize(section(48, 8, quick=False), 7, seeds, POOL, writer, models, engine_factory=MumblingEngine)
+        return synthesize(
+            section(48, 8, quick=False), 7, seeds, POOL, writer, models, engine_factory=MumblingEngine
+        )
 
     _once(Place(str(out / "synthesis")), "synthesis", {"corpus": seeds.fingerprint}, make)
 
@@ -101,7 +114,9 @@ def merging(inputs: Path, out: Path) -> None:
     from embedloom.merging.stage import merge
 
     models = {f"c{seed}": Place(str(inputs / f"candidate-{seed}")) for seed in range(3)}
-    _once(Place(str(out / "merged")), "model", {}, lambda writer: merge(MergingConfig(), models, None, writer))
+    _once(
+        Place(str(out / "merged")), "model", {}, lambda writer: merge(MergingConfig(), models, None, writer)
+    )
 
 
 def embedding(inputs: Path, out: Path) -> None:

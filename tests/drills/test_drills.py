@@ -18,7 +18,9 @@ SCRIPT = Path(__file__).with_name("run_drills.py")
 def test_killed_full_and_refused_stages_end_as_the_undisturbed(tmp_path):
     """Four drills of mining and merging: a kill, a full disk, a refused commit, a cut file."""
     command = [sys.executable, SCRIPT, "--drills", "8", "--without-ray", "--stages", "merging", "mining"]
-    done = subprocess.run([*command, "--folder", tmp_path / "drills"], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [*command, "--folder", tmp_path / "drills"], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     assert json.loads(done.stdout.splitlines()[-1]) == {"drills": 8, "equal": 8}
 
@@ -30,7 +32,11 @@ def test_the_plan_covers_stages_and_faults_evenly():
 
 
 def test_the_table_counts_equal_of_all():
-    outcomes = [Outcome("mining", "kill", 0, True, ""), Outcome("mining", "kill", 1, False, ""), Outcome("corpus", "commit", 0, True, "")]
+    outcomes = [
+        Outcome("mining", "kill", 0, True, ""),
+        Outcome("mining", "kill", 1, False, ""),
+        Outcome("corpus", "commit", 0, True, ""),
+    ]
     lines = [line.split() for line in table(outcomes)]
     assert lines == [["stage", "kill", "commit"], ["mining", "1/2"], ["corpus", "1/1"]]
 

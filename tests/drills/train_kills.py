@@ -83,7 +83,9 @@ def work(inputs: Path, out: Path) -> None:
 
         writer = ArtefactWriter(Place(str(out)), "model", "drill", {}, "local")
         group = TrainingGroup(workers=2, cpus=1, threads=1)
-        train_stage(config, config.stages[0], config.candidates[0], inputs / "model", mined, group, "float32", writer)
+        train_stage(
+            config, config.stages[0], config.candidates[0], inputs / "model", mined, group, "float32", writer
+        )
 
 
 def drill(inputs: Path, calm: Path, out: Path, kind: str, seed: int) -> dict[str, Any]:
@@ -159,7 +161,9 @@ def prepare(folder: Path) -> tuple[Path, Path]:
 
 def main() -> None:
     """Command line of the drill."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--folder", type=Path, help="new folder; default: a temporary one")
     parser.add_argument("--kinds", nargs="*", choices=KINDS, default=list(KINDS))
     parser.add_argument("--seed", type=int, default=0)
