@@ -14,7 +14,7 @@ from embedloom.encoder.registry import check_model_name
 from embedloom.errors import ConfigError, MissingDependency
 from embedloom.pipeline import build_missing, graph, missing, model_folder
 from embedloom.run import Run
-from embedloom.run_file import open_run
+from embedloom.run_file import open_run, write_run_file
 from embedloom.storage import Place
 from embedloom.synthesis.pools import waves
 
@@ -139,10 +139,11 @@ def execute(run: Run, verb: str | None, dry_run: bool) -> str:
     if dry_run:
         return f"{plan_table(run)}\n{run.place.uri}"
     preflight(run, {nodes[name].verb for name in todo})
+    write_run_file(run)
     if todo:
         from embedloom.cluster.session import ray_session
 
-        keep_plan(run, nodes)
+        keep_plan(run, nodes)  # beside the config: what is predicted before anything is built
         with ray_session(run.profile, run.cluster.auth):
             build_missing(run, verb)
         keep_ledger(run, nodes)

@@ -9,7 +9,6 @@ from embedloom.planning.lines import prediction_lines
 from embedloom.planning.schedule import Plan, make_plan
 from embedloom.planning.training_steps import training_steps
 from embedloom.run import Node, Run
-from embedloom.run_file import write_run_file
 from embedloom.synthesis.prices import describe
 
 
@@ -48,8 +47,7 @@ def predicted(run: Run, nodes: dict[str, Node], known: Known) -> Plan | None:
 
 
 def keep_plan(run: Run, nodes: dict[str, Node]) -> None:
-    """Write ``run.json`` and the prediction into the run's folder, before anything is built."""
-    write_run_file(run)
+    """Write the prediction into the run's folder, before anything is built."""
     known = Known(finished(run, nodes), own_ledger(run), fingerprints(nodes))
     plan = predicted(run, nodes, known)
     if plan is not None:

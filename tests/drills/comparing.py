@@ -9,7 +9,9 @@ _TIMES = (
     "date", "evaluation_time", "evaluation_phases", "seconds", "created", "step_seconds", "tokens_per_second",
     "memory_mib", "imbalance",
 )  # fmt: skip
-_UNTIMED = "_tensorboard"  # event files are named and stamped by the clock throughout
+# Event files are named and stamped by the clock throughout; with a manifest beside it, the note of what is being built
+# says nothing any more.
+_LEFT_OUT = ("_tensorboard", "_building.json")
 
 
 def timeless(value: Any) -> Any:
@@ -34,5 +36,7 @@ def differences(left: Path, right: Path) -> list[str]:
     """Names of files that only one folder has or whose content differs."""
     names = {p.relative_to(root).as_posix() for root in (left, right) for p in root.rglob("*") if p.is_file()}
     return sorted(
-        name for name in names if _UNTIMED not in name and content(left / name) != content(right / name)
+        name
+        for name in names
+        if not any(part in name for part in _LEFT_OUT) and content(left / name) != content(right / name)
     )

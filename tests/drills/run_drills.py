@@ -33,8 +33,10 @@ from fakes_without_ray import without_ray
 
 def serial_plan(stages: list[str], count: int, seed: int) -> list[tuple[str, str, int]]:
     """``count`` drills, spread evenly over stages and faults."""
-    cells = itertools.product(itertools.count(seed), FAULTS, stages)
-    return [(stage, fault, number) for number, fault, stage in itertools.islice(cells, count)]
+    cells = (
+        (stage, fault, number) for number in itertools.count(seed) for fault in FAULTS for stage in stages
+    )
+    return list(itertools.islice(cells, count))
 
 
 def run_serial(folder: Path, stages: list[str], count: int, seed: int) -> list[Outcome]:

@@ -92,18 +92,26 @@ def fault_of(kind: str, draw: random.Random) -> Callable[..., None]:
 
 def truncate_one(folder: Path, draw: random.Random) -> Path | None:
     """Cut a finished file of an unfinished artefact in half; None where there is none yet."""
-    found = sorted(
-        path
-        for path in folder.rglob("*")
-        if path.suffix in (".parquet", ".safetensors")
-        and not path.name.startswith("_tmp")
-        and path.stat().st_size > 1
-    )
+    found = [
+        path for path in sorted(folder.rglob("*")) if _is_shard(path) and not _is_committed(folder, path)
+    ]
     if not found:
         return None
     chosen = draw.choice(found)
     os.truncate(chosen, chosen.stat().st_size // 2)
     return chosen
+
+
+def _is_shard(path: Path) -> bool:
+    return (
+        path.suffix in (".parquet", ".safetensors")
+        and not path.name.startswith("_tmp")
+        and path.stat().st_size > 1
+    )
+
+
+def _is_committed(folder: Path, path: Path) -> bool:
+    return (folder / path.relative_to(folder).parts[0] / MANIFEST_FILE).exists()
 
 
 def _half_file(place: Place, name: str) -> None:

@@ -3,14 +3,16 @@
 import pytest
 
 from embedloom.errors import DataError
-from embedloom.pipeline import fingerprints, finished, graph
+from embedloom.launch import load
+from embedloom.pipeline import fingerprints, finished, graph, writer_for
 from embedloom.plan import keep_ledger, keep_plan, plan_table
 from embedloom.planning.known import Known
+from embedloom.planning.ledger import build_ledger
 from embedloom.planning.ledger_file import read_ledger
 from embedloom.planning.lines import ledger_lines
 from embedloom.planning.schedule import make_plan
 from embedloom.storage import Place
-from fakes_quickstart import MEASURED, finish, quickstart
+from fakes_quickstart import CLUSTER, MEASURED, ROOT, finish, quickstart
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +71,20 @@ def test_ledger_puts_actual_beside_planned(measured):
     # By the file: 691,200 tokens at 3,500 a second after 40 s; it took 284 s.
     expected = 40 + 691_200 / 3_500
     assert f"{expected / 60:.1f} min" in line and "4.7 min" in line and f"{284 / expected - 1:+.0%}" in line
+
+
+def test_mfu_is_of_real_tokens(tmp_path):
+    run = load(ROOT / "jobs/configs/nemotron_8b.yaml", "a100x64", CLUSTER, [f"run.output_dir={tmp_path}"])
+    nodes = graph(run)
+    name = "training/run1/pretrain"
+    inputs = dict.fromkeys(nodes[name].inputs, "made up")
+    tokens = 5_773 * 2_048 * 3 * 256  # texts of half the limit
+    counts = {"rows": 5_773 * 2_048, "steps": 5_773, "tokens": tokens, "step_seconds": 50_000.0}
+    done = writer_for(run, nodes, name, inputs).commit(counts, seconds=51_000)
+    entry = build_ledger(run, nodes, {name: done}, run.rates).entries[name]
+    flops = tokens * (6 * 6_979_321_856 + 12 * 32 * 4096 * 256)
+    assert entry.counts["mfu"] == pytest.approx(flops / (64 * 312e12 * 50_000), abs=1e-4)
+    assert entry.start_seconds == 1_000 and entry.device == "a100-80gb"
 
 
 def test_plan_of_a_finished_run_uses_its_own_ledger(measured):

@@ -43,7 +43,8 @@ def build_ledger(
     for name, entry in first.items():
         work = work_of(run, nodes, nodes[name], rates, measured)
         unit, amount = _unit(run, work, entry.device, rates)
-        entries[name] = replace(entry, unit=unit, amount=amount)
+        counts = {**entry.counts, **_mfu(entry, work, rates)}
+        entries[name] = replace(entry, unit=unit, amount=amount, counts=counts)
     return RunLedger(run.config.run.name, run.profile_name, entries)
 
 
@@ -67,6 +68,21 @@ def _entry(
         counts={key: value for key, value in artefact.counts.items() if not isinstance(value, list)},
         planned_seconds=float(expected) if isinstance(expected, int | float) else None,
     )
+
+
+def _mfu(entry: LedgerEntry, work: Work, rates: RatesConfig) -> dict[str, float]:
+    """Useful FLOPs of real tokens over what the devices could do while they worked; nothing where a peak is not known."""
+    device = rates.devices.get(entry.device)
+    stepping = float(entry.counts.get("step_seconds") or entry.seconds)
+    if (
+        device is None
+        or device.peak_bf16_tflops is None
+        or work.flops is None
+        or not stepping
+        or not entry.devices
+    ):
+        return {}
+    return {"mfu": round(work.flops / (device.peak_bf16_tflops.value * 1e12 * entry.devices * stepping), 4)}
 
 
 def _start(artefact: Artefact, work: Work, device: str, seconds: float, rates: RatesConfig) -> float:
