@@ -6,8 +6,8 @@ from pathlib import Path
 from embedloom.artefacts import Artefact
 from embedloom.cluster.checks import check_actor_gpus
 from embedloom.cluster.config import load_cluster
-from embedloom.config.rates import RATES_FILE, RatesConfig, load_rates
 from embedloom.cluster.placement import machines
+from embedloom.config.rates import RATES_FILE, RatesConfig, load_rates
 from embedloom.config.run import load_run
 from embedloom.config.training import TrainingConfig
 from embedloom.encoder.registry import check_model_name
