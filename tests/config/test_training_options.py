@@ -51,7 +51,7 @@ def test_the_dev_half_of_a_judged_folder_is_fine():
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("training.trackers=[wandb, wandb]", "must be different"),
+        ("training.trackers=[wandb, wandb]", "trackers must be different"),
         ("training.trackers=[comet]", "tensorboard.*wandb.*mlflow"),
         ("training.parity=[infinity]", "sentence-transformers.*vllm"),
         ("training.dev={keep: first}", "'best' or 'last'"),

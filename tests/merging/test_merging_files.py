@@ -234,6 +234,19 @@ def test_artefacts_of_different_bases_are_refused(candidates, tmp_path):
     assert json.loads((tmp_path / "out/lineage.json").read_text())["base"] == "base1"
 
 
+def test_the_merged_data_card_is_that_of_all_models_equal_ones_once(candidates, tmp_path):
+    merge(MergingConfig(), candidates, writer(tmp_path / "without"))
+    assert not (tmp_path / "without/data_card.md").exists()
+    for name, folder in candidates.items():
+        source = "paq" if name == "c1" else "msmarco"
+        (folder / "data_card.md").write_text(f"# Training data\n\n## Stage s\n\n| {source} |\n")
+    merge(MergingConfig(), candidates, writer(tmp_path / "out"))
+    card = (tmp_path / "out/data_card.md").read_text()
+    assert card.count("| msmarco |") == 1 and card.count("| paq |") == 1
+    assert re.findall(r"^# (.*)$", card, re.M) == ["Trained as c0, c2", "Trained as c1"]
+    assert card.count("\n### Stage s\n") == 2
+
+
 def test_the_model_card_says_what_was_merged(candidates, tmp_path):
     for folder in candidates.values():
         header = {"license": "mit", "datasets": ["org/pairs"], "base_model": "org/base"}

@@ -119,7 +119,8 @@ def trained(tiny_model, tmp_path_factory):
         whole, dev_tasks=ScriptedTasks(scores[4:], root / "again"), logs=Place(str(root / "again"))
     )
     own = Task(again, out["resumed"], out["whole"] / "step-00000003")
-    return root, out, run_processes(train, {**tasks, "resumed": own}, 2)
+    found = run_processes(train, {**tasks, "resumed": own}, 2)
+    return root, out, {**found, "again": (again, None, own.start)}
 
 
 def vectors_of(folder):
@@ -150,6 +151,16 @@ def test_a_resumed_run_exports_the_best_model_of_before(trained):
     assert found["resumed"][1] == pytest.approx(found["whole"][1], rel=1e-6)
     assert (after / "model.safetensors").read_bytes() == (before / "model.safetensors").read_bytes()
     assert json.loads((after / DEV_FILE).read_text()) == json.loads((before / DEV_FILE).read_text())
+
+
+@pytest.mark.slow
+def test_one_worker_goes_on_from_the_checkpoint_of_two(trained):
+    root, out, found = trained
+    again, _, start = found["again"]
+    one = run_processes(train, {"one": Task(again, root / "out-one", start)}, 1)["one"]
+    assert one[1] == pytest.approx(found["whole"][1], rel=1e-4)
+    best = (out["whole"] / "model" / "model.safetensors").read_bytes()
+    assert (root / "out-one" / "model" / "model.safetensors").read_bytes() == best
 
 
 @pytest.mark.slow

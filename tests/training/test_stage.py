@@ -19,8 +19,10 @@ from embedloom.encoder.model import Encoder
 from embedloom.errors import StageError
 from embedloom.records import table_from_rows
 from embedloom.storage import Place
+from embedloom.training.dev import DEV_FILE
 from embedloom.training.metrics import METRICS_FILE
 from embedloom.training.stage import train_stage
+from fakes_training import VectorTasks
 
 STEPS = 24
 WORDS = ["red", "green", "blue", "grey", "pink", "gold"]
@@ -69,6 +71,7 @@ def make_config(**changes: object) -> TrainingConfig:
         "zero_stage": 1,
         "temperature": 0.1,
         "micro_batch_tokens": 256,
+        "dev": {"every_steps": 5},
     }
     return TrainingConfig.model_validate({**settings, **changes})
 
@@ -77,8 +80,13 @@ def run(folder: Path, mining: Artefact, model: Path, config: TrainingConfig, wor
     writer = ArtefactWriter(Place(str(folder)), "model", "test", {}, "local")
     group = TrainingGroup(workers=workers, cpus=1, threads=1)
     return train_stage(
-        config, config.stages[0], config.candidates[0], model, mining, group, "float32", writer
-    )
+        config, config.stages[0], config.candidates[0], model, mining, group, "float32", writer,
+        Place(str(folder.parent / "prepared")), VectorTasks(),
+    )  # fmt: skip
+
+
+def dev_of(artefact: Artefact) -> dict:
+    return json.loads((artefact.place.local / DEV_FILE).read_text())
 
 
 def losses(artefact: Artefact) -> list[float]:
@@ -141,6 +149,7 @@ def test_a_killed_rank_resumes_and_ends_with_the_same_weights(undisturbed, tiny_
     killer.join()
     assert killed, "the training ended before a worker could be killed"
     assert losses(resumed) == pytest.approx(losses(artefact), rel=1e-6)
+    assert dev_of(resumed)["best_step"] == dev_of(artefact)["best_step"]
     same = load_file(artefact.place.local / "model.safetensors")
     for name, tensor in load_file(resumed.place.local / "model.safetensors").items():
         np.testing.assert_allclose(tensor, same[name], rtol=1e-5, atol=1e-6)
@@ -167,3 +176,19 @@ def test_the_run_leaves_metrics_points_and_a_parity_record(undisturbed):
     assert list((folder / "_tensorboard").glob("events*"))
     assert min(artefact.manifest["details"]["parity"].values()) > 0.9999
     assert 0 <= artefact.counts["imbalance"] < 0.5
+
+
+@pytest.mark.ray
+def test_the_manifest_and_the_cards_tell_the_dev_curve_and_the_sources(undisturbed):
+    _, artefact = undisturbed
+    details, folder = artefact.manifest["details"], artefact.place.local
+    dev = dev_of(artefact)
+    assert details["dev"] == dev and [p["step"] for p in dev["points"]] == [0, 5, 10, 15, 20, STEPS]
+    best = max(point["score"] for point in dev["points"][1:])
+    encoder = Encoder.load(folder, dtype="float32")
+    vectors = encoder.embed(["red 1", "the colour red is number 1"], "document")
+    assert float(vectors[0] @ vectors[1]) == pytest.approx(best, abs=1e-3)
+    (stage,) = details["stages"]
+    assert {source["name"]: source["rows"] for source in stage["sources"]} == {"public": 36, "synthetic": 12}
+    assert f"at step {dev['best_step']}" in (folder / "README.md").read_text()
+    assert "| public |" in (folder / "data_card.md").read_text()

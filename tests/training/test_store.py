@@ -14,7 +14,7 @@ from embedloom.errors import DataError
 from embedloom.storage import Place
 from embedloom.training import prepare, store
 from embedloom.training.batches import plan_batch
-from embedloom.training.loop import shares_of
+from embedloom.training.build import shares_of
 from embedloom.training.order import ExampleOrder
 from embedloom.training.prepare import INDEX_FILE, RowRules, TextTokens, prepare_source
 from embedloom.training.prepared import prepare_sources

@@ -2,7 +2,7 @@
 
 from typing import Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from embedloom.config.base import FrozenConfig
 from embedloom.config.training_data import SourceChanges, TrainingSource, changed_sources, check_sources
@@ -144,8 +144,8 @@ class TrainingConfig(FrozenConfig):
 
     @field_validator("trackers", "parity")
     @classmethod
-    def _named_once(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        return check_different(value, "trackers, and readers of parity,")
+    def _named_once(cls, value: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
+        return check_different(value, str(info.field_name))
 
     @model_validator(mode="before")
     @classmethod

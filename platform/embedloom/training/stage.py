@@ -21,7 +21,7 @@ from embedloom.training.dev import DevTasks, read_dev
 from embedloom.training.loop import train_worker
 from embedloom.training.loop_config import LoopConfig
 from embedloom.training.metrics import METRICS_FILE
-from embedloom.training.prepared import preparation_counts, prepare_sources
+from embedloom.training.prepared import Prepared, preparation_counts, prepare_sources
 
 CHECKPOINT_FOLDER = "_train"
 DATA_FOLDER = "_data"
@@ -60,15 +60,7 @@ def train_stage(
         StageError: the loss is not finite or has diverged, the workers failed more often than
             ``training.max_failures``, or some reader would read the export as another model.
     """
-    if stage.global_batch < group.workers:
-        raise ConfigError(
-            f"training.stages.{stage.name}.global_batch: {stage.global_batch} queries cannot be shared out to {group.workers} workers; "
-            f"allowed: {group.workers} or more"
-        )
-    if config.lora is not None:
-        from embedloom.training.lora import check_targets  # peft takes a second to import
-
-        check_targets(config.lora, start_model, PromptContract.load(start_model).attention)
+    _check(config, stage, start_model, group)
     root = absolute(out.place)
     data = root.child(DATA_FOLDER) if prepared_data is None else absolute(prepared_data)
     loop = _loop_config(config, stage, candidate, start_model, group, dtype, root, data)
@@ -79,27 +71,42 @@ def train_stage(
     folders = {name: index["folder"] for name, index in prepared.items()}
     loop = replace(loop, folders=folders, dev_tasks=dev_tasks)
     result = _fit(loop, group, out.place.child(CHECKPOINT_FOLDER))
+    return _commit(loop, candidate, prepared, result.checkpoint, out)
+
+
+def _check(config: TrainingConfig, stage: TrainingStage, start_model: Path, group: TrainingGroup) -> None:
+    if stage.global_batch < group.workers:
+        raise ConfigError(
+            f"training.stages.{stage.name}.global_batch: {stage.global_batch} queries cannot be shared out to {group.workers} workers; "
+            f"allowed: {group.workers} or more"
+        )
+    if config.lora is not None:
+        from embedloom.training.lora import check_targets  # peft takes a second to import
+
+        check_targets(config.lora, start_model, PromptContract.load(start_model).attention)
+
+
+def _commit(
+    loop: LoopConfig, candidate: Candidate, prepared: Prepared, checkpoint: Any, out: ArtefactWriter
+) -> Artefact:
+    """Check the finished model, write its cards and make it the artefact."""
+    config, stage = loop.training, loop.stage
     facts = stage_facts(config, stage, candidate, loop.sources, prepared)
-    with out.local_folder() as folder, result.checkpoint.as_directory() as final:
+    with out.local_folder() as folder, checkpoint.as_directory() as final:
         shutil.copytree(final, folder, dirs_exist_ok=True)
         records = [json.loads(line) for line in (folder / METRICS_FILE).read_text().splitlines()]
         # Between stages only our own code reads the model; the last stage's is an export.
         parity = check_export(folder, config.parity) if stage.name == config.stages[-1].name else None
         facts |= {"steps": len(records), "dev": read_dev(folder)}
-        history = Lineage.after(start_model, facts)
-        write_cards(folder, history)
+        lineage = Lineage.after(loop.start_model, facts)
+        write_cards(folder, lineage)
     for name in (CHECKPOINT_FOLDER, DATA_FOLDER):
         out.place.child(name).remove()
     details = {
-        "loss_curve": _curve(records),
-        "stage": stage.name,
-        "candidate": candidate.name,
-        "parity": parity,
-    }
-    return out.commit(
-        {**_counts(records), **preparation_counts(prepared)},
-        {**details, "dev": facts["dev"], "base": history.base, "stages": history.stages},
-    )
+        "loss_curve": _curve(records), "stage": stage.name, "candidate": candidate.name, "parity": parity,
+        "dev": facts["dev"], "base": lineage.base, "stages": lineage.stages,
+    }  # fmt: skip
+    return out.commit({**_counts(records), **preparation_counts(prepared)}, details)
 
 
 def _loop_config(
