@@ -90,13 +90,13 @@ def test_endpoint_keeps_to_its_document(case):
 
 
 @keyed.parametrize()
-@asked(EXAMPLES // 10)
+@asked(EXAMPLES // 20)
 def test_endpoint_with_keys_keeps_to_its_document(case):
     keeps_to_the_document(case, headers=HEADERS)
 
 
 @searching.include(path="/v1/search").parametrize()
-@asked(EXAMPLES)
+@asked(EXAMPLES // 3)
 def test_search_keeps_to_the_document(case):
     keeps_to_the_document(case)
 
