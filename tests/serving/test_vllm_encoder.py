@@ -1,6 +1,7 @@
 """vLLM's pooling runner behind the endpoint's contract."""
 
 import importlib.util
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -46,8 +47,13 @@ def test_vllm_gives_our_vectors(tmp_path: Path):
     byte_tokenizer().save_pretrained(llama)
     folder.mkdir()
     prepare_base(EncoderConfig(base="tiny", max_query_tokens=96, max_document_tokens=64), llama, folder)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     run = subprocess.run(
-        [sys.executable, "-c", SCRIPT, str(folder)], capture_output=True, text=True, check=False
+        [sys.executable, "-c", SCRIPT, str(folder)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=environment,
     )
     assert run.returncode == 0, run.stderr[-3000:]
     assert float(run.stdout.split("lowest ")[1]) >= 0.9999
