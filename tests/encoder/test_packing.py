@@ -6,6 +6,7 @@ from transformers import BertConfig, BertModel, LlamaConfig, LlamaModel, Mistral
 
 from embedloom.encoder.packing import (
     PackedLayout,
+    filler_tokens,
     group_lengths,
     packed_attention,
     use_packing,
@@ -121,11 +122,12 @@ def test_an_encoder_gives_the_same_vectors_in_any_batch(tiny_model: Path):
 
     encoder = Encoder.load(tiny_model, dtype="float32", device="cpu")
     assert encoder.packed
-    texts = ["a", "a much longer text than the first", "b c", "", "a"]
+    texts = ["a", "a much longer text than the first", "b c", "", "a"] * 9
     together = torch.from_numpy(encoder.embed(texts, "document"))
+    real, padded = encoder.tokens.real, encoder.tokens.padded
+    assert real < padded <= real * 33 / 32  # the row has filler, which must not be seen
     alone = torch.cat([torch.from_numpy(encoder.embed([text], "document")) for text in texts])
     torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-4)
-    assert encoder.tokens.padding_share == 0.0
 
 
 def test_the_probe_leaves_training_mode_on():
@@ -146,3 +148,11 @@ def test_bfloat16_states_stay_near_those_of_float32(causal: bool):
     for own, alone in zip(packed, expected, strict=True):
         cosine = torch.nn.functional.cosine_similarity(own.float(), alone, dim=-1)
         assert cosine.min() > 0.999
+
+
+def test_rows_of_a_doubling_have_few_lengths_and_little_filler():
+    filled = {tokens: tokens + filler_tokens(tokens) for tokens in range(1, 8193)}
+    assert all(tokens <= total <= tokens * 33 / 32 for tokens, total in filled.items())
+    for first in (64, 512, 4096):
+        assert len({filled[tokens] for tokens in range(first, 2 * first)}) <= 33
+    assert filled[20] == 20  # a short query is not made longer

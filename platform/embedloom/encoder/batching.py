@@ -112,10 +112,10 @@ class TokenCount:
     real: int = 0
     padded: int = 0
 
-    def add(self, lengths: Sequence[int], packed: bool = False) -> None:
-        """Count one batch of texts with these lengths; a packed one has no padding."""
+    def add(self, lengths: Sequence[int], packed: bool = False, filler: int = 0) -> None:
+        """Count one batch of texts with these lengths; a packed one has no padding but its filler."""
         self.real += sum(lengths)
-        self.padded += sum(lengths) if packed else max(lengths, default=0) * len(lengths)
+        self.padded += sum(lengths) + filler if packed else max(lengths, default=0) * len(lengths)
 
     @property
     def padding_share(self) -> float:

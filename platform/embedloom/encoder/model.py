@@ -12,7 +12,7 @@ from embedloom.encoder.backbone import is_decoder, load_backbone
 from embedloom.encoder.batching import MemoryLimit, TokenCount, run_batches
 from embedloom.encoder.device import DTypeName, pick_device, pick_dtype
 from embedloom.encoder.linear import cast_for_inference, has_fast_linear
-from embedloom.encoder.packing import PackedLayout, use_packing
+from embedloom.encoder.packing import PackedLayout, filler_tokens, use_packing
 from embedloom.encoder.pooling import pool, pool_packed
 from embedloom.encoder.shared import SharedWeights, export_weights, shared_backbone
 from embedloom.encoder.sidecars import derive_contract
@@ -120,21 +120,30 @@ class Encoder:
     def forward(self, token_ids: Sequence[Sequence[int]]) -> Tensor:
         """Vectors of one batch, with gradients if enabled: [len(token_ids), dimension], float32."""
         lengths = [len(ids) for ids in token_ids]
-        self.tokens.add(lengths, self.packed)
+        filler = filler_tokens(sum(lengths)) if self.packed and self.device.type == "cpu" else 0
+        self.tokens.add(lengths, self.packed, filler)
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.dtype == torch.bfloat16):
-            vectors = (self._forward_packed if self.packed else self._forward_padded)(token_ids, lengths)
+            vectors = (
+                self._forward_packed(token_ids, filler)
+                if self.packed
+                else self._forward_padded(token_ids, lengths)
+            )
         return torch.nn.functional.normalize(vectors, dim=-1) if self.contract.normalize else vectors
 
-    def _forward_packed(self, token_ids: Sequence[Sequence[int]], lengths: list[int]) -> Tensor:
+    def _forward_packed(self, token_ids: Sequence[Sequence[int]], filler: int) -> Tensor:
+        # Texts of one token: they attend to nothing, and any model has room for them.
+        texts = [*token_ids, *[[self._pad_id]] * filler]
+        lengths = [len(ids) for ids in texts]
         order = sorted(range(len(lengths)), key=lambda position: (-lengths[position], position))
         causal = self.contract.attention == "causal"
         layout = PackedLayout([lengths[position] for position in order], causal, self.device)
-        row = torch.tensor([[token for position in order for token in token_ids[position]]])
+        row = torch.tensor([[token for position in order for token in texts[position]]])
         hidden = self.backbone(
             input_ids=row.to(self.device), position_ids=layout.positions, packed=layout
         ).last_hidden_state[0]
         vectors = pool_packed(hidden, layout.starts, self.contract.pooling)
-        return vectors[torch.argsort(torch.tensor(order, device=self.device))]
+        places = torch.argsort(torch.tensor(order, device=self.device))
+        return vectors[places[: len(token_ids)]]
 
     def _forward_padded(self, token_ids: Sequence[Sequence[int]], lengths: list[int]) -> Tensor:
         ids, mask = self._pad(token_ids, lengths)

@@ -29,6 +29,8 @@ _FAMILIES = {"bert", "llama", "mistral", "qwen2", "qwen3"}
 # and short for that share a group, padded to its longest, and none that is shorter than this share of it.
 _OWN_GROUP_TOKENS = 64
 _LENGTH_RATIO = 0.75
+# Lengths of the row that are told apart in each doubling; see filler_tokens.
+_LENGTHS_AN_OCTAVE = 32
 _PROBE_TOLERANCE = 1e-3  # hidden states of float32 differ by 1e-5 between the two ways of computing them
 
 
@@ -101,6 +103,16 @@ def group_lengths(lengths: Sequence[int]) -> list[LengthGroup]:
     return [
         LengthGroup(stop - sum(group), stop, tuple(group)) for group, stop in zip(groups, stops, strict=True)
     ]
+
+
+def filler_tokens(tokens: int) -> int:
+    """Tokens to add to a row so that rows have few different lengths, at most 1/32 of it (1 % on average).
+
+    oneDNN compiles the products of every new length and keeps the last thousand of them: measured in a training worker
+    of three layers of SmolLM2, 1.3 GB at the first step and 3.9 GB at the three hundredth, for weights of 0.15 GB.
+    """
+    step = max(1, (1 << (tokens.bit_length() - 1)) // _LENGTHS_AN_OCTAVE)
+    return -tokens % step
 
 
 def packed_attention(
