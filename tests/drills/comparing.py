@@ -4,10 +4,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-# Of JSON and JSON lines: when, how long, and how much memory a process happened to hold.
+# Of JSON and JSON lines: when, how long, and how much memory a process happened to hold. "engines" of a synthesis is such
+# a record, seconds and tokens of the engines that lived: work that was lost and done again counts twice or not at all.
 _TIMES = (
     "date", "evaluation_time", "evaluation_phases", "seconds", "created", "step_seconds", "tokens_per_second",
-    "memory_mib", "imbalance",
+    "memory_mib", "imbalance", "engines",
 )  # fmt: skip
 # Event files are named and stamped by the clock throughout; with a manifest beside it, the note of what is being built
 # says nothing any more.
