@@ -17,7 +17,7 @@ def drawn() -> set[str]:
     queries = [target["expr"] for panel in DASHBOARD["panels"] for target in panel.get("targets", [])]
     assert len(queries) > 20
     # A name is what a selector or a range follows, or what stands alone in a function; never a function or a label.
-    names = {name for query in queries for name in re.findall(r"[a-z][a-z0-9_]{6,}(?=[\[{)])", query)}
+    names = {name for query in queries for name in re.findall(r"\b[a-z][a-z0-9_]{6,}(?=[\[{)])", query)}
     return names - {"operator", "deployment", "instance", "replica", "dataset"}
 
 

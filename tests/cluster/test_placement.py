@@ -145,7 +145,7 @@ def test_ray_places_on_nine_simulated_nodes_what_the_arithmetic_says():
     for placed, *_, expected, _message in (wide, narrow, too_wide, gang, embedding, serve):
         assert placed == expected
     assert wide[:3] == [8, 1, [1] * 8]  # nine engines of eight GPUs: one waits
-    assert "9 engines x 4 CPUs + 8 GPUs pending: 72 GPUs wanted" in wide[-1].replace("1 of 9", "9")
+    assert "1 of 9 engines x 4 CPUs + 8 GPUs pending: 72 GPUs wanted, 64 GPUs free of 64 GPUs" in wide[-1]
     assert narrow[:3] == [16, 0, [2] * 8]
     assert too_wide[:2] == [0, 1] and too_wide[3] == ["INFEASIBLE"]
     assert "no node has 16 GPUs, the largest has 8 GPUs" in too_wide[-1]
