@@ -25,9 +25,10 @@ class Steps:
 
 
 def stage_of(config: RunConfig, name: str) -> TrainingStage:
-    """The stage that ``training/<candidate>/<stage>`` trains."""
-    wanted = name.rsplit("/", 1)[-1]
-    return next(stage for stage in config.training.stages if stage.name == wanted)
+    """The stage that ``training/<run>/<stage>`` trains, with the run's own changes."""
+    _, run_name, wanted = name.rsplit("/", 2)
+    section = config.training.of_run(next(run for run in config.training.runs if run.name == run_name))
+    return next(stage for stage in section.stages if stage.name == wanted)
 
 
 def training_steps(config: RunConfig, node: Node, nodes: dict[str, Node], known: Known) -> Steps:
