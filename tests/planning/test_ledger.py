@@ -48,7 +48,7 @@ def test_twice_the_steps_take_twice_the_stepping_and_one_start(measured, tmp_pat
 
 
 def test_a_new_candidate_is_predicted_by_the_stage_it_repeats(measured, tmp_path):
-    extra = "training.candidates=[{name: gamma, seed: 3}]"
+    extra = "training.runs=[{name: gamma, seed: 3}]"
     plan = predict(quickstart(tmp_path, extra, "gate.candidate=merged"), read_ledger(measured.place))
     assert plan.estimates["training/gamma/finetune"].seconds == pytest.approx(266.0)
     # Three models and two baselines instead of four and two: 10 s of start, 31 s for six scores.
