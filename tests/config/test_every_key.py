@@ -15,7 +15,9 @@ import yaml
 
 from embedloom.cluster.config import ClusterConfig
 from embedloom.cluster.validation import check_runtime_env, check_serve_config
+from embedloom.config.ablation import AblationConfig
 from embedloom.config.base import validate
+from embedloom.config.rates import RatesConfig
 from embedloom.config.run import RunConfig
 from embedloom.errors import ConfigError
 from embedloom.synthesis.prompt import Prompt
@@ -24,7 +26,10 @@ ROOT = Path(__file__).parents[2]
 # Mappings whose keys are the user's own, by the name of the section.
 OWN_KEYS = {
     "profiles", "pools", "labels", "languages", "document_languages", "mix", "env_vars", "attributes", "fields",
+    "devices", "models", "where", "stage_hours",
 }  # fmt: skip
+# An ablation's keys are paths into a run config; tests/test_ablation.py misspells those.
+PATHS = {"set", "grid"}
 
 Load = Callable[[dict[str, Any]], Any]
 
@@ -35,7 +40,9 @@ def loader(path: Path) -> Load:
         return lambda content: check_serve_config(content, str(path))
     if path.name == "runtime_env.yaml":
         return lambda content: check_runtime_env(content, str(path))
-    model = {"cluster.yaml": ClusterConfig}.get(path.name, Prompt if "prompts" in path.parts else RunConfig)
+    kinds = {"cluster.yaml": ClusterConfig, "rates.yaml": RatesConfig}
+    other = Prompt if "prompts" in path.parts else RunConfig
+    model = AblationConfig if path.name.startswith("ablation_") else kinds.get(path.name, other)
     return lambda content: validate(model, content, str(path))
 
 
@@ -48,14 +55,21 @@ FILES = sorted(
 )  # fmt: skip
 
 
+def is_own(path: tuple[str | int, ...]) -> bool:
+    """Whether the keys below are the user's: a run's stages and their sources are mappings by name, too."""
+    return path[-1:] != () and (
+        path[-1] in OWN_KEYS or (path[-1] in ("stages", "sources") and "runs" in path)
+    )
+
+
 def keys_of(node: Any, path: tuple[str | int, ...] = ()) -> Iterator[tuple[str | int, ...]]:
     """Paths of all keys that have one right spelling."""
     if isinstance(node, dict):
         for key, value in node.items():
-            if not path or path[-1] not in OWN_KEYS:
+            if not is_own(path):
                 yield (*path, key)
             # What stands below a prompt's field is a JSON schema, which xgrammar reads.
-            if path[-1:] != ("fields",):
+            if path[-1:] != ("fields",) and key not in PATHS:
                 yield from keys_of(value, (*path, key))
     elif isinstance(node, list):
         for index, item in enumerate(node):
