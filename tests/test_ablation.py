@@ -168,11 +168,11 @@ def test_overrides_reach_the_ablation_and_its_runs(tmp_path):
     assert config.seeds == (7,) and [run.seed for run in runs] == [7, 7]
     assert {run.run.config.training.temperature for run in runs} == {0.5}
     assert [one.seed for one in runs[0].run.config.training.runs] == [7, 1007]
+    assert runs[0].run.config.folder == f"{tmp_path}/elsewhere/small/loss-infonce-seed7"
     stages = [{"name": "only", "negatives": 2, "global_batch": 4, "learning_rate": 0.001, "max_steps": 9}]
     path = write(tmp_path, grid={"training.loss": ["infonce"]}, set={"training.stages": stages})
     _, runs = planned(path, "training.stages.0.max_steps=5")
     assert runs[0].run.config.training.stages[0].max_steps == 5
-    assert runs[0].run.config.folder == f"{tmp_path}/elsewhere/small/loss-infonce-seed7"
 
 
 def test_an_ablation_builds_once_goes_on_and_ends_in_a_table(tmp_path, built):

@@ -173,7 +173,7 @@ def test_matryoshka_sections_are_checked():
 
 
 def test_infonce_without_negatives_is_refused():
-    with pytest.raises(ValueError, match=r"stages\.s\.negatives is 0, but infonce"):
+    with pytest.raises(ValueError, match=r"stages\.s\.negatives is 0 in run 'a', but infonce"):
         TrainingConfig(
             candidates=[{"name": "a", "seed": 0}],
             stages=[{"name": "s", "negatives": 0, "global_batch": 6, "learning_rate": 1e-3}],
