@@ -59,7 +59,7 @@ def small_store(pool: NodePool, profile: Profile) -> int:
 
 
 def _start(cluster: ClusterConfig, profile: Profile, pool: NodePool | None, store_bytes: int) -> str:
-    environment = {"RAY_AUTH_MODE": cluster.auth.mode}
+    environment: dict[str, str] = {"RAY_AUTH_MODE": cluster.auth.mode}
     if pool is not None:
         environment |= node_environment(profile, pool)
     elif profile.serve.haproxy:  # worker commands are the same for all pools

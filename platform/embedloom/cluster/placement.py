@@ -148,7 +148,8 @@ def place(ask: Ask, nodes: Sequence[Machine], taken: dict[str, Bundle] | None = 
     """
     held = {} if taken is None else taken
     left = [_rest(node, held.get(node.name, {})) for node in nodes]
-    wanted, by_machine = ask.maximum, {}
+    wanted = ask.maximum
+    by_machine: dict[str, int] = {}
     for node in left:
         here = int(min(copies(ask.bundle, node), wanted - sum(by_machine.values())))
         if here:

@@ -17,13 +17,14 @@ from typing import Any
 import ray
 from ray import serve
 
+from embedloom.config.application import ApplicationArgs
 from embedloom.config.base import validate
 from embedloom.config.resources import ServeScaling
 from embedloom.config.serving import ServingConfig
 from embedloom.encoder.device import DTypeName
 from embedloom.errors import ConfigError, ServeError
 from embedloom.progress import note
-from embedloom.serving.app import ApplicationArgs, build_application
+from embedloom.serving.app import build_application
 
 APPLICATION = "embedloom"
 READY_SECONDS = 300.0  # a replica imports torch first, which takes a minute on a busy node
