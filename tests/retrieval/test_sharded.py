@@ -1,7 +1,7 @@
 """Search over several actors: the bits of one process, whatever the shares, kills or memory."""
 
+import contextlib
 import os
-import signal
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +26,7 @@ class Task:
 
     def __init__(self, queries, folder: Path, kill: Path | None = None) -> None:
         self.queries, self.folder, self.kill = queries, folder, kill
+        self.driver = os.getpid()
 
     def read(self, number):
         return Asked(self.queries[5 * number : 5 * number + 5], *PAIRS)
@@ -33,9 +34,10 @@ class Task:
     def finish(self, number, found, scores):
         if self.kill is not None and not self.kill.exists():
             self.kill.touch()
-            for process in psutil.process_iter(["cmdline"]):
-                if "ray::_Share" in " ".join(process.info["cmdline"] or []):
-                    os.kill(process.pid, signal.SIGKILL)
+            for process in psutil.Process(self.driver).children(recursive=True):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    if "ray::_Share" in " ".join(process.cmdline()):
+                        process.kill()
         np.savez(self.folder / f"{number}.npz", positions=found.positions, scores=found.scores, pairs=scores)
 
 

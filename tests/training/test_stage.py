@@ -124,13 +124,20 @@ def test_one_worker_and_zero_2_give_the_curve_of_two_workers(undisturbed, tiny_m
     assert losses(other) == pytest.approx(losses(artefact), rel=1e-4)
 
 
+def is_running(process: psutil.Process, name: str) -> bool:
+    try:
+        return name in " ".join(process.cmdline())
+    except psutil.NoSuchProcess:
+        return False
+
+
 def kill_a_worker_after_a_checkpoint(storage: Path, killed: list[int]) -> None:
     """Wait for the first checkpoint, then SIGKILL one process of the worker group."""
     deadline = time.monotonic() + 240
     while time.monotonic() < deadline and not killed:
         if list(storage.glob("run/step-*/metrics.jsonl")):
-            for process in psutil.process_iter(["cmdline"]):
-                if "RayTrainWorker" in " ".join(process.info["cmdline"] or []):
+            for process in psutil.Process().children(recursive=True):
+                if is_running(process, "RayTrainWorker"):
                     os.kill(process.pid, signal.SIGKILL)
                     killed.append(process.pid)
                     break
