@@ -101,3 +101,16 @@ def test_local_folder_becomes_part_of_the_artefact(place):
 def test_fingerprint_ignores_key_order_only():
     assert fingerprint({"a": 1, "b": 2}) == fingerprint({"b": 2, "a": 1})
     assert fingerprint({"a": 1}) != fingerprint({"a": "1"})
+
+
+def test_a_cut_parquet_file_is_refused_at_the_end_of_a_build(tmp_path):
+    out = ArtefactWriter(Place(str(tmp_path / "a")), "corpus", "c", {}, "local")
+    out.place.write_table("parts/part-000000.parquet", pa.table({"n": [1, 2, 3]}))
+    path = tmp_path / "a" / "parts" / "part-000000.parquet"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1])
+    with pytest.raises(DataError, match=r"parts/part-000000\.parquet: cut"):
+        out.commit({})
+    assert Artefact.find(out.place, out.fingerprint) is None
+    path.write_bytes(whole)
+    assert out.commit({"rows": 3}).counts == {"rows": 3}

@@ -102,6 +102,9 @@ class Artefact:
         return artefact if artefact.fingerprint == wanted else None
 
 
+_PARQUET_END = b"PAR1"
+
+
 class ArtefactWriter:
     """Builds one artefact; continue after a crash by opening it again with the same fingerprint."""
 
@@ -157,6 +160,9 @@ class ArtefactWriter:
             counts: rows, tokens, rejects by reason.
             details: anything else a reader of the run wants to know, JSON-like.
             seconds: time spent, if it was more than this process saw.
+
+        Raises:
+            DataError: a Parquet file of the artefact is cut, which a resumed build would otherwise take over.
         """
         manifest = {
             "kind": self.kind,
@@ -171,7 +177,21 @@ class ArtefactWriter:
             "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "details": dict(details or {}),
         }
+        self._refuse_cut_files()
         self.place.sweep()  # what a full disk or a killed predecessor left half-written is no part of it
         self.place.write_json(MANIFEST_FILE, manifest)
         self.place.delete(BUILDING_FILE)
         return Artefact(self.place, manifest)
+
+    def _refuse_cut_files(self) -> None:
+        """Look at the last bytes of every Parquet file on a disk; an object store has whole files or none."""
+        if not self.place.is_local:
+            return
+        for path in sorted(self.place.local.rglob("*.parquet")):
+            with path.open("rb") as stream:
+                stream.seek(max(0, path.stat().st_size - len(_PARQUET_END)))
+                end = stream.read()
+            if end != _PARQUET_END and not path.name.startswith("_tmp"):
+                raise DataError(
+                    f"{path}: cut, a Parquet file ends in {_PARQUET_END!r}; delete it and run again"
+                )

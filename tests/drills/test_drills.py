@@ -16,13 +16,13 @@ SCRIPT = Path(__file__).with_name("run_drills.py")
 
 @pytest.mark.slow
 def test_killed_full_and_refused_stages_end_as_the_undisturbed(tmp_path):
-    """Three drills of mining and of merging: a kill, a full disk, a refused commit."""
-    command = [sys.executable, SCRIPT, "--drills", "6", "--without-ray", "--stages", "merging", "mining"]
+    """Four drills of mining and merging: a kill, a full disk, a refused commit, a cut file."""
+    command = [sys.executable, SCRIPT, "--drills", "8", "--without-ray", "--stages", "merging", "mining"]
     done = subprocess.run(
         [*command, "--folder", tmp_path / "drills"], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert json.loads(done.stdout.splitlines()[-1]) == {"drills": 6, "equal": 6}
+    assert json.loads(done.stdout.splitlines()[-1]) == {"drills": 8, "equal": 8}
 
 
 def test_the_plan_covers_stages_and_faults_evenly():
