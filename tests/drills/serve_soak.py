@@ -13,26 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from embed_kills import WORDS
 from serve_process import MIB, NAME, Load, endpoint, finish
-
-WORDS = [
-    "read",
-    "write",
-    "parquet",
-    "table",
-    "column",
-    "filter",
-    "sort",
-    "join",
-    "merge",
-    "array",
-    "vector",
-    "matrix",
-    "socket",
-    "thread",
-    "queue",
-    "lock",
-]
 
 
 def body(number: int) -> dict[str, Any]:
