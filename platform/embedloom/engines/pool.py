@@ -24,6 +24,7 @@ from embedloom.storage import Place
 PLACEMENT_TIMEOUT_SECONDS = 600
 _TASK_CPUS = 0.25  # reading and writing wait for disks more than they compute
 _FINISH_CPUS = 0.5
+_WRITTEN = "written"  # in place of folders: nothing left to do
 
 Row = dict[str, Any]
 Finish = Callable[[dict[str, pa.Table]], dict[str, pa.Table]]
@@ -94,6 +95,7 @@ def stream(
     items: int,
     read: Callable[[int], pa.Table],
     write: Callable[[int, str, pa.Table], None],
+    written: Callable[[int], bool],
     worker: Callable[..., ShardWorker] | None,
     worker_arguments: dict[str, Any],
     done_folder: str,
@@ -107,6 +109,8 @@ def stream(
         items: how many; each is one table in.
         read: the table of an item; runs in a task.
         write: stores (item, folder, table); runs in a task, in the order the worker named the folders.
+        written: whether an item's last table is stored. When a machine is lost, Ray computes again what it had not yet
+            fetched from there, also items whose tables are long on disk; those are passed by.
         worker: class of the actors; called with ``worker_arguments``. None: no actors, ``finish`` does the work.
         done_folder: what the worker must name last.
         pool: actors and what each reserves.
@@ -124,7 +128,7 @@ def stream(
     context.wait_for_min_actors_s = PLACEMENT_TIMEOUT_SECONDS
     finish = handling.finish
     dataset = ray.data.from_items(list(range(items)), override_num_blocks=items)
-    dataset = dataset.map(_reading(read, handling.prepare), num_cpus=_TASK_CPUS)
+    dataset = dataset.map(_reading(read, handling.prepare, written), num_cpus=_TASK_CPUS)
     if worker is not None:
         checked = done_folder if finish is None else None
         arguments = (worker, worker_arguments, checked, pool.compute_threads, handling.starts)
@@ -132,7 +136,7 @@ def stream(
             _PoolActor, fn_constructor_args=arguments, **_actors(pool, items, handling.in_flight)
         )
     task_cpus = _TASK_CPUS if finish is None else _FINISH_CPUS
-    dataset = dataset.map(_writing(write, finish, done_folder), num_cpus=task_cpus)
+    dataset = dataset.map(_writing(write, finish, done_folder, written), num_cpus=task_cpus)
     try:
         with closing(iter(dataset.iter_rows())) as rows:
             for row in rows:
@@ -169,10 +173,14 @@ def _actors(pool: PoolConfig, items: int, in_flight: int) -> dict[str, Any]:
 
 
 def _reading(
-    read: Callable[[int], pa.Table], prepare: Callable[[pa.Table], pa.Table] | None
+    read: Callable[[int], pa.Table],
+    prepare: Callable[[pa.Table], pa.Table] | None,
+    written: Callable[[int], bool],
 ) -> Callable[[Row], Row]:
     def task(row: Row) -> Row:
         try:
+            if written(row["item"]):
+                return {**_row(row["item"], {}), "folders": [_WRITTEN]}
             table = read(row["item"])
             return _row(row["item"], {"": table if prepare is None else prepare(table)})
         except EmbedloomError as error:
@@ -182,12 +190,17 @@ def _reading(
 
 
 def _writing(
-    write: Callable[[int, str, pa.Table], None], finish: Finish | None, done_folder: str
+    write: Callable[[int, str, pa.Table], None],
+    finish: Finish | None,
+    done_folder: str,
+    written: Callable[[int], bool],
 ) -> Callable[[Row], Row]:
     def task(row: Row) -> Row:
         failure = row["failure"]
-        if not failure:
+        if not failure and not _passed_by(row):
             try:
+                if written(row["position"]):
+                    return {"position": row["position"], "failure": b""}
                 tables = {
                     folder: _from_ipc(content)
                     for folder, content in zip(row["folders"], row["tables"], strict=True)
@@ -238,7 +251,7 @@ class _PoolActor:
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         row = {column: values[0] for column, values in batch.items()}
-        done = row if row["failure"] else self._work(row)
+        done = row if row["failure"] or _passed_by(row) else self._work(row)
         return {column: [value] for column, value in done.items()}
 
     def _work(self, row: Row) -> Row:
@@ -268,6 +281,10 @@ def _row(position: int, tables: dict[str, pa.Table], error: EmbedloomError | Non
         "tables": [_to_ipc(table) for table in tables.values()] or [b""],
         "failure": b"" if error is None else pickle.dumps(error),
     }
+
+
+def _passed_by(row: Row) -> bool:
+    return list(row["folders"]) == [_WRITTEN]
 
 
 def _to_ipc(table: pa.Table) -> bytes:

@@ -141,6 +141,7 @@ def run_sharded(
             items=len(missing),
             read=lambda item: read_shard(source, missing[item]),
             write=lambda item, folder, table: output.write_table(f"{folder}/{missing[item].part}", table),
+            written=lambda item: output.exists(f"{done_folder}/{missing[item].part}"),
             worker=worker,
             worker_arguments=worker_arguments() if callable(worker_arguments) else worker_arguments,
             done_folder=done_folder,

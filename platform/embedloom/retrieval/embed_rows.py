@@ -155,6 +155,7 @@ def embed_rows(
             items=len(missing),
             read=OwnTexts(source, out, tuple(ledger.parts), ledger.shard_rows, tuple(missing)),
             write=_writer(out, ledger, missing),
+            written=_written(out, ledger, missing),
             worker=RowsWorker,
             worker_arguments=dict(source=model, config=config, normalize=normalize),
             done_folder=OWN_FOLDER,
@@ -174,6 +175,14 @@ def _writer(out: Place, ledger: Ledger, missing: list[int]) -> Callable[[int, st
         out.write_table(f"{folder}/{ledger.parts[shard]}", table)
 
     return write
+
+
+def _written(out: Place, ledger: Ledger, missing: list[int]) -> Callable[[int], bool]:
+    def written(item: int) -> bool:
+        part = ledger.parts[missing[item]]
+        return out.exists(f"{VECTORS_FOLDER}/{part}") or out.exists(f"{OWN_FOLDER}/{part}")
+
+    return written
 
 
 def _tokens(out: Place) -> int:
