@@ -18,12 +18,14 @@ def serial_tasks(stage: str, function: Any, items: Any, *shared: Any, cpus: floa
 
 
 def serial_stream(
-    *, stage: str, items: int, read: Any, write: Any, worker: Any, worker_arguments: Any, done_folder: str,
-    pool: Any, handling: Handling = PLAIN,
+    *, stage: str, items: int, read: Any, write: Any, written: Any, worker: Any, worker_arguments: Any,
+    done_folder: str, pool: Any, handling: Handling = PLAIN, name: Any = str,
 ) -> Iterator[int]:  # fmt: skip
-    """In place of engines.pool.stream; one actor."""
+    """In place of engines.pool.stream; one actor of each pool."""
     actor = worker(**worker_arguments) if worker else None
+    linked = [link.worker(**link.arguments) for link in handling.links]
     for item in range(items):
+        assert not written(item)
         table = read(item)
         tables = {"": table if handling.prepare is None else handling.prepare(table)}
         if actor is not None:
@@ -32,6 +34,8 @@ def serial_stream(
             tables = handling.finish(tables)
         for folder, table in tables.items():
             write(item, folder, table)
+        for one in linked:
+            one(name(item))
         yield item
 
 

@@ -9,6 +9,7 @@ Ray and vLLM, and ``plan`` answers without.
 """
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from embedloom import merge_build, train_build
 from embedloom.artefacts import Artefact, ArtefactWriter, fingerprint
@@ -20,6 +21,9 @@ from embedloom.retrieval.model_id import embedding_state, model_id, rescoring_st
 from embedloom.retrieval.previous import set_aside
 from embedloom.run import Inputs, Node, Run
 from embedloom.synthesis.prompts_used import section_state
+
+if TYPE_CHECKING:
+    from embedloom.retrieval.ahead import Ahead
 
 
 def graph(run: Run) -> dict[str, Node]:
@@ -194,16 +198,50 @@ def _synthesis(run: Run, inputs: Inputs, out: ArtefactWriter) -> Artefact:
     assert config is not None  # noqa: S101 - the node exists only with the section
     models, teacher = model_sources(config), round_trip_teacher(config, run.config.mining.teachers)
     pools, seed = run.profile.stages, run.config.run.seed
-    return synthesize(config, seed, inputs["corpus"], pools.synthesis, out, models, teacher, pools.mining)
+    return synthesize(
+        config,
+        seed,
+        inputs["corpus"],
+        pools.synthesis,
+        out,
+        models,
+        teacher,
+        pools.mining,
+        ahead=_ahead(run, out),
+    )
+
+
+def _ahead(run: Run, out: ArtefactWriter) -> "Ahead | None":
+    from embedloom.mining.teachers import teacher_sources
+    from embedloom.retrieval.ahead import AHEAD_FOLDER, Ahead
+
+    place = run.place.child(AHEAD_FOLDER)
+    if not out.resumed:
+        place.remove()
+    if not run.profile.streaming:
+        return None
+    return Ahead(place, tuple(teacher_sources(run.config.mining)), run.profile.stages.mining)
 
 
 def _mining(run: Run, inputs: Inputs, out: ArtefactWriter) -> Artefact:
     from embedloom.mining.stage import mine
     from embedloom.mining.teachers import teacher_sources
+    from embedloom.retrieval.ahead import AHEAD_FOLDER
 
     others = [artefact for name, artefact in inputs.items() if name != "corpus"]
     config = run.config.mining
-    return mine(config, inputs["corpus"], others, teacher_sources(config), run.profile.stages.mining, out)
+    pool, ahead = run.profile.stages.mining, run.place.child(AHEAD_FOLDER)
+    mined = mine(
+        config,
+        inputs["corpus"],
+        others,
+        teacher_sources(config),
+        pool,
+        out,
+        ahead if ahead.exists() else None,
+    )
+    ahead.remove()
+    return mined
 
 
 def _rescoring(run: Run, inputs: Inputs, out: ArtefactWriter) -> Artefact:

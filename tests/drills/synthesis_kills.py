@@ -121,7 +121,7 @@ def kill(kind: str, driver: subprocess.Popen[bytes], draw: random.Random) -> str
             raylets[-1].send_signal(signal.SIGKILL)
             return "raylet"
         return ""
-    actors = started(driver.pid, "MapBatches(_PoolActor)")
+    actors = started(driver.pid, "MapBatches(PoolActor)")
     if not actors:
         return ""
     if kind == "slow":

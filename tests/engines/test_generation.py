@@ -7,6 +7,7 @@ import pytest
 
 from embedloom.config.resources import PoolConfig
 from embedloom.config.synthesis import EngineOptions
+from embedloom.engines.actors import Starts
 from embedloom.engines.generation import (
     ANSWERS,
     GenerationWorker,
@@ -17,7 +18,7 @@ from embedloom.engines.generation import (
     shards_in_flight,
     side_by_side,
 )
-from embedloom.engines.pool import Handling, Starts
+from embedloom.engines.pool import Handling
 from embedloom.engines.protocol import GenerationRequest
 from embedloom.engines.shards import run_sharded
 from embedloom.errors import StageError

@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from embedloom.config.resources import PoolConfig
-from embedloom.engines.pool import _PoolActor, _reading, _row, _writing
+from embedloom.engines.actors import PoolActor, row_of
+from embedloom.engines.pool import _reading, _writing
 from embedloom.engines.shards import Shard, parquet_rows, plan_shards, read_shard, run_sharded
 from embedloom.errors import DataError, MissingDependency, StageError
 from embedloom.storage import Place
@@ -165,8 +166,8 @@ def test_any_other_failure_names_the_stage_and_the_cause(runs: Runs):
 
 
 def test_a_worker_must_name_the_done_folder_last(source: Place, tmp_path: Path):
-    actor = _PoolActor(DoublingWorker, {"notes": str(tmp_path), "trouble": "order"}, "done", threads=1)
-    row = _row(0, {"": source.read_table("rows/part-000000.parquet")})
+    actor = PoolActor(DoublingWorker, {"notes": str(tmp_path), "trouble": "order"}, "done", threads=1)
+    row = row_of(0, {"": source.read_table("rows/part-000000.parquet")})
     (failure,) = actor({column: [value] for column, value in row.items()})["failure"]
     assert str(pickle.loads(failure)) == "the worker returned folders ['done', 'odd'], expected 'done' last"
 
@@ -178,8 +179,8 @@ def test_an_item_that_ray_computes_again_is_passed_by_when_its_tables_are_stored
         raise AssertionError("a stored item was worked on")
 
     row = _reading(refuse, None, lambda item: item == 3)({"item": 3})
-    batch = _PoolActor(lambda: refuse, {}, "out", 1)({column: [value] for column, value in row.items()})
+    batch = PoolActor(lambda: refuse, {}, "out", 1)({column: [value] for column, value in row.items()})
     passed = {column: values[0] for column, values in batch.items()}
     assert _writing(refuse, refuse, "out", lambda _: False)(passed) == {"position": 3, "failure": b""}
-    late = _row(3, {"out": pa.table({"n": [1]})})
+    late = row_of(3, {"out": pa.table({"n": [1]})})
     assert _writing(refuse, None, "out", lambda _: True)(late) == {"position": 3, "failure": b""}

@@ -30,6 +30,7 @@ def check_profile(profile: "Profile") -> None:
     check_serve_gpus(profile.serve.gpus, nodes)
     for ask in asks(profile):
         check_minimum(ask, nodes)
+    check_streaming(profile, nodes)
     check_object_store(profile, nodes)
 
 
@@ -108,6 +109,21 @@ def check_minimum(ask: Ask, nodes: list[Machine]) -> None:
 
 def _plural(name: str, amount: float) -> str:
     return describe({name: amount}) if name == "memory" else f"{amount:g} {name}s"
+
+
+def check_streaming(profile: "Profile", nodes: list[Machine]) -> None:
+    """Raise ValueError if synthesis and mining, which a streaming profile runs at once, do not fit together."""
+    if not profile.streaming:
+        return
+    both = [ask for ask in asks(profile) if ask.stage in {"synthesis", "mining"}]
+    for name in ("CPU", "GPU", "memory"):
+        needed = sum(ask.minimum * ask.bundle.get(name, 0.0) for ask in both) + (1 if name == "CPU" else 0)
+        total = sum(node.resources[name] for node in nodes)
+        if needed > total + 1e-9:
+            raise ValueError(
+                f"streaming is true, but the fewest actors of stages.synthesis and stages.mining together take "
+                f"{_plural(name, needed)} of {_plural(name, total)}"
+            )
 
 
 def check_object_store(profile: "Profile", nodes: list[Machine]) -> None:

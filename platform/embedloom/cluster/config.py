@@ -85,6 +85,9 @@ class Profile(FrozenConfig):
     dashboard_port: int = Field(default=8265, ge=1, le=65535)
     pools: dict[str, NodePool] = Field(default_factory=dict)
     stages: StageResources = StageResources()
+    streaming: bool = (
+        False  # embed rows for mining while others are written; takes both stages' actors at once
+    )
     serve: ServeScaling = ServeScaling()
 
     @model_validator(mode="after")

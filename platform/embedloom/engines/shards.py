@@ -14,7 +14,8 @@ from typing import Any
 import pyarrow as pa
 
 from embedloom.config.resources import PoolConfig
-from embedloom.engines.pool import PLAIN, Handling, ShardWorker, stream
+from embedloom.engines.actors import ShardWorker
+from embedloom.engines.pool import PLAIN, Handling, stream
 from embedloom.errors import DataError
 from embedloom.progress import Progress
 from embedloom.storage import Place
@@ -147,6 +148,7 @@ def run_sharded(
             done_folder=done_folder,
             pool=pool,
             handling=handling,
+            name=lambda item: missing[item].part,
         ):
             progress.advance(missing[item].rows)
     return [f"{done_folder}/{shard.part}" for shard in shards]

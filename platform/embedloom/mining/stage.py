@@ -38,6 +38,7 @@ def mine(
     teachers: list[EmbedderSource],
     pool: PoolConfig,
     out: ArtefactWriter,
+    ahead: Place | None = None,
 ) -> Artefact:
     """Find and keep the top candidates of every training pair, for every teacher.
 
@@ -51,6 +52,7 @@ def mine(
         teachers: one source per ``config.teachers``.
         pool: actors and what each reserves, for embedding and for search.
         out: writer of the mining artefact.
+        ahead: query vectors made while the rows were written; see ``retrieval/ahead.py``.
 
     Raises:
         UserError: no pairs, pair ids that stand twice, vectors that do not fit each other.
@@ -62,7 +64,7 @@ def mine(
     tokens: Counter[str] = Counter()
     hashes = []
     for number, source in enumerate(teachers):
-        one = TeacherPass(number, source, config, out.place, corpus.place, pool)
+        one = TeacherPass(number, source, config, out.place, corpus.place, pool, ahead)
         tokens.update(one.embed(queries))
         hashes.append(one.search(queries, parts))
     counts = {

@@ -50,6 +50,7 @@ class TeacherPass:
         place: Place,
         corpus: Place,
         pool: PoolConfig,
+        ahead: Place | None = None,
     ) -> None:
         self.number = number
         self._source = source
@@ -58,6 +59,7 @@ class TeacherPass:
         self._corpus = corpus
         self._pool = pool
         self._folder = f"teachers/{number}"
+        self._ahead = None if ahead is None else ahead.child(str(number))
 
     def embed(self, queries: dict[str, Any]) -> dict[str, int]:
         """Write query and document vectors; tokens by side."""
@@ -68,7 +70,8 @@ class TeacherPass:
         # Query parts are of any length, and a part's vectors must be its own.
         asked = embed_corpus(
             stage=f"mine queries, {name}", source=self._place, source_folder=QUERIES_FOLDER, side="query",
-            done_folder=f"{self._folder}/queries", columns=_GIVEN_TEXTS, by_file=True, **common,
+            done_folder=f"{self._folder}/queries", columns=_GIVEN_TEXTS, by_file=True, ahead=self._ahead,
+            **common,
         )  # fmt: skip
         tokens = {"queries": asked["tokens"], "documents": 0}
         if CORPUS in queries["parts"]:

@@ -10,6 +10,7 @@ from embedloom.config.resources import PoolConfig
 from embedloom.engines.shards import run_sharded
 from embedloom.errors import DataError
 from embedloom.instructions import Side, document_text
+from embedloom.retrieval.ahead import AheadVectors, Asked
 from embedloom.retrieval.embedder import EmbedderSource
 from embedloom.retrieval.search import check_vectors
 from embedloom.retrieval.shared_weights import share_weights
@@ -65,6 +66,7 @@ class EmbeddingWorker:
         done_folder: str,
         vector_dtype: StoredType,
         columns: TextColumns,
+        ahead: Place | None = None,
     ) -> None:
         self.embedder = source.open()
         self.model_id = source.name
@@ -72,9 +74,10 @@ class EmbeddingWorker:
         self.done_folder = done_folder
         self.vector_dtype = vector_dtype
         self.columns = columns
+        self.known = None if ahead is None else AheadVectors(ahead)
 
     def __call__(self, rows: pa.Table) -> dict[str, pa.Table]:
-        """Embed the shard's texts; identical texts go through the model once."""
+        """Embed the shard's texts; identical texts, and those embedded ahead, go through the model once."""
         keys = list(
             zip(
                 _texts(rows, self.columns.texts),
@@ -85,14 +88,24 @@ class EmbeddingWorker:
         )
         unique: dict[tuple[str, str, str | None], int] = {}
         positions = [unique.setdefault(key, len(unique)) for key in keys]
-        texts, task_types, instructions = zip(*unique, strict=True)
-        vectors, tokens = self.embedder.embed(texts, self.side, task_types, instructions)
+        vectors, tokens = self._vectors(list(unique))
         ids = rows.column(self.columns.id).to_pylist()
         contract_hash = self.embedder.contract_hash
         table = vector_table(
             ids, vectors[positions], contract_hash, self.model_id, sum(tokens), self.vector_dtype
         )
         return {self.done_folder: table}
+
+    def _vectors(self, asked: list[Asked]) -> tuple[np.ndarray[Any, Any], list[int]]:
+        contract_hash = self.embedder.contract_hash
+        known = {} if self.known is None else self.known.find(asked, contract_hash, self.model_id)
+        new = [number for number in range(len(asked)) if number not in known]
+        if new:
+            texts, task_types, instructions = zip(*(asked[number] for number in new), strict=True)
+            made = self.embedder.embed(texts, self.side, task_types, instructions)
+            known |= dict(zip(new, zip(*made, strict=True), strict=True))
+        vectors, tokens = zip(*(known[number] for number in range(len(asked))), strict=True)
+        return np.stack(vectors), list(tokens)
 
 
 def _values(rows: pa.Table, column: str | None, default: str | None) -> list[Any]:
@@ -126,6 +139,7 @@ def embed_corpus(
     vector_dtype: StoredType = "float32",
     columns: TextColumns = TextColumns(),
     by_file: bool = False,
+    ahead: Place | None = None,
 ) -> dict[str, int]:
     """Embed every row below ``source_folder`` into ``output/done_folder/part-*.parquet``; resumes by shard.
 
@@ -141,6 +155,7 @@ def embed_corpus(
         vector_dtype: stored type, ``float32`` or ``float16``.
         columns: which columns hold what.
         by_file: no file of vectors holds rows of two input files.
+        ahead: where vectors of some of these queries stand already; see ``ahead.py``.
 
     Returns:
         ``{"rows": …, "tokens": …}``: rows written and real tokens embedded.
@@ -159,6 +174,7 @@ def embed_corpus(
             done_folder=done_folder,
             vector_dtype=vector_dtype,
             columns=columns,
+            ahead=ahead,
         ),
         pool=pool,
         unit="texts",

@@ -10,6 +10,7 @@ from embedloom.config.resources import PoolConfig
 from embedloom.config.synthesis import EngineOptions, SynthesisConfig
 from embedloom.engines.generation import generation_arguments
 from embedloom.engines.protocol import EngineFactory
+from embedloom.retrieval.ahead import Ahead
 from embedloom.retrieval.embedder import EmbedderSource
 from embedloom.storage import Place
 from embedloom.synthesis.duplicate_pass import (
@@ -48,6 +49,7 @@ class Surroundings:
         models: gives the local model folder, by name, on the machine where it is called.
         teacher: of the round trip; None without that check.
         guard: file of the index of evaluation texts, if there is one.
+        ahead: embeds rows while others are written, if that is wanted.
     """
 
     config: SynthesisConfig
@@ -61,6 +63,7 @@ class Surroundings:
     teacher_pool: PoolConfig
     teacher: EmbedderSource | None = None
     guard: tuple[Place, str] | None = None
+    ahead: Ahead | None = None
 
     def arguments(self, model: str, options: EngineOptions, pool: PoolConfig) -> dict[str, Any]:
         """Constructor arguments of actors that run a model."""
@@ -129,6 +132,7 @@ def row_phase(
         ),
         compare=_comparisons(around, earlier),
         extracting=frozenset(extracting),
+        ahead=around.ahead,
         **_common(
             around, families, cells, around.prompts.rows, TASKS_FOLDER,
             {key: pairs for key, one in families.items() if FAMILIES[one.family].source == "pairs"},

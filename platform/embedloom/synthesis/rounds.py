@@ -15,12 +15,14 @@ from uuid import uuid4
 from embedloom.config.families import FamilyConfig
 from embedloom.config.resources import PoolConfig
 from embedloom.config.synthesis import SynthesisConfig
+from embedloom.engines.actors import Link, Starts
 from embedloom.engines.generation import GenerationWorker, shards_in_flight
-from embedloom.engines.pool import Handling, Starts
+from embedloom.engines.pool import Handling
 from embedloom.engines.shards import run_sharded
 from embedloom.engines.tasks import run_tasks
 from embedloom.errors import StageError
 from embedloom.progress import note
+from embedloom.retrieval.ahead import Ahead
 from embedloom.storage import Place
 from embedloom.synthesis.pools import Placed, waves
 from embedloom.synthesis.quotas import Cell, Standing, check_limits, next_attempts
@@ -47,6 +49,7 @@ class Phase:
         work: everything of a RoundWork but what the rounds decide.
         compare: passes over a finished round's rows, in order, as (folder, function).
         arguments: constructor arguments of a generator's actors.
+        ahead: embeds rows while others are still being written; None: mining does.
     """
 
     name: str
@@ -61,6 +64,7 @@ class Phase:
     compare: tuple[tuple[str, Callable[[Round, tuple[str, ...]], None]], ...]
     arguments: Callable[[Placed], dict[str, Any]]
     extracting: frozenset[str] = frozenset()
+    ahead: Ahead | None = None
 
 
 class Rounds:
@@ -185,7 +189,7 @@ class Rounds:
                 for job in jobs:
                     job.result()
         if "" in firsts:
-            extract = Handling(finish=phase.maker("").extract)
+            extract = Handling(finish=phase.maker("").extract, links=self._links(one))
             self._run_sharded(one, "", firsts[""], None, _NO_ACTORS, {}, extract)
 
     def _run_generator(
@@ -208,6 +212,7 @@ class Rounds:
             in_flight=shards_in_flight(placed.generator.engine, placed.pool),
             starts=Starts(here.child("starts"), f"{run_token}-{first}"),
             watch=watch,
+            links=self._links(one),
         )
         arguments = self._phase.arguments(placed)
         try:
@@ -220,6 +225,10 @@ class Rounds:
             tokens = sum(counts.output_tokens for part in new for counts in stamped(here, part).values())
             speed = {"generator": name, "output_tokens": tokens, "seconds": time.monotonic() - started}
             self._place.write_json(f"steps/speed/{uuid4().hex}.json", speed)
+
+    def _links(self, one: Round) -> tuple[Link, ...]:
+        ahead = self._phase.ahead
+        return () if ahead is None else ahead.links(self._place, f"{one.folder}/{ROWS_FOLDER}", one.folder)
 
     def _run_sharded(
         self, one: Round, name: str, first: int, worker: Any, pool: PoolConfig, arguments: dict[str, Any],

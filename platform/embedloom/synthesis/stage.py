@@ -15,6 +15,7 @@ from embedloom.config.synthesis import SynthesisConfig
 from embedloom.engines.protocol import EngineFactory
 from embedloom.engines.shards import parquet_rows
 from embedloom.engines.vllm_engine import VLLMEngine
+from embedloom.retrieval.ahead import Ahead
 from embedloom.retrieval.embedder import EmbedderSource
 from embedloom.storage import Place
 from embedloom.synthesis.final import PAIRS_FOLDER, last_places, numbered_parts, write_final
@@ -49,6 +50,7 @@ def synthesize(
     teacher: EmbedderSource | None = None,
     teacher_pool: PoolConfig | None = None,
     engine_factory: EngineFactory = VLLMEngine,
+    ahead: Ahead | None = None,
 ) -> Artefact:
     """Write the rows of every family and commit them.
 
@@ -62,6 +64,7 @@ def synthesize(
         teacher: of the round trip check.
         teacher_pool: its actors.
         engine_factory: builds the engine inside an actor.
+        ahead: who embeds rows while others are still being written; None: nobody does, mining will.
 
     Raises:
         ConfigError: a malformed prompt, or a pool the profile has no room for.
@@ -82,6 +85,7 @@ def synthesize(
         prompts=prompts,
         teacher_pool=teacher_pool or pool,
         teacher=teacher,
+        ahead=ahead,
         guard=guard_file(STAGE, config.quality.contamination, corpus.place, out.place),
     )
     tasks, rows = _write_all(around)
