@@ -43,6 +43,15 @@ def test_a_task_that_the_run_is_judged_on_is_refused(task, judged, message):
         load(*overrides)
 
 
+def test_weights_of_a_merge_are_not_searched_on_what_the_run_is_judged_on():
+    search = "merging.search={kind: weights, tasks: [{name: found, split: test}]}"
+    with pytest.raises(
+        ConfigError, match=r"merging.search.tasks: 'found' is what evaluation.tasks scores as 'h'"
+    ):
+        load(search, "evaluation.tasks=[{name: h, split: test}]")
+    load(search, "evaluation.tasks=[{name: h, split: dev}]")
+
+
 def test_the_dev_half_of_a_judged_folder_is_fine():
     own = "training.dev={tasks: [{name: d, kind: local, path: a, split: dev}]}"
     assert load(own, "evaluation.tasks=[{name: d, kind: local, path: a, split: test}]").dev is not None

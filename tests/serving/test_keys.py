@@ -133,6 +133,8 @@ def test_keys_come_from_a_file_or_a_variable(tmp_path, monkeypatch):
         ("", "holds no keys"),
         ("[1]", "holds no keys"),
         ("a: {sha256: sk-very-secret}", "64 lower-case hex"),
+        ("a: {sha265: sk-very-secret}", "sha265: unknown key; the nearest valid key is 'sha256'"),
+        ("a: {requests_per_minute: 5}", "sha256: required, but missing"),
         ("a: sk-very-secret", "64 lower-case hex"),
         ("a: {sha256: " + "a" * 64 + ", token_per_minute: 1}", "nearest valid key is 'tokens_per_minute'"),
         ("a: {sha256: " + "a" * 64 + ", requests_per_minute: 0}", "greater than or equal to 1"),

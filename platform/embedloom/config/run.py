@@ -65,7 +65,9 @@ class RunConfig(FrozenConfig):
     @model_validator(mode="after")
     def _dev_tasks_are_not_judged(self) -> "RunConfig":
         if self.training.dev is not None:
-            check_not_judged(self.training.dev, self.evaluation.tasks)
+            check_not_judged("training.dev.tasks", self.training.dev.tasks, self.evaluation.tasks)
+        if self.merging.search is not None:
+            check_not_judged("merging.search.tasks", self.merging.search.tasks, self.evaluation.tasks)
         return self
 
     @property

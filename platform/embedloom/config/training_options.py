@@ -43,17 +43,17 @@ class DevScoring(FrozenConfig):
         return any(task.kind == "heldout" for task in self.tasks)
 
 
-def check_not_judged(dev: DevScoring, judged: tuple[EvaluationTask, ...]) -> None:
+def check_not_judged(key: str, tasks: tuple[EvaluationTask, ...], judged: tuple[EvaluationTask, ...]) -> None:
     """Refuse a dev task whose very texts the run is judged on: weights chosen by it would be tuned to the test.
 
     Raises:
         ValueError: naming the task.
     """
-    for task in dev.tasks:
+    for task in tasks:
         for other in judged:
             if _texts_of(task) == _texts_of(other):
                 raise ValueError(
-                    f"training.dev.tasks: {task.name!r} is what evaluation.tasks scores as {other.name!r}; "
+                    f"{key}: {task.name!r} is what evaluation.tasks scores as {other.name!r}; "
                     "choosing weights by it would tune them to the test; allowed: tasks or splits that are not evaluated"
                 )
 

@@ -68,6 +68,8 @@ def parse_keys(text: str, source: str) -> tuple[ApiKey, ...]:
         raise ConfigError(f"{source}: holds no keys; expected name: {{sha256: ...}}")
     keys = []
     for name, values in content.items():
+        if isinstance(values, dict) and "sha256" not in values:  # perhaps misspelt, which the model says best
+            validate(ApiKey, {"name": str(name), **values}, f"{source}: {name}")
         if not isinstance(values, dict) or not _HASH.fullmatch(str(values.get("sha256", ""))):
             raise ConfigError(
                 f"{source}: {name}: sha256 is missing or is not 64 lower-case hex digits (the hash of the key)"
