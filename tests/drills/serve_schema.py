@@ -1,6 +1,6 @@
 """Tens of thousands of schemathesis calls over the OpenAPI document: the plain endpoint, one with keys, and search.
 
-    python tests/drills/serve_schema.py [--examples 1300] [--calls 20000]
+    python tests/drills/serve_schema.py [--examples 3300] [--calls 20000]
 
 Runs tests/serving/test_openapi.py with so many examples an operation and fresh random ones, and counts the calls.
 """
@@ -22,7 +22,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--examples", type=int, default=1300, help="of each operation")
+    parser.add_argument("--examples", type=int, default=3300, help="of each operation")
     parser.add_argument("--calls", type=int, default=20_000, help="fewer than this is a failure")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="el-drill-") as folder:
