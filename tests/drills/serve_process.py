@@ -47,12 +47,15 @@ class Running:
         return [child for child in self._children() if "ServeReplica:" in _title(child)]
 
     def memory(self) -> int:
-        """Bytes (PSS) of replicas and proxy together: what requests can make grow."""
+        """Bytes of replicas and proxy together that are theirs alone (USS): what requests can make grow.
+
+        A share of common pages (PSS) would grow whenever another process that maps them ends.
+        """
         wanted = [c for c in self._children() if "ServeReplica:" in _title(c) or "ProxyActor" in _title(c)]
         sizes = []
         for process in wanted:
             with contextlib.suppress(psutil.Error):
-                sizes.append(int(process.memory_full_info().pss))
+                sizes.append(int(process.memory_full_info().uss))
         return sum(sizes)
 
     def _children(self) -> list[psutil.Process]:
