@@ -114,3 +114,17 @@ def test_a_cut_parquet_file_is_refused_at_the_end_of_a_build(tmp_path):
     assert Artefact.find(out.place, out.fingerprint) is None
     path.write_bytes(whole)
     assert out.commit({"rows": 3}).counts == {"rows": 3}
+
+
+def test_folders_of_work_go_with_the_manifest_and_are_swept_later_if_the_build_ended_there(
+    place, monkeypatch
+):
+    out = writer(place)
+    place.write_bytes("steps/one", b"work")
+    place.write_bytes("pairs", b"result")
+    monkeypatch.setattr(Artefact, "tidy", lambda self: None)  # the process is gone right after the manifest
+    out.commit({"rows": 1}, scratch=("steps",))
+    monkeypatch.undo()
+    assert place.exists("steps/one") and place.exists("_building.json")
+    Artefact.open(place).tidy()
+    assert place.files() == ["manifest.json", "pairs"]

@@ -12,7 +12,7 @@ import json
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -101,6 +101,13 @@ class Artefact:
         artefact = cls.open(place)
         return artefact if artefact.fingerprint == wanted else None
 
+    def tidy(self) -> None:
+        """Delete what a build left that ended, or lost its storage's answer, right after the manifest was written."""
+        for folder in self.manifest.get("scratch", ()):
+            self.place.child(folder).remove()
+        if self.place.exists(BUILDING_FILE):
+            self.place.delete(BUILDING_FILE)
+
 
 _PARQUET_END = b"PAR1"
 
@@ -153,6 +160,7 @@ class ArtefactWriter:
         counts: Mapping[str, Any],
         details: Mapping[str, Any] | None = None,
         seconds: float | None = None,
+        scratch: Sequence[str] = (),
     ) -> Artefact:
         """Write the manifest, which makes the artefact done.
 
@@ -160,6 +168,8 @@ class ArtefactWriter:
             counts: rows, tokens, rejects by reason.
             details: anything else a reader of the run wants to know, JSON-like.
             seconds: time spent, if it was more than this process saw.
+            scratch: folders of work that are no part of the artefact; gone afterwards, not before, as a build that is
+                killed here would otherwise begin again.
 
         Raises:
             DataError: a Parquet file of the artefact is cut, which a resumed build would otherwise take over.
@@ -176,12 +186,14 @@ class ArtefactWriter:
             "profile": self.profile,
             "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "details": dict(details or {}),
+            **({"scratch": list(scratch)} if scratch else {}),
         }
         self._refuse_cut_files()
         self.place.sweep()  # what a full disk or a killed predecessor left half-written is no part of it
         self.place.write_json(MANIFEST_FILE, manifest)
-        self.place.delete(BUILDING_FILE)
-        return Artefact(self.place, manifest)
+        artefact = Artefact(self.place, manifest)
+        artefact.tidy()
+        return artefact
 
     def _refuse_cut_files(self) -> None:
         """Look at the last bytes of every Parquet file on a disk; an object store has whole files or none."""

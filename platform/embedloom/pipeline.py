@@ -126,6 +126,8 @@ def missing(run: Run, nodes: dict[str, Node], verb: str | None) -> list[str]:
 def build_missing(run: Run, verb: str | None = None) -> list[str]:
     """Build what a command needs and is not there yet, inside a connected Ray; returns the names built."""
     nodes = graph(run)
+    for artefact in finished(run, nodes).values():
+        artefact.tidy()
     todo = missing(run, nodes, verb)
     for name in needed_by(nodes, verb):
         if name not in todo:

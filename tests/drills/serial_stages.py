@@ -51,7 +51,11 @@ def _once(
 ) -> Artefact:
     """Skip what is finished, go on with what was interrupted, as ``pipeline.build_missing`` does."""
     wanted = fingerprint(kind, "drill", inputs)
-    return Artefact.find(place, wanted) or make(ArtefactWriter(place, kind, "drill", inputs, "local"))
+    finished = Artefact.find(place, wanted)
+    if finished is None:
+        return make(ArtefactWriter(place, kind, "drill", inputs, "local"))
+    finished.tidy()
+    return finished
 
 
 def corpus(inputs: Path, out: Path) -> None:

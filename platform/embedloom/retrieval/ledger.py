@@ -83,6 +83,7 @@ def open_ledger(
         for folder in (DRAFTS_FOLDER, ROWS_FOLDER, REJECTS_FOLDER):
             out.child(folder).remove()
         _write(source, out, shard_rows, previous)
+    out.child(DRAFTS_FOLDER).remove()
     ledger = _read(out)
     now = previous[0] if previous else ""
     if ledger.previous != now:
@@ -117,7 +118,6 @@ def _write(source: TextSource, out: Place, shard_rows: int, previous: tuple[str,
     }
     _cut(out, kept, origins, shard_rows)
     _write_shards(out, own, shard_rows, previous[0] if previous else "", {**counts, "rejects": rejects})
-    out.child(DRAFTS_FOLDER).remove()
 
 
 def _kept_rows(out: Place, kept: np.ndarray[Any, Any]) -> Iterator[pa.Table]:

@@ -43,8 +43,9 @@ def commit(
     tasks: list[Written],
     rows: list[Written],
     diversity: dict[str, Any],
+    scratch: str,
 ) -> Artefact:
-    """Write the manifest of these phases: step one, and those that wrote rows."""
+    """Write the manifest of these phases, step one and those that wrote rows, and delete the folder of their work."""
     cells = [cell for one in rows for cell in one.cells()]
     task_cells = [cell for one in tasks for cell in one.cells()]
     details = {
@@ -55,7 +56,7 @@ def commit(
         "engines": _speeds(out.place),
         "diversity": diversity,
     }
-    return out.commit(totals(cells, task_cells), details)
+    return out.commit(totals(cells, task_cells), details, scratch=(scratch,))
 
 
 def totals(cells: list[dict[str, Any]], task_cells: list[dict[str, Any]]) -> dict[str, Any]:

@@ -91,9 +91,7 @@ def synthesize(
     tasks, rows = _write_all(around)
     files = [f"{PAIRS_FOLDER}/{part.file}" for one in rows for part in one.parts]
     diversity = measured_diversity(STAGE, out.place, files, [one for phase in rows for one in phase.rounds])
-    artefact = commit(out, prompts, tasks, rows, diversity)
-    out.place.child(STEPS_FOLDER).remove()
-    return artefact
+    return commit(out, prompts, tasks, rows, diversity, STEPS_FOLDER)
 
 
 def _write_all(around: Surroundings) -> tuple[list[Written], list[Written]]:
