@@ -3,8 +3,9 @@ accepted in bounded time, and memory stays flat.
 
     python tests/drills/serve_overload.py [--model minilm-l6] [--seconds 60] [--factor 10] [--replicas 1]
 
-Capacity is measured first, with as many clients as saturate it; then ``factor`` times as many clients as its queue has
-room for ask without pause (a 429 waits 50 ms, far less than Retry-After asks for).
+Capacity is measured first, with as many clients as its queue has room for; then ``factor`` times as many clients ask, and
+wait after a 429 just so long that together they ask ``factor`` times what it can do. Clients and endpoint share the
+cores, so what refusing and being refused cost is in the figures.
 """
 
 import argparse
@@ -31,12 +32,14 @@ def drill(
     limits = (f"max_ongoing_requests={MAX_REQUESTS // 2}", f"max_queued_requests={MAX_REQUESTS // 2}")
     with endpoint(model, folder, (replicas, replicas), limits) as running:
         room = replicas * (MAX_REQUESTS // 2) + MAX_REQUESTS // 2
-        with Load(running.url, body, room // 2) as calm:
-            time.sleep(max(5.0, seconds / 4))
-        capacity = len(calm.seconds) / max(5.0, seconds / 4)
+        calm_seconds = max(10.0, seconds / 3)
+        with Load(running.url, body, room) as calm:
+            time.sleep(calm_seconds)
+        capacity = len(calm.seconds) / calm_seconds
         before = running.memory()
         memory = []
-        with Load(running.url, body, factor * room) as load:
+        pause = room / max(capacity, 0.1)
+        with Load(running.url, body, factor * room, refused_seconds=pause) as load:
             deadline = time.monotonic() + seconds
             while time.monotonic() < deadline:
                 time.sleep(2)

@@ -132,6 +132,7 @@ class Load:
     body: Callable[[int], dict[str, Any]]
     clients: int
     pause_seconds: float = 0.0
+    refused_seconds: float = 0.05  # pause after a 429
     statuses: Counter[int] = field(default_factory=Counter)  # 0: no answer
     errors: list[str] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)  # of answers with 200
@@ -169,7 +170,7 @@ class Load:
                         self.seconds.append(time.monotonic() - started)
                     elif status != 429 and len(self.errors) < 5:
                         self.errors.append(f"{status} {text[:200]}")
-                self.over.wait(max(self.pause_seconds, 0.05 if status == 429 else 0.0))
+                self.over.wait(max(self.pause_seconds, self.refused_seconds if status == 429 else 0.0))
 
     def quantile(self, share: float) -> float:
         """Seconds within which so many of the 200s came."""
