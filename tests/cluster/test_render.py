@@ -4,8 +4,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from embedloom.cluster.config import ClusterConfig, load_cluster
+from embedloom.cluster.config import ClusterConfig, Profile, load_cluster
 from embedloom.cluster.documents import documents
+from embedloom.cluster.environment import serve_environment
 from embedloom.cluster.render import check, render
 from embedloom.cluster.runtime_env import job_runtime_env
 from embedloom.cluster.validation import (
@@ -258,3 +259,8 @@ def test_shipped_runtime_env_is_the_one_submit_sends():
 def test_platform_folder_is_no_package():
     # It would shadow the standard library's platform module in every Ray worker, silently.
     assert not (ROOT / "platform/__init__.py").exists()
+
+
+def test_a_local_session_that_wants_haproxy_says_so_to_serve():
+    assert serve_environment(Profile(serve={"haproxy": True})) == {"RAY_SERVE_ENABLE_HA_PROXY": "1"}
+    assert serve_environment(Profile()) == {}

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from embedloom.cluster.config import AuthConfig, Profile
+from embedloom.cluster.environment import serve_environment
 from embedloom.errors import MissingDependency
 
 # Ray's workers import embedloom from here when it is not pip-installed in their image.
@@ -44,6 +45,7 @@ def ray_session(profile: Profile, auth: AuthConfig) -> Iterator[None]:
     profile starts a private one ("local", so it never joins somebody else's cluster on this machine).
     """
     set_ray_environment(auth)
+    os.environ.update(serve_environment(profile))
     try:
         import ray
     except ImportError as error:
