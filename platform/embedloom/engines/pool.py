@@ -7,7 +7,7 @@ raised again here, whole: a bad row must end the command with its own message, n
 
 import pickle
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -112,24 +112,38 @@ def stream(
         )
     task_cpus = _TASK_CPUS if finish is None else _FINISH_CPUS
     dataset = dataset.map(_writing(write, finish, done_folder, written), num_cpus=task_cpus)
-    names = [name(item) for item in range(items)] if handling.links else []
-    for link in handling.links:
-        linked = (link.worker, link.arguments, names, link.pool.compute_threads)
-        dataset = dataset.map_batches(LinkActor, fn_constructor_args=linked, **_actors(link.pool, items, 1))
+    dataset = _linked(dataset, handling.links, items, name)
+    with _told_by(stage), closing(iter(dataset.iter_rows())) as rows:
+        for row in rows:
+            if row["failure"]:
+                raise pickle.loads(row["failure"])
+            yield int(row["position"])
+            if handling.watch is not None:
+                handling.watch()
+
+
+@contextmanager
+def _told_by(stage: str) -> Iterator[None]:
+    """Errors that name the stage; a user's own pass as they are."""
     try:
-        with closing(iter(dataset.iter_rows())) as rows:
-            for row in rows:
-                if row["failure"]:
-                    raise pickle.loads(row["failure"])
-                yield int(row["position"])
-                if handling.watch is not None:
-                    handling.watch()
+        yield
     except StageError as error:
         raise StageError(f"{stage}: {error}") from error
     except EmbedloomError:
         raise
     except Exception as error:
         raise StageError(f"{stage}: a worker failed: {_cause(error)}") from error
+
+
+def _linked(dataset: Any, links: tuple[Link, ...], items: int, name: Callable[[int], str]) -> Any:
+    """The dataset with a pool for every link behind it."""
+    names = [name(item) for item in range(items)] if links else []
+    for link in links:
+        arguments = (link.worker, link.arguments, names, link.pool.compute_threads)
+        dataset = dataset.map_batches(
+            LinkActor, fn_constructor_args=arguments, **_actors(link.pool, items, 1)
+        )
+    return dataset
 
 
 def _actors(pool: PoolConfig, items: int, in_flight: int) -> dict[str, Any]:

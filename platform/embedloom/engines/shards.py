@@ -112,18 +112,16 @@ def run_sharded(
         stage: name on the progress lines and in errors.
         source: place whose ``source_folder`` (or several, in order) holds the input Parquet files.
         output: place of the tables, ``<folder>/part-000000.parquet``.
-        done_folder: the output folder whose part marks a shard as done; workers return it last.
+        done_folder: whose part marks a shard as done; workers return it last.
         shard_rows: rows per shard.
         worker: class of the actors; called with ``worker_arguments``.
         worker_arguments: a dict, or what makes it; then made only if a shard is missing.
-        pool: actors and what each reserves.
-        unit: name of a row on progress lines.
+        pool, unit: actors and what each reserves; name of a row on progress lines.
         first_part: number of the first part, where several calls share the output folders.
         by_file: no shard holds rows of two files.
-        handling: what happens to shards around and inside the actors; see Handling.
+        handling: see Handling.
 
-    Returns:
-        The names of all finished parts of this call, in order.
+    Returns: names of all finished parts of this call, in order.
 
     Raises:
         StageError: a worker failed for another reason than bad input.
@@ -134,8 +132,8 @@ def run_sharded(
     shards = plan_shards(files, shard_rows, first_part, by_file)
     finished = set(output.names(done_folder, ".parquet"))
     missing = [shard for shard in shards if f"{done_folder}/{shard.part}" not in finished]
-    total, left = sum(shard.rows for shard in shards), sum(shard.rows for shard in missing)
-    progress = Progress(stage, total, unit, done=total - left)
+    total = sum(shard.rows for shard in shards)
+    progress = Progress(stage, total, unit, done=total - sum(shard.rows for shard in missing))
     if missing:
         for item in stream(
             stage=stage,
