@@ -75,12 +75,7 @@ class PoolActor:
         _use_threads(threads)
         self._done_folder = done_folder
         self._starts = starts
-        self._failure: EmbedloomError | None = None
-        try:
-            self._worker = worker(**arguments)
-        except EmbedloomError as error:
-            # Raised here it would be one of Ray's actor deaths; it is reported with the first item instead.
-            self._failure = error
+        self._worker, self._failure = _opened(worker, arguments)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         """One row in, one row out."""
@@ -137,11 +132,7 @@ class LinkActor:
     ) -> None:
         _use_threads(threads)
         self._names = names
-        self._failure: EmbedloomError | None = None
-        try:
-            self._worker = worker(**arguments)
-        except EmbedloomError as error:
-            self._failure = error
+        self._worker, self._failure = _opened(worker, arguments)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         """One row in, one row out."""
@@ -154,6 +145,14 @@ class LinkActor:
             except EmbedloomError as error:
                 failure = pickle.dumps(error)
         return {"position": [position], "failure": [failure]}
+
+
+def _opened(worker: Callable[..., Any], arguments: dict[str, Any]) -> tuple[Any, EmbedloomError | None]:
+    """The worker, or why there is none, which is told with the first item: raised here it would be one of Ray's actor deaths."""
+    try:
+        return worker(**arguments), None
+    except EmbedloomError as error:
+        return None, error
 
 
 def _use_threads(threads: int) -> None:

@@ -90,6 +90,11 @@ def read_shard(place: Place, shard: Shard) -> pa.Table:
     )
 
 
+def _files(place: Place, folders: str | tuple[str, ...]) -> list[tuple[str, int]]:
+    names = (folders,) if isinstance(folders, str) else folders
+    return [file for name in names for file in parquet_rows(place, name)]
+
+
 def run_sharded(
     *,
     stage: str,
@@ -116,20 +121,20 @@ def run_sharded(
         shard_rows: rows per shard.
         worker: class of the actors; called with ``worker_arguments``.
         worker_arguments: a dict, or what makes it; then made only if a shard is missing.
-        pool, unit: actors and what each reserves; name of a row on progress lines.
+        pool: actors and what each reserves.
+        unit: name of a row on progress lines.
         first_part: number of the first part, where several calls share the output folders.
         by_file: no shard holds rows of two files.
         handling: see Handling.
 
-    Returns: names of all finished parts of this call, in order.
+    Returns:
+        The names of all finished parts of this call, in order.
 
     Raises:
         StageError: a worker failed for another reason than bad input.
         UserError: a worker refused its input or config.
     """
-    folders = (source_folder,) if isinstance(source_folder, str) else source_folder
-    files = [file for folder in folders for file in parquet_rows(source, folder)]
-    shards = plan_shards(files, shard_rows, first_part, by_file)
+    shards = plan_shards(_files(source, source_folder), shard_rows, first_part, by_file)
     finished = set(output.names(done_folder, ".parquet"))
     missing = [shard for shard in shards if f"{done_folder}/{shard.part}" not in finished]
     total = sum(shard.rows for shard in shards)
