@@ -47,16 +47,22 @@ class Running:
         return [child for child in self._children() if "ServeReplica:" in _title(child)]
 
     def memory(self) -> int:
-        """Bytes of replicas and proxy together that are theirs alone (USS): what requests can make grow.
+        """Bytes of replicas and proxy together; see ``memory_by_role``."""
+        return sum(self.memory_by_role().values())
+
+    def memory_by_role(self) -> dict[str, int]:
+        """Bytes that are a process's alone (USS), of replicas and of proxies: what requests can make grow.
 
         A share of common pages (PSS) would grow whenever another process that maps them ends.
         """
-        wanted = [c for c in self._children() if "ServeReplica:" in _title(c) or "ProxyActor" in _title(c)]
-        sizes = []
-        for process in wanted:
-            with contextlib.suppress(psutil.Error):
-                sizes.append(int(process.memory_full_info().uss))
-        return sum(sizes)
+        roles = {"ServeReplica:": "replicas", "ProxyActor": "proxy"}
+        sizes = dict.fromkeys(roles.values(), 0)
+        for process in self._children():
+            role = next((role for mark, role in roles.items() if mark in _title(process)), None)
+            if role is not None:
+                with contextlib.suppress(psutil.Error):
+                    sizes[role] += int(process.memory_full_info().uss)
+        return sizes
 
     def _children(self) -> list[psutil.Process]:
         return psutil.Process(self.process.pid).children(recursive=True)

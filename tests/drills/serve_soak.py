@@ -2,7 +2,7 @@
 
     python tests/drills/serve_soak.py [--model minilm-l6] [--minutes 15] [--clients 8] [--max-slope 1.0]
 
-The first quarter is left out of the slope: allocators and caches fill then.
+The slope is that of the second half: before, the libraries' caches fill with the batch shapes there are.
 """
 
 import argparse
@@ -31,11 +31,17 @@ def body(number: int) -> dict[str, Any]:
 
 
 def slope(moments: list[float], sizes: list[int]) -> float:
-    """MiB per minute, by least squares over all but the first quarter."""
-    start = len(moments) // 4
+    """MiB per minute, by least squares over the second half."""
+    start = len(moments) // 2
     if len(moments) - start < 2:
         return 0.0
     return float(np.polyfit(np.array(moments[start:]) / 60, np.array(sizes[start:]) / MIB, 1)[0])
+
+
+def series(moments: list[float], roles: list[dict[str, int]]) -> dict[str, list[int]]:
+    """MiB at the end of each minute, by role."""
+    last = {int(moment // 60): sizes for moment, sizes in zip(moments, roles, strict=True)}
+    return {role: [round(sizes[role] / MIB) for sizes in last.values()] for role in roles[0]}
 
 
 def drill(
@@ -43,19 +49,21 @@ def drill(
 ) -> tuple[dict[str, Any], list[str]]:
     """Returns what was seen, and what is wrong with it."""
     moments: list[float] = []
-    sizes: list[int] = []
+    roles: list[dict[str, int]] = []
     with endpoint(model, folder) as running:
         started = time.monotonic()
         with Load(running.url, body, clients, pause_seconds=0.01) as load:
             while time.monotonic() < started + 60 * minutes:
                 time.sleep(max(1.0, min(10.0, 6 * minutes)))
                 moments.append(time.monotonic() - started)
-                sizes.append(running.memory())
+                roles.append(running.memory_by_role())
+    sizes = [sum(role.values()) for role in roles]
     found = slope(moments, sizes)
     result = {
         "drill": "serve_soak", "model": model, "minutes": minutes, "requests": sum(load.statuses.values()),
         "statuses": {str(k): v for k, v in sorted(load.statuses.items())}, "p99_seconds": load.quantile(0.99),
         "first_mib": round(sizes[0] / MIB), "last_mib": round(sizes[-1] / MIB), "slope_mib_per_minute": round(found, 3),
+        "series_mib": series(moments, roles),
     }  # fmt: skip
     problems = []
     if set(load.statuses) - {200, 400}:

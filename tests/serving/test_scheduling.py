@@ -154,6 +154,18 @@ def test_waits_for_company_until_the_oldest_waited_its_time_or_a_batch_is_full()
     assert scheduler.seconds_until_batch() == 0
 
 
+def test_one_client_alone_soon_waits_no_more():
+    scheduler = scheduler_of(wait_seconds=2.0)
+    for number in range(6):
+        add(scheduler, 3)
+        assert scheduler.seconds_until_batch() == (2.0 if number < 4 else 0)
+        assert len(scheduler.take()) == 1
+    add(scheduler, 3), add(scheduler, 3)
+    assert len(scheduler.take()) == 2
+    add(scheduler, 3)
+    assert scheduler.seconds_until_batch() == 2.0
+
+
 def test_what_waited_already_does_not_wait_for_the_company_of_newcomers():
     clock = Clock()
     scheduler = scheduler_of(clock, wait_seconds=2.0)

@@ -1,4 +1,6 @@
 import asyncio
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -98,3 +100,42 @@ def test_describes_the_model():
     info = asyncio.run(EncoderService(FakeEncoder(matryoshka=[4, 8]), SETTINGS).describe())
     assert (info.dimension, info.matryoshka_dimensions, info.max_query_tokens) == (8, (4, 8), 64)
     assert info.contract_hash == FakeEncoder().contract.hash
+
+
+def test_only_one_thread_tokenises_at_a_time():
+    """Fast tokenizers refuse a second borrower, so a short text must not overtake a bulk request's tokenising."""
+
+    class Guarded(FakeEncoder):
+        def __init__(self) -> None:
+            super().__init__(limit=4096)
+            self.busy = threading.Lock()
+            self.threads: set[str] = set()
+            whole = self.tokenizer
+
+            def tokenizer(texts, **options):
+                assert self.busy.acquire(blocking=False), "borrowed twice"
+                try:
+                    self.threads.add(threading.current_thread().name.split("_")[0])
+                    time.sleep(0.02 * (len(texts) > 1))
+                    return whole(texts, **options)
+                finally:
+                    self.busy.release()
+
+            self.tokenizer = tokenizer
+
+    async def run():
+        encoder = Guarded()
+        service = EncoderService(encoder, SETTINGS)
+        short, bulk = job("document", texts=["ab"]), job("document", texts=["ab", "cd"])
+        await service.encode(short)
+        assert encoder.threads == {threading.current_thread().name}
+        first = asyncio.ensure_future(service.encode(bulk))
+        await asyncio.sleep(0.005)
+        first.cancel()  # its call goes on in the thread
+        await asyncio.gather(*(service.encode(short) for _ in range(5)), service.encode(bulk))
+        assert len(encoder.threads) == 2
+        await asyncio.sleep(0.05)
+        assert service._tokenizing == 0
+        await service.close()
+
+    asyncio.run(run())

@@ -56,13 +56,14 @@ def create_api(
     for route in routes:
         # A served name may hold a slash, as names of Hugging Face do.
         path = route.path.replace("{name}", "{name:path}")
-        api.add_api_route(path, route.handler, methods=[route.method], response_model=None)
+        # Starlette's route, not FastAPI's: handlers take the request as it is, so there is nothing to inject.
+        api.add_route(path, route.handler, methods=[route.method])
     document = openapi_document(routes, settings, keyed=bool(settings.keys))
 
     async def openapi(http: Request) -> Response:
         return json_reply({**document, "servers": [{"url": http.scope.get("root_path") or "/"}]})
 
-    api.add_api_route("/openapi.json", openapi, methods=["GET"], response_model=None)
+    api.add_route("/openapi.json", openapi, methods=["GET"])
     api.add_exception_handler(ApiError, _answer_error)
     api.add_exception_handler(HTTPException, _answer_http_error)
     front = FrontSettings(

@@ -16,18 +16,19 @@ Run = Callable[[Sequence[Sequence[int]]], Vectors]
 class TokenBatcher:
     """Runs the token ids of concurrent requests through a function, batch by batch, in one thread."""
 
-    def __init__(self, run: Run, limits: LaneLimits) -> None:
+    def __init__(self, run: Run, limits: LaneLimits, thread: ThreadPoolExecutor | None = None) -> None:
         """Build one; it starts working with the first request.
 
         Args:
             run: turns token ids into float32 [n, dimension].
             limits: sizes of batches and queues.
+            thread: where it runs; None: a thread of its own.
         """
         self.scheduler = Scheduler(limits, time.monotonic)
         self._run = run
         self._waiters: dict[Waiting, asyncio.Future[None]] = {}
         self._arrival = asyncio.Event()
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="encode")
+        self._thread = thread or ThreadPoolExecutor(1, thread_name_prefix="encode")
         self._loop_task: asyncio.Task[None] | None = None
 
     async def submit(self, token_ids: Sequence[Sequence[int]], place: Place) -> tuple[Vectors, Waiting]:

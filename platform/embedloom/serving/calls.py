@@ -80,7 +80,8 @@ class Calls:
         check_content_type(http.headers)
         limit = self.settings.request_timeout_seconds
         try:
-            body = await asyncio.wait_for(http.body(), limit)
+            async with asyncio.timeout(limit):
+                body = await http.body()
         except TimeoutError as error:
             raise ApiError(
                 408, f"the body did not arrive within {limit:g} seconds", code="timeout"
@@ -170,7 +171,8 @@ class Calls:
     async def _within_time(self, work: Coroutine[Any, Any, Answer]) -> Answer:
         limit = self.settings.request_timeout_seconds
         try:
-            return await asyncio.wait_for(work, limit)
+            async with asyncio.timeout(limit):
+                return await work
         except TimeoutError as error:
             raise ApiError(504, f"no answer within {limit:g} seconds", code="timeout") from error
 

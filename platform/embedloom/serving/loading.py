@@ -1,11 +1,14 @@
 """An encoder loaded for serving: ours over weights of its own or shared ones, or vLLM's."""
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 from embedloom.config.serving import ServingEngine
 from embedloom.encoder.device import DTypeName
 from embedloom.encoder.model import Encoder
+from embedloom.encoder.shared import SharedWeights
+from embedloom.serving.memory import limit_compiled_products
 from embedloom.serving.service import BatchSettings, EncoderService
 from embedloom.serving.tokenizing import ServingEncoder
 from embedloom.serving.weights import mapped_weights
@@ -33,6 +36,16 @@ def load_service(spec: ModelSpec) -> EncoderService:
         ServeError: vLLM gives other vectors than were exported.
         MissingDependency: vLLM is not installed.
     """
+    limit_compiled_products()
+    weights = mapped_weights() if spec.shared and spec.engine == "torch" else None
+    # Loaded by the thread that will compute: every thread that computes gets OpenMP workers of its own, and libgomp
+    # lets none of them wait actively once there are more than cores.
+    thread = ThreadPoolExecutor(1, thread_name_prefix="encode")
+    encoder = thread.submit(_load, spec, weights).result()
+    return EncoderService(encoder, spec.batching, spec.fingerprint, thread)
+
+
+def _load(spec: ModelSpec, weights: SharedWeights | None) -> ServingEncoder:
     folder = Path(spec.folder)
     encoder: ServingEncoder
     if spec.engine == "vllm":
@@ -41,8 +54,7 @@ def load_service(spec: ModelSpec) -> EncoderService:
         encoder = VLLMEncoder(folder, spec.threads, spec.dtype, spec.gpus)
         encoder.check()
     else:
-        weights = mapped_weights() if spec.shared else None
         encoder = Encoder.load(folder, threads=spec.threads, dtype=spec.dtype, weights=weights)
     # The first forward pass allocates and picks kernels; no client should pay for it.
     encoder.embed_tokens([[0] * 8])
-    return EncoderService(encoder, spec.batching, spec.fingerprint)
+    return encoder

@@ -62,7 +62,7 @@ class Routes:
             {"object": "list", "data": data, "model": calls.settings.served_name, "total_tokens": total}
         )
 
-    async def models(self) -> Response:
+    async def models(self, _: Request) -> Response:
         """The served model: contract hash, fingerprint, lineage, the gate's verdict."""
         return json_reply({"object": "list", "data": [(await self._card()).model_dump()]})
 
@@ -71,15 +71,15 @@ class Routes:
         self._calls.check_model(http.path_params["name"])
         return json_reply((await self._card()).model_dump())
 
-    async def page(self) -> Response:
+    async def page(self, _: Request) -> Response:
         """The search page."""
         return self._page
 
-    async def health(self) -> Response:
+    async def health(self, _: Request) -> Response:
         """Live: this process answers."""
         return json_reply({"status": "ok"})
 
-    async def ready(self) -> Response:
+    async def ready(self, _: Request) -> Response:
         """Ready: an encoder answers."""
         try:
             info = await self._calls.ready(READY_TIMEOUT_SECONDS)
@@ -88,7 +88,7 @@ class Routes:
         name = self._calls.settings.served_name
         return json_reply({"status": "ready", "model": name, "contract_hash": info.contract_hash})
 
-    async def metrics(self) -> Response:
+    async def metrics(self, _: Request) -> Response:
         """Prometheus text."""
         return Response(self._calls.metrics.render(), headers={"content-type": CONTENT_TYPE})
 

@@ -21,6 +21,7 @@ Clock = Callable[[], float]
 LANES: tuple[Lane, ...] = ("query", "bulk")
 _SMOOTHING = 0.2  # weight of the newest batch in the measured rate
 _LONGEST_RETRY_SECONDS = 60.0
+_LONE_BATCHES = 4  # after which a request does not wait for company
 
 
 @dataclass(slots=True)
@@ -79,6 +80,7 @@ class Scheduler:
         self._clock = clock
         self._queues: dict[Lane, _Queue] = {lane: _Queue() for lane in LANES}
         self._tokens_per_second: float | None = None
+        self._lone_batches = 0  # so many in a row held one request alone
 
     def reserve(self, tokens: int) -> Place | None:
         """Room for a request of about so many tokens, or None where its lane is full."""
@@ -142,17 +144,21 @@ class Scheduler:
                 queue.requests.append(request)
             batch.append((request, position))
             room -= length
+        if batch:
+            alone = all(request is batch[0][0] for request, _ in batch)
+            self._lone_batches = self._lone_batches + 1 if alone else 0
         return batch
 
     def seconds_until_batch(self) -> float | None:
         """How long to wait for more company: 0 when a batch is due, None when nothing waits.
 
-        Requests that arrived during the last batch have waited already, so a busy encoder never idles here.
+        Requests that arrived during the last batch have waited already, so a busy encoder never idles here; nor does
+        one that has long had one request at a time, as a single client's next one would only be late.
         """
         waiting = [request.arrived for queue in self._queues.values() for request in queue.requests]
         if not waiting:
             return None
-        if self.queued_tokens() >= self.limits.max_batch_tokens:
+        if self._lone_batches >= _LONE_BATCHES or self.queued_tokens() >= self.limits.max_batch_tokens:
             return 0.0
         return max(0.0, min(waiting) + self.limits.wait_seconds - self._clock())
 

@@ -6,18 +6,21 @@ computes. No Ray here; replica.py puts it on Serve.
 
 import asyncio
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 from embedloom.config.base import FrozenConfig
 from embedloom.config.serving import ServingConfig
 from embedloom.serving.batching import TokenBatcher
+from embedloom.serving.memory import HeapTrimmer
 from embedloom.serving.messages import EncodeJob, EncodeResult, ModelInfo, Part, Refusal, Vectors
 from embedloom.serving.scheduling import LaneLimits
 from embedloom.serving.tokenizing import ServingEncoder, given_ids, text_ids
 
 _SLICE_CHARACTERS = 2**16  # tokenised at a time, so that a query need not wait for a bulk request's megabytes
+# One text of so many is tokenised by the event loop itself; a thread's handing over costs more than that.
+_HERE_CHARACTERS = 1024
 _TOKENS_PER_CHARACTER = 0.3  # first guess; learnt from then on
 _SMOOTHING = 0.1
 
@@ -52,17 +55,36 @@ class BatchSettings(FrozenConfig):
 class EncoderService:
     """One encoder serving concurrent requests of one event loop."""
 
-    def __init__(self, encoder: ServingEncoder, settings: BatchSettings, fingerprint: str = "") -> None:
+    def __init__(
+        self,
+        encoder: ServingEncoder,
+        settings: BatchSettings,
+        fingerprint: str = "",
+        thread: ThreadPoolExecutor | None = None,
+    ) -> None:
+        """Build one.
+
+        Args:
+            encoder: the model.
+            settings: sizes of batches and queues.
+            fingerprint: of the model.
+            thread: the one thread to compute in; None: a new one.
+        """
         self._encoder = encoder
         self._settings = settings
         self._fingerprint = fingerprint
-        self._batcher = TokenBatcher(self._embed, settings.lanes)
+        self._contract_hash = encoder.contract.hash  # computed anew whenever it is asked for
+        self._batcher = TokenBatcher(self._embed, settings.lanes, thread)
+        self._trimmer = HeapTrimmer()
         self._tokens_per_character = _TOKENS_PER_CHARACTER
-        # One thread: the fast tokenizers keep their truncation as shared state and refuse a second borrower.
+        # One thread at a time: fast tokenizers keep their truncation as shared state and refuse a second borrower.
         self._tokenize_thread = ThreadPoolExecutor(1, thread_name_prefix="tokenize")
+        self._tokenizing = 0  # calls that the thread has or will have
 
     def _embed(self, token_ids: Sequence[Sequence[int]]) -> Vectors:
-        return self._encoder.embed_tokens(token_ids, self._settings.max_batch_tokens)
+        vectors = self._encoder.embed_tokens(token_ids, self._settings.max_batch_tokens)
+        self._trimmer.after_batch()
+        return vectors
 
     def configure(self, settings: BatchSettings) -> None:
         """Use other limits from the next batch on."""
@@ -79,7 +101,7 @@ class EncoderService:
         contract, config = self._encoder.contract, self._encoder.backbone.config
         return ModelInfo(
             dimension=self._encoder.dimension,
-            contract_hash=contract.hash,
+            contract_hash=self._contract_hash,
             max_query_tokens=contract.max_query_tokens,
             max_document_tokens=contract.max_document_tokens,
             normalize=contract.normalize,
@@ -118,7 +140,7 @@ class EncoderService:
             vectors=vectors,
             side_tokens=_side_tokens(job, ids),
             lane=place.lane,
-            contract_hash=self._encoder.contract.hash,
+            contract_hash=self._contract_hash,
             tokenize_seconds=tokenized - started,
             queue_seconds=(request.started or tokenized) - request.arrived,
             batches=request.batches,
@@ -142,13 +164,26 @@ class EncoderService:
                 continue
             for rows in _slices(part):
                 work = partial(text_ids, self._encoder, part, rows, job.truncate, limited)
-                ids = await asyncio.get_running_loop().run_in_executor(self._tokenize_thread, work)
+                here = _is_short(part, rows) and not self._tokenizing
+                ids = work() if here else await self._in_thread(work)
                 if isinstance(ids, Refusal):
                     return ids
                 found += ids
                 if job.truncate == "none":
                     self._learn(sum(len(text) for text in (part.texts or [])[rows]), sum(map(len, ids)))
         return found
+
+    async def _in_thread(self, work: Callable[[], list[list[int]] | Refusal]) -> list[list[int]] | Refusal:
+        loop = asyncio.get_running_loop()
+
+        def left() -> None:
+            self._tokenizing -= 1
+
+        self._tokenizing += 1
+        future = self._tokenize_thread.submit(work)
+        # Not when the caller is cancelled: the thread is busy until the call itself is over.
+        future.add_done_callback(lambda _: loop.call_soon_threadsafe(left))
+        return await asyncio.wrap_future(future)
 
     def _estimate(self, job: EncodeJob) -> int:
         """About how many tokens a request has, before it is tokenised; an input counts at most its limit."""
@@ -172,7 +207,7 @@ class EncoderService:
         )
 
     def _pinned_elsewhere(self, job: EncodeJob) -> Refusal | None:
-        own = self._encoder.contract.hash
+        own = self._contract_hash
         if job.contract_hash not in (None, own):
             return Refusal(
                 f"contract_hash: the request is pinned to {job.contract_hash!r}, this model's is {own!r}; vectors of "
@@ -200,6 +235,12 @@ def _slices(part: Part) -> Iterator[slice]:
             start, characters = index + 1, 0
     if start < len(part):
         yield slice(start, len(part))
+
+
+def _is_short(part: Part, rows: slice) -> bool:
+    """Whether these rows are one text that costs next to nothing to tokenise."""
+    texts = (part.texts or [])[rows]
+    return len(texts) == 1 and len(texts[0]) + len(part.instruction or "") <= _HERE_CHARACTERS
 
 
 def _side_tokens(job: EncodeJob, ids: list[list[int]]) -> dict[str, int]:
