@@ -19,7 +19,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from drills.comparing import differences
-from drills.processes import run_until
+from drills.processes import run_until, written_at
 
 WORDS = [
     "read",
@@ -71,11 +71,8 @@ def command(texts: Path, model: Path, out: Path, prefix: str) -> list[str]:
 
 def finished_files(out: Path) -> dict[str, int]:
     """When each finished vector file was written."""
-    return {
-        f"{path.parent.name}/{path.name}": path.stat().st_mtime_ns
-        for folder in ("own", "vectors")
-        for path in (out / folder).glob("part-*.parquet")
-    }
+    names = ("own", "vectors")
+    return written_at(out, (path for name in names for path in (out / name).glob("part-*.parquet")))
 
 
 def drill(

@@ -1,11 +1,12 @@
 """Starting a command, killing it at a moment of its work, and finding what it started."""
 
+import contextlib
 import os
 import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 
 import psutil
@@ -17,6 +18,15 @@ def start(arguments: list[str], log: Path | None = None) -> subprocess.Popen[byt
     """A process in a session of its own, so that it can be killed with all it starts."""
     out = subprocess.DEVNULL if log is None else log.open("ab")
     return subprocess.Popen(arguments, start_new_session=True, stdout=out, stderr=out)
+
+
+def written_at(folder: Path, paths: Iterable[Path]) -> dict[str, int]:
+    """When each file was written, by its path in the folder; some may be tidied away while they are looked at."""
+    times = {}
+    for path in paths:
+        with contextlib.suppress(FileNotFoundError):
+            times[path.relative_to(folder).as_posix()] = path.stat().st_mtime_ns
+    return times
 
 
 def run_until(

@@ -26,7 +26,7 @@ from typing import Any
 TESTS = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(TESTS))
 
-from drills.processes import pause, started, stop
+from drills.processes import pause, started, stop, written_at
 
 KINDS = ("actor", "raylet", "driver", "slow")
 SHARD_ROWS = 8
@@ -104,10 +104,7 @@ def start(folder: Path, rows: int, quick: bool) -> subprocess.Popen[bytes]:
 
 def finished_files(folder: Path) -> dict[str, int]:
     """When each finished shard was written."""
-    return {
-        path.relative_to(folder).as_posix(): path.stat().st_mtime_ns
-        for path in (folder / "out").glob("steps/*/round-*/rows/part-*.parquet")
-    }
+    return written_at(folder, (folder / "out").glob("steps/*/round-*/rows/part-*.parquet"))
 
 
 def kill(kind: str, driver: subprocess.Popen[bytes], draw: random.Random) -> str:

@@ -9,6 +9,7 @@ import pytest
 
 from drills.comparing import differences
 from drills.outcome import Outcome
+from drills.processes import written_at
 from drills.run_drills import serial_plan, table
 
 SCRIPT = Path(__file__).with_name("run_drills.py")
@@ -48,3 +49,12 @@ def test_a_changed_byte_and_a_missing_file_are_differences_and_a_clock_is_none(t
         (tmp_path / name / "part.parquet").write_bytes(name.encode())
     (tmp_path / "left" / "_tmp-1-part").touch()
     assert differences(tmp_path / "left", tmp_path / "right") == ["_tmp-1-part", "part.parquet"]
+
+
+def test_a_file_that_is_tidied_away_while_looked_at_is_not_listed(tmp_path):
+    """A hundred drills once ended here: the synthesis finished between the listing and the look."""
+    for name in ("stays", "goes"):
+        (tmp_path / name).touch()
+    paths = iter([tmp_path / "stays", tmp_path / "goes"])
+    (tmp_path / "goes").unlink()
+    assert list(written_at(tmp_path, paths)) == ["stays"]
