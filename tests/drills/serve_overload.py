@@ -12,6 +12,7 @@ import argparse
 import tempfile
 import time
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from serve_process import MIB, NAME, Load, endpoint, finish
@@ -48,8 +49,9 @@ def drill(
             time.sleep(3)
     # A queue of at most ``room`` requests is computed at the capacity; twice that bounds what noise adds.
     bound = 2 * room / max(capacity, 0.1) + 1.0
-    settled = memory[len(memory) // 3 :] or [before]
-    growth = (settled[-1] - settled[0]) / MIB
+    # Means of the middle and of the last third: in between two trims of the heap it rises by some 100 MiB and falls again.
+    third = max(1, len(memory) // 3)
+    growth = (fmean(memory[-third:]) - fmean(memory[-2 * third : -third] or [before])) / MIB
     result = {
         "drill": "serve_overload", "model": model, "seconds": seconds, "clients": factor * room,
         "requests": sum(load.statuses.values()), "statuses": {str(k): v for k, v in sorted(load.statuses.items())},
