@@ -168,13 +168,20 @@ def check_table(kind: str, table: pa.Table, source: str) -> pa.Table:
             raise DataError(
                 f"{source}: column {name!r} has {column.null_count} nulls; a {kind} table allows none there"
             )
-        try:
-            columns.append(column.cast(dtype))
-        except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
-            raise DataError(
-                f"{source}: column {name!r} is {column.type}, expected {dtype}: {error}"
-            ) from error
+        columns.append(cast_column(column, dtype, f"{source}: column {name!r}"))
     return pa.table(columns, schema=schema.arrow())
+
+
+def cast_column(column: pa.ChunkedArray, dtype: pa.DataType, where: str) -> pa.ChunkedArray:
+    """A column as another type.
+
+    Raises:
+        DataError: its values have no such form; the message begins with ``where``.
+    """
+    try:
+        return column.cast(dtype)
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+        raise DataError(f"{where} is {column.type}, expected {dtype}: {error}") from error
 
 
 def required(kind: str) -> list[str]:

@@ -32,6 +32,17 @@ def test_the_limit_reaches_a_library_that_asks_the_c_environment():
     assert seen.stdout.strip() == "64"
 
 
+def test_libgomp_is_told_how_to_wait_before_it_is_loaded():
+    """It reads its environment once; what it read it prints itself. Later than torch's import would be too late."""
+    environment = {key: value for key, value in os.environ.items() if key != "GOMP_SPINCOUNT"}
+    seen = subprocess.run(
+        [sys.executable, "-c", "import embedloom.serving.replica"],
+        env=environment | {"OMP_DISPLAY_ENV": "verbose"}, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    lines = [line for line in (seen.stdout + seen.stderr).splitlines() if "GOMP_SPINCOUNT" in line]
+    assert lines and all("'20000'" in line for line in lines)
+
+
 def test_the_heap_is_trimmed_every_half_minute():
     times = iter((0.0, 10.0, 29.0, 31.0, 31.0, 32.0, 61.5, 61.5))  # a trim asks twice
     trimmer = HeapTrimmer(lambda: next(times))

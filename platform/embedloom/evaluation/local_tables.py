@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 from embedloom.errors import DataError
 from embedloom.evaluation.languages import same_language
 from embedloom.evaluation.specs import TaskSpec
-from embedloom.records import content_id
+from embedloom.records import cast_column, content_id
 from embedloom.storage import Place
 
 Rows = list[dict[str, Any]]
@@ -37,10 +37,7 @@ def read_columns(path: Path, columns: dict[str, pa.DataType], optional: Sequence
         column = table.column(name)
         if column.null_count and name not in optional:
             raise DataError(f"{path}: column {name!r} has {column.null_count} empty values")
-        try:
-            found.append(column.cast(dtype))
-        except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
-            raise DataError(f"{path}: column {name!r} is {column.type}, expected {dtype}: {error}") from error
+        found.append(cast_column(column, dtype, f"{path}: column {name!r}"))
     return pa.table(found, names=list(columns))
 
 
