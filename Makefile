@@ -5,6 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 CONFIG ?= jobs/configs/quickstart.yaml
 QUESTION ?= How do I compute the shortest path between two nodes of a graph?
+COMPILED := $(wildcard platform/embedloom/*/_*.c platform/embedloom/*/_*.h)
 
 .PHONY: demo test drill bench lint install install-dev clean
 
@@ -13,7 +14,7 @@ install-dev: $(VENV)/.installed-dev
 
 # --no-deps: normal resolution adds CUDA builds of torchvision and torchaudio that break the CPU build of torch.
 # The lock is complete, so nothing is missing; `embedloom doctor` says what a machine has.
-$(VENV)/.installed: cluster/requirements-cpu.lock pyproject.toml platform/embedloom/retrieval/_nominate.c
+$(VENV)/.installed: cluster/requirements-cpu.lock pyproject.toml $(COMPILED)
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info[:2] == (3, 11) else "the CPU lock is for Python 3.11, found " + sys.version.split()[0] + "; set PYTHON=")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) --no-deps -r cluster/requirements-cpu.lock

@@ -9,6 +9,7 @@ import pytest
 from embedloom.cluster.doctor import (
     Engine,
     Finding,
+    attention_kernel,
     check_engine,
     check_importable,
     diagnose,
@@ -83,6 +84,17 @@ def test_search_kernel_is_named_where_it_was_not_compiled(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
     assert search_kernel("flags : avx512_vnni sse\n").version == "compiled, AVX-512 VNNI"
     assert "FAISS" in search_kernel("flags : avx2\n").version
+
+
+def test_attention_kernel_is_named_where_it_was_not_compiled(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    found = attention_kernel("flags : avx2 fma avx512f\n")
+    assert not found.ok
+    assert "install embedloom again beside gcc" in found.advice
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    assert attention_kernel("flags : avx2 fma avx512f\n").version == "compiled, AVX-512"
+    assert attention_kernel("flags : avx2 fma\n").version == "compiled, AVX2"
+    assert "sdpa" in attention_kernel("flags : sse2\n").version
 
 
 def test_report_marks_what_is_missing():

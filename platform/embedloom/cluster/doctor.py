@@ -18,7 +18,8 @@ MIN_MEMORY_GIB = 8.0
 MIN_SHM_MIB = 512
 _IMPORT_SECONDS = 60
 _BF16_FLAGS = {"avx512_bf16", "amx_bf16"}
-_KERNEL = "embedloom.retrieval._nominate"
+_SEARCH_KERNEL = "embedloom.retrieval._nominate"
+_ATTENTION_KERNEL = "embedloom.encoder._attention"
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,6 +140,7 @@ def _machine() -> list[Finding]:
         _gpu(),
         _compiler(),
         search_kernel(_read("/proc/cpuinfo")),
+        attention_kernel(_read("/proc/cpuinfo")),
     ]
 
 
@@ -201,7 +203,7 @@ def _compiler() -> Finding:
 
 def search_kernel(cpuinfo: str) -> Finding:
     """Whether exact search on this CPU uses 8-bit products, from the text of ``/proc/cpuinfo``."""
-    if importlib.util.find_spec(_KERNEL) is None:
+    if importlib.util.find_spec(_SEARCH_KERNEL) is None:
         advice = (
             "not compiled, search falls to FAISS at a third of the speed; install embedloom again beside gcc"
         )
@@ -209,6 +211,17 @@ def search_kernel(cpuinfo: str) -> Finding:
     if "avx512_vnni" not in cpuinfo.split():
         return Finding("8-bit search", True, "compiled; this CPU has no AVX-512 VNNI, FAISS is used")
     return Finding("8-bit search", True, "compiled, AVX-512 VNNI")
+
+
+def attention_kernel(cpuinfo: str) -> Finding:
+    """Whether encoders on this CPU use the compiled attention, from the text of ``/proc/cpuinfo``."""
+    if importlib.util.find_spec(_ATTENTION_KERNEL) is None:
+        advice = "not compiled, short texts are encoded a tenth slower; install embedloom again beside gcc"
+        return Finding("packed attention", False, "none", advice)
+    flags = set(cpuinfo.split())
+    if not {"avx2", "fma"} <= flags:
+        return Finding("packed attention", True, "compiled; this CPU has no AVX2, torch's sdpa is used")
+    return Finding("packed attention", True, f"compiled, {'AVX-512' if 'avx512f' in flags else 'AVX2'}")
 
 
 def _version(distribution: str) -> str | None:

@@ -2,7 +2,8 @@
 
 The matrix products, which are 98 % of the FLOPs of short texts, then see real tokens only, and one forward serves
 texts of any mix of lengths. Attention alone needs to know where texts begin and end: a variable-length kernel on
-GPUs that have one for the dtype, groups of like lengths through sdpa elsewhere.
+GPUs that have one for the dtype, and on CPU without gradients (packed_kernel.py); groups of like lengths through sdpa
+elsewhere.
 """
 
 from collections.abc import Sequence
@@ -11,6 +12,7 @@ from functools import cached_property
 from itertools import accumulate, groupby
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -18,6 +20,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from embedloom.encoder.linear import autocast_of
+from embedloom.encoder.packed_kernel import attend_packed, kernel_for
 from embedloom.errors import DataError
 
 PACKED_ATTENTION = "embedloom_packed"
@@ -60,8 +63,12 @@ class PackedLayout:
         self.lengths = list(lengths)
         self.causal = causal
         self.device = device
-        self.groups = group_lengths(self.lengths)
         self._masks: dict[int, tuple[Tensor, Tensor]] = {}
+
+    @cached_property
+    def lengths_array(self) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+        """The lengths as a compiled loop reads them."""
+        return np.array(self.lengths, dtype=np.int64)
 
     @cached_property
     def starts(self) -> Tensor:
@@ -75,6 +82,11 @@ class PackedLayout:
         lengths = torch.tensor(self.lengths)
         starts = torch.repeat_interleave(lengths.cumsum(0) - lengths, lengths)
         return (torch.arange(int(lengths.sum())) - starts).unsqueeze(0).to(self.device)
+
+    @cached_property
+    def groups(self) -> list[LengthGroup]:
+        """The texts cut for sdpa."""
+        return group_lengths(self.lengths)
 
     def real_and_mask(self, number: int) -> tuple[Tensor, Tensor]:
         """Of group ``number``: flat positions of its real tokens, and the sdpa mask (True = attend)."""
@@ -137,6 +149,8 @@ def packed_attention(
         raise DataError("packed attention was called without a layout; run the model through Encoder.forward")
     if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and not dropout:
         return _varlen(query, key, value, packed, scaling), None
+    if not dropout and (kernel := kernel_for(query, key, value)):
+        return attend_packed(kernel, query, key, value, packed.lengths_array, packed.causal, scaling), None
     parts = [
         _group_attention(module, query, key, value, packed, number, scaling, dropout)
         for number in range(len(packed.groups))
