@@ -1,4 +1,5 @@
 import asyncio
+import threading
 import time
 
 import numpy as np
@@ -6,6 +7,7 @@ import pytest
 
 from embedloom.serving.batching import TokenBatcher
 from embedloom.serving.scheduling import LaneLimits
+from embedloom.serving.streams import ComputeStreams
 from fakes_serving import FakeEncoder, vector_of
 
 
@@ -13,9 +15,12 @@ def ids(length: int, first: int = 5) -> list[int]:
     return [first] * length
 
 
-def batcher_of(encoder: FakeEncoder, max_batch_tokens: int, wait_seconds: float = 0.0) -> TokenBatcher:
+def batcher_of(
+    encoder: FakeEncoder, max_batch_tokens: int, wait_seconds: float = 0.0, streams: int = 1
+) -> TokenBatcher:
     limits = LaneLimits(max_batch_tokens, wait_seconds, 10**6, query_lane_tokens=20, query_lane_share=0.5)
-    return TokenBatcher(encoder.embed_tokens, limits)
+    threads = ComputeStreams(streams).threads
+    return TokenBatcher(lambda token_ids, alone: encoder.embed_tokens(token_ids), limits, threads)
 
 
 def submit(batcher: TokenBatcher, token_ids):
@@ -128,3 +133,74 @@ def test_close_ends_those_who_wait():
         return time.monotonic() - started
 
     assert asyncio.run(run()) < 5
+
+
+def test_streams_compute_side_by_side_and_share_what_waits():
+    sizes = []
+    together = threading.Barrier(2)
+
+    def run(token_ids, alone):
+        assert not alone
+        sizes.append(sum(map(len, token_ids)))
+        together.wait(10)  # passes only while two batches are being computed
+        return np.stack([vector_of(item) for item in token_ids])
+
+    async def answer():
+        limits = LaneLimits(4096, 0.0, 10**6, query_lane_tokens=50, query_lane_share=0.5)
+        batcher = TokenBatcher(run, limits, ComputeStreams(2).threads)
+        answers = await asyncio.gather(*(submit(batcher, [ids(40, n)]) for n in range(8)))
+        await batcher.close()
+        return answers
+
+    answers = asyncio.run(answer())
+    assert sizes == [160, 160]  # of 320 tokens that waited
+    for number, (vectors, _) in enumerate(answers):
+        assert np.array_equal(vectors, [vector_of(ids(40, number))])
+
+
+def test_a_few_tokens_are_not_cut_in_two():
+    encoder = FakeEncoder()
+
+    async def run():
+        batcher = batcher_of(encoder, 4096, 30.0, streams=2)
+        batcher.scheduler.limits.wait_seconds = 0.05
+        await asyncio.gather(*(submit(batcher, [ids(10, n)]) for n in range(6)))
+        await batcher.close()
+
+    asyncio.run(run())
+    assert [len(batch) for batch in encoder.batches] == [6]
+
+
+def test_a_lone_batch_is_told_so_and_always_runs_in_the_first_thread():
+    seen = []
+
+    def run(token_ids, alone):
+        seen.append((alone, threading.current_thread().name))
+        return np.stack([vector_of(item) for item in token_ids])
+
+    async def answer():
+        limits = LaneLimits(4096, 0.0, 10**6, query_lane_tokens=50, query_lane_share=0.5)
+        batcher = TokenBatcher(run, limits, ComputeStreams(2).threads)
+        for _ in range(5):
+            await submit(batcher, [ids(10)])
+        await batcher.close()
+
+    asyncio.run(answer())
+    assert seen == [(True, "encode-0_0")] * 5
+
+
+def test_a_failing_batch_leaves_its_stream_free_for_the_next():
+    encoder = FakeEncoder()
+
+    async def run():
+        batcher = batcher_of(encoder, 4, streams=2)
+        encoder.failure = ValueError("no memory")
+        for _ in range(5):
+            with pytest.raises(ValueError, match="no memory"):
+                await submit(batcher, [ids(4)])
+        encoder.failure = None
+        await asyncio.gather(*(submit(batcher, [ids(4)]) for _ in range(4)))
+        await batcher.close()
+
+    asyncio.run(asyncio.wait_for(run(), 10))
+    assert len(encoder.batches) == 9

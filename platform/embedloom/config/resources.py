@@ -56,6 +56,9 @@ class ServeScaling(FrozenConfig):
     cpus: float = Field(default=1.0, ge=0)
     gpus: float = Field(default=0.0, ge=0)
     threads: int | None = Field(default=None, ge=1)
+    # Batches computed at once, each by its share of the threads, in a replica without GPU whose engine is torch; null: two,
+    # or one where there is but one thread.
+    streams: int | None = Field(default=None, ge=1)
     # Both null: those of the run config's `serving`, whose defaults suit up to four replicas.
     max_ongoing_requests: int | None = Field(default=None, ge=1)  # of one replica
     max_queued_requests: int | None = Field(default=None, ge=1)
@@ -71,6 +74,14 @@ class ServeScaling(FrozenConfig):
         if self.idle_to_zero_seconds is not None and self.min_replicas > 0:
             raise ValueError(
                 f"idle_to_zero_seconds is set, but min_replicas is {self.min_replicas}; only 0 can scale to zero"
+            )
+        if self.streams is not None and self.streams > self.compute_threads:
+            raise ValueError(
+                f"streams is {self.streams}, above {self.compute_threads} threads; each stream needs one"
+            )
+        if self.streams not in (None, 1) and self.gpus > 0:
+            raise ValueError(
+                f"streams is {self.streams}, but a replica with GPUs computes one batch at a time"
             )
         if (self.max_ongoing_requests is None) != (self.max_queued_requests is None):
             raise ValueError("max_ongoing_requests and max_queued_requests are set together, or neither is")
@@ -100,6 +111,13 @@ class ServeScaling(FrozenConfig):
     def compute_threads(self) -> int:
         """Threads one replica computes with."""
         return self.threads or max(1, int(self.cpus))
+
+    @property
+    def compute_streams(self) -> int:
+        """Batches one replica computes at once."""
+        if self.gpus > 0:
+            return 1
+        return self.streams or min(2, self.compute_threads)
 
 
 class StageResources(FrozenConfig):

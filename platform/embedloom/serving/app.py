@@ -125,6 +125,7 @@ def _model(args: ApplicationArgs, folder: Path, shared: bool = False) -> ModelSp
         dtype=serving.compute_dtype,
         engine=serving.engine,
         gpus=scaling.gpus,
+        streams=scaling.compute_streams if serving.engine == "torch" else 1,
         shared=shared,
     )
 

@@ -1,6 +1,5 @@
 """An encoder loaded for serving: ours over weights of its own or shared ones, or vLLM's."""
 
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +9,7 @@ from embedloom.encoder.model import Encoder
 from embedloom.encoder.shared import SharedWeights
 from embedloom.serving.memory import limit_compiled_products
 from embedloom.serving.service import BatchSettings, EncoderService
+from embedloom.serving.streams import ComputeStreams
 from embedloom.serving.tokenizing import ServingEncoder
 from embedloom.serving.weights import mapped_weights
 
@@ -25,6 +25,7 @@ class ModelSpec:
     dtype: DTypeName
     engine: ServingEngine = "torch"
     gpus: float = 0.0
+    streams: int = 1
     shared: bool = False  # weights from the deployment's holder; only inside a replica
 
 
@@ -38,11 +39,11 @@ def load_service(spec: ModelSpec) -> EncoderService:
     """
     limit_compiled_products()
     weights = mapped_weights() if spec.shared and spec.engine == "torch" else None
-    # Loaded by the thread that will compute: every thread that computes gets OpenMP workers of its own, and libgomp
+    streams = ComputeStreams(spec.streams, spec.threads if spec.streams > 1 else None)
+    # Loaded by the thread that will compute with every core: each that does gets OpenMP workers of its own, and libgomp
     # lets none of them wait actively once there are more than cores.
-    thread = ThreadPoolExecutor(1, thread_name_prefix="encode")
-    encoder = thread.submit(_load, spec, weights).result()
-    return EncoderService(encoder, spec.batching, spec.fingerprint, thread)
+    encoder = streams.threads[0].submit(_load, spec, weights).result()
+    return EncoderService(encoder, spec.batching, spec.fingerprint, streams)
 
 
 def _load(spec: ModelSpec, weights: SharedWeights | None) -> ServingEncoder:

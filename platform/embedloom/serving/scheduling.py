@@ -121,13 +121,13 @@ class Scheduler:
         if request.next < len(request.order) and request in requests:
             requests.remove(request)
 
-    def take(self) -> list[tuple[Waiting, int]]:
-        """(Request, text) pairs of the next batch.
+    def take(self, most_tokens: int | None = None) -> list[tuple[Waiting, int]]:
+        """(Request, text) pairs of the next batch, of at most so many tokens if that is less than a batch may have.
 
         The first text that does not fit opens the next batch; one above the whole budget has a batch of its own.
         """
         batch: list[tuple[Waiting, int]] = []
-        room = self.limits.max_batch_tokens
+        room = min(self.limits.max_batch_tokens, most_tokens or self.limits.max_batch_tokens)
         while (lane := self._next_lane()) is not None:
             queue = self._queues[lane]
             request = queue.requests[0]

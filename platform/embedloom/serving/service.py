@@ -1,6 +1,6 @@
 """One encoder for many concurrent requests: admit, tokenise, refuse what is too long, batch by tokens, embed.
 
-Tokenising and encoding run in one thread each, so the event loop stays free to take requests while the model
+Tokenising and encoding run in threads of their own, so the event loop stays free to take requests while the model
 computes. No Ray here; replica.py puts it on Serve.
 """
 
@@ -16,6 +16,7 @@ from embedloom.serving.batching import TokenBatcher
 from embedloom.serving.memory import HeapTrimmer
 from embedloom.serving.messages import EncodeJob, EncodeResult, ModelInfo, Part, Refusal, Vectors
 from embedloom.serving.scheduling import LaneLimits
+from embedloom.serving.streams import ComputeStreams
 from embedloom.serving.tokenizing import ServingEncoder, given_ids, text_ids
 
 _SLICE_CHARACTERS = 2**16  # tokenised at a time, so that a query need not wait for a bulk request's megabytes
@@ -61,7 +62,7 @@ class EncoderService:
         encoder: ServingEncoder,
         settings: BatchSettings,
         fingerprint: str = "",
-        thread: ThreadPoolExecutor | None = None,
+        streams: ComputeStreams | None = None,
     ) -> None:
         """Build one.
 
@@ -69,20 +70,22 @@ class EncoderService:
             encoder: the model.
             settings: sizes of batches and queues.
             fingerprint: of the model.
-            thread: the one thread to compute in; None: a new one.
+            streams: the threads to compute in; None: a new one.
         """
         self._encoder = encoder
         self._settings = settings
         self._fingerprint = fingerprint
         self._contract_hash = encoder.contract.hash  # computed anew whenever it is asked for
-        self._batcher = TokenBatcher(self._embed, settings.lanes, thread)
+        self._streams = streams or ComputeStreams(1)
+        self._batcher = TokenBatcher(self._embed, settings.lanes, self._streams.threads)
         self._trimmer = HeapTrimmer()
         self._tokens_per_character = _TOKENS_PER_CHARACTER
         # One thread at a time: fast tokenizers keep their truncation as shared state and refuse a second borrower.
         self._tokenize_thread = ThreadPoolExecutor(1, thread_name_prefix="tokenize")
         self._tokenizing = 0  # calls that the thread has or will have
 
-    def _embed(self, token_ids: Sequence[Sequence[int]]) -> Vectors:
+    def _embed(self, token_ids: Sequence[Sequence[int]], alone: bool) -> Vectors:
+        self._streams.use_cores(alone)
         vectors = self._encoder.embed_tokens(token_ids, self._settings.max_batch_tokens)
         self._trimmer.after_batch()
         return vectors
