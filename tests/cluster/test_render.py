@@ -262,5 +262,7 @@ def test_platform_folder_is_no_package():
 
 
 def test_a_local_session_that_wants_haproxy_says_so_to_serve():
-    assert serve_environment(Profile(serve={"haproxy": True})) == {"RAY_SERVE_ENABLE_HA_PROXY": "1"}
-    assert serve_environment(Profile()) == {}
+    one_loop = {"RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0"}
+    haproxy = {"RAY_SERVE_ENABLE_HA_PROXY": "1"}
+    assert serve_environment(Profile(serve={"haproxy": True})) == one_loop | haproxy
+    assert serve_environment(Profile()) == one_loop

@@ -4,7 +4,7 @@ from typing import Any
 
 from embedloom.cluster.checks import HEAD_POOL
 from embedloom.cluster.config import ClusterConfig, NodePool, Profile
-from embedloom.cluster.environment import node_environment, required_image
+from embedloom.cluster.environment import node_environment, required_image, serve_environment
 from embedloom.errors import ConfigError
 
 IDLE_MINUTES = 10
@@ -62,8 +62,8 @@ def _start(cluster: ClusterConfig, profile: Profile, pool: NodePool | None, stor
     environment: dict[str, str] = {"RAY_AUTH_MODE": cluster.auth.mode}
     if pool is not None:
         environment |= node_environment(profile, pool)
-    elif profile.serve.haproxy:  # worker commands are the same for all pools
-        environment["RAY_SERVE_ENABLE_HA_PROXY"] = "1"
+    else:  # worker commands are the same for all pools
+        environment |= serve_environment(profile)
     options = [f"--object-store-memory={store_bytes}"]
     if profile.spill_folder is not None:
         options.append(f"--object-spilling-directory={profile.spill_folder}")

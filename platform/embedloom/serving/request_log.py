@@ -1,10 +1,12 @@
 """One JSON line a request, on stderr: what was asked and what it cost, and its texts only where that is wanted."""
 
+import asyncio
+import contextlib
 import logging
 import sys
 import time
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TextIO
 
 from pydantic_core import to_json
 
@@ -12,6 +14,7 @@ RequestLog = Literal["none", "facts", "texts"]
 SCOPE_KEY = "embedloom.facts"
 logger = logging.getLogger("embedloom.serving.requests")
 _TEXT_CHARACTERS = 1000  # of one logged text
+_FLUSH_SECONDS = 0.1
 
 
 @dataclass(slots=True)
@@ -51,10 +54,41 @@ def write_line(
     logger.info("%s", to_json(line).decode())
 
 
+class LineBuffer(logging.Handler):
+    """Writes the lines of a tenth of a second at once; a process that is killed loses those.
+
+    Every write gives up Python's lock, and the event loop then waits for the computing threads to get it back: a line at
+    a time, that was a third of what the loop did under load, and 5 to 8 % of the requests.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        super().__init__()
+        self._stream = stream
+        self._lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Keep the line; the first one sees to it that all are written."""
+        self._lines.append(self.format(record))
+        if len(self._lines) > 1:
+            return
+        try:
+            asyncio.get_running_loop().call_later(_FLUSH_SECONDS, self.flush)
+        except RuntimeError:  # no event loop, so nothing that a write holds up
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what is kept; ``logging`` does so too when the process ends."""
+        with self.lock or contextlib.nullcontext():
+            lines, self._lines = self._lines, []
+            if lines:
+                self._stream.write("".join(f"{line}\n" for line in lines))
+                self._stream.flush()
+
+
 def log_to_stderr() -> None:
     """Write the lines to this process's stderr, which Ray keeps beside a replica's other output."""
     if not logger.handlers:
-        handler = logging.StreamHandler(sys.stderr)
+        handler = LineBuffer(sys.stderr)
         handler.setFormatter(logging.Formatter("%(message)s"))
         logger.addHandler(handler)
     logger.setLevel(logging.INFO)
