@@ -112,7 +112,7 @@ class PartWorker(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Link:
-    """A further pool of a pipeline: Ray Data holds the pools before it back where it cannot follow.
+    """A further pool of a pipeline: each part goes to it when the pool before is done with it.
 
     Attributes:
         worker: class of its actors; called with ``arguments``.
