@@ -139,11 +139,19 @@ def test_what_the_loop_does_not_compute_is_left_to_torch():
 
 @needs_kernel
 @torch.no_grad()
-@pytest.mark.parametrize("lengths", [[0, 4], [-1, 5], [300], [100, 100]])
-def test_lengths_that_leave_the_row_are_refused(lengths):
+@pytest.mark.parametrize("lengths", [[0, 4], [-1, 5], [300], [100, 100], [100], []])
+def test_lengths_that_are_not_those_of_the_row_are_refused(lengths):
     query, key, value = sides(2, 2, 32)
-    with pytest.raises(ValueError, match="add up to at most the tokens"):
+    with pytest.raises(ValueError, match="add up to the tokens"):
         attend_packed(load_kernel(), query, key, value, np.array(lengths), False, None)
+
+
+@needs_kernel
+@torch.no_grad()
+def test_lengths_of_another_type_are_refused():
+    query, key, value = sides(2, 2, 32)
+    with pytest.raises(ValueError, match="must be int64"):
+        attend_packed(load_kernel(), query, key, value, np.array(LENGTHS, np.int32), False, None)
 
 
 @torch.no_grad()

@@ -165,12 +165,16 @@ static int prepare(Job *job, Py_ssize_t tokens) {
     for (Py_ssize_t text = 0; text < job->texts; text++) {
         const Py_ssize_t length = (Py_ssize_t)job->lengths[text];
         if (length < 1 || length > tokens - total) {
-            PyErr_SetString(PyExc_ValueError, "lengths must be positive and add up to at most the tokens");
+            PyErr_SetString(PyExc_ValueError, "lengths must be positive and add up to the tokens");
             return 0;
         }
         job->starts[text] = total;
         total += length;
         if (length > longest) longest = length;
+    }
+    if (total != tokens) {
+        PyErr_SetString(PyExc_ValueError, "lengths must be positive and add up to the tokens");
+        return 0;
     }
     job->scratch = 16 * (2 * job->d + longest) + (job->bf16 ? 2 * longest * job->d : 0);
     return 1;
@@ -197,6 +201,8 @@ static PyObject *attention(PyObject *self, PyObject *args) {
     int fine = 0;
     if (job.starts == NULL)
         PyErr_NoMemory();
+    else if (lengths.itemsize != sizeof(int64_t))
+        PyErr_SetString(PyExc_ValueError, "lengths must be int64");
     else if (job.d < 16 || job.d > MAX_D || job.d % 16 || job.kv_heads < 1 || job.heads % job.kv_heads)
         PyErr_SetString(PyExc_ValueError, "d must be a multiple of 16 up to 256, heads a multiple of kv_heads");
     else
