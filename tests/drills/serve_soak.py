@@ -31,12 +31,12 @@ def body(number: int) -> dict[str, Any]:
 
 
 def floors(moments: list[float], sizes: list[int]) -> list[float]:
-    """MiB, the lowest of each minute: what is kept. Between two trims of the heap, some 40 more come and go."""
+    """MiB, the lowest of each whole minute: what is kept. Between two trims of the heap, some 40 more come and go."""
     lowest: dict[int, int] = {}
     for moment, size in zip(moments, sizes, strict=True):
         minute = int(moment // 60)
         lowest[minute] = min(size, lowest.get(minute, size))
-    return [size / MIB for size in lowest.values()]
+    return [size / MIB for minute, size in lowest.items() if 60 * (minute + 1) <= moments[-1]]
 
 
 def slope(kept: list[float]) -> tuple[float, float]:
