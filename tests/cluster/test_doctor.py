@@ -76,25 +76,27 @@ def test_memory_is_the_lower_of_machine_and_container():
     assert memory_bytes(meminfo, "99999999999999\n") == 16_000_000 * 1024
 
 
-def test_search_kernel_is_named_where_it_was_not_compiled(monkeypatch):
+@pytest.mark.parametrize("kernel", [search_kernel, attention_kernel])
+def test_a_kernel_is_named_where_it_was_not_compiled(kernel, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    found = search_kernel("flags : avx512_vnni\n")
+    found = kernel("flags : avx2 fma avx512f avx512_vnni\n")
     assert not found.ok
     assert "install embedloom again beside gcc" in found.advice
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
-    assert search_kernel("flags : avx512_vnni sse\n").version == "compiled, AVX-512 VNNI"
-    assert "FAISS" in search_kernel("flags : avx2\n").version
 
 
-def test_attention_kernel_is_named_where_it_was_not_compiled(monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    found = attention_kernel("flags : avx2 fma avx512f\n")
-    assert not found.ok
-    assert "install embedloom again beside gcc" in found.advice
+@pytest.mark.parametrize(
+    ("kernel", "flags", "version"),
+    [
+        (search_kernel, "avx512_vnni sse", "compiled, AVX-512 VNNI"),
+        (search_kernel, "avx2", "compiled; this CPU has no AVX-512 VNNI, FAISS is used"),
+        (attention_kernel, "avx2 fma avx512f", "compiled, AVX-512"),
+        (attention_kernel, "avx2 fma", "compiled, AVX2"),
+        (attention_kernel, "sse2", "compiled; this CPU has no AVX2, torch's sdpa is used"),
+    ],
+)
+def test_a_kernel_says_what_this_cpu_makes_of_it(kernel, flags, version, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
-    assert attention_kernel("flags : avx2 fma avx512f\n").version == "compiled, AVX-512"
-    assert attention_kernel("flags : avx2 fma\n").version == "compiled, AVX2"
-    assert "sdpa" in attention_kernel("flags : sse2\n").version
+    assert kernel(f"flags : {flags}\n").version == version
 
 
 def test_report_marks_what_is_missing():

@@ -1,6 +1,8 @@
 """The compiled attention beside torch's own, text by text."""
 
+import importlib.util
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -119,6 +121,12 @@ def test_a_number_that_is_none_stays_in_its_text_and_is_not_hidden(bad):
     assert not spoilt[:, 0].any()
     assert not spoilt[:first].any()
     assert not spoilt[last:].any()
+
+
+@pytest.mark.skipif(shutil.which("gcc") is None, reason="no compiler")
+def test_it_is_built_where_there_is_a_compiler():
+    # Else every test here would be skipped, and nobody would know.
+    assert importlib.util.find_spec("embedloom.encoder._attention") is not None
 
 
 def test_what_the_loop_does_not_compute_is_left_to_torch():

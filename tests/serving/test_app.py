@@ -162,3 +162,16 @@ def test_several_replicas_on_cpu_share_their_weights(tiny_model, scaling, servin
     actors = encoders._deployment_config.deployment_actors or []
     assert [actor.name for actor in actors] == (["weights"] if shared else [])
     assert encoders.init_args[0].shared == shared
+
+
+def test_streams_are_of_the_torch_engine_alone(tiny_model):
+    def serve(streams):
+        scaling = ServeScaling(threads=2, streams=streams)
+        serving = ServingConfig(require_gate=False, engine="vllm")
+        return build_application(
+            ApplicationArgs(model_folder=str(tiny_model), served_name="t", serving=serving, scaling=scaling)
+        )
+
+    with pytest.raises(ConfigError, match=r"serve\.streams: 2 with serving\.engine 'vllm'"):
+        serve(2)
+    serve(None)

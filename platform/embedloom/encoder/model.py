@@ -170,7 +170,7 @@ class Encoder:
     ) -> Vectors:
         """Vectors of tokenized texts, in order: float32 [len(token_ids), dimension].
 
-        Batches shrink for good where memory runs out.
+        Batches shrink for good where memory runs out. Several threads may call it at once; ``tokens`` may then miss some.
 
         Raises:
             DataError: a vector came out as NaN or infinite, or a single text does not fit into memory.

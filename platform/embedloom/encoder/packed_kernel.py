@@ -1,7 +1,8 @@
 """Packed attention in one compiled loop (_attention.c) for CPUs, where no gradient is wanted.
 
-torch has no attention for texts of several lengths on CPU. Through sdpa, length by length, attention took 13 to 17 % of a
-forward of MiniLM, at 10 to 70 GFLOP/s a core, in some six hundred calls; here it takes one a layer, at 27 to 80.
+torch has no attention for texts of several lengths on CPU. Through sdpa, length by length, it took 13 to 17 % of a forward
+of MiniLM in some six hundred calls; here it takes one a layer, and a quarter (short texts, bfloat16) to nine tenths (2,048
+tokens, float32) of the time (``benchmarks/attention.py``).
 """
 
 import ctypes

@@ -2,9 +2,10 @@
 
     generator actors ─► rows/part-N (task) ─► teacher actors ─► ahead/<teacher>/<round>/part-N
 
-Only the names of parts pass between the pools, so the object store holds neither rows nor vectors, and generators need
-not wait for teachers that cannot follow: what is written lies in files. Mining looks every query up by the digest of what the teacher was
-given and embeds only what is missing; a row that was refused later costs its vector and nothing else.
+Only the names of parts pass between the pools, so the object store holds neither rows nor vectors, and generators
+need not wait for teachers that cannot follow: what is written lies in files. Mining looks every query up by the
+digest of what the teacher was given and embeds only what is missing; a row that was refused later costs its vector
+and nothing else.
 """
 
 import hashlib

@@ -11,7 +11,7 @@ from embedloom.config.application import ApplicationArgs
 from embedloom.config.base import validate
 from embedloom.config.resources import ServeScaling
 from embedloom.config.serving import ServingConfig
-from embedloom.errors import DataError
+from embedloom.errors import ConfigError, DataError
 from embedloom.instructions import CONTRACT_FILE, PromptContract
 from embedloom.retrieval.model_id import model_id
 from embedloom.serving.calls import EndpointSettings
@@ -117,6 +117,11 @@ def _hosts(args: ApplicationArgs) -> tuple[str, ...]:
 
 def _model(args: ApplicationArgs, folder: Path, shared: bool = False) -> ModelSpec:
     scaling, serving = args.scaling, args.serving
+    if serving.engine != "torch" and scaling.streams not in (None, 1):
+        raise ConfigError(
+            f"serve.streams: {scaling.streams} with serving.engine {serving.engine!r}, which computes one batch at a "
+            "time; allowed: 1, or none stated"
+        )
     return ModelSpec(
         folder=str(folder),
         fingerprint=args.fingerprint,

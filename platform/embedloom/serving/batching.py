@@ -24,21 +24,19 @@ _LEAST_SHARE_TOKENS = 64
 class TokenBatcher:
     """Runs the token ids of concurrent requests through a function, batch by batch, in one or several threads."""
 
-    def __init__(
-        self, run: Run, limits: LaneLimits, streams: Sequence[ThreadPoolExecutor] | None = None
-    ) -> None:
+    def __init__(self, run: Run, limits: LaneLimits, streams: Sequence[ThreadPoolExecutor]) -> None:
         """Build one; it starts working with the first request.
 
         Args:
             run: turns token ids into float32 [n, dimension].
             limits: sizes of batches and queues.
-            streams: threads that each run a batch at a time; None: one of its own.
+            streams: threads that each run a batch at a time.
         """
         self.scheduler = Scheduler(limits, time.monotonic)
         self._run = run
         self._waiters: dict[Waiting, asyncio.Future[None]] = {}
         self._news = asyncio.Event()  # a request arrived, or a stream is free
-        self._streams = streams or [ThreadPoolExecutor(1, thread_name_prefix="encode")]
+        self._streams = streams
         self._free = list(range(len(self._streams)))
         self._running_tokens = 0
         self._tasks: set[asyncio.Task[None]] = set()

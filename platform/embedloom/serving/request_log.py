@@ -58,7 +58,8 @@ class LineBuffer(logging.Handler):
     """Writes the lines of a tenth of a second at once; a process that is killed loses those.
 
     Every write gives up Python's lock, and the event loop then waits for the computing threads to get it back: a line at
-    a time, that was a third of what the loop did under load, and 5 to 8 % of the requests.
+    a time, that was a third of what the loop did under load, and 5 to 8 % of the requests. (``MemoryHandler`` of logging
+    hands its records on one by one.)
     """
 
     def __init__(self, stream: TextIO) -> None:
