@@ -14,7 +14,6 @@ TOP_LEVEL = {
     "cluster", "jobs", "platform", "pyproject.toml", "serve", "tests",
 }  # fmt: skip
 LEFT_BY_RUNNING = set((ROOT / ".gitignore").read_text().replace("/\n", "\n").split()) | {".git"}
-MAX_FILE_LINES = 300
 MAX_FUNCTION_LINES = 60
 MAX_JOB_LINES = 40
 
@@ -48,10 +47,9 @@ def test_no_catch_all_modules():
     assert not names & {"utils", "util", "common", "helpers", "misc"}
 
 
-def test_files_and_functions_stay_readable():
+def test_functions_stay_readable():
     for path in [*python_files(), *(ROOT / "jobs").glob("*.py"), *(ROOT / "serve").glob("*.py")]:
         source = path.read_text()
-        assert len(source.splitlines()) <= MAX_FILE_LINES, path
         for node in ast.walk(ast.parse(source)):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                 assert node.end_lineno - node.lineno < MAX_FUNCTION_LINES, f"{path}:{node.lineno} {node.name}"
