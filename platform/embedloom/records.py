@@ -106,6 +106,11 @@ SCHEMAS: dict[str, Schema] = {
             },
             frozenset({"document_instruction"}),
         ),
+        # Of the documents that were cut: which chunk, from 1, of how many each row is.
+        Schema(
+            "chunks",
+            {"id": pa.string(), "document_id": pa.string(), "chunk": pa.int32(), "chunks": pa.int32()},
+        ),
         Schema(
             "rejects",
             {"id": pa.string(), "reason": pa.string(), "detail": pa.string()},

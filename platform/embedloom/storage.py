@@ -22,6 +22,11 @@ from embedloom.errors import DataError
 from embedloom.records import check_table
 
 
+def absolute(path: str) -> str:
+    """A local path as readers in other folders find it; an object store's address as it is."""
+    return path if "://" in path else str(Path(path).expanduser().absolute())
+
+
 @dataclass(frozen=True, slots=True)
 class Place:
     """A folder on any filesystem fsspec knows; picklable, so Ray workers can be handed one."""

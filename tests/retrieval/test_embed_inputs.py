@@ -94,7 +94,11 @@ def test_json_lines_and_text_folders_become_documents(tmp_path):
     _, rows = ledger_rows(tmp_path / "in.jsonl.gz", tmp_path / "out")
     documents = Place(str(tmp_path / "out")).read_tables("documents").to_pylist()
     assert [row["id"] for row in rows] == ["7", "b"]
-    assert documents == [{"id": "7", "title": "t", "text": "x"}, {"id": "b", "title": None, "text": "y"}]
+    said = [{key: row[key] for key in ("id", "title", "text", "source")} for row in documents]
+    assert said == [
+        {"id": "7", "title": "t", "text": "x", "source": "in.jsonl.gz:1"},
+        {"id": "b", "title": None, "text": "y", "source": "in.jsonl.gz:2"},
+    ]
     (tmp_path / "texts" / "sub").mkdir(parents=True)
     (tmp_path / "texts" / "sub" / "one.md").write_text("# Head\nbody")
     (tmp_path / "texts" / "two.txt").write_text("plain")

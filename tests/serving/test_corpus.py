@@ -7,14 +7,19 @@ import pyarrow as pa
 import pytest
 
 from embedloom.artefacts import Artefact, ArtefactWriter
+from embedloom.config.data import CorpusConfig
 from embedloom.config.use import EmbeddingConfig, IndexConfig
+from embedloom.corpus.stage import build_corpus
 from embedloom.errors import ConfigError, DataError
 from embedloom.retrieval.embed import vector_table
 from embedloom.retrieval.index import build_index
 from embedloom.retrieval.inputs import open_input
 from embedloom.retrieval.ledger import open_ledger
 from embedloom.serving.corpus import load_corpus
+from embedloom.serving.corpus_texts import link_of
+from embedloom.serving.replies import SearchHit
 from embedloom.storage import Place
+from fakes_corpus import save_word_tokenizer
 from fakes_serving import FakeEncoder, client_of, refused
 
 ENCODER = FakeEncoder(limit=128)
@@ -101,10 +106,133 @@ def test_a_text_that_was_edited_since_is_not_shown(tmp_path):
 
 
 def test_without_the_documents_hits_are_ids(tmp_path):
-    corpus = load(artefact(tmp_path))
+    place = artefact(tmp_path)
+    (tmp_path / "in.parquet").unlink()
+    corpus = load(place)
     assert not corpus.card.texts
     hit = corpus.search(ENCODER.embed(["where?"], "query")[0], 1, with_texts=True)[0]
     assert (hit.title, hit.text) == (None, None)
+
+
+def hit_of(source, tmp_path, config=None) -> SearchHit:
+    """The best hit for the text "open a file" in an input that was embedded as `embedloom embed` embeds it."""
+    place = Place(str(tmp_path / "vectors"))
+    config = EmbeddingConfig(**(config or {}))
+    writer = ArtefactWriter(place, "vectors", "c", {"corpus": "x"}, "local")
+    opened = open_input(str(source), config, place)
+    ledger = open_ledger(opened, place, 8, None)
+    tables = [place.read_table(f"rows/{part}") for part in ledger.parts]
+    ids = [name for table in tables for name in table.column("id").to_pylist()]
+    places = [(row["file"], row["row"]) for table in tables for row in table.to_pylist()]
+    texts = [
+        opened.place.read_table(opened.files[file][0]).column(opened.text)[row].as_py()
+        for file, row in places
+    ]
+    table = vector_table(ids, ENCODER.embed(texts, "document"), HASH, "f00d", 1)
+    place.write_table("vectors/part-000000.parquet", table)
+    details = {"contract_hash": HASH, "model_id": "f00d", "recipe": {"side": "document"}}
+    writer.commit({"rows": len(ids)}, {**details, "input": {"path": str(source), **config.columns}})
+    query = ENCODER.embed(["open a file"], "document")[0]
+    return load(place).search(query, 1, with_texts=True)[0]
+
+
+def test_hits_of_text_files_name_their_file(tmp_path):
+    (tmp_path / "in/guide").mkdir(parents=True)
+    (tmp_path / "in/guide/files.md").write_text("# Files\n\nopen a file", encoding="utf-8")
+    (tmp_path / "in/other.txt").write_text("something else", encoding="utf-8")
+    hit = hit_of(tmp_path / "in", tmp_path)
+    assert (hit.source, hit.title, hit.url, hit.chunk) == ("guide/files.md", "Files", None, None)
+
+
+@pytest.mark.parametrize(
+    ("fields", "source", "url"),
+    [
+        ({}, "in.jsonl:2", None),
+        ({"source": "Handbuch, S. 3"}, "Handbuch, S. 3", None),
+        ({"url": "https://example.org/ü?a=1"}, "https://example.org/ü?a=1", "https://example.org/ü?a=1"),
+        ({"source": "a.pdf", "url": "http://example.org/a"}, "a.pdf", "http://example.org/a"),
+        ({"source": "https://example.org/a"}, "https://example.org/a", "https://example.org/a"),
+        (
+            {"metadata": {"url": "https://example.org/beir"}},
+            "https://example.org/beir",
+            "https://example.org/beir",
+        ),
+        ({"metadata": {"source": "لغة.txt"}}, "لغة.txt", None),
+        ({"source": "javascript:alert(1)", "url": "data:text/html,x"}, "javascript:alert(1)", None),
+        ({"source": 7, "metadata": "x"}, "in.jsonl:2", None),
+        ({"source": "half \ud800", "url": ""}, "in.jsonl:2", None),
+    ],
+)
+def test_hits_of_json_lines_say_what_their_records_say(tmp_path, fields, source, url):
+    rows = [{"text": "something else"}, {"text": "open a file", **fields}]
+    (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    hit = hit_of(tmp_path / "in.jsonl", tmp_path)
+    assert (hit.text, hit.source, hit.url) == ("open a file", source, url)
+
+
+@pytest.mark.parametrize("columns", [{}, {"text_column": "body", "title_column": "heading"}])
+def test_hits_of_parquet_are_read_where_it_lies(tmp_path, columns):
+    """Without ``serving.documents``: the artefact says what it was made from, and which columns were read."""
+    text, title = columns.get("text_column", "text"), columns.get("title_column", "title")
+    table = {text: ["x", "open a file"], title: ["", ""], "url": [None, "https://example.org/open"]}
+    Place(str(tmp_path / "in")).write_table("a.parquet", pa.table({text: ["y"], title: [""], "url": [""]}))
+    Place(str(tmp_path / "in")).write_table("b.parquet", pa.table(table))
+    hit = hit_of(tmp_path / "in", tmp_path, columns)
+    assert (hit.text, hit.source, hit.url) == ("open a file", *[table["url"][1]] * 2)
+    Place(str(tmp_path / "in")).write_table(
+        "b.parquet", pa.table({text: ["x", "open a file"], title: ["", ""]})
+    )
+    hit = hit_of(tmp_path / "in", tmp_path, columns)
+    assert (hit.source, hit.url) == ("b.parquet:2", None)
+
+
+def test_hits_of_a_runs_corpus_name_source_and_chunk(tmp_path):
+    """A document that was cut says which of its parts was found; one that was not says nothing."""
+    folder = tmp_path / "docs"
+    folder.mkdir()
+    words = [f"word{number}" for number in range(60)]
+    rows = [
+        {"text": " ".join(words), "at": "https://example.org/long"},
+        {"text": "open a file", "at": "https://example.org/short"},
+    ]
+    (folder / "a.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    save_word_tokenizer(tmp_path / "base")
+    config = CorpusConfig.model_validate(
+        {
+            "sources": [{"format": "jsonl", "path": str(folder / "a.jsonl"), "source_column": "at"}],
+            "min_characters": 1,
+            "chunk_tokens": 24,
+            "split": {"dev": 0, "test": 0},
+        }
+    )
+    out = ArtefactWriter(Place(str(tmp_path / "corpus")), "corpus", "c", {}, "local")
+    corpus = build_corpus(config, 0, tmp_path / "base", out).place
+    documents = {row["id"]: row for row in corpus.read_tables("documents/train").to_pylist()}
+    pieces = {row["id"]: (row["chunk"], row["chunks"]) for row in corpus.read_tables("chunks").to_pylist()}
+    hit = hit_of(tmp_path / "corpus", tmp_path)
+    assert (hit.source, hit.url, hit.chunk, hit.chunks) == (rows[1]["at"], rows[1]["at"], None, None)
+    found = load(Place(str(tmp_path / "vectors"))).search(ENCODER.embed(["x"], "document")[0], 99, True)
+    cut = [hit for hit in found if hit.chunk is not None]
+    assert len(cut) == len(pieces) == len(documents) - 1 >= 3
+    assert {hit.id: (hit.chunk, hit.chunks) for hit in cut} == pieces
+    assert {hit.source for hit in cut} == {rows[0]["at"]}
+    # In the order of their numbers the parts are the document again: nothing but counting says so.
+    assert " ".join(hit.text for hit in sorted(cut, key=lambda hit: hit.chunk)) == rows[0]["text"]
+
+
+@pytest.mark.parametrize(
+    ("text", "safe"),
+    [
+        ("https://example.org", True), ("HTTP://例え.jp/パス?q=1#x", True), ("http://127.0.0.1:8000/a", True),
+        ("javascript:alert(1)", False), (" javascript:alert(1)", False), ("java\nscript:alert(1)", False),
+        ("data:text/html,<script>", False), ("file:///etc/passwd", False), ("//example.org/a", False),
+        ("https:/example.org", False), ("https://", False), ("https://bank.example@evil.example", False),
+        ("https://example.org/a b", False), ("https://example.org/\\evil", False), ("http://[", False),
+        ("https://example.org/\"onclick=x", False), ("ftp://example.org/a", False), ("", False), (None, False),
+    ],
+)  # fmt: skip
+def test_only_what_a_browser_may_be_sent_to_is_a_link(text, safe):
+    assert link_of(text) == (text if safe else None)
 
 
 def test_documents_of_another_corpus_are_refused(tmp_path):

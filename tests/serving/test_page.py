@@ -8,6 +8,7 @@ import subprocess
 import threading
 import time
 
+import httpx
 import pytest
 import uvicorn
 
@@ -17,6 +18,7 @@ from fakes_serving import FakeEncoder, api_of, client_of
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
+SOURCE = 'https://docs.example.org/open?a=1&b="2"'
 HOSTILE = "<img src=x onerror=\"document.title='broken into'\">"
 
 
@@ -25,11 +27,17 @@ class FixedCorpus:
     card = CorpusCard(documents=12345, dimension=8, index="exact", texts=True)
 
     def search(self, query, count, with_texts):
-        texts = [HOSTILE, "The open() function returns a file object.", "Paths are joined with a slash."]
-        return [
+        texts = [HOSTILE, "The open() function returns a file object.", "تُفتح الملفات بالدالة open."]
+        hits = [
             SearchHit(id=f"doc-{number}", score=0.9 - number / 4, title=f"Title {number}", text=text)
             for number, text in enumerate(texts)
         ]
+        hits[0] = hits[0].model_copy(
+            update={"source": HOSTILE, "url": "javascript:document.title='broken into'"}
+        )
+        hits[1] = hits[1].model_copy(update={"source": SOURCE, "url": SOURCE, "chunk": 2, "chunks": 5})
+        hits[2] = hits[2].model_copy(update={"source": "مرجع/ملفات.md"})
+        return hits
 
 
 @contextlib.contextmanager
@@ -87,6 +95,36 @@ def test_chromium_shows_results_card_and_health(tmp_path):
     assert '<span id="health" role="status" class="ready">ready</span>' in dom
     assert "passed" in dom and "12,345 documents" in dom and FixedCorpus.contract_hash in dom
     assert "broken into" not in re.search("<title>.*</title>", dom)[0] and "&lt;img" in dom
+    link = '<a href="https://docs.example.org/open?a=1&amp;b=&quot;2&quot;" target="_blank" rel="noopener noreferrer nofollow">'
+    assert dom.count(link) == dom.count("<a ") == 2  # title and source of the one hit that has an address
+    assert "</a> · part 2 of 5 · doc-1" in dom and "مرجع/ملفات.md · doc-2" in dom
+
+
+@needs_chromium
+@pytest.mark.slow
+def test_chromium_cuts_a_query_over_the_limit_and_says_so(tmp_path):
+    with served(corpus=FixedCorpus()) as url:
+        long = browse(f"{url}/?q={'wörter+' * 40}", tmp_path)
+        short = browse(f"{url}/?q=words", tmp_path)
+    said = r'<p id="cut" role="status">Cut at its end: query has \d+ tokens, the limit for a query is 128[^;<]*\.</p>'
+    assert re.search(said, long) and '<p id="error" role="alert"></p>' in long
+    assert '<p id="cut" role="status"></p>' in short
+    assert long.count("<li>") == short.count("<li>") == 3
+
+
+@needs_chromium
+@pytest.mark.slow
+def test_an_open_page_asks_for_nothing_but_readiness(tmp_path):
+    """It polls as long as it is open: whatever else it asked for would keep an idle endpoint at work."""
+    with served(corpus=FixedCorpus()) as url:
+        browse(url, tmp_path, "--virtual-time-budget=65000")
+        counted = httpx.get(f"{url}/metrics", trust_env=False).text
+    answered = {
+        path: float(count)
+        for path, count in re.findall(r'embedloom_requests_total{path="(.*?)",status="200"} (\S+)', counted)
+    }
+    assert answered.pop("/ready") > 2
+    assert answered == {"/": 1, "/v1/models": 1}
 
 
 @needs_chromium

@@ -25,6 +25,8 @@ class CorpusSource(FrozenConfig):
     text_column: str = "text"
     title_column: str | None = None
     id_column: str | None = None
+    # Where a row comes from, such as a column of URLs; null: the file and the row.
+    source_column: str | None = Field(default=None, min_length=1, exclude_if=lambda value: value is None)
     query_column: str | None = None  # null: the rows are documents alone
     instruction: str | None = Field(default=None, min_length=1)  # of the queries; null: that of retrieval
     dataset: str | None = Field(default=None, min_length=1)  # what training calls the pairs; null: "public"
@@ -44,7 +46,11 @@ class CorpusSource(FrozenConfig):
     @model_validator(mode="after")
     def _keys_fit_format(self) -> "CorpusSource":
         tables = ("parquet", "jsonl", "csv", "huggingface")
-        for key, given in (("query_column", self.query_column is not None), ("where", bool(self.where))):
+        for key, given in (
+            ("query_column", self.query_column is not None),
+            ("source_column", self.source_column is not None),
+            ("where", bool(self.where)),
+        ):
             if given and self.format not in tables:
                 raise ValueError(f"{key} does not fit format {self.format}; allowed: {', '.join(tables)}")
         if self.query_column is None and self.instruction is not None:

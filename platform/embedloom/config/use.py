@@ -113,6 +113,11 @@ class EmbeddingConfig(FrozenConfig):
             include={"side", "task_type", "instruction", "dtype", "dimensions", "compute_dtype"},
         )
 
+    @property
+    def columns(self) -> dict[str, str | None]:
+        """Which columns of the input are read."""
+        return self.model_dump(include={"text_column", "title_column", "id_column"})
+
     @field_validator("task_type")
     @classmethod
     def _task_type_is_known(cls, value: str) -> str:

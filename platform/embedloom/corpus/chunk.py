@@ -31,6 +31,7 @@ class Chunk:
 
     row: SourceRow
     tokens: int
+    document_id: str = ""  # of the whole document, where this is a piece of it
 
 
 class Chunker:
@@ -124,4 +125,4 @@ def _chunks(row: SourceRow, spans: list[Span]) -> Iterator[Chunk]:
     for number, (span, text) in enumerate(filled):
         chunk_id = content_id(row.id, str(number), text)
         queries = row.queries if number == 0 else ()
-        yield Chunk(replace(row, id=chunk_id, text=text, queries=queries), span.tokens)
+        yield Chunk(replace(row, id=chunk_id, text=text, queries=queries), span.tokens, row.id)

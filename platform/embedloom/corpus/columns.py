@@ -49,6 +49,7 @@ def used_columns(source: CorpusSource) -> dict[str, str]:
         "title_column": source.title_column,
         "id_column": source.id_column,
         "query_column": source.query_column,
+        "source_column": source.source_column,
         **{f"where.{column}": column for column in source.where},
     }
     return {key: column for key, column in named.items() if column is not None}
@@ -86,12 +87,15 @@ def rows_of(
             continue
         place = f"{where}: row {number}"
         title, query = source.title_column, source.query_column
+        origin = (
+            _text(record[source.source_column], source.source_column, place) if source.source_column else ""
+        )
         yield SourceRow(
             text=_text(record[source.text_column], source.text_column, place),
             title=_text(record[title], title, place) if title else None,
             id=_id(record[source.id_column], source.id_column, place) if source.id_column else "",
             lang=source.lang,
-            source=f"{label}:{number}",
+            source=origin or f"{label}:{number}",
             queries=(_text(record[query], query, place),) if query else (),
             instruction=(source.instruction or DEFAULT_INSTRUCTIONS["retrieval"]) if query else "",
         )

@@ -26,7 +26,7 @@ from embedloom.instructions import document_text
 from embedloom.progress import Progress, note
 from embedloom.records import content_id
 
-_FOLDERS = ("documents", "pairs", "rejects")
+_FOLDERS = ("documents", "pairs", "chunks", "rejects")
 _UNKNOWN_LANGUAGE = "und"  # ISO 639-3: undetermined
 _ROWS_PER_BATCH = 512
 
@@ -146,17 +146,20 @@ def _write(
     """Write documents and pairs, and count them."""
     documents = {split: PartWriter(out.place, f"documents/{split}", "documents") for split in SPLITS}
     pairs = {split: PartWriter(out.place, f"pairs/{split}", "pairs") for split in SPLITS}
+    places = PartWriter(out.place, "chunks", "chunks")
     progress = Progress("corpus", len(rows), "documents written")
     tokens = 0
     for chunks in _chunked(rows, chunker):
         split = splits[chunks[0].row.group]
-        for chunk in chunks:
+        for number, chunk in enumerate(chunks, start=1):
+            if len(chunks) > 1:
+                places.add(_place(chunk, number, chunks))
             documents[split].add(_document(chunk.row))
             for query in chunk.row.queries:
                 pairs[split].add(_pair(chunk.row, query))
             tokens += chunk.tokens
         progress.advance(1)
-    for writer in (*documents.values(), *pairs.values()):
+    for writer in (*documents.values(), *pairs.values(), places):
         writer.close()
     groups = Counter(splits.values())
     by_split = {split: documents[split].count for split in SPLITS}
@@ -191,6 +194,15 @@ def _full_text(row: SourceRow) -> str:
 
 def _document(row: SourceRow) -> dict[str, object]:
     return {"id": row.id, "text": row.text, "title": row.title, "lang": row.lang, "source": row.source}
+
+
+def _place(chunk: Chunk, number: int, chunks: Sequence[Chunk]) -> dict[str, object]:
+    return {
+        "id": chunk.row.id,
+        "document_id": chunk.document_id,
+        "chunk": number,
+        "chunks": len(chunks),
+    }
 
 
 def _pair(row: SourceRow, query: str) -> dict[str, object]:

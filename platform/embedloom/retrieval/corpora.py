@@ -18,7 +18,7 @@ from embedloom.retrieval.inputs import DOCUMENTS_FOLDER, SPLITS, check_instructi
 from embedloom.retrieval.ledger import open_ledger
 from embedloom.retrieval.previous import aside_of
 from embedloom.retrieval.teachers import beyond_encoder
-from embedloom.storage import Place
+from embedloom.storage import Place, absolute
 
 __all__ = ["DOCUMENTS_FOLDER", "SPLITS", "VECTORS_FOLDER", "embed_artefact"]
 
@@ -65,6 +65,7 @@ def embed_artefact(
         "contract_hash": contract.hash,
         "recipe": recipe,
         "previous": ledger.previous or None,
+        "input": {"path": absolute(corpus), **config.columns},
     }
     if config.index is not None:
         details["index"] = build_index(config.index, out.place, contract.hash)

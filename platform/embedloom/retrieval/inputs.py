@@ -21,6 +21,7 @@ from embedloom.instructions import Side
 from embedloom.storage import Place
 
 DOCUMENTS_FOLDER = "documents"
+ORIGIN_COLUMNS = ("source", "url")  # what a document of any input may say of where it comes from
 SPLITS = ("train", "dev", "test")
 _COPIED = f"{DOCUMENTS_FOLDER}.json"  # written when the copy of foreign documents is complete
 _COPY_ROWS = 10_000
@@ -38,6 +39,8 @@ class TextSource:
     title: str | None
     id: str | None  # None: rows are known by their content
     side: Side
+    # Where a row comes from: its own columns of that name, where the input has them.
+    origin: tuple[str, ...] = ()
 
     @property
     def columns(self) -> list[str]:
@@ -83,7 +86,7 @@ def open_input(path: str, config: EmbeddingConfig, out: Place) -> TextSource:
         names = [file.absolute().relative_to(root).as_posix() for file in files]
         return _table_source(Place(str(root)), names, config)
     if not out.exists(_COPIED):
-        rows = _json_rows(files, config) if kind == "jsonl" else _text_rows(files, path)
+        rows = _json_rows(files, path, config) if kind == "jsonl" else _text_rows(files, path)
         out.write_json(_COPIED, {"rows": _copy(rows, out)})
     names = out.names(DOCUMENTS_FOLDER, ".parquet")
     copied = config.model_copy(update={"text_column": "text", "title_column": None, "id_column": None})
@@ -137,7 +140,10 @@ def _table_source(place: Place, names: list[str], config: EmbeddingConfig) -> Te
     if config.side == "query":
         title = None
     files = tuple((name, rows) for name, _, rows in footers)
-    source = TextSource(place, files, config.text_column, title, id_column, config.side)
+    origin = tuple(
+        name for name in ORIGIN_COLUMNS if all(_holds_text(schema, name) for _, schema, _ in footers)
+    )
+    source = TextSource(place, files, config.text_column, title, id_column, config.side, origin)
     for name, schema, _ in footers:
         _check_columns(source, schema, f"{place.uri}/{name}")
     return source
@@ -153,33 +159,56 @@ def _check_columns(source: TextSource, schema: pa.Schema, where: str) -> None:
                 f"{where}: no column {column!r} (embedding.{key}_column); columns found: {schema.names}"
             )
         kind = schema.field(column).type
-        kind = kind.value_type if pa.types.is_dictionary(kind) else kind
-        texts = pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_null(kind)
-        if not texts and not (key == "id" and pa.types.is_integer(kind)):
+        if not _holds_text(schema, column) and not (key == "id" and pa.types.is_integer(kind)):
             allowed = "text or whole numbers" if key == "id" else "text"
             raise DataError(f"{where}: column {column!r} is {kind}; allowed: {allowed}")
 
 
-def _json_rows(files: list[Path], config: EmbeddingConfig) -> Iterator[dict[str, Any]]:
+def _holds_text(schema: pa.Schema, column: str) -> bool:
+    if column not in schema.names:
+        return False
+    kind = schema.field(column).type
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_null(kind))
+
+
+def _json_rows(files: list[Path], path: str, config: EmbeddingConfig) -> Iterator[dict[str, Any]]:
     """Records of JSON lines; whether they have ids is decided by the very first one."""
     named: str | None = config.id_column
     first, titled = True, config.title_column is None
-    for path in files:
-        for number, record in json_lines(path):
+    for name, file in _named(files, path):
+        for number, record in json_lines(file):
             if first:
                 named = named or next((key for key in ("id", "_id") if key in record), None)
                 first = False
-            where = f"{path}: line {number}"
+            where = f"{file}: line {number}"
             titled = titled or config.title_column in record
             row = {
                 "text": _value(record, config.text_column, where, required=True),
                 "title": _value(record, config.title_column or "title", where),
+                **_origin(record, f"{name}:{number}"),
             }
             if named is not None:
                 row["id"] = _value(record, named, where, required=True, whole_numbers=True)
             yield row
     if not titled and not first:
         raise DataError(f"{files[0]}: no line has the key {config.title_column!r} (embedding.title_column)")
+
+
+def _origin(record: dict[str, Any], place: str) -> dict[str, str | None]:
+    """What a record says of where it comes from, itself or in its ``metadata`` (BEIR, LangChain); else its line."""
+    metadata = record.get("metadata")
+    known = [record, metadata if isinstance(metadata, dict) else {}]
+    found: dict[str, str | None] = {}
+    for column in ORIGIN_COLUMNS:
+        values = (one.get(column) for one in known)
+        found[column] = next((value for value in values if value and _is_unicode(value)), None)
+    return {**found, "source": found["source"] or found["url"] or place}
+
+
+def _is_unicode(value: Any) -> bool:
+    """Whether a value of JSON is a text that UTF-8 can hold: JSON can also state half a character."""
+    return isinstance(value, str) and not any("\ud800" <= character <= "\udfff" for character in value)
 
 
 def _value(
@@ -199,12 +228,17 @@ def _value(
 
 def _text_rows(files: list[Path], path: str) -> Iterator[dict[str, Any]]:
     """One document a file; its id is its path below the folder, so an edited file keeps its id."""
+    for name, file in _named(files, path):
+        title, text = read_text(file)
+        yield {"id": name, "title": title, "text": text, "source": name, "url": None}
+
+
+def _named(files: list[Path], path: str) -> list[tuple[str, Path]]:
+    """Files with their paths below the input's folder, or below the folder that those of a glob share."""
     root = Path(path).expanduser()
     if not root.is_dir():
         root = Path(os.path.commonpath([file.parent for file in files]))
-    for file in files:
-        title, text = read_text(file)
-        yield {"id": file.relative_to(root).as_posix(), "title": title, "text": text}
+    return [(file.relative_to(root).as_posix(), file) for file in files]
 
 
 def _copy(rows: Iterator[dict[str, Any]], out: Place) -> int:
@@ -212,7 +246,7 @@ def _copy(rows: Iterator[dict[str, Any]], out: Place) -> int:
     total, waiting = 0, list[dict[str, Any]]()
 
     def write() -> None:
-        names = [name for name in ("id", "title", "text") if name in waiting[0]]
+        names = [name for name in ("id", "title", "text", *ORIGIN_COLUMNS) if name in waiting[0]]
         schema = pa.schema([(name, pa.string()) for name in names])
         part = f"{DOCUMENTS_FOLDER}/{PART_PATTERN.format((total - 1) // _COPY_ROWS)}"
         try:

@@ -3,6 +3,7 @@
 Loads torch through ``retrieval``; a gateway without a corpus never imports it.
 """
 
+from dataclasses import asdict
 from typing import Any, Protocol
 
 import numpy as np
@@ -16,7 +17,7 @@ from embedloom.retrieval.fill_in import VECTORS_FOLDER
 from embedloom.retrieval.index import FACTS_FILE, load_index
 from embedloom.retrieval.search import DocumentBlock
 from embedloom.retrieval.vector_files import check_same_contract
-from embedloom.serving.corpus_texts import CorpusTexts, open_texts
+from embedloom.serving.corpus_texts import CorpusText, CorpusTexts, open_texts
 from embedloom.serving.messages import Vectors
 from embedloom.serving.replies import CorpusCard, SearchHit
 from embedloom.storage import Place
@@ -92,20 +93,22 @@ class SearchCorpus:
         Args:
             query: float32 [the model's dimension]; cut to the corpus's where its vectors are cut.
             count: documents wanted.
-            with_texts: whether titles and texts come along.
+            with_texts: whether titles, texts and where they come from come along.
         """
         query = query[: self._dimension]
         if self._normalize:
             query = query / max(float(np.linalg.norm(query)), 1e-12)
         rows, scores = self._searcher.rows(query, min(count, len(self._ids)))
         ids = self._ids.take(pa.array(rows)).to_pylist()
-        texts = (
-            self._texts.read(rows) if self._texts is not None and with_texts else [(None, None)] * len(rows)
-        )
+        read = self._texts.read if self._texts is not None and with_texts else _unknown
         return [
-            SearchHit(id=own, score=float(score), title=title, text=text)
-            for own, score, (title, text) in zip(ids, scores, texts, strict=True)
+            SearchHit(id=own, score=float(score), **asdict(text))
+            for own, score, text in zip(ids, scores, read(rows), strict=True)
         ]
+
+
+def _unknown(rows: Rows) -> list[CorpusText]:
+    return [CorpusText()] * len(rows)
 
 
 def load_corpus(

@@ -1,10 +1,9 @@
 """Which corpus is searched, in a form that is cheap to send: a gateway without one must not import torch."""
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from embedloom.storage import Place
+from embedloom.storage import Place, absolute
 
 if TYPE_CHECKING:
     from embedloom.serving.corpus import SearchCorpus
@@ -25,8 +24,8 @@ class CorpusSource:
         cls, corpus: str, documents: str | None, contract_hash: str, model_id: str, normalize: bool
     ) -> "CorpusSource":
         """The source of a config's paths, absolute for replicas that run in other folders."""
-        texts = None if documents is None else _absolute(documents)
-        return cls(_absolute(corpus), texts, contract_hash, model_id, normalize)
+        texts = None if documents is None else absolute(documents)
+        return cls(absolute(corpus), texts, contract_hash, model_id, normalize)
 
     def check(self) -> None:
         """Raise DataError or ConfigError if another model made it; reads the manifest only."""
@@ -39,7 +38,3 @@ class CorpusSource:
         from embedloom.serving.corpus import load_corpus
 
         return load_corpus(Place(self.uri), self.documents, self.contract_hash, self.model_id, self.normalize)
-
-
-def _absolute(path: str) -> str:
-    return path if "://" in path else str(Path(path).expanduser().absolute())

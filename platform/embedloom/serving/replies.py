@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 
 class Reply(BaseModel):
@@ -89,12 +89,18 @@ class TokenizeResponse(Reply):
 
 
 class SearchHit(Reply):
-    """One document of the corpus; its text is null where the endpoint has none for it."""
+    """One document of the corpus; null is what the endpoint does not know of it, or was not asked for."""
 
     id: str
     score: float
     title: str | None = None
     text: str | None = None
+    source: str | None = Field(
+        default=None, description="Where it comes from: as the corpus states it, else file and row."
+    )
+    url: str | None = Field(default=None, description="The same as a link: http or https, or null.")
+    chunk: int | None = Field(default=None, ge=1, description="Which piece of a document that was cut.")
+    chunks: int | None = Field(default=None, ge=2, description="Pieces of that document.")
 
 
 class SearchTiming(Reply):

@@ -105,5 +105,7 @@ class SearchRequest(TextOptions):
     query: Query
     top_k: Count = Field(default=10, le=MAX_TOP_K)
     truncate: Truncate = Field(default="none", description=_TRUNCATE)
-    return_documents: bool = True
+    return_documents: bool = Field(
+        default=True, description="Whether titles, texts and where they come from come along."
+    )
     user: str | None = Field(default=None, description=_USER)
