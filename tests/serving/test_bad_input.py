@@ -42,7 +42,6 @@ def client():
         (b'{"model": "tiny", "input": "a", "instruction": "' + b"x" * 5000 + b'"}', "instruction"),
         (b'{"model": "tiny", "input": "a", "temperature": 1}', "temperature"),
         (b'{"model": "tiny", "input": "\xff\xfe"}', None),
-        (b'{"model": "tiny", "input": "\\ud800"}', None),
         (b"\x00\x01\x02", None),
         (b"", None),
         (b"null", None),

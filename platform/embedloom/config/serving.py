@@ -5,8 +5,22 @@ from typing import Literal
 from pydantic import Field, field_validator, model_validator
 
 from embedloom.config.base import FrozenConfig
+from embedloom.instructions import Side
 
 ServingEngine = Literal["torch", "vllm"]
+Truncate = Literal["none", "start", "end"]
+
+
+class ModelAlias(FrozenConfig):
+    """Another name of the served model, for clients that can send nothing but a model's name.
+
+    What it states is the default of requests to that name; what a request says itself holds.
+    """
+
+    side: Side | None = None  # null: as without the alias, a document
+    task: str | None = None  # as a request's ``task``
+    instruction: str | None = Field(default=None, min_length=1, max_length=4096)
+    truncate: Truncate | None = None
 
 
 class ServingConfig(FrozenConfig):
@@ -15,6 +29,14 @@ class ServingConfig(FrozenConfig):
     model: str = "merged"
     require_gate: bool = True  # serve only a model whose gate.json says that these very weights passed
     served_name: str | None = None  # what clients put into ``model``; null: the run's name
+    models: dict[str, ModelAlias] = Field(
+        default_factory=dict
+    )  # other names of it, each with its defaults; listed in /v1/models
+    # What happens to too long a text where a request does not say; null: as each dialect has it (embeddings are refused,
+    # documents to rerank cut at their end). Whatever is cut is told in a header and in the usage.
+    truncate: Truncate | None = None
+    # Token ids that this model's tokenizer cannot have made: refuse says so, accept takes them for this model's own.
+    token_ids: Literal["accept", "refuse"] = "refuse"
     host: str = "127.0.0.1"
     port: int = Field(default=8000, ge=1, le=65535)
     route_prefix: str = Field(default="/", pattern=r"^/.*$")
@@ -70,6 +92,22 @@ class ServingConfig(FrozenConfig):
                 f"{self.max_request_tokens}, so the largest request would never be admitted"
             )
         return self
+
+    @field_validator("models")
+    @classmethod
+    def _aliases_are_names(cls, value: dict[str, ModelAlias]) -> dict[str, ModelAlias]:
+        for name in value:
+            if (
+                not name.strip()
+                or name != name.strip()
+                or not name.isprintable()
+                or "//" in name
+                or name.endswith("/")
+            ):
+                raise ValueError(
+                    f"{name!r} is not a name; allowed: printable text without white space around it"
+                )
+        return value
 
     @model_validator(mode="after")
     def _keys_come_from_one_place(self) -> "ServingConfig":

@@ -7,11 +7,12 @@ from fastapi import FastAPI, Request, Response
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
-from embedloom.serving.calls import CONTRACT_HEADER, Backend, Calls, EndpointSettings
+from embedloom.serving.calls import CONTRACT_HEADER, TRUNCATED_HEADER, Backend, Calls, EndpointSettings
 from embedloom.serving.front import Front, FrontSettings
 from embedloom.serving.keys import KeyRing
 from embedloom.serving.metrics import EndpointMetrics
 from embedloom.serving.openapi import Route, openapi_document
+from embedloom.serving.paths import TidyPaths, hint
 from embedloom.serving.rank_routes import Corpus, RankRoutes
 from embedloom.serving.refusals import ApiError
 from embedloom.serving.replies import (
@@ -53,9 +54,9 @@ def create_api(
     routes = _routes(Calls(backend, settings, metrics), corpus)
     # FastAPI's own document and pages are off: the pages load scripts from elsewhere, openapi.py says why.
     api = FastAPI(title="embedloom", openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
-    for route in routes:
+    for given, route in [(path, one) for one in routes for path in one.paths]:
         # A served name may hold a slash, as names of Hugging Face do.
-        path = route.path.replace("{name}", "{name:path}")
+        path = given.replace("{name}", "{name:path}")
         # Starlette's route, not FastAPI's: handlers take the request as it is, so there is nothing to inject.
         api.add_route(path, route.handler, methods=[route.method])
     document = openapi_document(routes, settings, keyed=bool(settings.keys))
@@ -65,24 +66,32 @@ def create_api(
 
     api.add_route("/openapi.json", openapi, methods=["GET"])
     api.add_exception_handler(ApiError, _answer_error)
-    api.add_exception_handler(HTTPException, _answer_http_error)
+    known = [path for route in routes for path in route.paths]
+
+    async def answer_http_error(request: Request, error: Exception) -> Response:
+        return _http_error(request, error, known)
+
+    api.add_exception_handler(HTTPException, answer_http_error)
     front = FrontSettings(
-        paths=frozenset({*(route.path for route in routes), "/openapi.json"}),
-        open_paths=frozenset(route.path for route in routes if not route.needs_key),
+        paths=frozenset({*known, "/openapi.json"}),
+        open_paths=frozenset(path for route in routes if not route.needs_key for path in route.paths),
         max_body_bytes=settings.max_body_bytes,
         request_log=settings.request_log,
         hosts=frozenset(name.encode().lower() for name in settings.hosts),
     )
     keys = KeyRing(settings.keys) if settings.keys else None
     api.add_middleware(Front, metrics=metrics, settings=front, keys=keys)
+    api.add_middleware(TidyPaths)
     if settings.allowed_origins:
         # Outside the front: a browser asks for leave (OPTIONS) without the key, and must be able to read refusals.
         api.add_middleware(
             CORSMiddleware,
             allow_origins=settings.allowed_origins,
             allow_methods=["GET", "POST"],
-            allow_headers=["authorization", "content-type", CONTRACT_HEADER],
-            expose_headers=["retry-after", "x-request-id", CONTRACT_HEADER],
+            # Whatever an allowed page asks for: SDKs send headers of their own (x-stainless-os, openai-project, api-key),
+            # other ones with every version, and none of them does anything here that a key would not be asked for.
+            allow_headers=["*"],
+            expose_headers=["retry-after", "x-request-id", CONTRACT_HEADER, TRUNCATED_HEADER],
         )
     return api
 
@@ -91,11 +100,20 @@ def _routes(calls: Calls, corpus: Corpus | None) -> Sequence[Route]:
     plain = Routes(calls, corpus.card if corpus is not None else None)
     rank = RankRoutes(calls, corpus)
     routes = [
-        Route("POST", "/v1/embeddings", plain.embeddings, EmbeddingsResponse, EmbeddingsRequest),
-        Route("POST", "/v1/rerank", rank.rerank, RerankResponse, RerankRequest),
+        Route(
+            "POST",
+            "/v1/embeddings",
+            plain.embeddings,
+            EmbeddingsResponse,
+            EmbeddingsRequest,
+            also=("/embeddings",),
+        ),
+        Route(
+            "POST", "/v1/rerank", rank.rerank, RerankResponse, RerankRequest, also=("/v2/rerank", "/rerank")
+        ),
         Route("POST", "/v1/similarity", rank.similarity, SimilarityResponse, SimilarityRequest),
         Route("POST", "/tokenize", plain.tokenize, TokenizeResponse, TokenizeRequest),
-        Route("GET", "/v1/models", plain.models, ModelList),
+        Route("GET", "/v1/models", plain.models, ModelList, also=("/models",)),
         Route("GET", "/v1/models/{name}", plain.model, ModelCard),
         Route("GET", "/", plain.page, "text/html", needs_key=False),
         Route("GET", "/health", plain.health, Health, needs_key=False),
@@ -113,9 +131,11 @@ async def _answer_error(_: Request, error: Exception) -> Response:
     return json_reply(error.body(), error.status, error.headers)
 
 
-async def _answer_http_error(request: Request, error: Exception) -> Response:
+def _http_error(request: Request, error: Exception, known: Sequence[str]) -> Response:
     if not isinstance(error, HTTPException):
         raise error
-    refusal = ApiError(error.status_code, f"{request.method} {request.url.path:.200}: {error.detail}")
+    path = request.url.path
+    meant = hint(path, known) if error.status_code == 404 else ""
+    refusal = ApiError(error.status_code, f"{request.method} {path:.200}: {error.detail}{meant}")
     headers: dict[str, Any] = dict(error.headers or {})
     return json_reply(refusal.body(), error.status_code, refusal.headers | headers)

@@ -14,6 +14,7 @@ from embedloom.config.serving import ServingConfig
 from embedloom.errors import ConfigError, DataError
 from embedloom.instructions import CONTRACT_FILE, PromptContract
 from embedloom.retrieval.model_id import model_id
+from embedloom.serving.aliases import check_aliases
 from embedloom.serving.calls import EndpointSettings
 from embedloom.serving.corpus_source import CorpusSource
 from embedloom.serving.gateway import Gateway
@@ -53,15 +54,21 @@ def build_application(args: ApplicationArgs, encoders: str | None = None) -> App
             touching them; None binds them into this one.
 
     Raises:
+        ConfigError: another name of the model is its own, or stands for a task that it does not know.
         DataError: the model folder is not one, or has not passed the gate.
     """
     folder = check_model_folder(Path(args.model_folder))
     if args.serving.require_gate:
         check_gated(folder)
+    if args.serving.models:
+        check_aliases(args.serving.models, args.served_name, contract_of(folder))
     scaling = args.scaling
     serving = args.serving.model_copy(update=scaling.limits)
     settings = EndpointSettings(
         served_name=args.served_name,
+        models=serving.models,
+        truncate=serving.truncate,
+        token_ids=serving.token_ids,
         fingerprint=args.fingerprint,
         created=int((folder / "config.json").stat().st_mtime),
         max_items=serving.max_items,

@@ -3,14 +3,16 @@
 import asyncio
 import re
 from collections.abc import Coroutine
-from typing import Any, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
+from pydantic import Field
 from starlette.requests import ClientDisconnect, Request
 
 from embedloom.config.base import FrozenConfig
+from embedloom.config.serving import ModelAlias, Truncate
 from embedloom.serving.fields import HASH_PATTERN
 from embedloom.serving.keys import ApiKey
-from embedloom.serving.messages import EncodeJob, EncodeResult, ModelInfo, Refusal
+from embedloom.serving.messages import EncodeJob, EncodeResult, ModelInfo, Refusal, TokenizeResult
 from embedloom.serving.metrics import EndpointMetrics
 from embedloom.serving.refusals import ApiError, Body, check_content_type, parse
 from embedloom.serving.replies import GateVerdict, Lineage
@@ -18,6 +20,7 @@ from embedloom.serving.request_log import RequestLog, facts_of
 
 Answer = TypeVar("Answer")
 CONTRACT_HEADER = "x-contract-hash"
+TRUNCATED_HEADER = "x-truncated-items"
 # What an encoder may refuse, and the status it is told with.
 _STATUS = {"overloaded": 429, "contract_mismatch": 409, "model_replaced": 503}
 
@@ -26,6 +29,11 @@ class EndpointSettings(FrozenConfig):
     """What the HTTP side needs to know."""
 
     served_name: str
+    models: dict[str, ModelAlias] = Field(
+        default_factory=dict
+    )  # other names of the model, with their defaults
+    truncate: Truncate | None = None  # the operator's default; None: the route's
+    token_ids: Literal["accept", "refuse"] = "accept"  # what cannot be this tokenizer's
     fingerprint: str
     created: int  # Unix seconds, as OpenAI's model list has it
     max_items: int
@@ -52,7 +60,7 @@ class Backend(Protocol):
         """
         ...
 
-    async def tokenize(self, job: EncodeJob) -> list[list[int]] | Refusal:
+    async def tokenize(self, job: EncodeJob) -> TokenizeResult | Refusal:
         """Token ids, or why not."""
         ...
 
@@ -102,7 +110,7 @@ class Calls:
         self.metrics.embedded(result)
         return result
 
-    async def tokenize(self, http: Request, job: EncodeJob) -> list[list[int]]:
+    async def tokenize(self, http: Request, job: EncodeJob) -> TokenizeResult:
         """Token ids, under the same conditions."""
         result = await self._admitted(http, self._backend.tokenize(job))
         if isinstance(result, Refusal):
@@ -118,16 +126,6 @@ class Calls:
     async def ready(self, seconds: float) -> ModelInfo:
         """The loaded model, asked for now."""
         return await asyncio.wait_for(self._backend.describe(), seconds)
-
-    def check_model(self, name: str | None) -> None:
-        """Refuse a model that is not the served one (404)."""
-        if name not in (None, self.settings.served_name):
-            raise ApiError(
-                404,
-                f"model: {name!r:.80} is not served here; allowed: {self.settings.served_name!r}",
-                param="model",
-                code="model_not_found",
-            )
 
     def check_sizes(self, items: list[Any], name: str, is_list: bool = True) -> None:
         """Refuse more items, or longer texts, than the endpoint takes (400)."""
@@ -198,6 +196,14 @@ async def _while_connected(http: Request, work: Coroutine[Any, Any, Answer]) -> 
 async def _departure(http: Request) -> None:
     while (await http.receive())["type"] != "http.disconnect":
         pass
+
+
+def notes_of(result: EncodeResult | TokenizeResult) -> dict[str, str]:
+    """The headers that say what was computed by whom, and how many items were cut, where any was."""
+    notes = {CONTRACT_HEADER: result.contract_hash}
+    if result.truncated:
+        notes[TRUNCATED_HEADER] = str(result.truncated)
+    return notes
 
 
 def pinned(http: Request, field: str | None) -> str | None:

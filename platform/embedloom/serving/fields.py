@@ -13,11 +13,15 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    GetJsonSchemaHandler,
     PlainValidator,
     WithJsonSchema,
+    model_validator,
 )
-from pydantic_core import PydanticCustomError
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema, PydanticCustomError
 
+from embedloom.instructions import Side
 from embedloom.records import TASK_TYPES
 
 # Python's and ECMAScript's ideas of a blank, so that the schema's pattern refuses what the check refuses.
@@ -29,7 +33,8 @@ _ALLOWED_INPUT = (
 )
 _ALLOWED_DOCUMENTS = "a non-empty list of strings or of objects with the key text"
 
-TEXT_SCHEMA: dict[str, Any] = {"type": "string", "minLength": 1, "pattern": NOT_BLANK}
+TEXT_SCHEMA: dict[str, Any] = {"type": "string", "minLength": 1}
+_LINE_SCHEMA: dict[str, Any] = {**TEXT_SCHEMA, "pattern": NOT_BLANK}
 # An instruction is repeated before every item of a request.
 MAX_INSTRUCTION_CHARACTERS = 4096
 _IDS_SCHEMA: dict[str, Any] = {
@@ -43,27 +48,66 @@ INPUT_SCHEMA: dict[str, Any] = {
         {"type": "array", "minItems": 1, "items": _IDS_SCHEMA},
     ]
 }
-DOCUMENTS_SCHEMA: dict[str, Any] = {
-    "type": "array",
-    "minItems": 1,
-    "items": {
-        "oneOf": [
-            TEXT_SCHEMA,
-            {
-                "type": "object",
-                "properties": {"text": TEXT_SCHEMA},
-                "required": ["text"],
-                "additionalProperties": False,
-            },
-        ]
-    },
-}
+TEXTS_SCHEMA: dict[str, Any] = {"type": "array", "minItems": 1, "items": TEXT_SCHEMA}
+
+
+def _documents_schema(text: dict[str, Any]) -> dict[str, Any]:
+    objects = {"type": "object", "properties": {"text": text}, "required": ["text"]}
+    return {"type": "array", "minItems": 1, "items": {"oneOf": [text, objects]}}
+
+
+FOREIGN = "x-of-another-dialect"  # marks fields that no hint should name
 
 
 class ClosedRequest(BaseModel):
-    """A request body. Closed: a misspelt ``input_type`` would otherwise return vectors of the wrong side."""
+    """A request body.
+
+    Closed: a misspelt ``input_type`` would otherwise return vectors of the wrong side. A null in a field that has a
+    default means the default: several SDKs send every field they know.
+    """
 
     model_config = ConfigDict(extra="forbid", strict=True, protected_namespaces=())
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_the_default(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        fields = cls.model_fields
+        return {
+            name: item
+            for name, item in value.items()
+            if item is not None or name not in fields or fields[name].is_required()
+        }
+
+    @classmethod
+    def __get_pydantic_json_schema__(
+        cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> JsonSchemaValue:
+        """The schema, which says the same of nulls."""
+        schema = handler(core_schema)
+        stated = handler.resolve_ref_schema(schema)
+        for name, form in stated.get("properties", {}).items():
+            if name in stated.get("required", ()) or {"type": "null"} in form.get("anyOf", ()):
+                continue
+            about = ("title", "description", "default", FOREIGN)
+            values = {key: form.pop(key) for key in list(form) if key not in about}
+            form["anyOf"] = [values, {"type": "null"}]
+        return schema
+
+    def said(self, name: str) -> Any:
+        """What the request itself says in a field; None where it leaves it to whoever has a default."""
+        return getattr(self, name) if name in self.model_fields_set else None
+
+
+def harmless(dialect: str, **limits: Any) -> Any:
+    """A field that clients of another dialect send and that changes nothing here."""
+    return Field(
+        default=None,
+        description=f"{dialect}: taken, and changes nothing.",
+        json_schema_extra={FOREIGN: True},
+        **limits,
+    )
 
 
 def refuse(message: str, **context: Any) -> PydanticCustomError:
@@ -71,8 +115,10 @@ def refuse(message: str, **context: Any) -> PydanticCustomError:
     return PydanticCustomError("request", "{reason}", {"reason": message, **context})
 
 
-def check_input(value: Any) -> list[str] | list[list[int]]:
+def check_input(value: Any, name: str = "input") -> list[str] | list[list[int]]:
     """Bring all four input forms into one list: texts, or token ids of texts.
+
+    A text of nothing but white space is a text; an empty one is refused, as OpenAI and TEI do.
 
     Raises:
         PydanticCustomError: empty, mixed, or of another type; the message names the item.
@@ -80,43 +126,79 @@ def check_input(value: Any) -> list[str] | list[list[int]]:
     if isinstance(value, str):
         value = [value]
     if not isinstance(value, list):
-        raise refuse(f"input is of type {_json_type(value)}; allowed: {_ALLOWED_INPUT}")
+        raise refuse(f"{name} is of type {_json_type(value)}; allowed: {_ALLOWED_INPUT}")
     if not value:
-        raise refuse(f"input is an empty list; allowed: {_ALLOWED_INPUT}")
+        raise refuse(f"{name} is an empty list; allowed: {_ALLOWED_INPUT}")
     if type(value[0]) in (int, float):
-        return [_token_ids(value, "input")]
+        return [_token_ids(value, name)]
     if isinstance(value[0], list):
-        return [_token_ids(item, f"input[{index}]") for index, item in enumerate(value)]
-    return [_text(item, f"input[{index}]", _ALLOWED_INPUT) for index, item in enumerate(value)]
+        return [_token_ids(item, f"{name}[{index}]") for index, item in enumerate(value)]
+    return check_texts(value, name, _ALLOWED_INPUT)
 
 
-def check_texts(value: Any) -> list[str]:
-    """A non-empty list of texts, strings or Cohere's ``{"text": ...}``, as strings.
+def check_texts(
+    value: Any, name: str, allowed: str = "a non-empty list of strings, none of them empty"
+) -> list[str]:
+    """A non-empty list of texts, none of them empty.
 
     Raises:
-        PydanticCustomError: empty or of another type; the message names the item.
+        PydanticCustomError: anything else; the message names the item.
+    """
+    if not isinstance(value, list) or not value:
+        raise refuse(f"{name} is {_described(value)}; allowed: {allowed}")
+    for index, item in enumerate(value):
+        if not isinstance(item, str) or not item:
+            raise refuse(f"{name}[{index}] is {_described(item)}; allowed: {allowed}")
+    return value
+
+
+def check_documents(value: Any) -> list[str | dict[str, Any]]:
+    """A non-empty list of documents: strings, or Cohere's ``{"text": ...}`` with whatever else it has.
+
+    Raises:
+        PydanticCustomError: empty list, or of another type; the message names the item.
     """
     if not isinstance(value, list) or not value:
         raise refuse(f"documents is {_described(value)}; allowed: {_ALLOWED_DOCUMENTS}")
-    texts = []
     for index, item in enumerate(value):
         where = f"documents[{index}]"
         if isinstance(item, dict):
-            strange = next((key for key in item if key != "text"), None)
-            if strange is not None or "text" not in item:
-                found = f"has the key {strange!r:.80}" if strange is not None else "has no key 'text'"
+            if "text" not in item:
+                found = (
+                    f"has the key {next(iter(item))!r:.80} but no key 'text'" if item else "has no key 'text'"
+                )
                 raise refuse(f"{where} {found}; allowed: {_ALLOWED_DOCUMENTS}")
             item, where = item["text"], f"{where}.text"
-        texts.append(_text(item, where, _ALLOWED_DOCUMENTS))
-    return texts
-
-
-def _text(value: Any, where: str, allowed: str) -> str:
-    if not isinstance(value, str):
-        raise refuse(f"{where} is of type {_json_type(value)}; allowed: {allowed}")
-    if not _NOT_BLANK.search(value):
-        raise refuse(f"{where} is an empty or blank string; allowed: {allowed}")
+        if not isinstance(item, str):
+            raise refuse(f"{where} is of type {_json_type(item)}; allowed: {_ALLOWED_DOCUMENTS}")
     return value
+
+
+def check_full_documents(value: Any) -> list[str | dict[str, Any]]:
+    """The same, none of them empty."""
+    documents = check_documents(value)
+    for index, text in enumerate(document_texts(documents, None)):
+        if not text:
+            raise refuse(
+                f"documents[{index}] is an empty string; allowed: {_ALLOWED_DOCUMENTS}, none of them empty"
+            )
+    return documents
+
+
+def document_texts(documents: list[str | dict[str, Any]], rank_fields: list[str] | None) -> list[str]:
+    """The text of each document: a string, an object's ``text``, or those of its ``rank_fields`` that are strings."""
+    names = rank_fields or ["text"]
+    return [
+        item
+        if isinstance(item, str)
+        else " ".join(value for name in names if isinstance(value := item.get(name), str))
+        for item in documents
+    ]
+
+
+def is_blank(text: str) -> bool:
+    """Whether there is nothing in a text but white space."""
+    return not _NOT_BLANK.search(text)
 
 
 def _token_ids(value: Any, where: str) -> list[int]:
@@ -137,7 +219,9 @@ def whole_number(value: Any) -> Any:
 
 
 def _described(value: Any) -> str:
-    return "an empty list" if isinstance(value, list) else f"of type {_json_type(value)}"
+    if value == []:
+        return "an empty list"
+    return "an empty string" if value == "" else f"of type {_json_type(value)}"
 
 
 def _json_type(value: Any) -> str:
@@ -149,29 +233,63 @@ def _json_type(value: Any) -> str:
 
 def _not_blank(name: str) -> Callable[[str], str]:
     def check(value: str) -> str:
-        return _text(value, name, "a string that is not blank")
+        if is_blank(value):
+            raise refuse(f"{name} is an empty or blank string; allowed: a string that is not blank")
+        return value
 
     return check
 
 
+def _any_spelling(value: Any) -> Any:
+    """Cohere's and NVIDIA's capitals, and Jina's yes or no."""
+    if isinstance(value, bool):
+        return "end" if value else "none"
+    return value.lower() if value in ("NONE", "START", "END") else value
+
+
+# Jina's names of what we call a side and a task type; those that it shares with us are not among them.
+JINA_TASKS: dict[str, tuple[Side | None, str]] = {
+    "retrieval.query": ("query", "retrieval"),
+    "retrieval.passage": ("document", "retrieval"),
+    "text-matching": (None, "sts"),
+    "separation": (None, "clustering"),
+}
+
+
 def _known_task(value: str) -> str:
-    if value not in TASK_TYPES:
-        raise refuse(f"task: {value!r:.80} is unknown; allowed: {', '.join(TASK_TYPES)}")
+    if value not in TASK_TYPES and value not in JINA_TASKS:
+        raise refuse(f"task: {value!r:.80} is unknown; allowed: {', '.join((*TASK_TYPES, *JINA_TASKS))}")
     return value
 
 
 Input = Annotated[list[str] | list[list[int]], PlainValidator(check_input), WithJsonSchema(INPUT_SCHEMA)]
-Documents = Annotated[list[str], PlainValidator(check_texts), WithJsonSchema(DOCUMENTS_SCHEMA)]
-Query = Annotated[str, AfterValidator(_not_blank("query")), WithJsonSchema(TEXT_SCHEMA)]
+Documents = Annotated[
+    list[str | dict[str, Any]],
+    PlainValidator(check_documents),
+    WithJsonSchema(_documents_schema({"type": "string"})),
+]
+FullDocuments = Annotated[
+    list[str | dict[str, Any]],
+    PlainValidator(check_full_documents),
+    WithJsonSchema(_documents_schema(TEXT_SCHEMA)),
+]
+Query = Annotated[str, AfterValidator(_not_blank("query")), WithJsonSchema(_LINE_SCHEMA)]
 Instruction = Annotated[
     str,
     Field(max_length=MAX_INSTRUCTION_CHARACTERS),
     AfterValidator(_not_blank("instruction")),
-    WithJsonSchema({**TEXT_SCHEMA, "maxLength": MAX_INSTRUCTION_CHARACTERS}),
+    WithJsonSchema({**_LINE_SCHEMA, "maxLength": MAX_INSTRUCTION_CHARACTERS}),
 ]
 Task = Annotated[
-    str, AfterValidator(_known_task), WithJsonSchema({"type": "string", "enum": list(TASK_TYPES)})
+    str,
+    AfterValidator(_known_task),
+    WithJsonSchema({"type": "string", "enum": [*TASK_TYPES, *JINA_TASKS]}),
 ]
+Integer = Annotated[int, BeforeValidator(whole_number)]
 Count = Annotated[int, Field(ge=1), BeforeValidator(whole_number)]
 Pin = Annotated[str, Field(pattern=HASH_PATTERN)]
-Truncate = Literal["none", "start", "end"]
+Truncate = Annotated[
+    Literal["none", "start", "end"],
+    BeforeValidator(_any_spelling),
+    WithJsonSchema({"enum": ["none", "start", "end", "NONE", "START", "END", True, False]}),
+]

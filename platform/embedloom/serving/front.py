@@ -11,7 +11,7 @@ from pydantic_core import to_json
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from embedloom.serving.keys import KeyRing
+from embedloom.serving.keys import KeyRing, key_headers
 from embedloom.serving.metrics import EndpointMetrics
 from embedloom.serving.refusals import ApiError
 from embedloom.serving.request_log import Facts, RequestLog, facts_of, write_line
@@ -91,7 +91,7 @@ class Front:
                 code="unknown_host",
             )
         if self._keys is not None and self._path(scope) not in self._settings.open_paths:
-            facts.client = self._keys.identify(headers.get(b"authorization"))
+            facts.client = self._keys.identify(*key_headers(headers))
             facts.client.begin()
         declared = headers.get(b"content-length", b"0")
         # Python refuses to read a number of thousands of digits; one of twenty is too large already.

@@ -9,7 +9,7 @@ from ray.exceptions import RayActorError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
-from embedloom.serving.messages import EncodeJob, EncodeResult, ModelInfo, Refusal
+from embedloom.serving.messages import EncodeJob, EncodeResult, ModelInfo, Refusal, TokenizeResult
 from embedloom.serving.refusals import ApiError
 from embedloom.serving.scheduling import LANES
 
@@ -36,13 +36,13 @@ class HandleBackend:
             self._queues[result.replica] = time.monotonic(), result.queued
         return result
 
-    async def tokenize(self, job: EncodeJob) -> list[list[int]] | Refusal:
+    async def tokenize(self, job: EncodeJob) -> TokenizeResult | Refusal:
         """Token ids, or why not.
 
         Raises:
             ApiError: as ``encode``.
         """
-        result: list[list[int]] | Refusal = await self._call("tokenize", job)
+        result: TokenizeResult | Refusal = await self._call("tokenize", job)
         return result
 
     async def describe(self) -> ModelInfo:

@@ -11,7 +11,7 @@ import hmac
 import os
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import yaml
@@ -23,7 +23,8 @@ from embedloom.errors import ConfigError
 from embedloom.serving.refusals import ApiError
 
 _HASH = re.compile(r"[0-9a-f]{64}")
-_BEARER = re.compile(rb"[Bb]earer +(\S+) *")
+_BEARER = re.compile(rb"(?i:bearer)[ \t]+(\S+)[ \t]*")
+_ALLOWED = "Authorization: Bearer KEY, or api-key: KEY"
 
 
 class ApiKey(FrozenConfig):
@@ -140,28 +141,30 @@ class KeyRing:
     def __init__(self, keys: Sequence[ApiKey], clock: Callable[[], float] = time.monotonic) -> None:
         self._clients = [Client(key, clock) for key in keys]
 
-    def identify(self, authorization: bytes | None) -> Client:
-        """The client whose key stands in an Authorization header.
+    def identify(self, authorization: bytes | None, api_key: bytes | None = None) -> Client:
+        """The client whose key stands in an Authorization header, or in Azure's.
 
-        Every hash is compared, each in constant time, so that how long it takes tells nothing.
+        Every hash is compared, each in constant time, so that how long it takes tells nothing. Where both headers are
+        there, either may hold the key: gateways put credentials of their own into Authorization.
 
         Raises:
             ApiError: 401, no key or an unknown one.
         """
-        if authorization is None:
-            raise ApiError(
-                401, "no API key; send the header Authorization: Bearer KEY", code="missing_api_key"
-            )
-        given = _BEARER.fullmatch(authorization)
-        digest = hashlib.sha256(given.group(1) if given else b"").hexdigest()
+        if authorization is None and api_key is None:
+            raise ApiError(401, f"no API key; send the header {_ALLOWED}", code="missing_api_key")
+        given = _BEARER.fullmatch(authorization or b"")
+        secrets = [given.group(1) if given else b""] + ([api_key.strip()] if api_key is not None else [])
         found: Client | None = None
-        for client in self._clients:
-            if hmac.compare_digest(client.digest, digest):
-                found = client
-        if found is None or given is None:
-            raise ApiError(
-                401,
-                "the API key is not known here; allowed: Authorization: Bearer KEY",
-                code="invalid_api_key",
-            )
+        for secret in secrets:
+            digest = hashlib.sha256(secret).hexdigest()
+            for client in self._clients:
+                if hmac.compare_digest(client.digest, digest) and secret:
+                    found = client
+        if found is None:
+            raise ApiError(401, f"the API key is not known here; allowed: {_ALLOWED}", code="invalid_api_key")
         return found
+
+
+def key_headers(headers: Mapping[bytes, bytes]) -> tuple[bytes | None, bytes | None]:
+    """The headers that may hold a key: Authorization, and Azure's ``api-key`` or its other spelling."""
+    return headers.get(b"authorization"), headers.get(b"api-key") or headers.get(b"x-api-key")

@@ -22,6 +22,7 @@ class Part:
     instruction: str | None = None
     name: str = "input"  # the request's field they came in, for refusals
     is_list: bool = True  # whether a refusal says which item
+    places: list[int] | None = None  # where in the request's field each input stood; None: in this order
 
     def __len__(self) -> int:
         """Number of inputs."""
@@ -29,7 +30,7 @@ class Part:
 
     def where(self, index: int) -> str:
         """The field and, in a list, the item."""
-        return f"{self.name}[{index}]" if self.is_list else self.name
+        return f"{self.name}[{self.places[index] if self.places else index}]" if self.is_list else self.name
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +41,8 @@ class EncodeJob:
     truncate: Literal["none", "start", "end"] = "none"
     contract_hash: str | None = None  # refuse under another contract
     fingerprint: str | None = None  # refuse with other weights
+    own_ids_only: bool = False  # refuse token ids that this model's tokenizer cannot have made
+    pieces: bool = False  # to tokenize: the text of each token, too
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,11 +67,33 @@ class EncodeResult:
     batches: list[BatchRecord] = field(default_factory=list)  # each batch is reported by one of its requests
     replica: str = ""  # who computed it
     queued: dict[str, int] = field(default_factory=dict)  # tokens that waited there afterwards, by lane
+    truncated: int = 0  # inputs that were cut to the limit
 
     @property
     def tokens(self) -> int:
         """Real tokens, template and special tokens included."""
         return sum(self.side_tokens.values())
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """One token: its id, its text, and the characters of the prompted text that it stands for."""
+
+    id: int
+    text: str
+    special: bool
+    start: int | None = None  # None: of no character, as special tokens are
+    stop: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizeResult:
+    """Token ids of one request in input order, and how many inputs were cut."""
+
+    ids: list[list[int]]
+    contract_hash: str
+    truncated: int = 0
+    pieces: list[list[Piece]] | None = None  # where the job asks for them
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,8 +12,8 @@ from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
 from embedloom import __version__
-from embedloom.serving.calls import CONTRACT_HEADER, EndpointSettings
-from embedloom.serving.fields import HASH_PATTERN, NOT_BLANK
+from embedloom.serving.calls import CONTRACT_HEADER, TRUNCATED_HEADER, EndpointSettings
+from embedloom.serving.fields import HASH_PATTERN
 from embedloom.serving.replies import ErrorResponse
 
 _REASONS = {
@@ -30,9 +30,14 @@ _REASONS = {
     503: "No encoder answers yet.",
     504: "No answer in time.",
 }
+_LISTS = ("input", "documents", "inputs", "texts", "sentences")  # fields with items of a request
+_CUT = "How many items were cut to the model's limit; absent where none was."
 _WITH_BODY = (400, 404, 408, 409, 413, 415, 429, 500, 503, 504)
 _WITHOUT_BODY = (500, 503, 504)
 _BY_NAME = (404, 500, 503, 504)
+
+
+Types = type[BaseModel] | tuple[type[BaseModel], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,9 +47,15 @@ class Route:
     method: str
     path: str
     handler: Callable[..., Any]
-    reply: type[BaseModel] | str  # a JSON type, or the media type of anything else
-    body: type[BaseModel] | None = None
+    reply: Types | str  # one JSON type, or several of different dialects; or the media type of anything else
+    body: Types | None = None
     needs_key: bool = True
+    also: tuple[str, ...] = ()  # other paths, of clients that leave /v1 out
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """All its paths."""
+        return self.path, *self.also
 
 
 def openapi_document(routes: Sequence[Route], settings: EndpointSettings, keyed: bool) -> dict[str, Any]:
@@ -55,20 +66,24 @@ def openapi_document(routes: Sequence[Route], settings: EndpointSettings, keyed:
         settings: its limits, which become ``maxItems`` and the like.
         keyed: whether it wants API keys.
     """
-    bodies = [route.body for route in routes if route.body is not None]
-    replies = [route.reply for route in routes if not isinstance(route.reply, str)]
+    bodies = [body for route in routes for body in types_of(route.body)]
+    replies = [reply for route in routes for reply in types_of(route.reply)]
     types: dict[type[BaseModel], None] = dict.fromkeys([*bodies, *replies, ErrorResponse])
     _, schemas = models_json_schema(
         [(model, "validation") for model in types], ref_template="#/components/schemas/{model}"
     )
     components: dict[str, Any] = {"schemas": schemas["$defs"]}
-    for model in bodies:
+    for model in dict.fromkeys(bodies):
         _state_limits(components["schemas"][model.__name__], settings)
     paths: dict[str, Any] = {}
     for route in routes:
-        paths.setdefault(route.path, {})[route.method.lower()] = _operation(route, settings, keyed)
+        for path in route.paths:
+            operation = _operation(route, settings, keyed) | {"operationId": _identifier(route, path)}
+            paths.setdefault(path, {})[route.method.lower()] = operation
     if keyed:
-        components["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+        components["securitySchemes"] = {
+            "key": {"type": "http", "scheme": "bearer", "description": "Or Azure's header: api-key: KEY."}
+        }
     return {
         "openapi": "3.1.0",
         "info": {"title": "embedloom", "version": __version__},
@@ -82,7 +97,6 @@ def _operation(route: Route, settings: EndpointSettings, keyed: bool) -> dict[st
     if settings.hosts:
         statuses.append(403)
     operation: dict[str, Any] = {
-        "operationId": route.handler.__name__,
         "summary": (route.handler.__doc__ or "").strip().splitlines()[0],
     }
     if keyed and route.needs_key:
@@ -95,8 +109,8 @@ def _operation(route: Route, settings: EndpointSettings, keyed: bool) -> dict[st
         parameters.append(
             {"name": CONTRACT_HEADER, "in": "header", "schema": {"type": "string", "pattern": HASH_PATTERN}}
         )
-        reference = {"$ref": f"#/components/schemas/{route.body.__name__}"}
-        operation["requestBody"] = {"required": True, "content": {"application/json": {"schema": reference}}}
+        content = {"application/json": {"schema": _reference(route.body)}}
+        operation["requestBody"] = {"required": True, "content": content}
     if parameters:
         operation["parameters"] = parameters
     operation["responses"] = {"200": _success(route)} | {
@@ -108,8 +122,27 @@ def _operation(route: Route, settings: EndpointSettings, keyed: bool) -> dict[st
 def _success(route: Route) -> dict[str, Any]:
     if isinstance(route.reply, str):
         return {"description": "OK", "content": {route.reply: {"schema": {"type": "string"}}}}
-    schema = {"$ref": f"#/components/schemas/{route.reply.__name__}"}
-    return {"description": "OK", "content": {"application/json": {"schema": schema}}}
+    answer = {"description": "OK", "content": {"application/json": {"schema": _reference(route.reply)}}}
+    if route.body is not None:
+        answer["headers"] = {
+            TRUNCATED_HEADER: {"schema": {"type": "integer", "minimum": 1}, "description": _CUT}
+        }
+    return answer
+
+
+def types_of(types: Types | str | None) -> tuple[type[BaseModel], ...]:
+    """The JSON types among what a route takes or answers."""
+    return () if types is None or isinstance(types, str) else types if isinstance(types, tuple) else (types,)
+
+
+def _reference(types: Types) -> dict[str, Any]:
+    references = [{"$ref": f"#/components/schemas/{one.__name__}"} for one in types_of(types)]
+    return references[0] if len(references) == 1 else {"anyOf": references}
+
+
+def _identifier(route: Route, path: str) -> str:
+    name = route.handler.__name__
+    return name if path == route.path else f"{name}_at_{path.strip('/').replace('/', '_') or 'root'}"
 
 
 def _error(status: int) -> dict[str, Any]:
@@ -126,23 +159,23 @@ def _error(status: int) -> dict[str, Any]:
 def _state_limits(schema: dict[str, Any], settings: EndpointSettings) -> None:
     """Write the endpoint's limits and the served name into a request's schema."""
     properties = schema["properties"]
-    for name in ("input", "documents"):
+    for name in _LISTS:
         for form in (properties.get(name, {}), *properties.get(name, {}).get("oneOf", ())):
             # A flat list of token ids is one item.
             if form.get("type") == "array" and form["items"].get("type") != "integer":
                 form["maxItems"] = settings.max_items
-    for name in ("input", "documents", "query"):
+    for name in (*_LISTS, "query"):
         if name in properties:
             _limit_texts(properties[name], settings.max_item_characters)
-    model = properties["model"]
+    model = properties.get("model", {})
     for form in (model, *model.get("anyOf", ())):
         if form.get("type") == "string":
-            form["enum"] = [settings.served_name]
+            form["enum"] = [settings.served_name, *settings.models]
 
 
 def _limit_texts(node: Any, characters: int) -> None:
     if isinstance(node, dict):
-        if node.get("pattern") == NOT_BLANK:
+        if node.get("type") == "string":
             node["maxLength"] = characters
         for value in node.values():
             _limit_texts(value, characters)

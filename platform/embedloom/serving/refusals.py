@@ -1,16 +1,21 @@
 """How a request is refused: OpenAI's error shape, and JSON bodies read into closed types."""
 
 import difflib
+import json
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
-from pydantic_core import ErrorDetails
+from pydantic_core import ErrorDetails, from_json
 
 from embedloom.errors import ServeError
+from embedloom.serving.fields import FOREIGN
 
 Body = TypeVar("Body", bound=BaseModel)
+_NEAR = 0.7  # of difflib: "input_typ" and "querry" are near, "normalize" and "timeout" are near nothing
+_SURROGATE = re.compile("[\ud800-\udfff]")
 _RETRY_AFTER_SECONDS = 1
 _SHOWN = 80  # characters of a client's own value that come back to it
 
@@ -82,8 +87,82 @@ def parse(model: type[Body], body: bytes) -> Body:
     Raises:
         ApiError: 400; the message names the field, what was seen and what is allowed.
     """
+    return read_into(model, read_json(body))
+
+
+def read_json(body: bytes) -> Any:
+    """The value of a JSON body; half a surrogate pair, which JavaScript writes where a text was cut, becomes U+FFFD.
+
+    Raises:
+        ApiError: 400, not JSON, or an item that is not UTF-8, by name.
+    """
     try:
-        return model.model_validate_json(body)
+        return from_json(body)
+    except ValueError as error:
+        reason = str(error)
+    # Python's parser takes half pairs; it is asked only here, as it is the slower one.
+    try:
+        return _mended(json.loads(body.decode("utf-8", "surrogateescape")), _is_utf8(body))
+    except _NotText as item:
+        where = item.place.removeprefix(".") or "its text"
+        raise ApiError(
+            400,
+            f"the body is not UTF-8: {where:.200} holds bytes that are none; allowed: JSON in UTF-8",
+            code="invalid_json",
+        ) from None
+    except (ValueError, RecursionError):
+        raise ApiError(400, f"the body is not valid JSON: {reason}", code="invalid_json") from None
+
+
+class _NotText(Exception):
+    """Bytes that are no text; ``place`` grows on the way out, so that good items cost nothing."""
+
+    place = ""
+
+
+def _is_utf8(body: bytes) -> bool:
+    try:
+        body.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def _mended(value: Any, is_utf8: bool) -> Any:
+    """The value with U+FFFD for every half pair.
+
+    Raises:
+        _NotText: the first text with bytes that are not UTF-8, where the body has such.
+    """
+    if isinstance(value, str):
+        if value.isascii():
+            return value
+        if not is_utf8 and re.search("[\udc80-\udcff]", value):
+            raise _NotText
+        return _SURROGATE.sub("\N{REPLACEMENT CHARACTER}", value)
+    if not isinstance(value, (list, dict)):
+        return value
+    entries: Iterable[tuple[Any, Any]] = enumerate(value) if isinstance(value, list) else value.items()
+    mended = []
+    for place, item in entries:
+        try:
+            mended.append(_mended(item, is_utf8))
+        except _NotText as found:
+            found.place = (f"[{place}]" if isinstance(value, list) else f".{place:.{_SHOWN}}") + found.place
+            raise
+    if isinstance(value, list):
+        return mended
+    return {_mended(key, is_utf8): item for key, item in zip(value, mended, strict=True)}
+
+
+def read_into(model: type[Body], value: Any) -> Body:
+    """A JSON value as its closed type.
+
+    Raises:
+        ApiError: see ``parse``.
+    """
+    try:
+        return model.model_validate(value)
     except ValidationError as error:
         problems = error.errors(include_url=False)
         # A misspelt required key is both unknown and missing; naming the misspelling is what helps.
@@ -92,21 +171,29 @@ def parse(model: type[Body], body: bytes) -> Body:
 
 
 def _refusal(problem: ErrorDetails, model: type[BaseModel]) -> ApiError:
-    if problem["type"] == "json_invalid":
-        return ApiError(400, f"the body is not valid JSON: {problem['ctx']['error']}", code="invalid_json")
     if not problem["loc"]:
         message = problem["msg"] if problem["type"] == "request" else "the body must be a JSON object"
         context = problem.get("ctx", {})
         return ApiError(400, message, param=context.get("param"), code=context.get("code"))
     field = str(problem["loc"][0])[:_SHOWN]
     if problem["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(field, model.model_fields, n=1, cutoff=0.0)[0]
-        return ApiError(400, f"{field}: unknown parameter; the nearest valid one is {near!r}", param=field)
+        return ApiError(400, f"{field}: unknown parameter; {_near(field, model)}", param=field)
     if problem["type"] == "request":
         return ApiError(400, problem["msg"], param=field)
     if problem["type"] == "missing":
         return ApiError(400, f"{field}: required, but missing", param=field)
     return ApiError(400, f"{field}: {problem['msg']} (seen: {_shown(problem['input'])})", param=field)
+
+
+def _near(field: str, model: type[BaseModel]) -> str:
+    """The parameter that was perhaps meant, else all there are; not those that change nothing."""
+    names = [
+        name
+        for name, known in model.model_fields.items()
+        if not (isinstance(known.json_schema_extra, dict) and FOREIGN in known.json_schema_extra)
+    ]
+    near = difflib.get_close_matches(field, names, n=1, cutoff=_NEAR)
+    return f"the nearest valid one is {near[0]!r}" if near else f"allowed: {', '.join(names)}"
 
 
 def _shown(value: Any) -> str:

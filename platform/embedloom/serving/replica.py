@@ -14,7 +14,7 @@ from embedloom.serving.calls import EndpointSettings
 from embedloom.serving.corpus_source import CorpusSource
 from embedloom.serving.ingress import Ingress
 from embedloom.serving.loading import ModelSpec, load_service
-from embedloom.serving.messages import EncodeJob, EncodeResult, ModelInfo, Refusal
+from embedloom.serving.messages import EncodeJob, EncodeResult, ModelInfo, Refusal, TokenizeResult
 from embedloom.serving.metrics import EndpointMetrics
 from embedloom.serving.request_log import log_to_stderr
 from embedloom.serving.service import BatchSettings
@@ -38,7 +38,7 @@ class EncoderReplica:
             result.replica = self._tag
         return result
 
-    async def tokenize(self, job: EncodeJob) -> list[list[int]] | Refusal:
+    async def tokenize(self, job: EncodeJob) -> TokenizeResult | Refusal:
         """See ``EncoderService.tokenize``."""
         return await self._service.tokenize(job)
 

@@ -5,6 +5,9 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from embedloom.config.serving import Truncate
+from embedloom.instructions import Side
+
 
 class Reply(BaseModel):
     """Closed, so that the OpenAPI document says all there is."""
@@ -25,6 +28,7 @@ class Usage(Reply):
 
     prompt_tokens: int
     total_tokens: int
+    truncated_items: int | None = Field(default=None, description="Inputs that were cut; only where any was.")
 
 
 class EmbeddingsResponse(Reply):
@@ -36,10 +40,26 @@ class EmbeddingsResponse(Reply):
     usage: Usage
 
 
-class RerankDocument(Reply):
-    """A document's text, where ``return_documents`` asks for it."""
+class RerankDocument(BaseModel):
+    """A document as the request has it, where ``return_documents`` asks for it; a string is its ``text``."""
+
+    model_config = ConfigDict(extra="allow")
 
     text: str
+
+
+class CohereVersion(Reply):
+    """Cohere's: which of its interfaces this is."""
+
+    version: str
+
+
+class CohereMeta(Reply):
+    """Cohere's: what it would bill, and warnings."""
+
+    api_version: CohereVersion
+    billed_units: dict[str, int]
+    warnings: list[str] | None = Field(default=None, description="Only where something was cut.")
 
 
 class RerankResult(Reply):
@@ -58,6 +78,10 @@ class RerankResponse(Reply):
     model: str
     scored_by: Literal["embedding_similarity"] = "embedding_similarity"
     results: list[RerankResult]
+    data: list[RerankResult] | None = Field(
+        default=None, description="The results under Voyage's name, where top_k or truncation is given."
+    )
+    meta: CohereMeta
     usage: Usage
 
 
@@ -161,6 +185,15 @@ class CorpusCard(Reply):
     texts: bool
 
 
+class ModelDefaults(Reply):
+    """What holds for requests to this name that do not say otherwise; null: as without the name."""
+
+    input_type: Side | None
+    task: str | None
+    instruction: str | None
+    truncate: Truncate | None
+
+
 class ModelCard(Reply):
     """One served model: what its vectors are, and what they may be compared with."""
 
@@ -178,6 +211,10 @@ class ModelCard(Reply):
     lineage: Lineage | None
     gate: GateVerdict | None
     corpus: CorpusCard | None
+    alias_of: str | None = Field(
+        default=None, description="The served name, where this is another name of it."
+    )
+    defaults: ModelDefaults | None = Field(default=None, description="Of such a name.")
 
 
 class ModelList(Reply):
@@ -201,12 +238,15 @@ class Readiness(Reply):
     contract_hash: str
 
 
-def usage(tokens: int) -> dict[str, int]:
+def usage(tokens: int, truncated: int = 0) -> dict[str, int]:
     """A ``Usage`` as plain values."""
-    return {"prompt_tokens": tokens, "total_tokens": tokens}
+    counts = {"prompt_tokens": tokens, "total_tokens": tokens}
+    return counts | {"truncated_items": truncated} if truncated else counts
 
 
-def reply_body(encoded: Sequence[list[float] | str], model: str, tokens: int) -> dict[str, Any]:
+def reply_body(
+    encoded: Sequence[list[float] | str], model: str, tokens: int, truncated: int = 0
+) -> dict[str, Any]:
     """An ``EmbeddingsResponse`` as plain values: validating megabytes of our own floats only costs time."""
     return {
         "object": "list",
@@ -214,5 +254,5 @@ def reply_body(encoded: Sequence[list[float] | str], model: str, tokens: int) ->
             {"object": "embedding", "index": index, "embedding": value} for index, value in enumerate(encoded)
         ],
         "model": model,
-        "usage": usage(tokens),
+        "usage": usage(tokens, truncated),
     }

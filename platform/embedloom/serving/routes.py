@@ -5,14 +5,15 @@ from typing import Any
 from fastapi import Request, Response
 from pydantic_core import to_json
 
-from embedloom.serving.calls import CONTRACT_HEADER, Calls, pinned
-from embedloom.serving.messages import EncodeJob, ModelInfo, Part
+from embedloom.serving.aliases import Terms, alias_of, terms_of
+from embedloom.serving.calls import Calls, notes_of, pinned
+from embedloom.serving.messages import ModelInfo, Part
 from embedloom.serving.metrics import CONTENT_TYPE
 from embedloom.serving.page import page_reply
 from embedloom.serving.refusals import ApiError
-from embedloom.serving.replies import CorpusCard, ModelCard, reply_body
+from embedloom.serving.replies import CorpusCard, ModelCard, ModelDefaults, reply_body
 from embedloom.serving.schemas import EmbeddingsRequest, TokenizeRequest
-from embedloom.serving.values import encode_vectors, shorten
+from embedloom.serving.values import encode_vectors, finished
 
 READY_TIMEOUT_SECONDS = 5.0
 
@@ -29,47 +30,49 @@ class Routes:
         """Embed texts or token ids (OpenAI-compatible, plus input_type, task, instruction and truncate)."""
         calls = self._calls
         request = await calls.read(http, EmbeddingsRequest)
-        calls.check_model(request.model)
+        terms = terms_of(request, calls.settings)
         calls.check_sizes(request.input, "input")
         info = await calls.info()
-        _check_dimensions(request, info)
-        job = EncodeJob((_part(request),), request.truncate, pinned(http, request.contract_hash))
+        dimensions = request.dimensions or request.output_dimension
+        check_dimensions(dimensions, info, "dimensions")
+        job = terms.job(_part(request, terms), contract_hash=pinned(http, request.contract_hash))
         result = await calls.encode(http, job)
-        vectors = result.vectors
-        if request.dimensions is not None:
-            vectors = shorten(vectors, request.dimensions, info.normalize)
-        body = reply_body(
-            encode_vectors(vectors, request.encoding_format), calls.settings.served_name, result.tokens
-        )
-        return json_reply(body, headers={CONTRACT_HEADER: result.contract_hash})
+        vectors = finished(result.vectors, dimensions, request.normalized, info.normalize)
+        encoded = encode_vectors(vectors, request.encoding_format)
+        body = reply_body(encoded, terms.model, result.tokens, result.truncated)
+        return json_reply(body, headers=notes_of(result))
 
     async def tokenize(self, http: Request) -> Response:
         """The token ids a text becomes, prompted as ``/v1/embeddings`` would, and the model's limit."""
         calls = self._calls
         request = await calls.read(http, TokenizeRequest)
-        calls.check_model(request.model)
+        terms = terms_of(request, calls.settings)
         calls.check_sizes(request.input, "input")
         info = await calls.info()
-        limit = info.max_query_tokens if request.input_type == "query" else info.max_document_tokens
-        job = EncodeJob((_part(request),), request.truncate, pinned(http, request.contract_hash))
-        ids = await calls.tokenize(http, job)
+        limit = info.max_query_tokens if terms.side == "query" else info.max_document_tokens
+        job = terms.job(_part(request, terms), contract_hash=pinned(http, request.contract_hash))
+        result = await calls.tokenize(http, job)
         data = [
             {"index": index, "token_ids": item, "count": len(item), "limit": limit}
-            for index, item in enumerate(ids)
+            for index, item in enumerate(result.ids)
         ]
-        total = sum(map(len, ids))
-        return json_reply(
-            {"object": "list", "data": data, "model": calls.settings.served_name, "total_tokens": total}
-        )
+        body = {
+            "object": "list",
+            "data": data,
+            "model": terms.model,
+            "total_tokens": sum(map(len, result.ids)),
+        }
+        return json_reply(body, headers=notes_of(result))
 
     async def models(self, _: Request) -> Response:
-        """The served model: contract hash, fingerprint, lineage, the gate's verdict."""
-        return json_reply({"object": "list", "data": [(await self._card()).model_dump()]})
+        """The served model and its other names: contract hash, fingerprint, lineage, the gate's verdict."""
+        settings = self._calls.settings
+        cards = [await self._card(name) for name in (settings.served_name, *settings.models)]
+        return json_reply({"object": "list", "data": [card.model_dump() for card in cards]})
 
     async def model(self, http: Request) -> Response:
         """One model by name."""
-        self._calls.check_model(http.path_params["name"])
-        return json_reply((await self._card()).model_dump())
+        return json_reply((await self._card(http.path_params["name"])).model_dump())
 
     async def page(self, _: Request) -> Response:
         """The search page."""
@@ -92,10 +95,17 @@ class Routes:
         """Prometheus text."""
         return Response(self._calls.metrics.render(), headers={"content-type": CONTENT_TYPE})
 
-    async def _card(self) -> ModelCard:
-        info, settings = await self._calls.info(), self._calls.settings
+    async def _card(self, name: str) -> ModelCard:
+        settings = self._calls.settings
+        alias = alias_of(name, settings)
+        info, is_alias = await self._calls.info(), name != settings.served_name
+        defaults = ModelDefaults(
+            input_type=alias.side, task=alias.task, instruction=alias.instruction, truncate=alias.truncate
+        )
         return ModelCard(
-            id=settings.served_name,
+            id=name,
+            alias_of=settings.served_name if is_alias else None,
+            defaults=defaults if is_alias else None,
             created=settings.created,
             fingerprint=settings.fingerprint,
             contract_hash=info.contract_hash,
@@ -110,25 +120,28 @@ class Routes:
         )
 
 
-def json_reply(content: dict[str, Any], status: int = 200, headers: dict[str, str] | None = None) -> Response:
+def json_reply(content: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
     """A JSON reply by pydantic's own writer: several times faster on long lists of numbers than json's."""
     return Response(to_json(content), status, headers, media_type="application/json")
 
 
-def _part(request: EmbeddingsRequest | TokenizeRequest) -> Part:
-    texts: Any = None if request.is_token_ids else request.input
-    ids: Any = request.input if request.is_token_ids else None
-    return Part(request.input_type, texts, ids, request.task or "retrieval", request.instruction)
+def _part(request: EmbeddingsRequest | TokenizeRequest, terms: Terms) -> Part:
+    items: Any = request.input
+    return terms.ids(items, "input") if request.is_token_ids else terms.texts(items, terms.side, "input")
 
 
-def _check_dimensions(request: EmbeddingsRequest, info: ModelInfo) -> None:
+def check_dimensions(dimensions: int | None, info: ModelInfo, field: str) -> None:
+    """Refuse a length of vectors that the model was not trained for.
+
+    Raises:
+        ApiError: 400, naming the field and the lengths there are.
+    """
     allowed = sorted({*info.matryoshka_dimensions, info.dimension})
-    if request.dimensions is not None and request.dimensions not in allowed:
+    if dimensions is not None and dimensions not in allowed:
         trained = "" if info.matryoshka_dimensions else " (the model was not trained for shorter ones)"
         raise ApiError(
             400,
-            f"dimensions: {request.dimensions!s:.40} is not available; "
-            f"allowed: {', '.join(map(str, allowed))}{trained}",
-            param="dimensions",
+            f"{field}: {dimensions!s:.40} is not available; allowed: {', '.join(map(str, allowed))}{trained}",
+            param=field,
             code="dimensions_not_available",
         )

@@ -3,27 +3,36 @@
 Kept apart from routes and Ray, so every rule can be tested as a function.
 """
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from embedloom.serving.fields import (
+    FOREIGN,
     ClosedRequest,
     Count,
     Documents,
+    FullDocuments,
     Input,
     Instruction,
+    Integer,
     Pin,
     Query,
     Task,
     Truncate,
+    document_texts,
+    harmless,
     refuse,
 )
 
-_TASK = "Task type; decides the default instruction."
+_TASK = "Task type; decides the default instruction. Jina's names of tasks say the side, too."
 _INSTRUCTION = "Replaces the task type's instruction."
 _PIN = "Hash of the prompt contract the vectors must be of; another model answers 409."
-_TRUNCATE = "Too long a text: none refuses it, start cuts its beginning, end cuts its end."
+_TRUNCATE = (
+    "Too long a text: none refuses it, start cuts its beginning, end (or true) cuts its end. What is cut is told in the "
+    "header X-Truncated-Items and in the usage. Not given: the default of the model name, else the operator's, else this."
+)
+_TRUNCATION = "Voyage's name of truncate, which holds where both are given."
 _USER = "Taken and not used: who asks is no business of the endpoint."
 MAX_TOP_K = 1000
 
@@ -31,9 +40,19 @@ MAX_TOP_K = 1000
 class TextOptions(ClosedRequest):
     """What every request may say of how its texts become model text."""
 
+    usual_truncation: ClassVar[Literal["none", "start", "end"]] = "none"  # of the route
+
     task: Task | None = Field(default=None, description=_TASK)
     instruction: Instruction | None = Field(default=None, description=_INSTRUCTION)
     contract_hash: Pin | None = Field(default=None, description=_PIN)
+
+    @property
+    def truncation_said(self) -> Literal["none", "start", "end"] | None:
+        """What the request itself says of too long texts; None: nothing."""
+        said: Literal["none", "start", "end"] | None = self.said("truncate")
+        if said is None and (other := getattr(self, "truncation", None)) is not None:
+            return "end" if other else "none"
+        return said
 
 
 class _Input(TextOptions):
@@ -65,20 +84,67 @@ class EmbeddingsRequest(_Input):
     model: str = Field(min_length=1)
     encoding_format: Literal["float", "base64"] = "float"
     dimensions: Count | None = Field(default=None, description="Only for models trained for it (Matryoshka).")
+    output_dimension: Count | None = Field(
+        default=None, description="Voyage's name of dimensions, which holds where both are given."
+    )
     user: str | None = Field(default=None, description=_USER)
     truncate: Truncate = Field(default="none", description=_TRUNCATE)
+    truncation: bool | None = Field(default=None, description=_TRUNCATION)
+    normalized: Literal[True] | None = Field(
+        default=None,
+        description="Jina's: unit length, also of a model whose vectors have not.",
+        json_schema_extra={FOREIGN: True},
+    )
+    # Jina's, Voyage's, Infinity's and vLLM's, where they ask for what there is.
+    late_chunking: Literal[False] | None = harmless("Jina")
+    return_multivector: Literal[False] | None = harmless("Jina")
+    embedding_type: Literal["float"] | None = harmless("Jina")
+    output_dtype: Literal["float"] | None = harmless("Voyage, Mistral")
+    modality: Literal["text"] | None = harmless("Infinity")
+    add_special_tokens: Literal[True] | None = harmless("vLLM")
+    priority: Integer | None = harmless("vLLM")
 
 
 class RerankRequest(TextOptions):
-    """``POST /v1/rerank``, as Cohere has it; scored by the embedding model's similarity, no cross-encoder."""
+    """``POST /v1/rerank``, as Cohere, Jina and Voyage have it; scored by the embedding model's similarity.
+
+    A document of nothing but white space ranks last, with the score -1, or the lowest of the others where that is lower.
+    """
+
+    usual_truncation: ClassVar[Literal["none", "start", "end"]] = "end"  # as Cohere's
 
     model: str = Field(min_length=1)
     query: Query
     documents: Documents
     top_n: Count | None = Field(default=None, description="How many of the best come back; null: all.")
+    top_k: Count | None = Field(
+        default=None,
+        description="Voyage's name of top_n, which holds where both are given.",
+    )
+    rank_fields: list[str] | None = Field(
+        default=None,
+        min_length=1,
+        description="Which strings of a document that is an object are ranked, joined by a blank; null: its text.",
+    )
     return_documents: bool = False
     truncate: Truncate = Field(default="end", description=f"{_TRUNCATE} Cohere's default cuts the end.")
+    truncation: bool | None = Field(default=None, description=_TRUNCATION)
     user: str | None = Field(default=None, description=_USER)
+    max_tokens_per_doc: Count | None = harmless("Cohere; the model's own limit cuts")
+    max_chunks_per_doc: Count | None = harmless("Cohere")
+    overlap_tokens: Integer | None = harmless("SiliconFlow")
+    raw_scores: bool | None = harmless("Infinity, TEI; scores are similarities")
+    priority: Integer | None = harmless("Cohere, vLLM")
+
+    @property
+    def texts(self) -> list[str]:
+        """What is ranked of each document."""
+        return document_texts(self.documents, self.rank_fields)
+
+    @property
+    def is_voyages(self) -> bool:
+        """Whether only Voyage's client asks like this."""
+        return self.top_k is not None or self.truncation is not None
 
 
 class SimilarityRequest(TextOptions):
@@ -86,9 +152,14 @@ class SimilarityRequest(TextOptions):
 
     model: str = Field(min_length=1)
     query: Query
-    documents: Documents
+    documents: FullDocuments
     truncate: Truncate = Field(default="none", description=_TRUNCATE)
     user: str | None = Field(default=None, description=_USER)
+
+    @property
+    def texts(self) -> list[str]:
+        """The text of each document."""
+        return document_texts(self.documents, None)
 
 
 class TokenizeRequest(_Input):

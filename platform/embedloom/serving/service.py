@@ -9,15 +9,25 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from typing import TypeVar
 
 from embedloom.config.base import FrozenConfig
 from embedloom.config.serving import ServingConfig
 from embedloom.serving.batching import TokenBatcher
 from embedloom.serving.memory import HeapTrimmer
-from embedloom.serving.messages import EncodeJob, EncodeResult, ModelInfo, Part, Refusal, Vectors
+from embedloom.serving.messages import (
+    EncodeJob,
+    EncodeResult,
+    ModelInfo,
+    Part,
+    Piece,
+    Refusal,
+    TokenizeResult,
+    Vectors,
+)
 from embedloom.serving.scheduling import LaneLimits
 from embedloom.serving.streams import ComputeStreams
-from embedloom.serving.tokenizing import ServingEncoder, given_ids, text_ids
+from embedloom.serving.tokenizing import Frame, ServingEncoder, cut_items, given_ids, pieces_of, text_ids
 
 _SLICE_CHARACTERS = 2**16  # tokenised at a time, so that a query need not wait for a bulk request's megabytes
 # One text of so many is tokenised by the event loop itself, in some 0.1 ms (0.03 for 40 characters, 0.33 for 1,024); to
@@ -25,6 +35,7 @@ _SLICE_CHARACTERS = 2**16  # tokenised at a time, so that a query need not wait 
 _HERE_CHARACTERS = 256
 _TOKENS_PER_CHARACTER = 0.3  # first guess; learnt from then on
 _SMOOTHING = 0.1
+Found = TypeVar("Found")
 
 
 class BatchSettings(FrozenConfig):
@@ -76,6 +87,7 @@ class EncoderService:
         self._settings = settings
         self._fingerprint = fingerprint
         self._contract_hash = encoder.contract.hash  # computed anew whenever it is asked for
+        self._frame = Frame.of(encoder.tokenizer)
         self._streams = streams or ComputeStreams(1)
         self._batcher = TokenBatcher(self._embed, settings.lanes, self._streams.threads)
         self._trimmer = HeapTrimmer()
@@ -123,9 +135,10 @@ class EncoderService:
         if place is None:
             return self._full(estimate)
         try:
-            ids = await self._ids_of(job, limited=True)
-            if isinstance(ids, Refusal):
-                return ids
+            found = await self._ids_of(job, limited=True)
+            if isinstance(found, Refusal):
+                return found
+            ids, truncated = found
             tokens = sum(map(len, ids))
             if tokens > self._settings.max_request_tokens:
                 return Refusal(
@@ -149,22 +162,39 @@ class EncoderService:
             queue_seconds=(request.started or tokenized) - request.arrived,
             batches=request.batches,
             queued=self.queued_tokens(),
+            truncated=truncated,
         )
 
-    async def tokenize(self, job: EncodeJob) -> list[list[int]] | Refusal:
+    async def tokenize(self, job: EncodeJob) -> TokenizeResult | Refusal:
         """Token ids of every input in order; with ``truncate`` none they may be above the side's limit."""
         if refusal := self._pinned_elsewhere(job):
             return refusal
-        return await self._ids_of(job, limited=False)
+        found = await self._ids_of(job, limited=False)
+        if isinstance(found, Refusal):
+            return found
+        ids, truncated = found
+        pieces: list[list[Piece]] | None = None
+        if job.pieces:
+            pieces, first = [], 0
+            for part in job.parts:
+                own = ids[first : first + len(part)]
+                pieces += await self._in_thread(partial(pieces_of, self._encoder, part, own))
+                first += len(part)
+        return TokenizeResult(ids, self._contract_hash, truncated, pieces)
 
-    async def _ids_of(self, job: EncodeJob, limited: bool) -> list[list[int]] | Refusal:
+    async def _ids_of(self, job: EncodeJob, limited: bool) -> tuple[list[list[int]], int] | Refusal:
+        """Token ids of every input in order, and how many inputs were cut."""
         found: list[list[int]] = []
+        truncated = 0
         for part in job.parts:
             if part.texts is None:
-                ids = given_ids(self._encoder, part, job.truncate)
+                ids = given_ids(self._encoder, part, job.truncate, limited, self._frame, job.own_ids_only)
                 if isinstance(ids, Refusal):
                     return ids
                 found += ids
+                truncated += sum(
+                    len(own) < len(item) for own, item in zip(ids, part.token_ids or (), strict=True)
+                )
                 continue
             for rows in _slices(part):
                 work = partial(text_ids, self._encoder, part, rows, job.truncate, limited)
@@ -175,9 +205,11 @@ class EncoderService:
                 found += ids
                 if job.truncate == "none":
                     self._learn(sum(len(text) for text in (part.texts or [])[rows]), sum(map(len, ids)))
-        return found
+                elif max(map(len, ids)) >= self._encoder.contract.max_tokens(part.side):
+                    truncated += await self._in_thread(partial(cut_items, self._encoder, part, rows, ids))
+        return found, truncated
 
-    async def _in_thread(self, work: Callable[[], list[list[int]] | Refusal]) -> list[list[int]] | Refusal:
+    async def _in_thread(self, work: Callable[[], Found]) -> Found:
         loop = asyncio.get_running_loop()
 
         def left() -> None:

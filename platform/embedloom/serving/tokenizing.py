@@ -1,13 +1,19 @@
 """From a part of a request to token ids, or to the reason why not. Functions of an encoder; no queue, no HTTP."""
 
 from collections.abc import Sequence
-from typing import Any, Literal, Protocol
+from dataclasses import dataclass
+from typing import Any, Protocol
 
+from embedloom.config.serving import Truncate
+from embedloom.encoder.tokenizer import CHARACTERS_PER_TOKEN
 from embedloom.errors import DataError
 from embedloom.instructions import PromptContract, Side
-from embedloom.serving.messages import Part, Refusal, Vectors
+from embedloom.serving.messages import Part, Piece, Refusal, Vectors
 
-Truncate = Literal["none", "start", "end"]
+_SEND_TEXTS = (
+    "send texts instead (LangChain: OpenAIEmbeddings(check_embedding_ctx_length=False)), or ids that /tokenize of this "
+    "endpoint gave; serving.token_ids: accept takes any"
+)
 
 
 class ServingEncoder(Protocol):
@@ -119,24 +125,123 @@ def _cut_starts(
     return cut
 
 
-def given_ids(encoder: ServingEncoder, part: Part, truncate: Truncate) -> list[list[int]] | Refusal:
-    """The token ids that a client sent, checked against the vocabulary and the side's limit."""
+def cut_items(encoder: ServingEncoder, part: Part, rows: slice, ids: Sequence[Sequence[int]]) -> int:
+    """How many of these texts have more tokens than ``ids`` has of them, which were cut to the side's limit.
+
+    Only a text that fills the limit is tokenised again, and of it no more than decides the matter: what fills the limit
+    in its first ``CHARACTERS_PER_TOKEN`` characters a token has been cut if there is more of it.
+    """
+    limit = encoder.contract.max_tokens(part.side)
+    full = [text for text, own in zip((part.texts or [])[rows], ids, strict=True) if len(own) >= limit]
+    prompted = [encoder.contract.format(text, part.side, part.task_type, part.instruction) for text in full]
+    short = [text for text in prompted if len(text) <= limit * CHARACTERS_PER_TOKEN]
+    if not short:
+        return len(prompted)
+    whole: list[list[int]] = encoder.tokenizer(short, truncation=False, padding=False)["input_ids"]
+    return len(prompted) - sum(len(own) <= limit for own in whole)
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """The special tokens that a tokenizer puts before and after every text."""
+
+    before: list[int]
+    after: list[int]
+
+    @classmethod
+    def of(cls, tokenizer: Any) -> "Frame":
+        """What is there of no text is before or after any."""
+        alone, text = tokenizer(["", "a"], truncation=False, padding=False)["input_ids"]
+        count = next(
+            (n for n, (own, other) in enumerate(zip(alone, text, strict=False)) if own != other), len(alone)
+        )
+        before, after = alone[:count], alone[count:]
+        return cls(before, after if after and text[-len(after) :] == after else [])
+
+    def holds(self, ids: list[int]) -> bool:
+        """Whether ids begin and end as those of a text do."""
+        return (
+            len(ids) >= len(self.before) + len(self.after)
+            and ids[: len(self.before)] == self.before
+            and ids[len(ids) - len(self.after) :] == self.after
+        )
+
+    def cut(self, ids: list[int], limit: int, truncate: Truncate) -> list[int]:
+        """Ids within a limit, cut as the text itself would have been: special tokens around it stay."""
+        if len(ids) <= limit or truncate == "none":
+            return ids
+        if not self.holds(ids) or len(self.before) + len(self.after) >= limit:
+            return ids[:limit] if truncate == "end" else ids[-limit:]
+        room = limit - len(self.before) - len(self.after)
+        inner = ids[len(self.before) : len(ids) - len(self.after)]
+        return [*self.before, *(inner[:room] if truncate == "end" else inner[-room:]), *self.after]
+
+
+def given_ids(
+    encoder: ServingEncoder,
+    part: Part,
+    truncate: Truncate,
+    limited: bool = True,
+    frame: Frame | None = None,
+    own_only: bool = False,
+) -> list[list[int]] | Refusal:
+    """The token ids that a client sent, checked against the vocabulary and the side's limit.
+
+    Args:
+        encoder: the model.
+        part: with token ids.
+        truncate: what happens to ids above the side's limit.
+        limited: False takes any number where ``truncate`` is ``none``.
+        frame: of the model's tokenizer; None: ids are cut without regard to special tokens.
+        own_only: refuse ids that the tokenizer cannot have made, as they lack its special tokens: another
+            tokenizer's, which would be read as other words.
+    """
     ids = part.token_ids or []
     vocabulary = int(encoder.backbone.config.vocab_size)
     for index, item in enumerate(ids):
+        reason = None
         if (largest := max(item)) >= vocabulary:
-            return Refusal(
-                f"{part.where(index)} holds token id {largest}, the model's vocabulary ends at "
-                f"{vocabulary - 1}; token ids must come from this model's own tokenizer",
-                "invalid_token_id",
-                part.name,
+            reason = (
+                f"holds token id {largest}, the model's vocabulary ends at {vocabulary - 1}; token ids must come from "
+                "this model's own tokenizer"
             )
+        elif frame is not None and own_only and not frame.holds(item):
+            reason = (
+                f"does not begin with {frame.before} and end with {frame.after}, the special tokens of this model, so "
+                "its token ids are another tokenizer's and mean other words here"
+            )
+        if reason is not None:
+            return Refusal(f"{part.where(index)} {reason}; {_SEND_TEXTS}", "invalid_token_id", part.name)
     limit = encoder.contract.max_tokens(part.side)
-    if truncate == "end":
-        return [item[:limit] for item in ids]
-    if truncate == "start":
-        return [item[-limit:] for item in ids]
-    return _too_long(part, ids, limit, 0)
+    if truncate != "none":
+        frame = frame or Frame([], [])
+        return [frame.cut(item, limit, truncate) for item in ids]
+    return _too_long(part, ids, limit, 0) if limited else ids
+
+
+def pieces_of(encoder: ServingEncoder, part: Part, ids: Sequence[Sequence[int]]) -> list[list[Piece]]:
+    """The tokens of a part with their texts; of texts that were not cut, also where in the prompted text they stand."""
+    tokenizer = encoder.tokenizer
+    special = set(tokenizer.all_special_ids)
+    places: list[list[tuple[int, int]]] = [[] for _ in ids]
+    if part.texts:
+        prompted = [
+            encoder.contract.format(text, part.side, part.task_type, part.instruction) for text in part.texts
+        ]
+        found = tokenizer(prompted, truncation=False, padding=False, return_offsets_mapping=True)
+        places = [
+            offsets if list(own) == whole else []
+            for own, whole, offsets in zip(ids, found["input_ids"], found["offset_mapping"], strict=True)
+        ]
+    return [
+        [
+            Piece(token, str(text), token in special, *(place if place[1] > place[0] else (None, None)))
+            for token, text, place in zip(
+                own, tokenizer.convert_ids_to_tokens(own), offsets or [(0, 0)] * len(own), strict=True
+            )
+        ]
+        for own, offsets in zip(ids, places, strict=True)
+    ]
 
 
 def _too_long(part: Part, token_ids: list[list[int]], limit: int, start: int) -> list[list[int]] | Refusal:

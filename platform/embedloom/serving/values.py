@@ -25,6 +25,15 @@ def shorten(vectors: Vectors, dimension: int, normalize: bool) -> Vectors:
     return cut / np.linalg.norm(cut, axis=1, keepdims=True) if normalize else cut
 
 
+def finished(vectors: Vectors, dimension: int | None, normalized: bool | None, normalize: bool) -> Vectors:
+    """Vectors [n, d] as a request wants them: shortened, and of unit length where it or the model says so."""
+    if dimension is not None and dimension < vectors.shape[1]:
+        return shorten(vectors, dimension, normalize or bool(normalized))
+    if normalized and not normalize:
+        return shorten(vectors, vectors.shape[1], True)
+    return vectors
+
+
 def similarities(query: Vectors, documents: Vectors, normalize: bool) -> Vectors:
     """Cosines of models that normalise, inner products of others: float32 [n].
 

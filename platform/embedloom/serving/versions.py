@@ -8,13 +8,14 @@ and no answers. A trial ends by itself when nobody renews it: the command that w
 import asyncio
 import time
 from collections.abc import Callable, Coroutine
+from dataclasses import replace
 from typing import Any
 
 from pydantic import Field
 
 from embedloom.config.base import FrozenConfig
 from embedloom.serving.calls import Backend
-from embedloom.serving.messages import EncodeJob, EncodeResult, ModelInfo, Refusal
+from embedloom.serving.messages import EncodeJob, EncodeResult, ModelInfo, Refusal, TokenizeResult
 from embedloom.serving.neighbours import NeighbourStore
 from embedloom.serving.trial import Side, Window
 
@@ -107,7 +108,7 @@ class VersionRouter:
                 trial.store.add(result.vectors)
         return result
 
-    async def tokenize(self, job: EncodeJob) -> list[list[int]] | Refusal:
+    async def tokenize(self, job: EncodeJob) -> TokenizeResult | Refusal:
         """Token ids by the live version."""
         return await self._live.tokenize(job)
 
@@ -169,7 +170,7 @@ class VersionRouter:
 
     async def _compare_with_candidate(self, trial: _Trial, job: EncodeJob, live: EncodeResult) -> None:
         # A pin says what the client's index is of; this answer meets no index.
-        copy = EncodeJob(job.parts, job.truncate)
+        copy = replace(job, contract_hash=None, fingerprint=None)
         answer = await self._ask(trial, trial.backend.encode(copy))
         if isinstance(answer, EncodeResult):
             self._compare(trial, live, answer)
