@@ -1,16 +1,19 @@
-"""Requests and latency of `embedloom serve` beside Infinity and vLLM's pooling server: same model, same cores, one run.
+"""Requests and latency of `embedloom serve` beside its peers: same model, same cores, same texts, one run.
 
-    python benchmarks/serve_load.py [--quick] [--json] [--model minilm-l6] [--seconds 15] [--install] [--only NAME]
+    python benchmarks/serve_load.py [--quick] [--json] [--model minilm-l6] [--seconds 5] [--install] [--only NAME]
 
-Every server runs alone, in processes of its own, float32, on all cores, the clients beside it. Closed loop with 1, 16,
-64 and 256 clients (1 and 16 with --quick), short queries and mixed lengths; then an open loop at 70 % of the slowest
-server's rate, so p99 is compared at equal load. The headline is requests a second at the most clients up to 64, short
-queries. The floor is our encoder's offline rate on the same texts in batches: the share of it that the endpoint
-reaches under saturation. A peer that is missing is reported with how to install it (--install builds Infinity's own
-environment in .bench/).
+Peers: vLLM's pooling server, Infinity, and what a CPU user would build himself: sentence-transformers on ONNX Runtime
+(int8) or OpenVINO, and fastembed, each behind a minimal FastAPI. Every server runs alone, in processes of its own, on
+all cores, the clients beside it; float32 unless its name says otherwise. Closed loops with 1, 16, 64 and 256 clients on
+short queries and 64 and 256 on mixed lengths, then an open loop of short queries at ``--rate``, the same for all (default: a
+quarter of our encoder's offline rate), so that p99 is compared at equal load. The headline is requests a second of
+64 clients, short queries. The floor is our encoder's offline rate on the same texts in batches: the share of it that
+the endpoint reaches under saturation. With the default 5 seconds a cell, all servers take about nine minutes. A peer that is
+missing is reported with how to install it (--install builds the environments in .bench/).
 """
 
 import argparse
+import functools
 import json
 import os
 import subprocess
@@ -28,6 +31,7 @@ from serving.client import STOCK, texts
 
 from serving import servers
 
+_QUARTER = 0.25
 CLIENT = Path(__file__).parent / "serving" / "client.py"
 _NO_PROXY = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
@@ -76,33 +80,33 @@ def vectors(url: str, server: servers.Server) -> Any:
     return found / np.linalg.norm(found, axis=1, keepdims=True)
 
 
-def measure(server: servers.Server, folder: Path, options: argparse.Namespace, rate: float) -> dict[str, Any]:
-    """All closed loops of a server, or (rate > 0) the open ones."""
+def cells(options: argparse.Namespace) -> list[list[str]]:
+    """The stretches of load that every server gets, as the client's options."""
+    closed = [("short", clients) for clients in options.clients]
+    if not options.quick:
+        closed += [("mixed", clients) for clients in (64, 256)]
+    loops = [["--kind", kind, "--clients", str(clients)] for kind, clients in closed]
+    return [*loops, ["--kind", "short", "--rate", str(options.rate)]]
+
+
+def measure(server: servers.Server, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """All cells of a server."""
     rows = []
+    common = ["--seconds", str(options.seconds), "--counts", str(folder / "counts.json")]
+    started = time.monotonic()
     with servers.running(server, folder / f"{server.name}.log") as url:
+        up = time.monotonic()
         found = vectors(url, server)
         load(url, server, "--clients", "8", "--seconds", "1")
-        for kind in options.kinds:
-            stretch = [
-                "--kind",
-                kind,
-                "--seconds",
-                str(options.seconds),
-                "--counts",
-                str(folder / "counts.json"),
-            ]
-            if rate:
-                rows.append(load(url, server, *stretch, "--rate", str(rate)))
-                continue
-            for clients in options.clients:
-                rows.append(load(url, server, *stretch, "--clients", str(clients)))
-                print(f"{server.name}: {rows[-1]}", file=sys.stderr, flush=True)
-    return {"rows": rows, "vectors": found}
+        for cell in cells(options):
+            rows.append(load(url, server, *common, *cell))
+            print(f"{server.name}: {rows[-1]}", file=sys.stderr, flush=True)
+    return {"rows": rows, "vectors": found, "start_seconds": round(up - started, 1)}
 
 
 def headline(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """The stretch that is compared: short queries, the most clients up to 64."""
-    fitting = [row for row in rows if row["kind"] == "short" and row["clients"] <= 64]
+    fitting = [row for row in rows if row["kind"] == "short" and row.get("clients", 999) <= 64]
     return max(fitting, key=lambda row: int(row["clients"]))
 
 
@@ -113,8 +117,12 @@ def candidates(
     found, missing = [], {}
     makers = {
         "embedloom": lambda: servers.ours(model, folder, options.threads),
-        "infinity": lambda: servers.infinity(model, options.threads, options.install),
         "vllm": lambda: servers.vllm(model, options.threads),
+        "infinity": lambda: servers.infinity(model, options.threads, options.install),
+        **{
+            engine: functools.partial(servers.minimal, engine, model, options.threads, options.install)
+            for engine in ("onnx-int8", "openvino", "fastembed")
+        },
     }
     for name, make in makers.items():
         if options.only and name not in ("embedloom", *options.only):
@@ -133,21 +141,22 @@ def compare(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     model = resolve_model(options.model)
     count_tokens(model, options.kinds, folder / "counts.json")
     found, missing = candidates(model, folder, options)
+    rates = {kind: offline(str(model), kind, options.threads) for kind in options.kinds}
+    options.rate = options.rate or round(_QUARTER * rates["short"] / _mean_tokens(folder))
     results: dict[str, dict[str, Any]] = {}
     for server in found:
         try:
-            results[server.name] = measure(server, folder, options, 0.0)
+            results[server.name] = measure(server, folder, options)
         except (servers.Missing, subprocess.CalledProcessError) as error:
             missing[server.name] = str(error)
     if "embedloom" not in results:
         raise SystemExit(missing["embedloom"])
-    slowest = min(headline(result["rows"])["requests_per_second"] for result in results.values())
-    for server in found:
-        if server.name in results:
-            again = measure(server, folder, options, 0.7 * slowest)
-            results[server.name]["rows"] += again["rows"]
-    rates = {kind: offline(str(model), kind, options.threads) for kind in options.kinds}
     return summary(options, results, missing, rates)
+
+
+def _mean_tokens(folder: Path) -> float:
+    """Tokens of a short query, on average."""
+    return float(np.mean(json.loads((folder / "counts.json").read_text())["short"]))
 
 
 def summary(
@@ -175,12 +184,13 @@ def summary(
         "peer_name": best or "none could be started", "ratio": round(ours / peers[best], 2) if best else 0.0,
         "unit": f"requests/s, {headline(closed['embedloom'])['clients']} clients, short queries",
         "floor_share": round(min(saturated.values()), 3),
-        "equal": all(value >= 0.999 for value in cosines.values()) if cosines else None,
+        "equal": all(value >= 0.999 for name, value in cosines.items() if "int8" not in name) if cosines else None,
         "work": {
             "model": options.model, "threads": options.threads, "seconds": options.seconds,
             "offline_tokens_per_second": {kind: round(rate) for kind, rate in rates.items()},
             "share_of_offline_rate": {kind: round(share, 3) for kind, share in saturated.items()},
-            "lowest_cosine_to_ours": cosines, "missing": missing,
+            "lowest_cosine_to_ours": cosines, "missing": missing, "open_loop_rate": options.rate,
+            "start_seconds": {name: r["start_seconds"] for name, r in results.items()},
             "rows": [{"server": name, **row} for name, r in results.items() for row in r["rows"]],
         },
     }  # fmt: skip
@@ -195,14 +205,17 @@ def main() -> None:
     parser.add_argument(
         "--model", default="minilm-l6", help="a folder or registry name that every server can load"
     )
-    parser.add_argument("--seconds", type=float, help="of each stretch; default 15, 3 with --quick")
+    parser.add_argument("--seconds", type=float, help="of each cell; default 5, 3 with --quick")
+    parser.add_argument("--rate", type=float, default=0.0, help="of the open loop, requests a second")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument(
-        "--install", action="store_true", help="install Infinity into .bench/ if it is not there"
+        "--install",
+        action="store_true",
+        help="make the peers' environments in .bench/ where they are not there",
     )
     parser.add_argument("--only", action="append", help="a peer; repeatable; default: all")
     options = parser.parse_args()
-    options.seconds = options.seconds or (3.0 if options.quick else 15.0)
+    options.seconds = options.seconds or (3.0 if options.quick else 5.0)
     options.clients = (1, 16) if options.quick else (1, 16, 64, 256)
     options.kinds = ("short",) if options.quick else ("short", "mixed")
     with tempfile.TemporaryDirectory(prefix="el-", dir="/tmp") as folder:

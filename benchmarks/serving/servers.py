@@ -18,7 +18,11 @@ import yaml
 
 ROOT = Path(__file__).parents[2]
 START_SECONDS = 240.0
-INFINITY = ("infinity-emb[torch,server]==0.0.78", "torch==2.13.0")
+INFINITY = ("infinity-emb[torch,server]==0.0.78", "torch==2.13.0")  # needs numpy 1 and transformers 4
+ONNX = (
+    "sentence-transformers[onnx,openvino]==5.7.0", "fastembed==0.9.1", "onnxruntime==1.32.0", "openvino==2026.4.1",
+    "torch==2.13.0", "fastapi", "uvicorn[standard]",
+)  # fmt: skip
 _NO_PROXY = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
@@ -64,23 +68,46 @@ def ours(model: Path, folder: Path, threads: int) -> Server:
     return Server("embedloom", command, "bench", {"PYTHONPATH": str(ROOT / "platform")})
 
 
-def infinity(model: Path, threads: int, install: bool) -> Server:
-    """Infinity with its torch engine, in an environment of its own: it needs numpy 1 and transformers 4.
+def environment(name: str, packages: tuple[str, ...], install: bool) -> Path:
+    """The ``bin`` folder of a peer's own environment in .bench/: peers pin numpy and transformers otherwise than we do.
 
     Raises:
         Missing: not installed.
     """
-    home = ROOT / ".bench" / "infinity"
-    program = home / "bin" / "infinity_emb"
-    if not program.is_file() and install:
+    home = ROOT / ".bench" / name
+    ready = home / ".installed"
+    if not ready.is_file() and install:
         subprocess.run([sys.executable, "-m", "venv", str(home)], check=True)
-        pip = [str(home / "bin" / "python"), "-m", "pip", "install", "--quiet", *INFINITY]
+        pip = [str(home / "bin" / "python"), "-m", "pip", "install", "--quiet", *packages]
         if subprocess.run(pip, stdout=sys.stderr, check=False).returncode:
-            raise Missing(f"infinity: `{' '.join(pip)}` failed")
-    if not program.is_file():
+            raise Missing(f"{name}: `{' '.join(pip)}` failed")
+        ready.touch()
+    if not ready.is_file():
         raise Missing(
-            f"infinity: not installed; run this script with --install (pip install {' '.join(INFINITY)} into {home})"
+            f"{name}: not installed; run this script with --install (pip install {' '.join(packages)} into {home})"
         )
+    return home / "bin"
+
+
+def minimal(engine: str, model: Path, threads: int, install: bool) -> Server:
+    """A library behind the least FastAPI (``minimal.py``): what a CPU user would build himself.
+
+    Raises:
+        Missing: not installed.
+    """
+    python = environment("onnx", ONNX, install) / "python"
+    script = str(Path(__file__).parent / "minimal.py")
+    command = [str(python), script, engine, str(model), "{port}", str(threads)]
+    return Server(engine, command, "bench", {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"})
+
+
+def infinity(model: Path, threads: int, install: bool) -> Server:
+    """Infinity with its torch engine.
+
+    Raises:
+        Missing: not installed.
+    """
+    program = environment("infinity", INFINITY, install) / "infinity_emb"
     command = [
         str(program),
         "v2",

@@ -143,10 +143,13 @@ class Load:
     errors: list[str] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)  # of answers with 200
     over: threading.Event = field(default_factory=threading.Event)
+    waved_on: threading.Event = field(default_factory=threading.Event)  # cleared while clients pause
+    asking: int = 0
     lock: threading.Lock = field(default_factory=threading.Lock)
     threads: list[threading.Thread] = field(default_factory=list)
 
     def __enter__(self) -> "Load":
+        self.waved_on.set()
         self.threads = [
             threading.Thread(target=self._ask, args=(n,), daemon=True) for n in range(self.clients)
         ]
@@ -156,12 +159,27 @@ class Load:
 
     def __exit__(self, *_: object) -> None:
         self.over.set()
+        self.waved_on.set()
         for thread in self.threads:
             thread.join(180)
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """All clients have their answers, and ask nothing until the block ends."""
+        self.waved_on.clear()
+        while self.asking:
+            time.sleep(0.02)
+        try:
+            yield
+        finally:
+            self.waved_on.set()
 
     def _ask(self, number: int) -> None:
         with httpx.Client(trust_env=False, timeout=120) as client:
             while not self.over.is_set():
+                self.waved_on.wait()
+                with self.lock:
+                    self.asking += 1
                 number += self.clients
                 started = time.monotonic()
                 status, text = 0, ""
@@ -171,6 +189,7 @@ class Load:
                 except httpx.HTTPError as error:
                     text = f"{type(error).__name__}: {error}"
                 with self.lock:
+                    self.asking -= 1
                     self.statuses[status] += 1
                     if status == 200:
                         self.seconds.append(time.monotonic() - started)

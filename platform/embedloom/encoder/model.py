@@ -11,6 +11,7 @@ from torch import Tensor
 from embedloom.encoder.backbone import is_decoder, load_backbone
 from embedloom.encoder.batching import MemoryLimit, TokenCount, run_batches
 from embedloom.encoder.device import DTypeName, pick_device, pick_dtype
+from embedloom.encoder.fused import fuse
 from embedloom.encoder.linear import cast_for_inference, has_fast_linear
 from embedloom.encoder.packing import PackedLayout, filler_tokens, use_packing
 from embedloom.encoder.pooling import pool, pool_packed
@@ -35,6 +36,7 @@ class Encoder:
         self.dtype = dtype
         self.tokens = TokenCount()
         self.packed = use_packing(backbone, contract.attention == "causal")
+        self._fused = fuse(backbone) if self.packed else None
         self._memory = MemoryLimit()
         self._pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
 
@@ -138,9 +140,12 @@ class Encoder:
         causal = self.contract.attention == "causal"
         layout = PackedLayout([lengths[position] for position in order], causal, self.device)
         row = torch.tensor([[token for position in order for token in texts[position]]])
-        hidden = self.backbone(
-            input_ids=row.to(self.device), position_ids=layout.positions, packed=layout
-        ).last_hidden_state[0]
+        if self._fused is not None and not torch.is_grad_enabled():
+            hidden = self._fused(row, layout)
+        else:
+            hidden = self.backbone(
+                input_ids=row.to(self.device), position_ids=layout.positions, packed=layout
+            ).last_hidden_state[0]
         vectors = pool_packed(hidden, layout.starts, self.contract.pooling)
         places = torch.argsort(torch.tensor(order, device=self.device))
         return vectors[places[: len(token_ids)]]
