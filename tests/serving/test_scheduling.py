@@ -35,11 +35,11 @@ def named(batch, **requests):
     return [(names[id(request)], position) for request, position in batch]
 
 
-def test_requests_of_a_lane_give_one_text_in_turn_longest_first():
+def test_the_oldest_request_of_a_lane_is_served_first_its_longest_text_first():
     scheduler = scheduler_of()
     a, b = add(scheduler, 2, 4, 3), add(scheduler, 3)
-    assert named(scheduler.take(), a=a, b=b) == [("a", 1), ("b", 0), ("a", 2)]
-    assert named(scheduler.take(), a=a, b=b) == [("a", 0)]
+    assert named(scheduler.take(), a=a, b=b) == [("a", 1), ("a", 2), ("a", 0)]
+    assert named(scheduler.take(), a=a, b=b) == [("b", 0)]
     assert scheduler.take() == []
 
 
@@ -134,7 +134,8 @@ def test_a_withdrawn_request_frees_its_place():
     gone, here = add(scheduler, 5, 5, 5), add(scheduler, 4)
     scheduler.take()
     scheduler.withdraw(gone)
-    assert scheduler.queued_tokens() == 0 and here.next == 1
+    assert scheduler.queued_tokens() == 4
+    assert named(scheduler.take(), here=here) == [("here", 0)]
     assert scheduler.take() == []
     assert scheduler.reserve(20) is not None
 

@@ -1,6 +1,7 @@
 import asyncio
 import threading
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -100,6 +101,75 @@ def test_describes_the_model():
     info = asyncio.run(EncoderService(FakeEncoder(matryoshka=[4, 8]), SETTINGS).describe())
     assert (info.dimension, info.matryoshka_dimensions, info.max_query_tokens) == (8, (4, 8), 64)
     assert info.contract_hash == FakeEncoder().contract.hash
+
+
+def timed(encoder: FakeEncoder, *jobs: EncodeJob, tokens_per_second: int = 100):
+    """Answers of a service that believes its encoder to be so fast, and what it believes afterwards."""
+
+    async def run():
+        service = EncoderService(
+            encoder, BatchSettings(max_batch_tokens=256, batch_wait_seconds=0.0, request_timeout_seconds=10)
+        )
+        service._batcher.scheduler.speed.state(tokens_per_second, 1.0)
+        answers = await asyncio.gather(*(service.encode(one) for one in jobs))
+        service._streams.threads[0].submit(int).result()  # whatever was measured again
+        rate = service._batcher.scheduler.speed.tokens_per_second
+        await service.close()
+        return answers, rate
+
+    return asyncio.run(run())
+
+
+def test_what_the_measured_rate_cannot_answer_in_time_is_refused_at_once():
+    bulk = job("document", token_ids=[[7] * 63] * 5)  # 315 tokens: 3.15 s of the 10
+    answers, _ = timed(FakeEncoder(), bulk, bulk, bulk, bulk)
+    assert [getattr(answer, "code", "answered") for answer in answers] == ["answered"] * 2 + [
+        "overloaded"
+    ] * 2
+    assert "630 tokens are waiting here" in answers[2].message and answers[2].retry_after_seconds >= 1
+
+
+def test_a_request_that_is_too_much_for_the_time_it_has_is_told_so():
+    (answer,), rate = timed(FakeEncoder(), job("document", token_ids=[[7] * 63] * 16))
+    assert answer.code == "overloaded"
+    assert "1008 tokens take about 10.1 s here, too long for the 10 s that a request has" in answer.message
+    assert rate > 1000  # measured again: it is fast after all
+
+
+def test_a_request_that_waited_elsewhere_has_less_time():
+    now = time.time()
+    jobs = [replace(job("document", texts=["x" * 62]), deadline=now + left) for left in (-1, 0.5, 5, 500)]
+    answers, _ = timed(FakeEncoder(), *jobs)
+    assert [isinstance(answer, Refusal) for answer in answers] == [True, True, False, False]
+
+
+def test_a_request_that_became_too_late_is_not_computed():
+    encoder = FakeEncoder()
+    encoder.gate.clear()
+
+    async def run():
+        service = EncoderService(
+            encoder, BatchSettings(max_batch_tokens=64, batch_wait_seconds=0.0, request_timeout_seconds=10)
+        )
+        first = asyncio.create_task(service.encode(job("document", texts=["a" * 62])))
+        while not encoder.batches:
+            await asyncio.sleep(0.001)
+        deadline = time.time() + 0.2
+        late = replace(job("document", texts=["b" * 62]), deadline=deadline)
+        second = asyncio.create_task(service.encode(late))
+        while not service.queued_tokens()["query"]:
+            await asyncio.sleep(0.001)
+        while time.time() <= deadline:  # no rate was known when it was admitted
+            await asyncio.sleep(0.01)
+        encoder.gate.set()
+        answers = await asyncio.gather(first, second)
+        await service.close()
+        return answers
+
+    first, second = asyncio.run(run())
+    assert not isinstance(first, Refusal)
+    assert second.code == "overloaded" and "more slowly than when it took the request" in second.message
+    assert len(encoder.batches) == 1
 
 
 def test_only_one_thread_tokenises_at_a_time():

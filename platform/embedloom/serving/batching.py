@@ -21,6 +21,10 @@ Batch = list[tuple[Waiting, int]]
 _LEAST_SHARE_TOKENS = 64
 
 
+class TooLate(Exception):
+    """The encoder became too slow to answer a request that it had admitted."""
+
+
 class TokenBatcher:
     """Runs the token ids of concurrent requests through a function, batch by batch, in one or several threads."""
 
@@ -38,7 +42,6 @@ class TokenBatcher:
         self._news = asyncio.Event()  # a request arrived, or a stream is free
         self._streams = streams
         self._free = list(range(len(self._streams)))
-        self._running_tokens = 0
         self._tasks: set[asyncio.Task[None]] = set()
         self._working = False
 
@@ -46,6 +49,9 @@ class TokenBatcher:
         """Queue one request (at least one text) in its place and wait until all its vectors are there.
 
         Cancelling the caller takes what is left of the request out of the queue.
+
+        Raises:
+            TooLate: its turn came when it could not be answered in time any more.
         """
         request = self.scheduler.add(token_ids, place)
         self._waiters[request] = done = asyncio.get_running_loop().create_future()
@@ -85,11 +91,12 @@ class TokenBatcher:
                     async with asyncio.timeout(seconds):
                         await self._news.wait()
                 continue
+            for request in self.scheduler.withdraw_late():
+                self._fail(request, TooLate())
             if batch := self.scheduler.take(self._share()):
                 # The lowest, so that a batch alone, which may use every core, always runs in the same thread: each that
                 # ever does has OpenMP workers of its own.
                 stream = heapq.heappop(self._free)
-                self._running_tokens += _tokens(batch)
                 self._start(self._encode(batch, stream))
 
     def _share(self) -> int | None:
@@ -97,13 +104,14 @@ class TokenBatcher:
         count = len(self._streams)
         if count == 1:
             return None
-        return max(_LEAST_SHARE_TOKENS, -(-(self.scheduler.queued_tokens() + self._running_tokens) // count))
+        tokens = self.scheduler.queued_tokens() + self.scheduler.running_tokens
+        return max(_LEAST_SHARE_TOKENS, -(-tokens // count))
 
     async def _encode(self, batch: Batch, stream: int) -> None:
         try:
             await self._compute(batch, stream)
         finally:
-            self._running_tokens -= _tokens(batch)
+            self.scheduler.finished(_tokens(batch))
             heapq.heappush(self._free, stream)
             self._news.set()
 

@@ -2,7 +2,9 @@
 
 import asyncio
 import re
+import time
 from collections.abc import Coroutine
+from dataclasses import replace
 from typing import Any, Literal, Protocol, TypeVar
 
 from pydantic import Field
@@ -101,6 +103,7 @@ class Calls:
         facts = facts_of(http.scope)
         if self.settings.request_log == "texts":
             facts.texts = [text for part in job.parts for text in part.texts or ()]
+        job = replace(job, deadline=time.time() + self.settings.request_timeout_seconds)
         result = await self._admitted(http, self._backend.encode(job))
         if isinstance(result, Refusal):
             raise refused(result)

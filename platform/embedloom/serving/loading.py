@@ -30,7 +30,7 @@ class ModelSpec:
 
 
 def load_service(spec: ModelSpec) -> EncoderService:
-    """Load a model folder for serving and run it once.
+    """Load a model folder for serving, run it, and measure how fast it is: what admission goes by at first.
 
     Raises:
         DataError: not a model folder, or a broken one.
@@ -43,7 +43,9 @@ def load_service(spec: ModelSpec) -> EncoderService:
     # Loaded by the thread that will compute with every core: each that does gets OpenMP workers of its own, and libgomp
     # lets none of them wait actively once there are more than cores.
     encoder = streams.threads[0].submit(_load, spec, weights).result()
-    return EncoderService(encoder, spec.batching, spec.fingerprint, streams)
+    service = EncoderService(encoder, spec.batching, spec.fingerprint, streams)
+    streams.threads[0].submit(service.measure).result()
+    return service
 
 
 def _load(spec: ModelSpec, weights: SharedWeights | None) -> ServingEncoder:
@@ -56,6 +58,4 @@ def _load(spec: ModelSpec, weights: SharedWeights | None) -> ServingEncoder:
         encoder.check()
     else:
         encoder = Encoder.load(folder, threads=spec.threads, dtype=spec.dtype, weights=weights)
-    # The first forward pass allocates and picks kernels; no client should pay for it.
-    encoder.embed_tokens([[0] * 8])
     return encoder

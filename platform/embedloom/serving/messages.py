@@ -43,6 +43,7 @@ class EncodeJob:
     fingerprint: str | None = None  # refuse with other weights
     own_ids_only: bool = False  # refuse token ids that this model's tokenizer cannot have made
     pieces: bool = False  # to tokenize: the text of each token, too
+    deadline: float | None = None  # Unix seconds after which nobody waits for the answer
 
 
 @dataclass(frozen=True, slots=True)

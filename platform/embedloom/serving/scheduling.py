@@ -2,14 +2,19 @@
 
 Two lanes share the encoder: small requests (queries) and bulk. While both wait, each batch takes from the lane that
 has had the smaller share of tokens so far (start-time fair queuing), so a query waits for about one batch whatever
-the bulk lane holds, and bulk is never starved. Within a lane every request gives one text in turn, its longest
-first: texts of like length share a batch, which matters to encoders that pad.
+the bulk lane holds, and bulk is never starved. Within a lane the oldest request is served first, its longest text
+first: under overload some requests are then answered, where texts taken from each in turn would let all of them expire.
+
+A request is admitted only if it will be answered in time at the measured rate, and those admitted before it still will.
+The rate is that of the encoder's full batches; ``measured`` states one before there was any. An endpoint that has become
+slower than it was when a request was admitted drops it before it is begun, not after it was computed for nobody.
 
 Ray's own ``@serve.batch`` can count tokens too, but it puts an item that does not fit at the back of its queue (a
 long document can starve behind short queries), fails an item above the budget, and recounts the whole batch for
 every item.
 """
 
+import math
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -22,6 +27,11 @@ LANES: tuple[Lane, ...] = ("query", "bulk")
 _SMOOTHING = 0.2  # weight of the newest batch in the measured rate
 _LONGEST_RETRY_SECONDS = 60.0
 _LONE_BATCHES = 4  # after which a request does not wait for company
+# Shares of the time a request came with that are kept free: as predicted when it is admitted, and whatever requests of the other
+# lane come later. For a rate that falls by a tenth, and for what batches round up.
+_SPARED_AT_FIRST = 0.3
+_SPARED_ALWAYS = 0.2
+_BATCH_SHARE = 0.05  # of a request's whole time, the most that one batch may take
 
 
 @dataclass(slots=True)
@@ -33,6 +43,7 @@ class LaneLimits:
     max_queued_tokens: int  # of each lane
     query_lane_tokens: int  # a request of at most so many is a small one
     query_lane_share: float  # of the tokens computed while both lanes wait
+    request_seconds: float = math.inf  # within which a request is answered
 
 
 @dataclass(slots=True, eq=False)
@@ -41,6 +52,8 @@ class Place:
 
     lane: Lane
     tokens: int
+    seconds: float = math.inf  # that the request had when it came
+    deadline: float = math.inf  # by the scheduler's clock
 
 
 @dataclass(slots=True, eq=False)
@@ -70,6 +83,35 @@ class _Queue:
     requests: deque[Waiting] = field(default_factory=deque)
     tokens: int = 0  # of places held
     served: float = 0.0  # tokens taken over the lane's share
+    recent: float = 0.0  # tokens taken lately; halves in about the time a request has
+    recent_at: float = 0.0  # when that was so
+
+
+class Speed:
+    """Tokens per second of an encoder, of batches as large as an overload makes them."""
+
+    def __init__(self) -> None:
+        self.tokens_per_second: float | None = None
+        self._of_full_batches = False
+
+    def state(self, tokens: int, seconds: float) -> None:
+        """Replace what is known by one measurement."""
+        self.tokens_per_second = tokens / max(seconds, 1e-6)
+        self._of_full_batches = False
+
+    def learn(self, tokens: int, seconds: float, full_tokens: float) -> None:
+        """Learn from a batch.
+
+        A small one takes longer a token, and says nothing of how long a queue takes; so it counts by its size, and only
+        where it was faster than what is known.
+        """
+        seen, known = tokens / max(seconds, 1e-6), self.tokens_per_second
+        fullness = min(1.0, 2 * tokens / full_tokens)
+        if known is None or (fullness == 1.0 and not self._of_full_batches):
+            self.tokens_per_second = seen
+        elif fullness == 1.0 or seen > known:
+            self.tokens_per_second = known + _SMOOTHING * fullness * (seen - known)
+        self._of_full_batches |= fullness == 1.0
 
 
 class Scheduler:
@@ -77,24 +119,34 @@ class Scheduler:
 
     def __init__(self, limits: LaneLimits, clock: Clock) -> None:
         self.limits = limits
+        self.speed = Speed()
+        self.running_tokens = 0  # of batches that are being computed
         self._clock = clock
         self._queues: dict[Lane, _Queue] = {lane: _Queue() for lane in LANES}
-        self._tokens_per_second: float | None = None
         self._lone_batches = 0  # so many in a row held one request alone
 
-    def reserve(self, tokens: int) -> Place | None:
-        """Room for a request of about so many tokens, or None where its lane is full."""
-        place = Place(self._lane_of(tokens), 0)
+    @property
+    def idle(self) -> bool:
+        """Whether nothing waits and nothing is computed."""
+        return not self.running_tokens and not self.queued_tokens()
+
+    def reserve(self, tokens: int, seconds_left: float | None = None) -> Place | None:
+        """Room for a request of about so many tokens, or None where it would not be answered in time.
+
+        Args:
+            tokens: of all its texts.
+            seconds_left: until it must be answered; None: all that a request has.
+        """
+        place = self._place(tokens, seconds_left)
         return place if self.resize(place, tokens) else None
 
     def resize(self, place: Place, tokens: int) -> bool:
         """Correct an estimate; False, and the room is given up, where the true number does not fit."""
         self.release(place)
         lane = self._lane_of(tokens)
-        queue = self._queues[lane]
-        if queue.tokens + tokens > self.limits.max_queued_tokens:
+        if self._seconds_too_many(lane, tokens, place) > 0:
             return False
-        queue.tokens += tokens
+        self._queues[lane].tokens += tokens
         place.lane, place.tokens = lane, tokens
         return True
 
@@ -121,13 +173,27 @@ class Scheduler:
         if request.next < len(request.order) and request in requests:
             requests.remove(request)
 
+    def withdraw_late(self) -> list[Waiting]:
+        """Withdraw requests, next in turn and not begun, that can no longer be answered in time; returns them."""
+        rate, found = self.speed.tokens_per_second, []
+        for queue in self._queues.values():
+            while queue.requests and not queue.requests[0].next:
+                request = queue.requests[0]
+                seconds = request.place.tokens / rate if rate else 0.0
+                if self._clock() + seconds <= request.place.deadline:
+                    break
+                self.withdraw(request)
+                found.append(request)
+        return found
+
     def take(self, most_tokens: int | None = None) -> list[tuple[Waiting, int]]:
         """(Request, text) pairs of the next batch, of at most so many tokens if that is less than a batch may have.
 
-        The first text that does not fit opens the next batch; one above the whole budget has a batch of its own.
+        The first text that does not fit opens the next batch; one above the whole budget has a batch of its own. Its
+        tokens are running until ``finished``.
         """
         batch: list[tuple[Waiting, int]] = []
-        room = min(self.limits.max_batch_tokens, most_tokens or self.limits.max_batch_tokens)
+        room = min(self._full_tokens(), most_tokens or math.inf)
         while (lane := self._next_lane()) is not None:
             queue = self._queues[lane]
             request = queue.requests[0]
@@ -135,19 +201,28 @@ class Scheduler:
             length = len(request.token_ids[position])
             if batch and length > room:
                 break
-            queue.requests.popleft()
-            queue.served += length / self._share(lane)
-            queue.tokens -= length
+            self._count(queue, length, self._share(lane))
             request.place.tokens -= length
             request.next += 1
-            if request.next < len(request.order):
-                queue.requests.append(request)
+            if request.next == len(request.order):
+                queue.requests.popleft()
             batch.append((request, position))
             room -= length
         if batch:
             alone = all(request is batch[0][0] for request, _ in batch)
             self._lone_batches = self._lone_batches + 1 if alone else 0
         return batch
+
+    def _count(self, queue: _Queue, tokens: int, share: float) -> None:
+        queue.served += tokens / share
+        queue.tokens -= tokens
+        queue.recent = self._recent(queue) + tokens
+        queue.recent_at = self._clock()
+        self.running_tokens += tokens
+
+    def finished(self, tokens: int) -> None:
+        """A batch of so many tokens is no longer being computed."""
+        self.running_tokens -= tokens
 
     def seconds_until_batch(self) -> float | None:
         """How long to wait for more company: 0 when a batch is due, None when nothing waits.
@@ -158,7 +233,7 @@ class Scheduler:
         waiting = [request.arrived for queue in self._queues.values() for request in queue.requests]
         if not waiting:
             return None
-        if self._lone_batches >= _LONE_BATCHES or self.queued_tokens() >= self.limits.max_batch_tokens:
+        if self._lone_batches >= _LONE_BATCHES or self.queued_tokens() >= self._full_tokens():
             return 0.0
         return max(0.0, min(waiting) + self.limits.wait_seconds - self._clock())
 
@@ -168,19 +243,83 @@ class Scheduler:
 
     def computed(self, tokens: int, seconds: float) -> None:
         """Learn the encoder's speed from one batch."""
-        rate = tokens / max(seconds, 1e-6)
-        before = self._tokens_per_second
-        self._tokens_per_second = rate if before is None else before + _SMOOTHING * (rate - before)
+        self.speed.learn(tokens, seconds, self._full_tokens())
 
-    def retry_after_seconds(self, tokens: int) -> float:
+    def seconds_needed(self, tokens: int) -> float | None:
+        """How long so many tokens take where nothing else waits; None while no rate is known."""
+        rate = self.speed.tokens_per_second
+        return None if rate is None else tokens / rate
+
+    def retry_after_seconds(self, tokens: int, seconds_left: float | None = None) -> float:
         """When a request of so many tokens may fit: the time to compute what stands in its way."""
-        lane = self._lane_of(tokens)
+        excess = self._seconds_too_many(self._lane_of(tokens), tokens, self._place(tokens, seconds_left))
+        return min(_LONGEST_RETRY_SECONDS, max(1.0, excess)) if math.isfinite(excess) else 1.0
+
+    def _place(self, tokens: int, seconds_left: float | None) -> Place:
+        seconds = self.limits.request_seconds if seconds_left is None else seconds_left
+        return Place(self._lane_of(tokens), 0, seconds, self._clock() + seconds)
+
+    def _seconds_too_many(self, lane: Lane, tokens: int, place: Place) -> float:
+        """How long after now there would be room for a request; 0 where it may come now, inf where that is unknown."""
+        rate = self.speed.tokens_per_second
         excess = self._queues[lane].tokens + tokens - self.limits.max_queued_tokens
-        if self._tokens_per_second is None or excess <= 0:
-            return 1.0
+        if rate is None:
+            return math.inf if excess > 0 else 0.0
+        seconds = max(0.0, excess / self._rate_of(lane, rate))
+        left = place.deadline - self._clock()
+        if not math.isfinite(left):
+            return seconds
+        needed = self._seconds_until_done(
+            lane, self._queues[lane].tokens + tokens, 0, self._use(_other(lane))
+        )
+        late = needed + _SPARED_AT_FIRST * place.seconds - left
+        return max(seconds, late, self._delay_too_many(lane, tokens, rate))
+
+    def _seconds_until_done(self, lane: Lane, tokens: int, more: int, use: float = 0.0) -> float:
+        """Until a lane has had so many tokens of its queue computed, at the measured rate.
+
+        As if tokens could be cut at will: a lane gets its share while both wait, and everything when it waits alone.
+
+        Args:
+            lane: the lane.
+            tokens: of its queue, from the front.
+            more: tokens that the other lane gets beside those it has.
+            use: share of the encoder that requests yet to come will take in the other lane.
+        """
+        both = (tokens + self._queues[_other(lane)].tokens + more) / (1.0 - use)
+        rate = self.speed.tokens_per_second or math.inf
+        return (self.running_tokens + min(tokens / self._share(lane), both)) / rate
+
+    def _delay_too_many(self, lane: Lane, tokens: int, rate: float) -> float:
+        """How much too late a request of one lane would make those that wait in the other; 0 where it does not."""
+        other = _other(lane)
+        worst, ahead, now = 0.0, 0, self._clock()
+        for request in self._queues[other].requests:
+            ahead += request.place.tokens
+            left = request.place.deadline - now
+            if ahead / rate > left:
+                continue  # lost already, even if nobody else were served
+            needed = self._seconds_until_done(other, ahead, tokens)
+            worst = max(worst, needed + _SPARED_ALWAYS * request.place.seconds - left)
+        return worst
+
+    def _use(self, lane: Lane) -> float:
+        """Share of the encoder that a lane took of late, at most what it is due."""
+        rate = self.speed.tokens_per_second or math.inf
+        lately = self._recent(self._queues[lane]) / (rate * self.limits.request_seconds)
+        return min(lately, self._share(lane))
+
+    def _recent(self, queue: _Queue) -> float:
+        return queue.recent * math.exp((queue.recent_at - self._clock()) / self.limits.request_seconds)
+
+    def _full_tokens(self) -> float:
+        """Tokens of a full batch: as stated, or fewer where it would take too much of a request's time."""
+        rate = self.speed.tokens_per_second or math.inf
+        return min(self.limits.max_batch_tokens, max(1.0, _BATCH_SHARE * self.limits.request_seconds * rate))
+
+    def _rate_of(self, lane: Lane, rate: float) -> float:
         both = all(queue.requests for queue in self._queues.values())
-        rate = self._tokens_per_second * (self._share(lane) if both else 1.0)
-        return min(_LONGEST_RETRY_SECONDS, max(1.0, excess / rate))
+        return rate * (self._share(lane) if both else 1.0)
 
     def _lane_of(self, tokens: int) -> Lane:
         return "query" if tokens <= self.limits.query_lane_tokens else "bulk"

@@ -5,6 +5,7 @@ computes. No Ray here; replica.py puts it on Serve.
 """
 
 import asyncio
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -13,7 +14,7 @@ from typing import TypeVar
 
 from embedloom.config.base import FrozenConfig
 from embedloom.config.serving import ServingConfig
-from embedloom.serving.batching import TokenBatcher
+from embedloom.serving.batching import TokenBatcher, TooLate
 from embedloom.serving.memory import HeapTrimmer
 from embedloom.serving.messages import (
     EncodeJob,
@@ -36,6 +37,8 @@ _HERE_CHARACTERS = 256
 _TOKENS_PER_CHARACTER = 0.3  # first guess; learnt from then on
 _SMOOTHING = 0.1
 Found = TypeVar("Found")
+_MEASURED_TOKENS = 512  # of the batch that measures the rate
+_MEASURE_AGAIN_SECONDS = 10.0
 
 
 class BatchSettings(FrozenConfig):
@@ -47,6 +50,7 @@ class BatchSettings(FrozenConfig):
     max_queued_tokens: int = 600_000
     query_lane_tokens: int = 512
     query_lane_share: float = 0.5
+    request_timeout_seconds: float = 60.0
 
     @classmethod
     def of(cls, config: ServingConfig) -> "BatchSettings":
@@ -62,6 +66,7 @@ class BatchSettings(FrozenConfig):
             max_queued_tokens=self.max_queued_tokens,
             query_lane_tokens=self.query_lane_tokens,
             query_lane_share=self.query_lane_share,
+            request_seconds=self.request_timeout_seconds,
         )
 
 
@@ -95,6 +100,7 @@ class EncoderService:
         # One thread at a time: fast tokenizers keep their truncation as shared state and refuse a second borrower.
         self._tokenize_thread = ThreadPoolExecutor(1, thread_name_prefix="tokenize")
         self._tokenizing = 0  # calls that the thread has or will have
+        self._measured = -math.inf
 
     def _embed(self, token_ids: Sequence[Sequence[int]], alone: bool) -> Vectors:
         self._streams.use_cores(alone)
@@ -130,10 +136,10 @@ class EncoderService:
         started = time.monotonic()
         if refusal := self._pinned_elsewhere(job):
             return refusal
-        scheduler = self._batcher.scheduler
-        place = scheduler.reserve(estimate := self._estimate(job))
+        scheduler, left = self._batcher.scheduler, self._seconds_left(job)
+        place = scheduler.reserve(estimate := self._estimate(job), left)
         if place is None:
-            return self._full(estimate)
+            return self._full(estimate, left)
         try:
             found = await self._ids_of(job, limited=True)
             if isinstance(found, Refusal):
@@ -148,9 +154,15 @@ class EncoderService:
                     job.parts[-1].name,
                 )
             if not scheduler.resize(place, tokens):
-                return self._full(tokens)
+                return self._full(tokens, left)
             tokenized = time.monotonic()
             vectors, request = await self._batcher.submit(ids, place)
+        except TooLate:
+            return Refusal(
+                "this endpoint computes more slowly than when it took the request; try again later",
+                "overloaded",
+                retry_after_seconds=scheduler.retry_after_seconds(tokens),
+            )
         finally:
             scheduler.release(place)
         return EncodeResult(
@@ -234,13 +246,45 @@ class EncoderService:
     def _learn(self, characters: int, tokens: int) -> None:
         self._tokens_per_character += _SMOOTHING * (tokens / max(1, characters) - self._tokens_per_character)
 
-    def _full(self, tokens: int) -> Refusal:
+    def _seconds_left(self, job: EncodeJob) -> float:
+        """Until the client is told that it took too long; clocks of several machines may differ by a little."""
+        most = self._settings.request_timeout_seconds
+        return most if job.deadline is None else max(0.0, min(most, job.deadline - time.time()))
+
+    def _full(self, tokens: int, seconds_left: float) -> Refusal:
         scheduler = self._batcher.scheduler
+        needed = scheduler.seconds_needed(tokens)
+        if scheduler.idle and needed is not None:
+            self._measure_again()
+            message = (
+                f"its {tokens} tokens take about {needed:.3g} s here, too long for the {seconds_left:.3g} s that a request "
+                "has; send fewer at a time"
+            )
+        else:
+            message = f"{scheduler.queued_tokens()} tokens are waiting here already; try again later"
         return Refusal(
-            f"{scheduler.queued_tokens()} tokens are waiting here already; try again later",
-            "overloaded",
-            retry_after_seconds=scheduler.retry_after_seconds(tokens),
+            message, "overloaded", retry_after_seconds=scheduler.retry_after_seconds(tokens, seconds_left)
         )
+
+    def measure(self) -> None:
+        """Learn the encoder's rate from a small batch of its own, before there was any or where it may be outdated.
+
+        Blocks. Its first run allocates and picks kernels, for which no client should pay; the second one counts.
+        """
+        length = min(_MEASURED_TOKENS, self._encoder.contract.max_document_tokens)
+        texts = [[0] * length] * max(1, _MEASURED_TOKENS // length)
+        for _ in range(2):
+            started = time.monotonic()
+            self._embed(texts, True)
+            seconds = time.monotonic() - started
+        self._batcher.scheduler.speed.state(length * len(texts), seconds)
+        self._measured = time.monotonic()
+
+    def _measure_again(self) -> None:
+        """An endpoint that refuses everything computes nothing that could show it to be faster than it was."""
+        if time.monotonic() - self._measured > _MEASURE_AGAIN_SECONDS:
+            self._measured = time.monotonic()
+            self._streams.threads[0].submit(self.measure)
 
     def _pinned_elsewhere(self, job: EncodeJob) -> Refusal | None:
         own = self._contract_hash
