@@ -1,7 +1,11 @@
 """What every node of a cluster has in its environment, whoever starts it."""
 
 from embedloom.cluster.config import ClusterConfig, NodePool, Profile
+from embedloom.config.resources import LISTENER_VARIABLE
 from embedloom.errors import ConfigError
+
+# What Serve calls in every process that listens: serving/listener.py.
+PROXY_CALLBACK = "embedloom.serving.listener.proxy_middlewares"
 
 
 def node_environment(profile: Profile, pool: NodePool) -> dict[str, str]:
@@ -17,8 +21,12 @@ def serve_environment(profile: Profile) -> dict[str, str]:
     # The endpoint's handlers hand what takes long to threads, so they need no event loop in a thread of its own, to and
     # from which every request is passed: single runs on two cores, 64 clients, 404 requests a second instead of 373.
     found = {"RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0"}
+    found["RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"] = PROXY_CALLBACK
+    found[LISTENER_VARIABLE] = profile.serve.listener.model_dump_json()
     if profile.serve.haproxy:
         found["RAY_SERVE_ENABLE_HA_PROXY"] = "1"
+        # HAProxy's own bound on the size of a request's headers, of which it keeps a kibibyte for itself.
+        found["RAY_SERVE_HAPROXY_TUNE_BUFSIZE"] = str(profile.serve.listener.max_header_bytes + 1024)
     return found
 
 

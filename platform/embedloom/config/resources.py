@@ -47,6 +47,24 @@ class TrainingGroup(FrozenConfig):
         return self.threads or max(1, int(self.cpus))
 
 
+LISTENER_VARIABLE = "EMBEDLOOM_LISTENER"  # holds a node's ListenerConfig as JSON
+
+
+class ListenerConfig(FrozenConfig):
+    """What a connection may cost before it is a request; of every process of a node that listens for HTTP."""
+
+    max_header_kib: int = Field(default=32, ge=1)  # of the request line and all headers; beyond it 431
+    max_headers: int = Field(default=100, ge=1)
+    header_seconds: float = Field(default=10.0, gt=0)  # from the first byte to the last header
+    # Open at once, by address: a load balancer in front is one client. Null: not bounded.
+    max_client_connections: int | None = Field(default=512, ge=1)
+
+    @property
+    def max_header_bytes(self) -> int:
+        """The size in bytes."""
+        return self.max_header_kib * 1024
+
+
 class ServeScaling(FrozenConfig):
     """Replicas of the endpoint."""
 
@@ -66,6 +84,7 @@ class ServeScaling(FrozenConfig):
         default=None, gt=0
     )  # of min_replicas 0; null: as any downscaling
     haproxy: bool = False  # Serve's HAProxy in place of its Python proxy, on every node
+    listener: ListenerConfig = ListenerConfig()
 
     @model_validator(mode="after")
     def _bounds_are_ordered(self) -> "ServeScaling":
