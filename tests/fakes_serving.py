@@ -91,14 +91,18 @@ def service_of(encoder: FakeEncoder, **limits: Any) -> EncoderService:
     return EncoderService(encoder, BatchSettings(**values), fingerprint="f00d")
 
 
-def api_of(
-    encoder: FakeEncoder, *, limits: dict[str, Any] | None = None, corpus: Any = None, **settings: Any
-) -> FastAPI:
+def settings_of(**settings: Any) -> EndpointSettings:
     values = {
         "served_name": "tiny", "fingerprint": "f00d", "created": 1_700_000_000, "max_items": 8, "max_requests": 4,
         "request_timeout_seconds": 10.0, **settings,
     }  # fmt: skip
-    return create_api(service_of(encoder, **(limits or {})), EndpointSettings(**values), corpus=corpus)
+    return EndpointSettings(**values)
+
+
+def api_of(
+    encoder: FakeEncoder, *, limits: dict[str, Any] | None = None, corpus: Any = None, **settings: Any
+) -> FastAPI:
+    return create_api(service_of(encoder, **(limits or {})), settings_of(**settings), corpus=corpus)
 
 
 def client_of(encoder: FakeEncoder, **options: Any) -> TestClient:

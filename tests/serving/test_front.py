@@ -29,7 +29,7 @@ def preflight(client, origin: str):
 
 def test_no_other_page_may_call_by_default():
     with client_of(FakeEncoder()) as client:
-        refused(preflight(client, HERE), 405)
+        assert "access-control-allow-origin" not in preflight(client, HERE).headers
         reply = client.post("/v1/embeddings", json=BODY, headers={"origin": HERE})
         assert not [name for name in reply.headers if name.startswith("access-control")]
 
@@ -51,6 +51,35 @@ def test_listed_origins_may_call_and_read_refusals():
 def test_an_origin_is_one_site(origin):
     with pytest.raises(ValueError, match="is not an origin"):
         ServingConfig(allowed_origins=(origin,))
+
+
+@pytest.mark.parametrize("path", ["/health", "/ready", "/metrics"])
+def test_a_load_balancers_check_is_answered_whatever_it_says_of_itself(path):
+    hosts = ("localhost", "127.0.0.1")
+    with client_of(FakeEncoder(), hosts=hosts) as client:
+        for host in ("10.2.3.4:8000", "service.internal", "", "a b"):
+            assert client.get(path, headers={"host": host, "user-agent": ""}).status_code == 200
+        assert client.head(path).status_code == 200
+        assert client.get(path + "?from=lb").status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("path", "allowed"),
+    [
+        ("/", "GET, HEAD, OPTIONS"),
+        ("/v1/embeddings", "OPTIONS, POST"),
+        ("/v1/models", "GET, HEAD, OPTIONS"),
+        ("/v1/models/a/b", "GET, HEAD, OPTIONS"),
+    ],
+)
+def test_options_says_what_a_path_takes_without_a_key_or_work(path, allowed):
+    """HAProxy's default check is OPTIONS of ``/``, and takes 2xx for life."""
+    encoder = FakeEncoder()
+    with client_of(encoder, keys=(ApiKey(name="page", sha256="0" * 64),)) as client:
+        reply = client.options(path)
+        assert (reply.status_code, reply.headers["allow"], reply.content) == (204, allowed, b"")
+        refused(client.options("/nothing"), 404)
+    assert not encoder.batches
 
 
 def lines_of(caplog):

@@ -8,7 +8,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
 from embedloom.serving.calls import CONTRACT_HEADER, TRUNCATED_HEADER, Backend, Calls, EndpointSettings
-from embedloom.serving.front import Front, FrontSettings
+from embedloom.serving.front import Drain, Front, FrontSettings
 from embedloom.serving.keys import KeyRing
 from embedloom.serving.metrics import EndpointMetrics
 from embedloom.serving.openapi import Route, openapi_document
@@ -41,6 +41,7 @@ def create_api(
     settings: EndpointSettings,
     metrics: EndpointMetrics | None = None,
     corpus: Corpus | None = None,
+    drain: Drain | None = None,
 ) -> FastAPI:
     """The FastAPI application of one endpoint.
 
@@ -49,6 +50,7 @@ def create_api(
         settings: names and limits.
         metrics: where requests are counted; None: its own.
         corpus: documents that ``/v1/search`` searches; None: no such route.
+        drain: by which the endpoint is stopped.
     """
     metrics = metrics or EndpointMetrics()
     routes = _routes(Calls(backend, settings, metrics), corpus)
@@ -75,12 +77,13 @@ def create_api(
     front = FrontSettings(
         paths=frozenset({*known, "/openapi.json"}),
         open_paths=frozenset(path for route in routes if not route.needs_key for path in route.paths),
+        methods=_methods(routes),
         max_body_bytes=settings.max_body_bytes,
         request_log=settings.request_log,
         hosts=frozenset(name.encode().lower() for name in settings.hosts),
     )
     keys = KeyRing(settings.keys) if settings.keys else None
-    api.add_middleware(Front, metrics=metrics, settings=front, keys=keys)
+    api.add_middleware(Front, metrics=metrics, settings=front, keys=keys, drain=drain)
     api.add_middleware(TidyPaths)
     if settings.allowed_origins:
         # Outside the front: a browser asks for leave (OPTIONS) without the key, and must be able to read refusals.
@@ -94,6 +97,18 @@ def create_api(
             expose_headers=["retry-after", "x-request-id", CONTRACT_HEADER, TRUNCATED_HEADER],
         )
     return api
+
+
+def _methods(routes: Sequence[Route]) -> dict[str, str]:
+    """What an Allow header says of each path."""
+    found = {"/openapi.json": {"GET"}}
+    for route in routes:
+        for path in route.paths:
+            found.setdefault(path, set()).add(route.method)
+    return {
+        path: ", ".join(sorted(methods | {"OPTIONS"} | ({"HEAD"} if "GET" in methods else set())))
+        for path, methods in found.items()
+    }
 
 
 def _routes(calls: Calls, corpus: Corpus | None) -> Sequence[Route]:

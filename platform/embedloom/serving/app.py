@@ -72,6 +72,7 @@ def build_application(args: ApplicationArgs, encoders: str | None = None) -> App
         fingerprint=args.fingerprint,
         created=int((folder / "config.json").stat().st_mtime),
         max_items=serving.max_items,
+        min_replicas=scaling.min_replicas,
         max_requests=scaling.max_replicas * serving.max_ongoing_requests + serving.max_queued_requests,
         request_timeout_seconds=serving.request_timeout_seconds,
         max_item_characters=serving.max_item_characters,
@@ -184,6 +185,7 @@ def _replicas(scaling: ServeScaling) -> dict[str, Any]:
     return {
         "autoscaling_config": AutoscalingConfig(
             min_replicas=scaling.min_replicas,
+            initial_replicas=max(1, scaling.min_replicas),  # a start shows that the model loads
             max_replicas=scaling.max_replicas,
             target_ongoing_requests=scaling.target_ongoing_requests,
             downscale_to_zero_delay_s=scaling.idle_to_zero_seconds,

@@ -1,6 +1,7 @@
 """What every route does around its own work: read the body, admit, ask the encoder in time, notice who left."""
 
 import asyncio
+import codecs
 import re
 import time
 from collections.abc import Coroutine
@@ -39,6 +40,7 @@ class EndpointSettings(FrozenConfig):
     fingerprint: str
     created: int  # Unix seconds, as OpenAI's model list has it
     max_items: int
+    min_replicas: int = 1  # 0: none may be up, and a request waits for the first
     max_requests: int  # computed and waiting together; one more is answered 429
     request_timeout_seconds: float
     max_item_characters: int = 262_144
@@ -70,6 +72,10 @@ class Backend(Protocol):
         """The loaded model; answers only when an encoder is up."""
         ...
 
+    async def replicas(self) -> int:
+        """Encoders that are up; starts none."""
+        ...
+
 
 class Calls:
     """The encoder as routes see it; refusals come as ``ApiError``."""
@@ -96,7 +102,7 @@ class Calls:
             raise ApiError(
                 408, f"the body did not arrive within {limit:g} seconds", code="timeout"
             ) from error
-        return parse(model, body)
+        return parse(model, body.removeprefix(codecs.BOM_UTF8))
 
     async def encode(self, http: Request, job: EncodeJob) -> EncodeResult:
         """Vectors, unless the endpoint is full, the encoder refuses, time runs out or the client leaves."""
@@ -126,9 +132,14 @@ class Calls:
             self._known = await self._within_time(self._backend.describe())
         return self._known
 
-    async def ready(self, seconds: float) -> ModelInfo:
-        """The loaded model, asked for now."""
-        return await asyncio.wait_for(self._backend.describe(), seconds)
+    async def ready(self, seconds: float) -> tuple[ModelInfo, int] | None:
+        """The loaded model and how many encoders are up; None while requests would find none.
+
+        An endpoint that may have none is ready without: asking an encoder would start one, and keep it up.
+        """
+        async with asyncio.timeout(seconds):
+            info, replicas = await self.info(), await self._backend.replicas()
+        return (info, replicas) if replicas or not self.settings.min_replicas else None
 
     def check_sizes(self, items: list[Any], name: str, is_list: bool = True) -> None:
         """Refuse more items, or longer texts, than the endpoint takes (400)."""

@@ -1,6 +1,7 @@
 """Encoder replicas behind a Serve handle, as a backend of the HTTP side."""
 
 import asyncio
+import math
 import time
 from typing import Any
 
@@ -15,6 +16,7 @@ from embedloom.serving.scheduling import LANES
 
 ENCODERS = "encoder"  # the deployment
 _SILENT_SECONDS = 60.0
+_COUNT_SECONDS = 1.0  # how long a count of replicas is believed
 _ATTEMPTS = 3  # encoding changes nothing, so a request whose replica died may run again
 
 
@@ -24,6 +26,7 @@ class HandleBackend:
     def __init__(self, handle: DeploymentHandle) -> None:
         self._handle = handle
         self._queues: dict[str, tuple[float, dict[str, int]]] = {}  # by replica: when told, tokens by lane
+        self._replicas, self._counted = 0, -math.inf  # and when it was so
 
     async def encode(self, job: EncodeJob) -> EncodeResult | Refusal:
         """Vectors, or why not.
@@ -59,6 +62,20 @@ class HandleBackend:
         self._queues = {tag: told for tag, told in self._queues.items() if now - told[0] < _SILENT_SECONDS}
         return {lane: sum(queued.get(lane, 0) for _, queued in self._queues.values()) for lane in LANES}
 
+    async def replicas(self) -> int:
+        """Encoders that are up, as Serve's controller says: asking one would start it, or keep it up.
+
+        What was last known while the controller does not answer.
+        """
+        if time.monotonic() - self._counted > _COUNT_SECONDS:
+            try:
+                self._replicas = await asyncio.to_thread(running_replicas, self._handle.app_name)
+                self._counted = time.monotonic()
+            except Exception:
+                if math.isinf(self._counted):
+                    raise
+        return self._replicas
+
     async def _call(self, method: str, *arguments: Any) -> Any:
         cause: Exception | None = None
         for _ in range(_ATTEMPTS):
@@ -75,6 +92,14 @@ class HandleBackend:
         raise ApiError(
             503, f"{_ATTEMPTS} encoder replicas died over this request", code="unavailable"
         ) from cause
+
+
+def running_replicas(application: str) -> int:
+    """Encoders of an application that are up."""
+    found = serve.status().applications.get(application)
+    encoders = found.deployments.get(ENCODERS) if found is not None else None
+    states = encoders.replica_states if encoders is not None else {}
+    return sum(count for state, count in states.items() if str(getattr(state, "value", state)) == "RUNNING")
 
 
 def encoders_of(application: str) -> HandleBackend:

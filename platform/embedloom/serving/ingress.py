@@ -5,6 +5,7 @@ from typing import Any
 from embedloom.config.base import validate
 from embedloom.serving.calls import Backend, EndpointSettings
 from embedloom.serving.corpus_source import CorpusSource
+from embedloom.serving.front import Drain
 from embedloom.serving.handles import encoders_of
 from embedloom.serving.messages import ModelInfo
 from embedloom.serving.trial import Window
@@ -32,6 +33,7 @@ class Ingress:
             encoders: the application that ``live`` runs in, where it is another one.
         """
         self.settings = settings
+        self.stopping = Drain()
         self.router = VersionRouter(live, settings.request_timeout_seconds)
         self.corpus = corpus.open() if corpus is not None else None
         self._blueprint = blueprint
@@ -39,6 +41,10 @@ class Ingress:
         self._tried: tuple[str, Backend] | None = (
             None  # application and its handle: one a trial, not one a call
         )
+
+    async def drain(self, seconds: float) -> int:
+        """Take no more requests, and wait for those in hand; returns how many were not done in time (503)."""
+        return await self.stopping.run(seconds)
 
     async def describe_endpoint(self) -> tuple[dict[str, Any], ModelInfo, str | None]:
         """The ``ApplicationArgs`` this endpoint was built from, its model, and the application of its encoders."""

@@ -32,6 +32,7 @@ class ApiError(ServeError):
         code: str | None = None,
         kind: str | None = None,
         retry_after_seconds: float | None = None,
+        headers: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__(message)
         self.status = status
@@ -41,6 +42,7 @@ class ApiError(ServeError):
         if retry_after_seconds is None and status in (429, 503):
             retry_after_seconds = _RETRY_AFTER_SECONDS
         self.retry_after_seconds = retry_after_seconds
+        self._headers = dict(headers or {})
 
     def body(self) -> dict[str, Any]:
         """The error in OpenAI's shape."""
@@ -49,7 +51,7 @@ class ApiError(ServeError):
     @property
     def headers(self) -> dict[str, str]:
         """Headers that belong to the status."""
-        headers = {}
+        headers = dict(self._headers)
         if self.retry_after_seconds is not None:
             headers["retry-after"] = str(max(1, math.ceil(self.retry_after_seconds)))
         if self.status == 401:

@@ -236,6 +236,7 @@ class Readiness(Reply):
     status: Literal["ready"] = "ready"
     model: str
     contract_hash: str
+    replicas: int  # encoders that are up; 0: the next request starts one
 
 
 def usage(tokens: int, truncated: int = 0) -> dict[str, int]:

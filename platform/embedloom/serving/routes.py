@@ -83,13 +83,18 @@ class Routes:
         return json_reply({"status": "ok"})
 
     async def ready(self, _: Request) -> Response:
-        """Ready: an encoder answers."""
+        """Ready: an encoder is up, or will be for the next request (``replicas`` 0)."""
         try:
-            info = await self._calls.ready(READY_TIMEOUT_SECONDS)
+            found = await self._calls.ready(READY_TIMEOUT_SECONDS)
         except Exception as error:  # whatever is wrong with the encoder, the answer is "not ready"
             raise ApiError(503, "no encoder replica answers yet", code="not_ready") from error
+        if found is None:
+            raise ApiError(503, "no encoder replica is up", code="not_ready")
+        info, replicas = found
         name = self._calls.settings.served_name
-        return json_reply({"status": "ready", "model": name, "contract_hash": info.contract_hash})
+        return json_reply(
+            {"status": "ready", "model": name, "contract_hash": info.contract_hash, "replicas": replicas}
+        )
 
     async def metrics(self, _: Request) -> Response:
         """Prometheus text."""

@@ -131,6 +131,10 @@ class EncoderService:
             matryoshka_dimensions=tuple(getattr(config, "matryoshka_dimensions", None) or ()),
         )
 
+    async def replicas(self) -> int:
+        """One: this."""
+        return 1
+
     async def encode(self, job: EncodeJob) -> EncodeResult | Refusal:
         """Vectors of one request, or why it is refused."""
         started = time.monotonic()

@@ -116,6 +116,10 @@ class VersionRouter:
         """The live version."""
         return await self._live.describe()
 
+    async def replicas(self) -> int:
+        """The live version's encoders that are up."""
+        return await self._live.replicas()
+
     def _current(self) -> _Trial | None:
         if self._trial is not None and self._clock() > self._trial.deadline:
             self._trial = None
