@@ -26,7 +26,9 @@ REFUSED_WITHIN_SECONDS = 5.0  # of the first second's crowd on a machine whose c
 
 
 def body(number: int, tokens: int) -> dict[str, Any]:
-    texts = [f"document {number} {n} " + "merge two sorted lists of words " * 37 for n in range(tokens // 230)]
+    texts = [
+        f"document {number} {n} " + "merge two sorted lists of words " * 37 for n in range(tokens // 230)
+    ]
     return {"model": NAME, "input": texts, "truncate": "end"}
 
 
@@ -36,7 +38,9 @@ def ask(running: Running, number: int, tokens: int) -> tuple[int, float, dict[st
         reply = httpx.post(
             f"{running.url}/v1/embeddings", json=body(number, tokens), trust_env=False, timeout=180
         )
-        content = reply.json() if reply.headers["content-type"] == "application/json" else {"text": reply.text}
+        content = (
+            reply.json() if reply.headers["content-type"] == "application/json" else {"text": reply.text}
+        )
         content.pop("data", None)
         content["retry-after"] = reply.headers.get("retry-after")
         return reply.status_code, time.monotonic() - started, content

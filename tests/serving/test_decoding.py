@@ -51,7 +51,10 @@ def test_a_body_is_what_was_compressed_wherever_it_is_cut(coding, data, cuts):
     assert decoded(coding[:1], CODINGS[coding](data), cuts) == data
 
 
-@given(st.lists(st.sampled_from([("gzip",), ("deflate",), ("zstd",)]), min_size=2, max_size=4), st.binary(max_size=500))
+@given(
+    st.lists(st.sampled_from([("gzip",), ("deflate",), ("zstd",)]), min_size=2, max_size=4),
+    st.binary(max_size=500),
+)
 def test_several_codings_are_undone_in_reverse(codings, data):
     body = data
     for coding in codings:
@@ -82,7 +85,13 @@ def test_a_bomb_in_a_bomb_and_one_that_comes_to_nothing_stop_too():
 @pytest.mark.parametrize("coding", ["gzip", "deflate", "zstd"])
 def test_what_is_broken_is_named(coding):
     whole = CODINGS[(coding,)](b"some text that is compressed" * 10)
-    for body in (b"", whole[:1], whole[:-1], whole[: len(whole) // 2], b"not compressed at all, not compressed"):
+    for body in (
+        b"",
+        whole[:1],
+        whole[:-1],
+        whole[: len(whole) // 2],
+        b"not compressed at all, not compressed",
+    ):
         with pytest.raises(ApiError, match=f"not valid {coding}") as seen:
             decoded([coding], body)
         assert seen.value.status == 400
@@ -99,7 +108,13 @@ def test_a_window_larger_than_http_allows_is_refused():
 
 @pytest.mark.parametrize(
     ("header", "codings"),
-    [(b"", []), (b"identity", []), (b"GZip", ["gzip"]), (b"x-gzip", ["gzip"]), (b"deflate, identity , zstd", ["deflate", "zstd"])],
+    [
+        (b"", []),
+        (b"identity", []),
+        (b"GZip", ["gzip"]),
+        (b"x-gzip", ["gzip"]),
+        (b"deflate, identity , zstd", ["deflate", "zstd"]),
+    ],
 )
 def test_the_header_names_codings_in_any_case(header, codings):
     assert codings_of(header) == codings
@@ -119,7 +134,9 @@ BODY = json.dumps({"model": "tiny", "input": ["größer", "b"]}).encode()
 def test_over_http_a_compressed_body_is_the_same_request(coding):
     headers = {"content-type": "application/json", "content-encoding": coding[0]}
     with client_of(FakeEncoder()) as client:
-        plain = client.post("/v1/embeddings", content=BODY, headers={"content-type": "application/json"}).json()
+        plain = client.post(
+            "/v1/embeddings", content=BODY, headers={"content-type": "application/json"}
+        ).json()
         assert client.post("/v1/embeddings", content=CODINGS[coding](BODY), headers=headers).json() == plain
 
 
@@ -130,7 +147,10 @@ def test_over_http_bombs_are_413_and_the_unknown_is_415():
 
     with client_of(FakeEncoder(), max_body_bytes=10_000) as client:
         for coding in (("gzip",), ("deflate",), ("zstd",)):
-            assert refused(send(client, CODINGS[coding](bytes(10**7)), coding[0]), 413)["code"] == "body_too_large"
+            assert (
+                refused(send(client, CODINGS[coding](bytes(10**7)), coding[0]), 413)["code"]
+                == "body_too_large"
+            )
             assert refused(send(client, BODY, coding[0]), 400)["code"] == "invalid_content_encoding"
         reply = send(client, BODY, "br")
         assert "'br' is not supported" in refused(reply, 415)["message"]
@@ -142,5 +162,7 @@ def test_a_byte_order_mark_is_ignored(coding):
     body = b"\xef\xbb\xbf" + BODY
     headers = {"content-type": "application/json"} | ({"content-encoding": coding} if coding else {})
     with client_of(FakeEncoder()) as client:
-        reply = client.post("/v1/embeddings", content=gzip.compress(body) if coding else body, headers=headers)
+        reply = client.post(
+            "/v1/embeddings", content=gzip.compress(body) if coding else body, headers=headers
+        )
         assert reply.status_code == 200, reply.text

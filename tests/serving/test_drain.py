@@ -27,7 +27,10 @@ def stopped(seconds: float, release: bool):
             stopping = asyncio.create_task(drain.run(seconds))
             await asyncio.sleep(0)
             late = await client.post("/v1/embeddings", json=BODY)
-            probes = [(await client.get(path)).status_code for path in ("/health", "/ready", "/metrics", "/v1/models")]
+            probes = [
+                (await client.get(path)).status_code
+                for path in ("/health", "/ready", "/metrics", "/v1/models")
+            ]
             if release:
                 encoder.gate.set()
             cut = await stopping

@@ -63,7 +63,9 @@ def running(loop: str, limits: ListenerConfig = LIMITS):
     Protocol.limits = limits
     Protocol.open_by_client = type(BoundedProtocol.open_by_client)()
     app = App()
-    config = uvicorn.Config(app, http=Protocol, loop=loop, lifespan="off", log_level="critical", access_log=False)
+    config = uvicorn.Config(
+        app, http=Protocol, loop=loop, lifespan="off", log_level="critical", access_log=False
+    )
     server = uvicorn.Server(config)
     listening = socket.socket()
     listening.bind(("127.0.0.1", 0))
@@ -235,11 +237,15 @@ def serve_like(routes: dict | None, answer) -> TestClient:
     async def other(_):
         return answer
 
-    app = Starlette(routes=[Route("/-/routes", listed), Route("/{rest:path}", other, methods=["GET", "POST"])])
+    app = Starlette(
+        routes=[Route("/-/routes", listed), Route("/{rest:path}", other, methods=["GET", "POST"])]
+    )
     return TestClient(ServeAnswers(app), raise_server_exceptions=False)
 
 
-NOT_FOUND = PlainTextResponse("Path '/v1/embeddings' not found. Ping http://.../-/routes for available routes.", 404)
+NOT_FOUND = PlainTextResponse(
+    "Path '/v1/embeddings' not found. Ping http://.../-/routes for available routes.", 404
+)
 
 
 @pytest.mark.parametrize("routes", [None, {}])
@@ -274,4 +280,8 @@ def test_a_replica_that_died_without_a_word_is_503():
         return None
 
     reply = TestClient(ServeAnswers(dead)).post("/v1/embeddings", headers={"x-request-id": "r"})
-    assert reply.status_code == 503 and reply.headers["retry-after"] == "2" and reply.headers["x-request-id"] == "r"
+    assert (
+        reply.status_code == 503
+        and reply.headers["retry-after"] == "2"
+        and reply.headers["x-request-id"] == "r"
+    )

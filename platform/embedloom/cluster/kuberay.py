@@ -150,6 +150,7 @@ def _pod(cluster: ClusterConfig, profile: Profile, pool: NodePool, container: st
             }
         ],
         "volumes": [{"name": name, **source} for name, (_, source) in volumes.items()],
+        "terminationGracePeriodSeconds": profile.serve.termination_grace_seconds,
     }
     selector = {}
     if pool.instance is not None:

@@ -65,6 +65,11 @@ class ListenerConfig(FrozenConfig):
         return self.max_header_kib * 1024
 
 
+_SHUTDOWN_SECONDS = (
+    10  # that Serve and Ray may take to end behind a drained endpoint; 4 to 5 on an idle machine
+)
+
+
 class ServeScaling(FrozenConfig):
     """Replicas of the endpoint."""
 
@@ -85,6 +90,8 @@ class ServeScaling(FrozenConfig):
     )  # of min_replicas 0; null: as any downscaling
     haproxy: bool = False  # Serve's HAProxy in place of its Python proxy, on every node
     listener: ListenerConfig = ListenerConfig()
+    # What Kubernetes, or whoever stops an endpoint, gives it to end: the pods' terminationGracePeriodSeconds.
+    termination_grace_seconds: int = Field(default=30, ge=15)
 
     @model_validator(mode="after")
     def _bounds_are_ordered(self) -> "ServeScaling":
@@ -116,6 +123,20 @@ class ServeScaling(FrozenConfig):
                 "so it would never scale up"
             )
         return self
+
+    @property
+    def drain_seconds(self) -> float:
+        """How long requests in hand may go on when the endpoint is stopped; the rest of the grace is Serve's and Ray's."""
+        return self.termination_grace_seconds - _SHUTDOWN_SECONDS
+
+    def cut_off(self, request_seconds: float) -> str | None:
+        """What a stop may do to a request that has so long; None where each can end."""
+        if request_seconds <= self.drain_seconds:
+            return None
+        return (
+            f"a stop waits {self.drain_seconds:g} s for requests (serve.termination_grace_seconds {self.termination_grace_seconds}"
+            f" less {_SHUTDOWN_SECONDS} to shut down), and one may take {request_seconds:g} s: what is not done is answered 503"
+        )
 
     @property
     def limits(self) -> dict[str, int]:

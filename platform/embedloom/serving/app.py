@@ -15,6 +15,7 @@ from embedloom.errors import ConfigError, DataError
 from embedloom.instructions import CONTRACT_FILE, PromptContract
 from embedloom.retrieval.model_id import model_id
 from embedloom.serving.aliases import check_aliases
+from embedloom.serving.applications import GATEWAY, SINGLE
 from embedloom.serving.calls import EndpointSettings
 from embedloom.serving.corpus_source import CorpusSource
 from embedloom.serving.gateway import Gateway
@@ -29,7 +30,6 @@ from embedloom.verdict import check_gated
 
 RETRY_AFTER_SECONDS = 1  # of Serve's own 429, which is not the usual one
 GATEWAY_CPUS = 0.1  # bookkeeping only: it parses and waits
-SINGLE, GATEWAY = "endpoint", "gateway"  # deployments that answer HTTP
 
 
 def build(args: dict[str, Any]) -> Application:

@@ -7,10 +7,13 @@ from typing import Any
 
 from ray import serve
 from ray.serve import Application, RunTarget
+from ray.serve.exceptions import RayServeException
+from ray.serve.handle import DeploymentHandle
 
 from embedloom.errors import ServeError
 
 APPLICATION = "embedloom"  # the one that answers HTTP
+SINGLE, GATEWAY = "endpoint", "gateway"  # its deployments that do
 START_SECONDS = 300.0  # a replica imports torch first, which takes a minute on a busy node
 QUIET = {"log_level": "WARNING", "enable_access_log": False}
 _POLL_SECONDS = 0.2
@@ -51,6 +54,20 @@ def remove(name: str) -> None:
     """Let an application's running requests finish and take it down; harmless where there is none."""
     if name in serve.status().applications:
         serve.delete(name)
+
+
+def ingress_handle() -> DeploymentHandle:
+    """A handle of the deployment that answers HTTP.
+
+    Raises:
+        ServeError: there is none.
+    """
+    try:
+        deployments = serve.status().applications[APPLICATION].deployments
+        name = next(name for name in (SINGLE, GATEWAY) if name in deployments)
+    except (KeyError, StopIteration, RayServeException) as error:
+        raise ServeError("no endpoint runs in this Ray; start one with `embedloom serve`") from error
+    return serve.get_deployment_handle(name, APPLICATION)
 
 
 def last_line(text: Any) -> str:

@@ -31,7 +31,9 @@ def codings_of(header: bytes) -> list[str]:
     names = [_ALIASES.get(name, name) for name in names if name not in ("", "identity")]
     unknown = [name for name in names if name not in CODINGS]
     if unknown or len(names) > _MOST_CODINGS:
-        what = f"{unknown[0]!r:.80} is not supported" if unknown else f"{len(names)} codings, one over another"
+        what = (
+            f"{unknown[0]!r:.80} is not supported" if unknown else f"{len(names)} codings, one over another"
+        )
         raise ApiError(
             415,
             f"content-encoding: {what}; allowed: {', '.join(CODINGS)}, at most {_MOST_CODINGS} of them",

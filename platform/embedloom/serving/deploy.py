@@ -12,19 +12,20 @@ from typing import Any
 
 import ray
 from ray import serve
-from ray.serve.exceptions import RayServeException
 
 from embedloom.config.application import ApplicationArgs
 from embedloom.config.base import validate
 from embedloom.errors import ConfigError, ServeError
 from embedloom.progress import note
-from embedloom.serving.app import (
-    GATEWAY,
-    SINGLE,
-    build_application,
-    build_encoders,
+from embedloom.serving.app import build_application, build_encoders
+from embedloom.serving.applications import (
+    APPLICATION,
+    ingress_handle,
+    remove,
+    run,
+    version_name,
+    version_names,
 )
-from embedloom.serving.applications import APPLICATION, remove, run, version_name, version_names
 from embedloom.serving.golden import check_golden, expected_vectors
 from embedloom.serving.handles import ENCODERS
 from embedloom.serving.messages import ModelInfo
@@ -102,7 +103,7 @@ def deploy(request: DeployRequest) -> Outcome:
         ConfigError, DataError: the new model cannot take the old one's place; nothing was started.
         ServeError: no endpoint, the new version did not start, or fails its golden vectors; the old one answers on.
     """
-    ingress = _ingress()
+    ingress = ingress_handle()
     blueprint, info, encoders = ingress.describe_endpoint.remote().result(timeout_s=_CALL_SECONDS)
     live = validate(ApplicationArgs, blueprint, "the running endpoint")
     if not live.single and encoders is None:
@@ -142,20 +143,6 @@ def _orders(request: DeployRequest, new: ApplicationArgs, name: str) -> TrialOrd
     )
 
 
-def _ingress() -> Any:
-    """A handle of the deployment that answers HTTP.
-
-    Raises:
-        ServeError: there is none.
-    """
-    try:
-        deployments = serve.status().applications[APPLICATION].deployments
-        name = next(name for name in (SINGLE, GATEWAY) if name in deployments)
-    except (KeyError, StopIteration, RayServeException) as error:
-        raise ServeError("no endpoint runs in this Ray; start one with `embedloom serve`") from error
-    return serve.get_deployment_handle(name, APPLICATION)
-
-
 def _golden(new: ApplicationArgs, name: str) -> None:
     handle = serve.get_deployment_handle(ENCODERS, name)
     expected, dtype = expected_vectors(Path(new.model_folder))
@@ -181,7 +168,9 @@ def _watch(
     while True:
         try:
             window = (
-                _ingress().order_trial.remote(orders.model_dump(mode="json")).result(timeout_s=_CALL_SECONDS)
+                ingress_handle()
+                .order_trial.remote(orders.model_dump(mode="json"))
+                .result(timeout_s=_CALL_SECONDS)
             )
             heard = clock()
         except (ray.exceptions.RayError, ServeError, TimeoutError) as error:
@@ -201,7 +190,7 @@ def _watch(
 def _withdraw(name: str) -> None:
     """Everything back to the live version."""
     try:
-        _ingress().end_trial.remote().result(timeout_s=_CALL_SECONDS)
+        ingress_handle().end_trial.remote().result(timeout_s=_CALL_SECONDS)
     except (ray.exceptions.RayError, ServeError, TimeoutError):
         note("deploy", "the endpoint did not answer; its trial ends by itself")
     remove(name)
@@ -213,7 +202,7 @@ def _promote(live: ApplicationArgs, new: ApplicationArgs, name: str, encoders: s
     Raises:
         ServeError: the new one did not start; the old one was put back.
     """
-    _ingress().end_trial.remote().result(timeout_s=_CALL_SECONDS)
+    ingress_handle().end_trial.remote().result(timeout_s=_CALL_SECONDS)
     prefix = live.serving.route_prefix
     try:
         run(build_application(new, None if new.single else name), APPLICATION, prefix)

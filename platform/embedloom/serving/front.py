@@ -142,7 +142,12 @@ class Front:
             raise _stopping("this endpoint is stopping")
         host = headers.get(b"host")
         # A browser, the only one that can be tricked, always states a host; HTTP/1.0 need not.
-        if self._settings.hosts and host is not None and _name(host) not in self._settings.hosts and path not in HEALTH_PATHS:
+        if (
+            self._settings.hosts
+            and host is not None
+            and _name(host) not in self._settings.hosts
+            and path not in HEALTH_PATHS
+        ):
             raise ApiError(
                 403,
                 "host: this endpoint answers only to names of this machine, lest a web page elsewhere points its own "

@@ -59,7 +59,11 @@ class BoundedProtocol(HttpToolsProtocol):
         self.open_by_client[self._client_name] += 1
         most = self.limits.max_client_connections
         if most is not None and self.open_by_client[self._client_name] > most:
-            self._refuse(ApiError(429, f"this client has {most} connections open; allowed: no more", code="connections"))
+            self._refuse(
+                ApiError(
+                    429, f"this client has {most} connections open; allowed: no more", code="connections"
+                )
+            )
             return
         self._set_timer(self.limits.header_seconds, self._head_is_late)
 
@@ -165,7 +169,9 @@ class BoundedProtocol(HttpToolsProtocol):
     def _refuse_head(self) -> None:
         limits = self.limits
         if len(self.url) > limits.max_header_bytes:
-            error = ApiError(414, f"the URL is longer than {limits.max_header_bytes} bytes", code="url_too_long")
+            error = ApiError(
+                414, f"the URL is longer than {limits.max_header_bytes} bytes", code="url_too_long"
+            )
         else:
             error = ApiError(
                 431,
@@ -251,7 +257,9 @@ class ServeAnswers:
     async def _error(self, scope: Scope, status: int | None) -> ApiError:
         if status == 404:
             if routes := await self._routes(scope):
-                return ApiError(404, f"{scope['path']:.200}: not found; served here: {', '.join(sorted(routes))}")
+                return ApiError(
+                    404, f"{scope['path']:.200}: not found; served here: {', '.join(sorted(routes))}"
+                )
             return ApiError(
                 503,
                 "the endpoint is starting or stopping; try again shortly",

@@ -18,6 +18,7 @@ from typing import Any
 import ray
 from ray import serve
 from ray.serve import Application
+from ray.serve.exceptions import RayServeException
 
 from embedloom.config.application import ApplicationArgs
 from embedloom.config.base import validate
@@ -32,12 +33,15 @@ from embedloom.serving.applications import (
     APPLICATION,
     QUIET,
     START_SECONDS,
+    ingress_handle,
     last_line,
     remove,
     run,
     version_name,
     version_names,
 )
+
+_CALL_SECONDS = 5.0  # that the controller may take to answer
 
 
 @dataclass(slots=True)
@@ -47,6 +51,7 @@ class Endpoint:
     url: str
     served_name: str
     owns_serve: bool
+    drain_seconds: float
     address_file: Path | None = None
 
     def wait(self) -> None:
@@ -63,15 +68,33 @@ class Endpoint:
         note("serve", "stopping: running requests may finish")
 
     def stop(self) -> None:
-        """Let running requests finish, then take the application down; safe to call twice."""
+        """Let running requests finish for ``drain_seconds``, then take everything down; safe to call twice."""
         if self.address_file is not None:
             self.address_file.unlink(missing_ok=True)
         if not ray.is_initialized():
             return
-        for name in (APPLICATION, *version_names()):  # encoders last: the endpoint still asks them
-            remove(name)
-        if self.owns_serve:
-            serve.shutdown()
+        try:
+            self._drain()
+            if self.owns_serve:
+                serve.shutdown()
+                return
+            for name in (APPLICATION, *version_names()):
+                remove(name)
+        except (ray.exceptions.RayError, RayServeException, TimeoutError) as error:
+            note("serve", f"Serve did not end in order ({last_line(error)}); it ends with its Ray")
+
+    def _drain(self) -> None:
+        """Have new requests refused (503) and wait for those in hand; nothing where no endpoint runs yet."""
+        try:
+            ingress = ingress_handle()
+        except ServeError:
+            return
+        late = ingress.drain.remote(self.drain_seconds).result(timeout_s=self.drain_seconds + _CALL_SECONDS)
+        if late:
+            note(
+                "serve",
+                f"{late} requests were not done within {self.drain_seconds:g} s, and were answered 503",
+            )
 
     def __enter__(self) -> "Endpoint":
         """The endpoint itself."""
@@ -125,9 +148,10 @@ def start_endpoint(
     if owns_serve:
         check_port_free(config.host, config.port)
     host = "127.0.0.1" if config.host in ("0.0.0.0", "::") else config.host
-    endpoint = Endpoint(
-        f"http://{host}:{config.port}{config.route_prefix.rstrip('/')}", served_name, owns_serve
-    )
+    url = f"http://{host}:{config.port}{config.route_prefix.rstrip('/')}"
+    endpoint = Endpoint(url, served_name, owns_serve, scaling.drain_seconds)
+    if warning := scaling.cut_off(config.request_timeout_seconds):
+        note("serve", warning)
     try:
         _start(arguments, application, encoders)
         _wait_until_ready(endpoint, START_SECONDS)
