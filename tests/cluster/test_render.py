@@ -1,4 +1,6 @@
+import importlib
 import json
+import shlex
 from pathlib import Path
 
 import pytest
@@ -17,6 +19,7 @@ from embedloom.cluster.validation import (
     check_serve_config,
 )
 from embedloom.config.base import validate
+from embedloom.config.resources import LISTENER_VARIABLE, ListenerConfig
 from embedloom.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
@@ -67,7 +70,8 @@ def test_every_shipped_profile_renders_and_checks(cluster, tmp_path):
             )
             assert content == documents(cluster, name)[path.name]
         lines = check(cluster, name, project=ROOT)
-        assert len(lines) == len(paths) + 2
+        assert len(lines) == len(paths) + 3
+        assert any("a stop waits 20 s for requests" in line for line in lines)
 
 
 GOLDEN = Path(__file__).parent / "golden"  # embedloom cluster render --profile P --out tests/cluster/golden/P
@@ -261,8 +265,37 @@ def test_platform_folder_is_no_package():
     assert not (ROOT / "platform/__init__.py").exists()
 
 
-def test_a_local_session_that_wants_haproxy_says_so_to_serve():
-    one_loop = {"RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0"}
-    haproxy = {"RAY_SERVE_ENABLE_HA_PROXY": "1"}
-    assert serve_environment(Profile(serve={"haproxy": True})) == one_loop | haproxy
-    assert serve_environment(Profile()) == one_loop
+def test_a_local_session_says_to_serve_how_it_listens():
+    found = serve_environment(Profile(serve={"listener": {"max_headers": 7, "max_client_connections": None}}))
+    assert found["RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD"] == "0"
+    module, _, function = found["RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"].rpartition(".")
+    assert callable(getattr(importlib.import_module(module), function))
+    limits = ListenerConfig.model_validate_json(found[LISTENER_VARIABLE])
+    assert (limits.max_headers, limits.max_client_connections) == (7, None)
+    assert "RAY_SERVE_ENABLE_HA_PROXY" not in found
+    haproxy = serve_environment(Profile(serve={"haproxy": True, "listener": {"max_header_kib": 8}}))
+    assert haproxy["RAY_SERVE_ENABLE_HA_PROXY"] == "1"
+    assert haproxy["RAY_SERVE_HAPROXY_TUNE_BUFSIZE"] == str(9 * 1024)
+
+
+def test_a_launchers_shell_hands_the_bounds_on_whole():
+    launcher = documents(small_cluster(), "small")["launcher.yaml"]
+    for command in launcher["head_start_ray_commands"] + launcher["worker_start_ray_commands"]:
+        if "ray start" in command:
+            (stated,) = [word for word in shlex.split(command) if word.startswith(LISTENER_VARIABLE)]
+            assert json.loads(stated.partition("=")[2])["max_headers"] == 100
+
+
+def test_the_grace_of_a_stop_reaches_the_pods_and_is_held_against_the_time_of_a_request():
+    content = small_cluster().model_dump()
+    content["profiles"]["small"]["serve"]["termination_grace_seconds"] = 90
+    cluster = validate(ClusterConfig, content, "test")
+    files = documents(cluster, "small")
+    for name in ("raycluster.yaml", "rayservice.yaml"):
+        spec = files[name]["spec"]
+        spec = spec.get("rayClusterConfig", spec)
+        for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"]):
+            assert group["template"]["spec"]["terminationGracePeriodSeconds"] == 90
+    scaling = cluster.profile("small").serve
+    assert scaling.cut_off(60.0) is None
+    assert "a stop waits 80 s" in scaling.cut_off(81.0) and "may take 81 s" in scaling.cut_off(81.0)

@@ -1,6 +1,7 @@
 """Compressed bodies: by the reference implementations of each coding, cut anywhere, bombs, and what is none."""
 
 import gzip
+import itertools
 import json
 import tracemalloc
 import zlib
@@ -42,7 +43,7 @@ CODINGS = {
 def decoded(codings, body: bytes, cuts=(), most: int = 10**6) -> bytes:
     decoder = BodyDecoder(codings, most)
     edges = [0, *sorted(min(cut, len(body)) for cut in cuts), len(body)]
-    pieces = [body[start:end] for start, end in zip(edges, edges[1:], strict=False)]
+    pieces = [body[start:end] for start, end in itertools.pairwise(edges)]
     return b"".join(decoder.decode(piece, False) for piece in pieces) + decoder.decode(b"", True)
 
 

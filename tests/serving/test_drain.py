@@ -5,9 +5,9 @@ import asyncio
 import httpx
 import pytest
 
+from embedloom.serving.api import create_api
 from embedloom.serving.front import Drain
 from fakes_serving import FakeEncoder, refused, service_of, settings_of
-from embedloom.serving.api import create_api
 
 BODY = {"model": "tiny", "input": "ab"}
 

@@ -140,7 +140,7 @@ def test_headers_within_the_bounds_are_taken_in_pieces_pipelined_and_behind_a_bo
 
 
 def test_a_large_body_in_tiny_chunks_is_no_header_and_endless_trailers_are(served):
-    app, port = served
+    _app, port = served
     head = b"POST / HTTP/1.1\r\nconnection: close\r\ntransfer-encoding: chunked\r\n\r\n"
     assert b'{"got":20000}' in ask(port, head + b"1\r\nx\r\n" * 20_000 + b"0\r\n\r\n")
     with connect(port) as connection:

@@ -1,5 +1,6 @@
 """The cluster launcher's file (``ray up``) of a profile, on AWS. Plain dictionaries."""
 
+import shlex
 from typing import Any
 
 from embedloom.cluster.checks import HEAD_POOL
@@ -67,7 +68,7 @@ def _start(cluster: ClusterConfig, profile: Profile, pool: NodePool | None, stor
     options = [f"--object-store-memory={store_bytes}"]
     if profile.spill_folder is not None:
         options.append(f"--object-spilling-directory={profile.spill_folder}")
-    stated = " ".join(f"{key}={value}" for key, value in environment.items())
+    stated = " ".join(f"{key}={shlex.quote(value)}" for key, value in environment.items())
     return f"{stated} ray start {' '.join(options)}"
 
 

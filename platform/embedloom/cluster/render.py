@@ -11,6 +11,7 @@ from embedloom.cluster.crds import check_custom_resource, read_crds
 from embedloom.cluster.documents import documents
 from embedloom.cluster.validation import check_document, check_runtime_env, check_serve_config
 from embedloom.config.base import read_yaml
+from embedloom.config.serving import ServingConfig
 
 SHIPPED_SERVE_CONFIG = Path("serve/config.yaml")
 SHIPPED_RUNTIME_ENV = Path("cluster/runtime_env.yaml")
@@ -89,6 +90,9 @@ def check(
         if known is not None and "kind" in content:
             line += f"; {check_custom_resource(content, known, name)}"
         lines.append(f"{name}: {line}")
+    scaling = cluster.profile(profile_name).serve
+    if warning := scaling.cut_off(ServingConfig().request_timeout_seconds):
+        lines.append(f"serve: with the default serving.request_timeout_seconds, {warning}")
     serve_config, runtime_env = project / SHIPPED_SERVE_CONFIG, project / SHIPPED_RUNTIME_ENV
     if serve_config.is_file():
         check_serve_config(read_yaml(serve_config), str(serve_config))

@@ -10,7 +10,7 @@ import json
 import os
 import socket
 from collections import Counter
-from typing import Any
+from typing import Any, ClassVar
 
 import uvicorn.config
 from pydantic_core import to_json
@@ -43,8 +43,8 @@ class BoundedProtocol(HttpToolsProtocol):
     A client that closes its sending side after a request still gets the reply; one that is gone is noticed.
     """
 
-    limits: ListenerConfig = limits_of_environment()
-    open_by_client: Counter[str] = Counter()
+    limits: ClassVar[ListenerConfig] = limits_of_environment()
+    open_by_client: ClassVar[Counter[str]] = Counter()
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Count the connection, and begin to wait for the first request's headers."""
