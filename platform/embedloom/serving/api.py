@@ -74,14 +74,7 @@ def create_api(
         return _http_error(request, error, known)
 
     api.add_exception_handler(HTTPException, answer_http_error)
-    front = FrontSettings(
-        paths=frozenset({*known, "/openapi.json"}),
-        open_paths=frozenset(path for route in routes if not route.needs_key for path in route.paths),
-        methods=_methods(routes),
-        max_body_bytes=settings.max_body_bytes,
-        request_log=settings.request_log,
-        hosts=frozenset(name.encode().lower() for name in settings.hosts),
-    )
+    front = _front_settings(routes, settings)
     keys = KeyRing(settings.keys) if settings.keys else None
     api.add_middleware(Front, metrics=metrics, settings=front, keys=keys, drain=drain)
     api.add_middleware(TidyPaths)
@@ -97,6 +90,17 @@ def create_api(
             expose_headers=["retry-after", "x-request-id", CONTRACT_HEADER, TRUNCATED_HEADER],
         )
     return api
+
+
+def _front_settings(routes: Sequence[Route], settings: EndpointSettings) -> FrontSettings:
+    return FrontSettings(
+        paths=frozenset({"/openapi.json", *(path for route in routes for path in route.paths)}),
+        open_paths=frozenset(path for route in routes if not route.needs_key for path in route.paths),
+        methods=_methods(routes),
+        max_body_bytes=settings.max_body_bytes,
+        request_log=settings.request_log,
+        hosts=frozenset(name.encode().lower() for name in settings.hosts),
+    )
 
 
 def _methods(routes: Sequence[Route]) -> dict[str, str]:
