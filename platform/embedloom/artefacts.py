@@ -34,11 +34,17 @@ _MANIFEST_KEYS = {
 def fingerprint(*parts: Any) -> str:
     """Hash JSON-like values (and pydantic models) into sixteen hex digits."""
 
-    def plain(value: Any) -> Any:
-        return value.model_dump(mode="json") if hasattr(value, "model_dump") else str(value)
-
-    canonical = json.dumps(parts, sort_keys=True, separators=(",", ":"), default=plain)
+    canonical = json.dumps(parts, sort_keys=True, separators=(",", ":"), default=_plain)
     return hashlib.sha256(canonical.encode()).hexdigest()[:16]
+
+
+def plain_values(*parts: Any) -> Any:
+    """What a fingerprint is made of, as JSON has it."""
+    return json.loads(json.dumps(parts, sort_keys=True, default=_plain))
+
+
+def _plain(value: Any) -> Any:
+    return value.model_dump(mode="json") if hasattr(value, "model_dump") else str(value)
 
 
 @functools.cache
@@ -116,13 +122,30 @@ class ArtefactWriter:
     """Builds one artefact; continue after a crash by opening it again with the same fingerprint."""
 
     def __init__(
-        self, place: Place, kind: str, config_fingerprint: str, inputs: Mapping[str, str], profile: str
+        self,
+        place: Place,
+        kind: str,
+        config_fingerprint: str,
+        inputs: Mapping[str, str],
+        profile: str,
+        origin: Mapping[str, Any] | None = None,
     ) -> None:
+        """Begin, or go on.
+
+        Args:
+            place: the artefact's folder.
+            kind: of artefact.
+            config_fingerprint: of the settings that decide it.
+            inputs: fingerprints of the artefacts it is made from, by name.
+            profile: it is built on.
+            origin: the settings and the contents of the files read, kept so that a later run can say what changed.
+        """
         self.place = place
         self.kind = kind
         self.config_fingerprint = config_fingerprint
         self.inputs = dict(inputs)
         self.profile = profile
+        self.origin = dict(origin or {})
         self.fingerprint = fingerprint(kind, config_fingerprint, self.inputs)
         self._started = time.monotonic()
         self.resumed = self._begin()
@@ -187,6 +210,7 @@ class ArtefactWriter:
             "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "details": dict(details or {}),
             **({"scratch": list(scratch)} if scratch else {}),
+            **({"origin": self.origin} if self.origin else {}),
         }
         self._refuse_cut_files()
         self.place.sweep()  # what a full disk or a killed predecessor left half-written is no part of it

@@ -30,6 +30,12 @@ NewVectors = Annotated[
 ]
 Corpus = Annotated[str | None, _option("corpus", "The searched corpus, embedded by the new model.")]
 Documents = Annotated[str | None, _option("documents", "With --corpus: what it was embedded from.")]
+Verdict = Annotated[
+    str | None,
+    _option(
+        "verdict", "The gate's, of a model that embedloom did not make; default: gate.json with the model."
+    ),
+]
 Port = Annotated[int | None, _option("port", "Of the endpoint on this machine; default: the only one.")]
 ProfileName = Annotated[str, _option("profile", "A profile of the cluster config.")]
 ClusterFile = Annotated[Path, _option("cluster", "The cluster config.")]
@@ -54,6 +60,7 @@ def deploy(
     new_vectors: NewVectors = False,
     corpus: Corpus = None,
     documents: Documents = None,
+    verdict: Verdict = None,
     port: Port = None,
     profile: ProfileName = "local",
     cluster: ClusterFile = _CLUSTER,
@@ -70,7 +77,7 @@ def deploy(
 
     rules, require_gate = trial_rules(watch, overrides or [])
     command = DeployCommand(
-        model, canary, shadow, stay, new_vectors, corpus, documents, port, rules, require_gate
+        model, canary, shadow, stay, new_vectors, corpus, documents, port, rules, require_gate, verdict
     )
     text, code = deploy_model(command, load_machine(cluster, _CLUSTER), profile, dry_run)
     print(text)

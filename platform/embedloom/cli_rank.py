@@ -59,7 +59,8 @@ def gate(
 ) -> None:
     """May this model be served? Paired tests, Borda, no-regression list, limits.
 
-    Exit codes: 0 passed, 1 refused, 2 bad input. The verdict is stored beside the model as gate.json.
+    Exit codes: 0 passed, 1 refused, 2 bad input. The verdict is kept as gate.json beside weights that
+    embedloom made; of any other model in the results' folder, which is printed.
     """
     from embedloom.launch import load
     from embedloom.launch_embed import load_machine

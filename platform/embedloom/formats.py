@@ -2,8 +2,9 @@
 
 import glob
 import json
+import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,14 @@ def files_at(path: str) -> list[Path]:
     else:
         found = [Path(text)]
     return sorted(path for path in found if path.is_file() and not path.name.startswith("."))
+
+
+def named_below(path: str, files: Sequence[Path]) -> dict[str, Path]:
+    """Files by their paths below the folder that ``path`` is, or below the one that those of a glob share."""
+    root = Path(path).expanduser()
+    if files and not root.is_dir():
+        root = Path(os.path.commonpath([file.parent for file in files]))
+    return {file.relative_to(root).as_posix(): file for file in files}
 
 
 def json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:

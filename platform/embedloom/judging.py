@@ -1,26 +1,44 @@
 """The two last artefacts of a run, ``evaluation`` and ``gate``: which models they are about, from what they follow."""
 
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from embedloom.artefacts import Artefact, ArtefactWriter
 from embedloom.cluster.config import Profile
 from embedloom.config.run import RunConfig
 from embedloom.config.use import EvaluationTask
+from embedloom.contents import Contents, digest, path_contents
+from embedloom.encoder.registry import local_contents
 from embedloom.errors import ConfigError
+from embedloom.formats import files_at
 from embedloom.storage import Place
 
 VERDICT_FILE = "verdict.json"
 
 
-def task_files(tasks: Sequence[EvaluationTask], pool: str | None = None) -> dict[str, list[int]]:
-    """Size and modification time of every file that local tasks and the pool are read from: part of the fingerprint."""
-    roots = [Path(task.path).expanduser() for task in tasks if task.path is not None]
-    if pool is not None:
-        roots.append(Path(pool).expanduser())
-    files = [file for root in roots for file in ([root] if root.is_file() else sorted(root.rglob("*")))]
-    return {str(file): [file.stat().st_size, file.stat().st_mtime_ns] for file in files if file.is_file()}
+def task_contents(tasks: Sequence[EvaluationTask], pool: str | None = None) -> dict[str, Contents]:
+    """What the files hold that local tasks and the pool are read from, by the path the config names."""
+    paths = [task.path for task in tasks if task.path is not None] + ([] if pool is None else [pool])
+    return {path: path_contents(path) for path in paths if files_at(path)}
+
+
+def without_paths(section: dict[str, Any], contents: Mapping[str, Contents]) -> dict[str, Any]:
+    """An evaluation or dev section without where its files lie: what they hold decides."""
+    tasks = [{**task, "path": None} if task["path"] in contents else task for task in section["tasks"]]
+    found = {**section, "tasks": tasks}
+    return {**found, "pool": None} if section.get("pool") in contents else found
+
+
+def evaluation_node(config: RunConfig) -> tuple[tuple[Any, ...], dict[str, Contents]]:
+    """What of the config decides the scores, and the contents of the files that are read for them."""
+    section, teacher = config.evaluation, config.mining.teachers[0]
+    tasks = task_contents(section.tasks, section.pool)
+    reads = dict(tasks)
+    if "teacher" in section.baselines and (held := local_contents(teacher.model)) is not None:
+        reads[teacher.model] = held
+    files = {number: digest(held) for number, held in enumerate(tasks.values())}
+    settings: tuple[Any, ...] = (without_paths(section.model_dump(mode="json"), tasks), teacher.model, files)
+    return (*settings, digest(reads[teacher.model])) if teacher.model in reads else settings, reads
 
 
 def open_dev_tasks(config: RunConfig, corpus: Artefact | None) -> Any:

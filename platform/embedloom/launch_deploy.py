@@ -25,6 +25,7 @@ class DeployCommand:
     port: int | None
     rules: TrialRules
     require_gate: bool | None
+    verdict: str | None = None
 
 
 def trial_rules(watch_seconds: float, overrides: list[str]) -> tuple[TrialRules, bool | None]:
@@ -77,10 +78,11 @@ def deploy_model(
         from embedloom.serving.deploy import DeployRequest, deploy
 
         # A model that a run trained has a gate to pass, whatever the endpoint was started with.
-        own = True if (folder / MANIFEST_FILE).is_file() else None
+        own = True if (folder / MANIFEST_FILE).is_file() or command.verdict is not None else None
         request = DeployRequest(
             folder, model_id(folder), command.rules, command.corpus, command.documents, command.share, command.shadow,
             command.new_vectors, command.stay, own if command.require_gate is None else command.require_gate,
+            command.verdict,
         )  # fmt: skip
         outcome = deploy(request)
     word = "promoted" if outcome.promoted else "watched only" if command.stay else "rolled back"

@@ -81,7 +81,9 @@ def task_entry(task: str, request: GateRequest) -> dict[str, Any]:
 def gate_models(
     request: GateRequest, run: Run | None, cluster: ClusterConfig, profile: str, dry_run: bool = False
 ) -> tuple[str, int]:
-    """Evaluate two models, judge the first, store the verdict beside it; what to print, and the exit code.
+    """Evaluate two models, judge the first, store the verdict; what to print, and the exit code.
+
+    A verdict lies beside the weights of a model that embedloom made, else in the results' folder.
 
     Raises:
         UserError: models, tasks, pool or rules that cannot be used.
@@ -119,7 +121,7 @@ def gate_models(
             sections.evaluation, _corpus(run), models, None, workers, place, dtype, place.child("_vectors")
         )
         verdict = judge(sections.gate, place, (candidate, current), sections.evaluation.pool, workers, dtype)
-    where = store_verdict(Place(str(candidate.folder)), verdict)
+    where = store_verdict(Place(str(candidate.folder)), verdict, place)
     return f"{verdict_text(verdict)}\n{where}", EXIT_REFUSED if verdict["verdict"] == REFUSED else 0
 
 

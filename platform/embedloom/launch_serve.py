@@ -31,7 +31,8 @@ def gate_rule(config: ServingConfig, folder: Path) -> ServingConfig:
 
     A foreign model named by hand has no run that could have judged it.
     """
-    if "require_gate" in config.model_fields_set or (folder / MANIFEST_FILE).is_file():
+    stated = {"require_gate", "verdict"} & config.model_fields_set
+    if stated or (folder / MANIFEST_FILE).is_file():
         return config
     note(
         "serve",

@@ -8,19 +8,24 @@ missing is known before anything runs. Stage modules are imported when their nod
 Ray and vLLM, and ``plan`` answers without.
 """
 
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from embedloom import merge_build, train_build
-from embedloom.artefacts import Artefact, ArtefactWriter, fingerprint
-from embedloom.corpus.state import source_state
+from embedloom.artefacts import MANIFEST_FILE, Artefact, ArtefactWriter, fingerprint
+from embedloom.config.run import RunConfig
+from embedloom.contents import Contents, digest
+from embedloom.corpus.state import source_contents, source_settings, source_state
+from embedloom.encoder.registry import local_contents, model_key
 from embedloom.errors import DataError
-from embedloom.judging import build_evaluation, build_gate, task_files
+from embedloom.judging import build_evaluation, build_gate, evaluation_node
 from embedloom.progress import duration, note, stage_log
-from embedloom.retrieval.model_id import embedding_state, model_id, rescoring_state
+from embedloom.retrieval.model_id import embedding_reads, embedding_state, model_id, rescoring_state
 from embedloom.retrieval.previous import set_aside
 from embedloom.run import Inputs, Node, Run
-from embedloom.synthesis.prompts_used import section_state
+from embedloom.staleness import origin_of, stale_reasons
+from embedloom.synthesis.prompts_used import section_reads, section_state
 
 if TYPE_CHECKING:
     from embedloom.retrieval.ahead import Ahead
@@ -29,34 +34,31 @@ if TYPE_CHECKING:
 def graph(run: Run) -> dict[str, Node]:
     """All nodes in an order in which inputs come first."""
     config = run.config
-    states = [source_state(source) for source in config.corpus.sources]
-    nodes = [
-        Node("corpus", "corpus", (config.corpus, config.run.seed, config.encoder.base, states), (), _corpus),
-        Node("encoder", "encoder", (config.encoder,), (), _encoder),
-    ]
+    nodes = [_corpus_node(config), _encoder_node(config)]
     if config.synthesis is not None:
         written = section_state(config.synthesis, config.mining.teachers), config.run.seed
-        nodes.append(Node("synthesis", "synthesize", written, ("corpus",), _synthesis))
+        read = section_reads(config.synthesis, config.mining.teachers)
+        nodes.append(Node("synthesis", "synthesize", written, ("corpus",), _synthesis, read))
     pairs = tuple(node.name for node in nodes if node.name in ("corpus", "synthesis"))
     found = config.mining.model_dump(mode="json", exclude={"selection", "rescoring", "audit", "memory_gib"})
-    nodes.append(Node("mining", "mine", (found,), pairs, _mining))
+    held = _hold(teacher.model for teacher in config.mining.teachers if teacher.engine != "openai")
+    nodes.append(Node("mining", "mine", (found, *_digests(held)), pairs, _mining, held))
     scored: tuple[str, ...] = ("mining", "corpus")
     if config.mining.rescoring is not None:
-        nodes.append(Node("rescoring", "mine", rescoring_state(config.mining.rescoring), scored, _rescoring))
+        model, state = config.mining.rescoring.model, rescoring_state(config.mining.rescoring)
+        nodes.append(Node("rescoring", "mine", state, scored, _rescoring, _hold([model])))
         scored = (*scored, "rescoring")
-    rules = (config.mining.selection, config.mining.audit)
-    nodes.append(Node("examples", "mine", rules, scored, _examples))
+    audit = config.mining.audit
+    held = _hold([] if audit.judge is None or audit.judge.engine == "openai" else [audit.judge.model])
+    rules = (config.mining.selection, audit, *_digests(held))
+    nodes.append(Node("examples", "mine", rules, scored, _examples, held))
     stages, last = train_build.training_nodes(config, train_build.build_training)
     nodes += stages
     trained = list(last.values())
     nodes.append(Node("merged", "merge", *merge_build.node(config, trained), _merged))
     models = ("corpus", "encoder", *trained, "merged")
-    judged = (
-        config.evaluation,
-        config.mining.teachers[0].model,
-        task_files(config.evaluation.tasks, config.evaluation.pool),
-    )
-    nodes.append(Node("evaluation", "evaluate", judged, models, _evaluation))
+    judged, held = evaluation_node(config)
+    nodes.append(Node("evaluation", "evaluate", judged, models, _evaluation, held))
     model = config.embedding.model
     source = {"merged": "merged", "base": "encoder"} | last
     compared = tuple(source[name] for name in (config.gate.candidate, config.gate.against))
@@ -64,18 +66,56 @@ def graph(run: Run) -> dict[str, Node]:
     parents = (["corpus"] if config.embedding.corpus is None else []) + (
         [source[model]] if model in source else []
     )
-    nodes.append(
-        Node("vectors", "embed", embedding_state(config.embedding, set(source)), tuple(parents), _vectors)
-    )
+    state = embedding_state(config.embedding, set(source))
+    held = embedding_reads(config.embedding, set(source))
+    nodes.append(Node("vectors", "embed", state, tuple(parents), _vectors, held))
     return {node.name: node for node in nodes}
+
+
+def _corpus_node(config: RunConfig) -> Node:
+    """The corpus: its sources wherever they lie, and the tokenizer that measures its chunks."""
+    base = config.encoder.base
+    tokenizer = local_contents(base, tokenizer=True)
+    reads = {base: tokenizer} if tokenizer is not None else {}
+    for source in config.corpus.sources:
+        if (held := source_contents(source)) is not None:
+            reads[str(source.path)] = held
+    section = config.corpus.model_dump(mode="json")
+    section["sources"] = [source_settings(source) for source in config.corpus.sources]
+    states = [source_state(source) for source in config.corpus.sources]
+    settings = (section, config.run.seed, model_key(base, tokenizer), states)
+    return Node("corpus", "corpus", settings, (), _corpus, reads)
+
+
+def _encoder_node(config: RunConfig) -> Node:
+    base = config.encoder.base
+    held = local_contents(base)
+    section = {**config.encoder.model_dump(mode="json"), "base": model_key(base, held)}
+    return Node("encoder", "encoder", (section,), (), _encoder, {} if held is None else {base: held})
+
+
+def _hold(names: Iterable[str]) -> dict[str, Contents]:
+    """What those of the models hold that lie here, by their names, which stand in what they score."""
+    return {name: held for name in names if (held := local_contents(name)) is not None}
+
+
+def _digests(reads: Mapping[str, Contents]) -> tuple[dict[str, str], ...]:
+    """Nothing where nothing is read, so that older fingerprints stay valid."""
+    return ({name: digest(held) for name, held in reads.items()},) if reads else ()
 
 
 def writer_for(run: Run, nodes: dict[str, Node], name: str, inputs: dict[str, str]) -> ArtefactWriter:
     """Open the writer of a node; continues an interrupted build of the same fingerprint."""
     if name == "vectors":  # finished ones wait beside the new ones, which take over what did not change
         set_aside(run.place.child(name), fingerprints(nodes)[name], run.config.embedding.previous)
+    node = nodes[name]
     return ArtefactWriter(
-        run.place.child(name), _kind(name), fingerprint(*nodes[name].settings), inputs, run.profile_name
+        run.place.child(name),
+        _kind(name),
+        fingerprint(*node.settings),
+        inputs,
+        run.profile_name,
+        origin_of(node),
     )
 
 
@@ -151,13 +191,24 @@ def _build(run: Run, nodes: dict[str, Node], name: str, done: Inputs) -> None:
     """Build one node from finished ones, and add it to them."""
     node = nodes[name]
     inputs = {parent: done[parent] for parent in node.inputs}
+    stale = _stale(run, nodes, name)
     writer = writer_for(
         run, nodes, name, {parent: artefact.fingerprint for parent, artefact in inputs.items()}
     )
     with stage_log(run.place, name):
+        if stale:
+            note(name, f"what is there is replaced: {'; '.join(stale)}")
         note(name, "continuing an interrupted build" if writer.resumed else "building")
         done[name] = node.build(run, inputs, writer)
         note(name, f"done in {duration(done[name].manifest['seconds'])}: {_summary(done[name])}")
+
+
+def _stale(run: Run, nodes: dict[str, Node], name: str) -> list[str]:
+    """Why what stands at an artefact's place is not it; empty where nothing does."""
+    place, wanted = run.place.child(name), fingerprints(nodes)
+    if not place.exists(MANIFEST_FILE):
+        return []
+    return stale_reasons(Artefact.open(place), nodes[name], wanted)
 
 
 def _summary(artefact: Artefact) -> str:

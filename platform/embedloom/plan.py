@@ -1,6 +1,7 @@
 """``plan`` and ``--dry-run``: what would run where, without starting anything."""
 
 from embedloom.config.resources import PoolConfig
+from embedloom.lineage.state import states
 from embedloom.pipeline import fingerprints, finished, graph
 from embedloom.planning.known import Known
 from embedloom.planning.ledger import build_ledger, write_plan
@@ -36,9 +37,10 @@ def plan_table(run: Run, measured: RunLedger | None = None) -> str:
     head = (
         f"{run.config.run.name} on profile {run.profile_name}: {len(done)} of {len(nodes)} artefacts finished"
     )
+    replaced = [f"{one.name} is built again: {one.reason}" for one in states(run) if one.state == "stale"]
     section = run.config.synthesis
     costs = [] if section is None or "synthesis" in done else describe(section, run.profile.stages.synthesis)
-    return "\n".join([head, *lines, *costs, *_prediction(run, nodes, known)])
+    return "\n".join([head, *lines, *replaced, *costs, *_prediction(run, nodes, known)])
 
 
 def predicted(run: Run, nodes: dict[str, Node], known: Known) -> Plan | None:

@@ -1,13 +1,14 @@
 """What the spine is made of: a run, and the artefacts (nodes) that it consists of."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from embedloom.artefacts import Artefact, ArtefactWriter
 from embedloom.cluster.config import ClusterConfig, Profile
 from embedloom.config.rates import RatesConfig
 from embedloom.config.run import RunConfig
+from embedloom.contents import Contents
 from embedloom.storage import Place
 
 Inputs = dict[str, Artefact]
@@ -43,3 +44,5 @@ class Node:
     settings: tuple[Any, ...]  # what of the config it depends on
     inputs: tuple[str, ...]
     build: Build
+    # What the files it reads hold, by what the config calls them: settings have it as a hash.
+    reads: Mapping[str, Contents] = field(default_factory=dict)

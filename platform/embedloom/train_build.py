@@ -2,13 +2,15 @@
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 from embedloom.artefacts import Artefact, ArtefactWriter
 from embedloom.config.run import RunConfig
-from embedloom.config.training import WATCHING
-from embedloom.judging import open_dev_tasks, task_files
+from embedloom.config.training import WATCHING, TrainingStage
+from embedloom.contents import Contents, digest
+from embedloom.judging import open_dev_tasks, task_contents, without_paths
 from embedloom.run import Build, Inputs, Node, Run
-from embedloom.training.sources import stage_state
+from embedloom.training.sources import source_contents, source_state
 
 PREPARED_FOLDER = "_training_data"  # tokens that runs share
 _NOT_CONTENT = {"runs", "stages", *WATCHING}  # the stages are nodes of their own
@@ -22,21 +24,38 @@ def training_nodes(config: RunConfig, build: Build) -> tuple[list[Node], dict[st
     """
     nodes: list[Node] = []
     dev = config.training.dev
-    dev_state = task_files(dev.tasks) if dev is not None else None
+    watched = task_contents(dev.tasks) if dev is not None else {}
+    dev_state = (
+        None if dev is None else {number: digest(held) for number, held in enumerate(watched.values())}
+    )
     judged = ("corpus",) if dev is not None and dev.needs_corpus else ()
     last: dict[str, str] = {}
     for run in config.training.runs:
         own = config.training.of_run(run)
         shared = own.model_dump(mode="json", exclude=_NOT_CONTENT)
+        if dev is not None:
+            shared["dev"] = without_paths(shared["dev"], watched)
         start = "encoder"
         for stage in own.stages:
             name = f"training/{run.name}/{stage.name}"
             mined = ("examples",) if stage.uses_mined else ()
-            content = (shared, own.runs[0], stage, stage_state(stage), dev_state)
-            nodes.append(Node(name, "train", content, (*mined, start, *judged), build))
+            section, states, read = _stage_settings(stage)
+            content = (shared, own.runs[0], section, states, dev_state)
+            nodes.append(Node(name, "train", content, (*mined, start, *judged), build, {**read, **watched}))
             start = name
         last[run.name] = start
     return nodes, last
+
+
+def _stage_settings(stage: TrainingStage) -> tuple[dict[str, Any], dict[str, Any], dict[str, Contents]]:
+    """A stage's section without where its data lie, what those hold by source, and the same file by file."""
+    section, states, reads = stage.model_dump(mode="json"), dict[str, Any](), dict[str, Contents]()
+    for number, source in enumerate(stage.sources):
+        state, contents = source_state(source), source_contents(source)
+        section["sources"][number] = state["settings"]
+        states[source.name] = dict(enumerate(state["contents"]))
+        reads |= contents
+    return section, states, reads
 
 
 def build_training(run: Run, inputs: Inputs, out: ArtefactWriter) -> Artefact:

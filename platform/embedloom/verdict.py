@@ -1,11 +1,13 @@
-"""``gate.json``: the gate's verdict beside the weights it is about, and who may be served because of it.
+"""``gate.json``: the gate's verdict, and who may be served because of it.
 
-The file names the fingerprint of the weights, so a verdict that was copied to another model, or a model whose weights
+It lies beside the weights that it is about where embedloom made them. A foreign model's goes beside the results of the
+gate, and whoever serves the model says where: its folder may be an installed package or another program's cache. The file names the fingerprint of the weights, so a verdict that was copied to another model, or a model whose weights
 were replaced after it passed, counts as none.
 """
 
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,9 @@ from embedloom.errors import DataError
 from embedloom.instructions import CONTRACT_FILE
 
 GATE_FILE = "gate.json"
+VERDICTS_FOLDER = "verdicts"  # of foreign models, below the gate's results
+_OWN_FILES = ("manifest.json", CONTRACT_FILE)
+_SHARED_FOLDERS = re.compile(r"site-packages|dist-packages|models--.+")  # of Python, of the Hugging Face hub
 PASSED, REFUSED = "passed", "refused"
 _BLOCK_BYTES = 16 * 2**20
 
@@ -37,14 +42,28 @@ def weights_fingerprint(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def read_verdict(folder: Path) -> dict[str, Any] | None:
-    """The verdict stored with a model, or None.
+def keeps_verdict(folder: Path) -> bool:
+    """Whether a model's verdict lies in its folder: embedloom made it, and it is in nobody else's care."""
+    shared = any(_SHARED_FOLDERS.fullmatch(part) for part in folder.resolve().parts)
+    return not shared and any((folder / name).is_file() for name in _OWN_FILES)
+
+
+def read_verdict(folder: Path, stated: str | None = None) -> dict[str, Any] | None:
+    """A model's verdict, or None.
+
+    Args:
+        folder: of the model.
+        stated: the file, where it is not in the folder.
 
     Raises:
-        DataError: the file is not a verdict.
+        DataError: the file is not a verdict, or the stated one is missing.
     """
-    path = folder / GATE_FILE
+    path = folder / GATE_FILE if stated is None else Path(stated).expanduser()
     if not path.is_file():
+        if stated is not None:
+            raise DataError(
+                f"serving.verdict: {stated!r} does not exist; `embedloom gate` prints where it put it"
+            )
         return None
     try:
         content = json.loads(path.read_text())
@@ -55,17 +74,22 @@ def read_verdict(folder: Path) -> dict[str, Any] | None:
     return dict(content)
 
 
-def check_gated(folder: Path) -> None:
+def check_gated(folder: Path, stated: str | None = None) -> None:
     """Return if these very weights passed the gate.
+
+    Args:
+        folder: of the model.
+        stated: the verdict's file, where it is not in the folder.
 
     Raises:
         DataError: no verdict, one about other weights, or a refusal; the message says how to go on.
     """
-    verdict = read_verdict(folder)
+    verdict = read_verdict(folder, stated)
     override = "serve it all the same with serving.require_gate: false"
     if verdict is None:
         raise DataError(
-            f"{folder}: has not passed the gate (no {GATE_FILE}); run `embedloom gate {folder} --against CURRENT`, or {override}"
+            f"{folder}: has not passed the gate (no {GATE_FILE}); run `embedloom gate {folder} --against CURRENT`"
+            f"{'' if keeps_verdict(folder) else ' and name the verdict that it writes as serving.verdict'}, or {override}"
         )
     if verdict["verdict"] != PASSED:
         reasons = "; ".join(str(reason) for reason in verdict.get("reasons", ()))
@@ -73,5 +97,5 @@ def check_gated(folder: Path) -> None:
     found = weights_fingerprint(folder)
     if verdict["weights"] != found:
         raise DataError(
-            f"{folder}: {GATE_FILE} is about weights {verdict['weights']}, these are {found}; run the gate again, or {override}"
+            f"{folder}: {stated or GATE_FILE} is about weights {verdict['weights']}, these are {found}; run the gate again, or {override}"
         )

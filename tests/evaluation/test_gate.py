@@ -12,7 +12,11 @@ from embedloom.evaluation.gate import Evidence, decide
 from embedloom.evaluation.gate_stage import Contender, judge, store_verdict, verdict_text
 from embedloom.evaluation.items import SCHEMA
 from embedloom.evaluation.ranking import rank_models
+from embedloom.evaluation.scorers import model_revision
 from embedloom.evaluation.statistics import Stratum
+from embedloom.launch_serve import gate_rule, serving_config
+from embedloom.retrieval.model_id import model_id
+from embedloom.serving.model_facts import read_gate
 from embedloom.storage import Place
 from embedloom.verdict import check_gated, weights_fingerprint
 
@@ -175,6 +179,8 @@ def test_verdict_is_stored_beside_the_weights_and_bound_to_them(tiny_model, tmp_
     assert store_verdict(Place(str(folders[0])), passed) == f"{folders[0]}/gate.json"
     store_verdict(Place(str(folders[1])), refused)
     check_gated(folders[0])
+    results = Place(str(tmp_path / "results"))
+    assert store_verdict(Place(str(folders[0])), passed, results) == f"{folders[0]}/gate.json"
     with pytest.raises(DataError, match=r"refused this model \(mean over tasks -0\.0484"):
         check_gated(folders[1])
     assert weights_fingerprint(folders[0]) == json.loads((folders[0] / "gate.json").read_text())["weights"]
@@ -184,3 +190,42 @@ def test_verdict_is_stored_beside_the_weights_and_bound_to_them(tiny_model, tmp_
     assert "FAIL mean" in verdict_text(refused)
     with pytest.raises(DataError, match=r"no scores of 'gone'; it has new, old"):
         judge(rules, place, (Contender("gone", folders[0]), old), None, PoolConfig(), "float32")
+
+
+@pytest.mark.parametrize(
+    "where", ["modell", "lib/python3.11/site-packages/pkg/model", "hub/models--org--m/snapshots/1f"]
+)
+def test_a_foreign_models_folder_is_left_as_it_is(tiny_model, tmp_path, where):
+    """Its verdict lies with the gate's results; whoever serves the model names it."""
+    import shutil
+
+    folder = shutil.copytree(tiny_model, tmp_path / where)
+    if where == "modell":  # as others save models; in a package or a hub's cache it may be one of ours
+        (folder / "contract.json").unlink()
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    identity = model_id(folder), model_revision(folder)
+    weights = weights_fingerprint(folder)
+    content = {"verdict": "passed", "weights": weights, "reasons": [], "candidate": "m-1"}
+    results = Place(str(tmp_path / "results"))
+    stored = store_verdict(Place(str(folder)), content, results)
+    assert stored == f"{results.uri}/verdicts/m-1.json"
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+    with pytest.raises(DataError, match=r"name the verdict that it writes as serving\.verdict"):
+        check_gated(folder)
+    check_gated(folder, stored)
+    assert read_gate(folder, stored).verdict == "passed"
+    store_verdict(Place(str(folder)), {**content, "verdict": "refused", "reasons": ["sts -0.1"]}, results)
+    with pytest.raises(DataError, match=r"refused this model \(sts -0\.1\)"):
+        check_gated(folder, stored)
+    with pytest.raises(DataError, match=r"serving\.verdict: '.*gone' does not exist"):
+        check_gated(folder, str(tmp_path / "gone"))
+    (folder / "gate.json").write_text("{}")  # as an earlier version left it
+    assert (model_id(folder), model_revision(folder)) == identity
+
+
+def test_a_verdict_that_is_named_is_asked_for(tiny_model, tmp_path):
+    import shutil
+
+    folder = shutil.copytree(tiny_model, tmp_path / "m")
+    stated = serving_config({"model": str(folder)}, ["verdict=out/verdicts/m.json"])
+    assert gate_rule(stated, folder).require_gate

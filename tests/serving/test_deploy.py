@@ -52,6 +52,9 @@ def test_the_successor_keeps_all_but_the_model(tiny_model, tmp_path):
     assert (new.model_folder, new.fingerprint, new.served_name) == (str(copy), "id of copy", "tiny")
     assert (new.serving.max_items, new.serving.port, new.serving.require_gate) == (7, 1234, False)
     assert successor(request_of(copy, require_gate=True), live, info).serving.require_gate
+    judged, info = live_args(tiny_model, verdict="of/the/old/one.json")
+    assert successor(request_of(copy), judged, info).serving.verdict is None
+    assert successor(request_of(copy, verdict="new.json"), judged, info).serving.verdict == "new.json"
 
 
 def test_another_contract_and_a_corpus_of_the_old_model_are_refused(tiny_model, tmp_path):

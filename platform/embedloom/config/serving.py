@@ -28,6 +28,8 @@ class ServingConfig(FrozenConfig):
 
     model: str = "merged"
     require_gate: bool = True  # serve only a model whose gate.json says that these very weights passed
+    # The gate's verdict on a model that embedloom did not make; null: the gate.json beside the weights.
+    verdict: str | None = Field(default=None, exclude_if=lambda value: value is None)
     served_name: str | None = None  # what clients put into ``model``; null: the run's name
     models: dict[str, ModelAlias] = Field(
         default_factory=dict

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from embedloom.config.data import CorpusSource
+from embedloom.contents import Contents, digest, path_contents
 from embedloom.errors import DataError
 from embedloom.formats import files_at
 
@@ -27,8 +28,26 @@ def source_files(source: CorpusSource) -> list[Path]:
     return files
 
 
+def source_settings(source: CorpusSource) -> dict[str, Any]:
+    """What of a source's section decides its documents: where files lie does not, what they hold does."""
+    settings = source.model_dump(mode="json")
+    return settings if source.format in ("huggingface", "python_docs") else {**settings, "path": None}
+
+
+def source_contents(source: CorpusSource) -> Contents | None:
+    """What the files of a source hold, by path below its folder; None where it is not read from files.
+
+    Raises:
+        DataError: a path that does not exist.
+    """
+    if source.format in ("huggingface", "python_docs"):
+        return None
+    source_files(source)
+    return path_contents(source.path or "")
+
+
 def source_state(source: CorpusSource) -> dict[str, Any]:
-    """Name, size and modification time of every file, or the version of every package.
+    """What the files of a source hold, or the version of every package.
 
     Raises:
         DataError: a path that does not exist, or a package that is not installed.
@@ -37,7 +56,7 @@ def source_state(source: CorpusSource) -> dict[str, Any]:
         return {"dataset": source.path}
     if source.format == "python_docs":
         return {package: _package_state(package) for package in source.packages}
-    return {str(path): [path.stat().st_size, path.stat().st_mtime_ns] for path in source_files(source)}
+    return {"contents": digest(source_contents(source) or {})}
 
 
 def _package_state(package: str) -> str:

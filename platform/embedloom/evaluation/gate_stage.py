@@ -1,4 +1,4 @@
-"""The gate at work: evidence from an evaluation, the decision, ``gate.json`` beside the candidate's weights."""
+"""The gate at work: evidence from an evaluation, the decision, and where its verdict is kept."""
 
 import datetime
 from collections.abc import Mapping, Sequence
@@ -20,7 +20,7 @@ from embedloom.evaluation.scorers import make_scorers
 from embedloom.evaluation.specs import TaskSpec
 from embedloom.evaluation.standings import OWN, ranked_among, read_strata
 from embedloom.storage import Place
-from embedloom.verdict import GATE_FILE, weights_fingerprint
+from embedloom.verdict import GATE_FILE, VERDICTS_FOLDER, keeps_verdict, weights_fingerprint
 
 # Single queries of everyday lengths; what they ask does not matter, how long they are does.
 TIMED_QUERIES = tuple(
@@ -94,10 +94,19 @@ def judge(
     }
 
 
-def store_verdict(folder: Place, content: Mapping[str, Any]) -> str:
-    """Write ``gate.json`` beside the weights it is about; returns where it is."""
-    folder.write_json(GATE_FILE, content)
-    return f"{folder.uri.rstrip('/')}/{GATE_FILE}"
+def store_verdict(folder: Place, content: Mapping[str, Any], results: Place | None = None) -> str:
+    """Write a verdict where it belongs; returns where that is.
+
+    Args:
+        folder: of the model that it is about.
+        content: of ``gate.json``, which lies beside the weights where embedloom made them.
+        results: of the gate; a foreign model's verdict goes there, by the model's name. None: always beside the weights.
+    """
+    name = GATE_FILE
+    if results is not None and not (folder.is_local and keeps_verdict(folder.local)):
+        folder, name = results, f"{VERDICTS_FOLDER}/{content['candidate']}.json"
+    folder.write_json(name, content)
+    return f"{folder.uri.rstrip('/')}/{name}"
 
 
 def verdict_text(content: Mapping[str, Any]) -> str:

@@ -3,9 +3,10 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from embedloom.artefacts import BUILDING_FILE, MANIFEST_FILE, Artefact, fingerprint
+from embedloom.artefacts import BUILDING_FILE, MANIFEST_FILE, Artefact
 from embedloom.pipeline import fingerprints, graph
 from embedloom.run import Node, Run
+from embedloom.staleness import stale_reasons
 
 State = Literal["finished", "stale", "unfinished", "missing"]
 
@@ -41,14 +42,7 @@ def _state(run: Run, node: Node, wanted: dict[str, str]) -> ArtefactState:
     artefact = Artefact.open(place)
     if artefact.fingerprint == wanted[node.name]:
         return ArtefactState(node.name, "finished")
-    reasons = []
-    if artefact.manifest["config_fingerprint"] != fingerprint(*node.settings):
-        reasons.append("its settings or the files it reads changed")
-    recorded = artefact.manifest["inputs"]
-    changed = [name for name in node.inputs if recorded.get(name) != wanted[name]]
-    if changed:
-        reasons.append(f"made from another {', '.join(changed)}")
-    return ArtefactState(node.name, "stale", "; ".join(reasons) or "other inputs")
+    return ArtefactState(node.name, "stale", "; ".join(stale_reasons(artefact, node, wanted)))
 
 
 def state_lines(found: list[ArtefactState]) -> list[str]:

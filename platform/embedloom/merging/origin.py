@@ -5,6 +5,7 @@ from typing import Any
 import yaml
 
 from embedloom.artefacts import MANIFEST_FILE, Artefact, fingerprint
+from embedloom.contents import model_contents
 from embedloom.errors import DataError
 from embedloom.storage import Place
 
@@ -70,7 +71,10 @@ def card_header(place: Place) -> dict[str, Any]:
 
 
 def model_state(place: Place) -> str:
-    """Fingerprint of a model folder: an artefact's own, else of its files' sizes and times of change."""
+    """Fingerprint of a model folder: an artefact's own, else of what its files hold; in an object store, of their sizes
+    and tags."""
     if place.exists(MANIFEST_FILE):
         return Artefact.open(place).fingerprint
+    if place.is_local:
+        return fingerprint(model_contents(place.local))
     return fingerprint({name: place.state(name) for name in place.files()})

@@ -14,9 +14,18 @@ import pyarrow as pa
 
 from embedloom.artefacts import MANIFEST_FILE, Artefact
 from embedloom.config.use import EmbeddingConfig
+from embedloom.contents import contents_of
 from embedloom.engines.shards import PART_PATTERN
 from embedloom.errors import ConfigError, DataError
-from embedloom.formats import JSONL_ENDINGS, PARQUET_ENDINGS, TEXT_ENDINGS, files_at, json_lines, read_text
+from embedloom.formats import (
+    JSONL_ENDINGS,
+    PARQUET_ENDINGS,
+    TEXT_ENDINGS,
+    files_at,
+    json_lines,
+    named_below,
+    read_text,
+)
 from embedloom.instructions import Side
 from embedloom.storage import Place
 
@@ -49,18 +58,19 @@ class TextSource:
 
 
 def input_state(path: str) -> Any:
-    """What a changed input changes: a corpus artefact's fingerprint, else every file's size and time of change.
+    """What a changed input changes: a corpus artefact's fingerprint, else what every file holds, by its path below the
+    input's folder; in an object store, every file's size and tag.
 
     Raises:
         DataError: nothing there.
     """
     if "://" in path:
         place, names = _remote(path)
-        return {name: place.parquet_footer(name)[1] for name in names}
+        return {name: str(place.state(name)) for name in names}
     if (Path(path).expanduser() / MANIFEST_FILE).is_file():
         return Artefact.open(Place(path), "corpus").fingerprint
     _, files = _local(path)
-    return {str(file): [file.stat().st_size, file.stat().st_mtime_ns] for file in files}
+    return contents_of(named_below(path, files))
 
 
 def open_input(path: str, config: EmbeddingConfig, out: Place) -> TextSource:
@@ -176,7 +186,7 @@ def _json_rows(files: list[Path], path: str, config: EmbeddingConfig) -> Iterato
     """Records of JSON lines; whether they have ids is decided by the very first one."""
     named: str | None = config.id_column
     first, titled = True, config.title_column is None
-    for name, file in _named(files, path):
+    for name, file in named_below(path, files).items():
         for number, record in json_lines(file):
             if first:
                 named = named or next((key for key in ("id", "_id") if key in record), None)
@@ -228,17 +238,9 @@ def _value(
 
 def _text_rows(files: list[Path], path: str) -> Iterator[dict[str, Any]]:
     """One document a file; its id is its path below the folder, so an edited file keeps its id."""
-    for name, file in _named(files, path):
+    for name, file in named_below(path, files).items():
         title, text = read_text(file)
         yield {"id": name, "title": title, "text": text, "source": name, "url": None}
-
-
-def _named(files: list[Path], path: str) -> list[tuple[str, Path]]:
-    """Files with their paths below the input's folder, or below the folder that those of a glob share."""
-    root = Path(path).expanduser()
-    if not root.is_dir():
-        root = Path(os.path.commonpath([file.parent for file in files]))
-    return [(file.relative_to(root).as_posix(), file) for file in files]
 
 
 def _copy(rows: Iterator[dict[str, Any]], out: Place) -> int:

@@ -6,6 +6,8 @@ from typing import Any
 from embedloom.artefacts import MANIFEST_FILE, Artefact
 from embedloom.config.mining import RescoringConfig
 from embedloom.config.use import EmbeddingConfig
+from embedloom.contents import Contents, digest
+from embedloom.encoder.registry import local_contents
 from embedloom.retrieval.fingerprints import folder_fingerprint
 from embedloom.retrieval.inputs import input_state
 from embedloom.storage import Place
@@ -24,12 +26,26 @@ def embedding_state(config: EmbeddingConfig, own_models: set[str]) -> tuple[Any,
     Where vectors are taken over from is left out: it does not change them.
     """
     states: list[Any] = [] if config.corpus is None else [input_state(config.corpus)]
-    if config.model not in own_models and Path(config.model).expanduser().is_dir():
-        states.append(model_id(Path(config.model).expanduser()))
-    return config.model_dump(mode="json", exclude={"previous"}), states
+    settings = config.model_dump(mode="json", exclude={"previous"})
+    if config.corpus is not None and "://" not in config.corpus:
+        settings["corpus"] = None
+    held = None if config.model in own_models else local_contents(config.model)
+    if held is not None:
+        states.append(digest(held))
+        settings["model"] = None
+    return settings, states
+
+
+def embedding_reads(config: EmbeddingConfig, own_models: set[str]) -> dict[str, Contents]:
+    """What the local files hold that the vectors are made from, by what the config calls them."""
+    reads = {}
+    if config.corpus is not None and isinstance(state := input_state(config.corpus), dict):
+        reads[config.corpus] = state
+    held = None if config.model in own_models else local_contents(config.model)
+    return reads if held is None else {**reads, config.model: held}
 
 
 def rescoring_state(config: RescoringConfig) -> tuple[Any, ...]:
-    """What of the rescoring section decides the scores: its values and, of a local folder, the model's files."""
-    folder = Path(config.model).expanduser()
-    return config, folder_fingerprint(folder) if folder.is_dir() else None
+    """What of the rescoring section decides the scores: its values and, of a local folder, what the model holds."""
+    held = local_contents(config.model)
+    return config, None if held is None else digest(held)

@@ -5,7 +5,7 @@ import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from embedloom.encoder.registry import cache_folder
+from embedloom.contents import cache_folder
 from embedloom.errors import ConfigError
 
 

@@ -59,7 +59,7 @@ def build_application(args: ApplicationArgs, encoders: str | None = None) -> App
     """
     folder = check_model_folder(Path(args.model_folder))
     if args.serving.require_gate:
-        check_gated(folder)
+        check_gated(folder, args.serving.verdict)
     if args.serving.models:
         check_aliases(args.serving.models, args.served_name, contract_of(folder))
     scaling = args.scaling
@@ -82,7 +82,7 @@ def build_application(args: ApplicationArgs, encoders: str | None = None) -> App
         hosts=_hosts(args),
         request_log=serving.request_log,
         lineage=read_lineage(folder),
-        gate=read_gate(folder),
+        gate=read_gate(folder, serving.verdict),
     )
     corpus = _corpus(serving, folder)
     blueprint = args.model_dump(mode="json")

@@ -52,6 +52,7 @@ class DeployRequest:
     new_vectors: bool = False  # clients embed their corpora again, so the two versions' vectors never meet
     stay: bool = False  # never promote
     require_gate: bool | None = None  # None: as the endpoint was started
+    verdict: str | None = None  # the gate's, where it is not beside the weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +83,7 @@ def successor(request: DeployRequest, live: ApplicationArgs, info: ModelInfo) ->
             f"--corpus: this endpoint searches {live.serving.corpus}, embedded by the model that is replaced; "
             "embed it with the new one and name the vectors"
         )
-    changes: dict[str, Any] = {"model": str(request.model_folder)}
+    changes: dict[str, Any] = {"model": str(request.model_folder), "verdict": request.verdict}
     if request.corpus is not None:
         changes |= {"corpus": request.corpus, "documents": request.documents}
     if request.require_gate is not None:

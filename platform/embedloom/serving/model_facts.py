@@ -36,13 +36,13 @@ def read_lineage(folder: Path) -> Lineage | None:
     )
 
 
-def read_gate(folder: Path) -> GateVerdict | None:
-    """What the promotion gate wrote into a model folder; None where it did not run.
+def read_gate(folder: Path, stated: str | None = None) -> GateVerdict | None:
+    """What the promotion gate said of a model, in its folder or in the stated file; None where it did not run.
 
     Raises:
         DataError: the file is not a verdict.
     """
-    found = read_verdict(folder)
+    found = read_verdict(folder, stated)
     if found is None:
         return None
     return GateVerdict(verdict=found["verdict"], reasons=[str(reason) for reason in found.get("reasons", ())])

@@ -2,17 +2,22 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from embedloom.config.families import FamilyConfig, TaskFamilyConfig
 from embedloom.config.synthesis import Generator, Sampling, SynthesisConfig
 from embedloom.config.teacher import Teacher
+from embedloom.contents import Contents, digest, path_contents
+from embedloom.encoder.registry import local_contents
 from embedloom.errors import DataError
 from embedloom.formats import files_at
 from embedloom.synthesis.families.registry import FAMILIES, family_prompt
 from embedloom.synthesis.families.tasks import tasks_prompt
 from embedloom.synthesis.prompt import Prompt
 from embedloom.synthesis.quality.judge import judge_prompt
+
+_PROMPT_KEYS = ("prompt", "tasks_prompt")
 
 
 @dataclass(frozen=True)
@@ -55,8 +60,8 @@ def task_families(config: SynthesisConfig) -> list[TaskFamilyConfig]:
 
 
 def section_state(config: SynthesisConfig, teachers: Sequence[Teacher]) -> dict[str, Any]:
-    """What decides the rows: the section without who has how many actors, its prompts' content, evaluation files, and
-    the teacher where rows are held against one.
+    """What decides the rows: the section without who has how many actors, and what its prompts, evaluation texts and
+    models hold, wherever they lie; the teacher where rows are held against one.
 
     Args:
         config: the section.
@@ -69,9 +74,68 @@ def section_state(config: SynthesisConfig, teachers: Sequence[Teacher]) -> dict[
     plain = config.model_dump(mode="json")
     for generator in plain["generators"]:
         generator.pop("pool")
+    for family in plain["families"]:
+        family |= {key: None for key in _PROMPT_KEYS if _is_file(family.get(key))}
+    if config.quality.judge is not None and _is_file(config.quality.judge.prompt):
+        plain["quality"]["judge"]["prompt"] = None
+    if plain["quality"]["contamination"] is not None:
+        plain["quality"]["contamination"]["files"] = []
     teacher = teachers[0].model_dump(mode="json") if config.quality.round_trip else None
     prompts = used_prompts(config).state()
-    return {"section": plain, "prompts": prompts, "guarded": _guarded_state(config), "teacher": teacher}
+    guarded = {number: digest(held) for number, held in enumerate(_guarded(config).values())}
+    state = {"section": plain, "prompts": prompts, "guarded": guarded, "teacher": teacher}
+    models = {name: digest(held) for name, held in _models(config, teachers).items()}
+    return {**state, "models": models} if models else state
+
+
+def section_reads(config: SynthesisConfig, teachers: Sequence[Teacher]) -> dict[str, Contents]:
+    """What the files hold that decide the rows, by what the config calls them.
+
+    Raises:
+        DataError: evaluation texts that are not there.
+    """
+    sections = [options.model_dump(include=set(_PROMPT_KEYS)) for options in config.families]
+    names = [name for section in sections for name in section.values()]
+    names += [] if config.quality.judge is None else [config.quality.judge.prompt]
+    prompts = [name for name in names if _is_file(name)]
+    return (
+        _models(config, teachers)
+        | _guarded(config)
+        | {str(name): path_contents(str(name)) for name in prompts}
+    )
+
+
+def _models(config: SynthesisConfig, teachers: Sequence[Teacher]) -> dict[str, Contents]:
+    """The models that lie here: those that write, the judge, and the teacher where it is asked."""
+    names = [generator.model for generator in config.generators]
+    names += [] if config.quality.judge is None else [config.quality.judge.model]
+    if config.quality.round_trip is not None and teachers[0].engine != "openai":
+        names.append(teachers[0].model)
+    return {name: held for name in names if (held := local_contents(name)) is not None}
+
+
+def _guarded(config: SynthesisConfig) -> dict[str, Contents]:
+    """The files of evaluation texts.
+
+    Raises:
+        DataError: a name that matches no file.
+    """
+    check = config.quality.contamination
+    found: dict[str, Contents] = {}
+    for number, name in enumerate(check.files if check else ()):
+        if not files_at(name):
+            raise DataError(
+                f"synthesis.quality.contamination.files.{number}: {name!r} does not exist or is empty; "
+                "give a file, a folder or a glob"
+            )
+        found[name] = path_contents(name)
+    return found
+
+
+def _is_file(prompt: Any) -> bool:
+    return (
+        isinstance(prompt, str) and prompt.endswith((".yaml", ".yml")) and Path(prompt).expanduser().is_file()
+    )
 
 
 def languages_of(options: FamilyConfig, config: SynthesisConfig) -> dict[str, float]:
@@ -92,25 +156,6 @@ def sampling_of(options: FamilyConfig, section: Sampling) -> Sampling:
 def writers(config: SynthesisConfig) -> list[Generator]:
     """Generators that write at all."""
     return [generator for generator in config.generators if generator.weight > 0]
-
-
-def _guarded_state(config: SynthesisConfig) -> dict[str, list[int]]:
-    """Size and modification time of every file of evaluation texts.
-
-    Raises:
-        DataError: a name that matches no file.
-    """
-    check = config.quality.contamination
-    found: dict[str, list[int]] = {}
-    for number, name in enumerate(check.files if check else ()):
-        files = files_at(name)
-        if not files:
-            raise DataError(
-                f"synthesis.quality.contamination.files.{number}: {name!r} does not exist or is empty; "
-                "give a file, a folder or a glob"
-            )
-        found |= {str(path): [path.stat().st_size, path.stat().st_mtime_ns] for path in files}
-    return found
 
 
 def _hashes(prompts: dict[str, dict[str, Prompt]]) -> dict[str, dict[str, str]]:

@@ -30,8 +30,9 @@ def source_folder(
     """Name of the folder of a source's token ids, a hash of what decides them."""
     own = mined.fingerprint if source.format == "mined" and mined is not None else None
     rules = (negatives, config.repeat_negatives, config.bad_rows, PART_ROWS)
-    reading = source.model_dump(mode="json", exclude=_NOT_READ)
-    return fingerprint(reading, source_state(source), own, rules, tokens.identity)
+    state = source_state(source)
+    reading = {key: value for key, value in state["settings"].items() if key not in _NOT_READ}
+    return fingerprint(reading, state["contents"], own, rules, tokens.identity)
 
 
 def prepare_sources(

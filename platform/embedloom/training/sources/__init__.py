@@ -4,15 +4,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from embedloom.config.training import TrainingStage
 from embedloom.config.training_data import TrainingSource
+from embedloom.contents import Contents, digest, path_contents
 from embedloom.errors import DataError
 from embedloom.formats import files_at
 from embedloom.storage import Place
 from embedloom.training.sources.beir import read_beir
 from embedloom.training.sources.columns import read_flagembedding, read_sentence_transformers
 from embedloom.training.sources.example import SourceExample, not_empty
-from embedloom.training.sources.nemo import read_nemo_json
+from embedloom.training.sources.nemo import corpus_folders, read_nemo_json
 from embedloom.training.sources.nemotron import read_embed_nemotron
 from embedloom.training.sources.own import read_examples
 
@@ -48,19 +48,29 @@ def read_source(source: TrainingSource, mined: Place | None, scratch: Path) -> I
     return not_empty(source, read_examples(source, place))
 
 
-def source_state(source: TrainingSource) -> dict[str, Any]:
-    """Name, size and time of every file of a source, for fingerprints; mined examples have their own.
+def source_contents(source: TrainingSource) -> dict[str, Contents]:
+    """What the files of a source hold, by the path the config names; mined examples have their own fingerprint.
 
-    What is not there has an empty state: a run can be planned away from its data, and only building it needs them.
+    What is not there is left out: a run can be planned away from its data, and only building it needs them.
     """
-    state: dict[str, Any] = {}
+    found: dict[str, Contents] = {}
     for path in (source.path, *source.local_texts.values()):
-        if path is None or "://" in path:
+        if path is None or "://" in path or not files_at(path):
             continue
-        state[path] = {str(f): [f.stat().st_size, f.stat().st_mtime_ns] for f in files_at(path)}
-    return state
+        found[path] = path_contents(path)
+        if source.format == "nemo_json":
+            for folder in corpus_folders(Path(path).expanduser()):
+                found[str(folder)] = path_contents(str(folder))
+    return found
 
 
-def stage_state(stage: TrainingStage) -> dict[str, Any]:
-    """The state of all sources of a stage, by name."""
-    return {source.name: source_state(source) for source in stage.sources}
+def source_state(source: TrainingSource) -> dict[str, Any]:
+    """What decides a source's rows: its section, and what its files hold wherever they lie."""
+    contents = source_contents(source)
+    settings = source.model_dump(mode="json")
+    if source.path in contents:
+        settings["path"] = None
+    settings["local_texts"] = {
+        name: None if path in contents else path for name, path in source.local_texts.items()
+    }
+    return {"settings": settings, "contents": [digest(one) for one in contents.values()]}

@@ -4,6 +4,7 @@ The JSON is one document and is read whole; corpora stay on disk.
 """
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,9 @@ from embedloom.training.sources.tables import parquet_rows
 from embedloom.training.sources.texts import TextTable
 
 _FIELDS = ("question_id", "question", "corpus_id", "pos_doc", "neg_doc")
+# NeMo writes the corpora first, so that a file of gigabytes need not be parsed to know them.
+_CORPUS_KEY = re.compile(r'\s*\{\s*"corpus"\s*:\s*')
+_HEAD_CHARACTERS = 2**20
 _METADATA = "merlin_metadata.json"
 # What NeMo puts around the task in ``query_instruction``; our contract has its own template.
 _WRAPPING = ("Instruct: ", "\nQuery:")
@@ -56,6 +60,24 @@ class Corpora:
         key = str(document["id"] if isinstance(document, dict) else document)
         table = self._texts.get(corpus_id)
         return key, table.get(key) if table is not None else None
+
+
+def corpus_folders(path: Path) -> list[Path]:
+    """Folders of the corpora that a training file names; none where it does not say so properly."""
+    try:
+        with path.open(encoding="utf-8") as stream:
+            head = stream.read(_HEAD_CHARACTERS)
+            named = _CORPUS_KEY.match(head)
+            corpus = (
+                json.JSONDecoder().raw_decode(head, named.end())[0]
+                if named
+                else json.loads(head + stream.read())["corpus"]
+            )
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+    entries = corpus if isinstance(corpus, list) else [corpus]
+    names = [entry.get("path") if isinstance(entry, dict) else entry for entry in entries]
+    return [path.parent / name for name in names if isinstance(name, str)]
 
 
 def read_nemo_json(source: TrainingSource, scratch: Path) -> Iterator[SourceExample]:
