@@ -50,7 +50,7 @@ def test_replay_finds_what_is_stale_and_why(tmp_path):
     assert [name for name, one in found.items() if one.state == "finished"] == [
         "corpus", "encoder", "synthesis", "mining",
     ]  # fmt: skip
-    assert found["examples"].reason == "its settings or the files it reads changed"
+    assert found["examples"].reason == "margin_ratio 0.95 -> 0.9"
     assert found["training/beta/pretrain"].reason == "made from another examples"
     assert found["merged"].reason == "made from another training/alpha/finetune, training/beta/finetune"
     assert found["gate"].state == "missing"

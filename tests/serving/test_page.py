@@ -106,7 +106,7 @@ def test_chromium_cuts_a_query_over_the_limit_and_says_so(tmp_path):
     with served(corpus=FixedCorpus()) as url:
         long = browse(f"{url}/?q={'wörter+' * 40}", tmp_path)
         short = browse(f"{url}/?q=words", tmp_path)
-    said = r'<p id="cut" role="status">Cut at its end: query has \d+ tokens, the limit for a query is 128[^;<]*\.</p>'
+    said = r'<p id="cut" role="status">The query was cut: the model reads 128 tokens of a query, its instruction included\.</p>'
     assert re.search(said, long) and '<p id="error" role="alert"></p>' in long
     assert '<p id="cut" role="status"></p>' in short
     assert long.count("<li>") == short.count("<li>") == 3

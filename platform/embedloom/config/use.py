@@ -23,12 +23,17 @@ class EvaluationTask(FrozenConfig):
         default=None, ge=1
     )  # at most this many queries or rows a subset, chosen by hash
     languages: tuple[str, ...] | None = None  # ISO 639-3; only subsets of these
+    # beir, local: whether a document of the query's own id is left out of its ranking; null: as BEIR does, unless it is
+    # judged relevant to that query. Tasks of mteb say it themselves.
+    ignore_identical_ids: bool | None = Field(default=None, exclude_if=lambda value: value is None)
 
     @model_validator(mode="after")
     def _path_fits_kind(self) -> "EvaluationTask":
         needs_path = self.kind in ("beir", "local")
         if needs_path != (self.path is not None):
             raise ValueError(f"kind {self.kind} {'needs' if needs_path else 'takes no'} path")
+        if self.ignore_identical_ids is not None and not needs_path:
+            raise ValueError(f"kind {self.kind} takes no ignore_identical_ids; allowed: beir, local")
         if self.languages is not None and self.kind in ("heldout", "beir"):
             raise ValueError(f"kind {self.kind} has no language subsets, so it takes no languages")
         return self

@@ -29,9 +29,14 @@ def source_files(source: CorpusSource) -> list[Path]:
 
 
 def source_settings(source: CorpusSource) -> dict[str, Any]:
-    """What of a source's section decides its documents: where files lie does not, what they hold does."""
+    """What of a source's section decides its documents: what files hold does, where they lie does not.
+
+    But for text files without a name of their own: each is a group, by its path, and groups fall into splits.
+    """
     settings = source.model_dump(mode="json")
-    return settings if source.format in ("huggingface", "python_docs") else {**settings, "path": None}
+    if source.format in ("huggingface", "python_docs") or (source.format == "text" and source.name is None):
+        return settings
+    return {**settings, "path": None}
 
 
 def source_contents(source: CorpusSource) -> Contents | None:

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from embedloom.config.data import CorpusSource
 from embedloom.corpus.columns import files_of, label_of
 from embedloom.corpus.rows import SourceRow
-from embedloom.formats import TEXT_ENDINGS, named_below, read_text
+from embedloom.formats import TEXT_ENDINGS, read_text
 
 
 def read_text_files(source: CorpusSource) -> Iterator[SourceRow]:
@@ -14,8 +14,7 @@ def read_text_files(source: CorpusSource) -> Iterator[SourceRow]:
     Raises:
         DataError: no file, or one that is not UTF-8.
     """
-    # By its path below the folder, a file falls into the same split wherever the folder lies.
-    for name, path in named_below(source.path or "", files_of(source, TEXT_ENDINGS)).items():
+    for path in files_of(source, TEXT_ENDINGS):
         title, text = read_text(path)
         label = label_of(source, path)
-        yield SourceRow(text=text, title=title, lang=source.lang, source=label, group=name)
+        yield SourceRow(text=text, title=title, lang=source.lang, source=label, group=label)

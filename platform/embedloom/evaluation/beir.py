@@ -54,39 +54,57 @@ def read_beir(folder: Path, split: str, where: str) -> RetrievalData:
 
 
 def _entries(path: Path, digest: Any) -> Iterator[tuple[str, str, str]]:
-    """(id, title, text) of each line of a JSONL file."""
-    seen: set[str] = set()
+    """(id, title, text) of each line of a JSONL file; a line that says again what an earlier one said is passed over."""
+    seen: dict[str, int] = {}
     for number, line in _lines(path, digest):
         try:
             row = json.loads(line)
-            key, title, text = str(row["_id"]), str(row.get("title") or ""), row["text"]
+            key, title, text = str(row["_id"]), row.get("title"), row.get("text")
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise DataError(
                 f"{path}:{number}: expected a JSON object with _id and text, found {line[:80]!r}"
             ) from error
-        if not isinstance(text, str):
+        if text is None and not title:
+            raise DataError(
+                f"{path}:{number}: expected a JSON object with _id and text (or title), found {line[:80]!r}"
+            )
+        if not isinstance(text, str | None):
             raise DataError(f"{path}:{number}: text is {type(text).__name__}, expected a string")
+        entry = (str(title or ""), text or "")
         if key in seen:
-            raise DataError(f"{path}:{number}: _id {key!r} stands twice; ids must be unique")
-        seen.add(key)
-        yield key, title, text
+            if seen[key] != hash(entry):
+                raise DataError(f"{path}:{number}: _id {key!r} stands twice; ids must be unique")
+            continue
+        seen[key] = hash(entry)
+        yield key, *entry
 
 
 def _qrels(path: Path, digest: Any) -> dict[str, dict[str, int]]:
+    """Grades by query and document; whole numbers, as trec_eval computes gains of them, however they are written."""
     found: dict[str, dict[str, int]] = {}
     for number, line in _lines(path, digest):
-        fields = line.split("\t")
-        if number == 1 and fields[0] == "query-id":
-            continue
+        fields = [field.strip() for field in line.split("\t")]
         try:
-            query, document, grade = fields[0], fields[1], int(fields[2])
+            query, document, grade = fields[0], fields[1], float(fields[2])
+            if not grade.is_integer():
+                raise ValueError(grade)
         except (IndexError, ValueError) as error:
+            if number == 1 and len(fields) == 3 and not _is_number(fields[2]):
+                continue  # a header
             raise DataError(
-                f"{path}:{number}: expected query-id, corpus-id and a whole-number score between tabs, "
+                f"{path}:{number}: expected query-id, corpus-id and a whole-number score (1 or 1.0) between tabs, "
                 f"found {line[:80]!r}"
             ) from error
-        found.setdefault(query, {})[document] = grade
+        found.setdefault(query, {})[document] = int(grade)
     return found
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _lines(path: Path, digest: Any) -> Iterator[tuple[int, str]]:
@@ -94,8 +112,8 @@ def _lines(path: Path, digest: Any) -> Iterator[tuple[int, str]]:
         for number, raw in enumerate(stream, start=1):
             digest.update(raw)
             try:
-                line = raw.decode().strip()
+                line = raw.decode("utf-8-sig" if number == 1 else "utf-8").strip("\r\n ")
             except UnicodeDecodeError as error:
                 raise DataError(f"{path}:{number}: not UTF-8") from error
-            if line:
+            if line.strip():
                 yield number, line

@@ -1,6 +1,7 @@
 """Local retrieval and reranking tasks: corpus, queries and qrels, one subset a query language."""
 
 from pathlib import Path
+from typing import Literal
 
 import pyarrow as pa
 from mteb.abstasks import AbsTaskRetrieval
@@ -51,7 +52,8 @@ def make_ranked_task(spec: TaskSpec, local: LocalTask) -> AbsTaskRetrieval:
     }
     if len({row["lang"] for row in queries.to_pylist()}) == 1 and local.qrels != QRELS_TO_ENGLISH:
         subsets = {ONLY_SUBSET: next(iter(subsets.values()))}
-    return make_retrieval_task(spec.name, spec.split, subsets, "Reranking" if reranks else "Retrieval")
+    kind: Literal["Retrieval", "Reranking"] = "Reranking" if reranks else "Retrieval"
+    return make_retrieval_task(spec.name, spec.split, subsets, kind, spec.ignore_identical_ids)
 
 
 def _judgements(path: Path, queries: pa.Table, corpus: pa.Table) -> Qrels:

@@ -1,6 +1,6 @@
 """Local data as an mteb retrieval or reranking task: mteb ranks, scores and writes the result, as for its own."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -55,27 +55,37 @@ def make_retrieval_task(
     split: str,
     data: RetrievalData | Mapping[str, RetrievalData],
     kind: Literal["Retrieval", "Reranking"] = "Retrieval",
+    ignore_identical_ids: bool | None = None,
 ) -> AbsTaskRetrieval:
     """An mteb task over ``data``, loaded and ready to score.
 
     mteb finds metadata on classes, so each task is a subclass of its own.
+
+    Where queries are documents (ArguAna, Quora), the document of a query's own id is left out of its ranking: BEIR's
+    evaluator does so for every data set (beir.retrieval.evaluation), mteb for those where it matters. Not where such
+    documents are judged relevant: then the ids of queries and documents only look alike, as in a table of questions and
+    answers that numbers both.
 
     Args:
         name: the task's name.
         split: the split that ``data`` is.
         data: of the whole task, or by language subset.
         kind: mteb's type; a reranking task needs the candidates of every query.
+        ignore_identical_ids: whether that document is left out; None: as above.
     """
     subsets = {ONLY_SUBSET: data} if isinstance(data, RetrievalData) else dict(data)
     first = next(iter(subsets.values()))
     instructions = {query.instruction for part in subsets.values() for query in part.queries}
     languages = {key: _codes(part) for key, part in subsets.items()}
+    if ignore_identical_ids is None:
+        ignore_identical_ids = _queries_are_documents(subsets.values())
+    rules = ("ignores identical ids",) if ignore_identical_ids else ()
     metadata = TaskMetadata(
         name=name,
-        description=first.description,
+        description="; ".join((first.description, *rules)),
         dataset={
             "path": f"local/{name}",
-            "revision": content_id(*(part.revision for part in subsets.values()))[:16],
+            "revision": content_id(*(part.revision for part in subsets.values()), *rules)[:16],
         },
         type=kind,
         category="t2t",
@@ -87,11 +97,24 @@ def make_retrieval_task(
         else None,
         is_public=False,
     )
-    task = type(f"Local_{name}", (AbsTaskRetrieval,), {"metadata": metadata})()
+    members = {"metadata": metadata, "ignore_identical_ids": ignore_identical_ids}
+    task = type(f"Local_{name}", (AbsTaskRetrieval,), members)()
     several = len(instructions) > 1
     task.dataset = {key: {split: _split_data(part, several)} for key, part in subsets.items()}
     task.data_loaded = True
     return task
+
+
+def _queries_are_documents(parts: Iterable[RetrievalData]) -> bool:
+    """Whether some query has the id of a document, and none is judged to be answered by the document of its id."""
+    found = False
+    for part in parts:
+        documents = {key for key, _, _ in part.documents}
+        shared = [query.id for query in part.queries if query.id in documents]
+        if any(part.qrels.get(key, {}).get(key, 0) > 0 for key in shared):
+            return False
+        found = found or bool(shared)
+    return found
 
 
 def _codes(data: RetrievalData) -> list[str]:
@@ -110,6 +133,10 @@ def _split_data(data: RetrievalData, several_instructions: bool) -> dict[str, An
     return {
         "corpus": Dataset.from_dict(corpus),
         "queries": Dataset.from_dict(queries),
-        "relevant_docs": {query: dict(grades) for query, grades in data.qrels.items()},
+        # Below 0 (TREC's "not judged", "spam") is not relevant as well, but breaks pytrec_eval 0.5: it writes past its array.
+        "relevant_docs": {
+            query: {document: max(0, grade) for document, grade in grades.items()}
+            for query, grades in data.qrels.items()
+        },
         "top_ranked": data.candidates,
     }

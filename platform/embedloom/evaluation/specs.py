@@ -26,6 +26,7 @@ class TaskSpec:
     limit: int | None = None
     languages: tuple[str, ...] | None = None
     benchmark: str | None = None  # whose choice of subsets and splits applies
+    ignore_identical_ids: bool | None = None  # None: by the data, see make_retrieval_task
 
     @property
     def where(self) -> str:
@@ -54,12 +55,15 @@ def _expand(task: EvaluationTask) -> list[TaskSpec]:
             for member in _benchmark(task.name).tasks
         ]
     if task.kind != "local":
-        return [TaskSpec(task.name, task.kind, task.split, task.path, None, task.limit, task.languages)]
+        return [
+            TaskSpec(task.name, task.kind, task.split, task.path, None, task.limit, task.languages,
+                     ignore_identical_ids=task.ignore_identical_ids)
+        ]  # fmt: skip
     found = find_local_tasks(Path(str(task.path)).expanduser(), f"evaluation.tasks: {task.name!r}")
     single = len({local.path for local in found}) == 1
     return [
         TaskSpec(local.named(task.name) if single else local.name, "local", task.split, local.path, local,
-                 task.limit, task.languages)
+                 task.limit, task.languages, ignore_identical_ids=task.ignore_identical_ids)
         for local in found
     ]  # fmt: skip
 

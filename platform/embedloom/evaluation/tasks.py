@@ -48,8 +48,10 @@ def build_task(spec: TaskSpec, corpus: Artefact | None) -> AbsTask:
         data = read_heldout(_given(corpus, spec), spec.split, spec.where)
         return make_retrieval_task(spec.name, spec.split, data.limited(spec.limit))
     if spec.kind == "beir":
-        data = read_beir(_folder(spec), spec.split, spec.where)
-        return make_retrieval_task(spec.name, spec.split, data.limited(spec.limit))
+        data = read_beir(_folder(spec), spec.split, spec.where).limited(spec.limit)
+        return make_retrieval_task(
+            spec.name, spec.split, data, ignore_identical_ids=spec.ignore_identical_ids
+        )
     if spec.local is not None:
         ranked = spec.local.type in RANKED_TYPES
         return (make_ranked_task if ranked else make_labelled_task)(spec, spec.local)
