@@ -24,6 +24,11 @@ BOS = 1
 class CharacterTokenizer:
     """BOS and one token a character, so token counts can be worked out by hand."""
 
+    all_special_ids = (BOS,)
+
+    def convert_ids_to_tokens(self, ids: list[int]) -> list[str]:
+        return ["<s>" if one == BOS else f"#{one}" for one in ids]
+
     def __call__(
         self,
         texts: list[str],

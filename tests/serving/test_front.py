@@ -66,7 +66,7 @@ def test_a_load_balancers_check_is_answered_whatever_it_says_of_itself(path):
 @pytest.mark.parametrize(
     ("path", "allowed"),
     [
-        ("/", "GET, HEAD, OPTIONS"),
+        ("/", "GET, HEAD, OPTIONS, POST"),
         ("/v1/embeddings", "OPTIONS, POST"),
         ("/v1/models", "GET, HEAD, OPTIONS"),
         ("/v1/models/a/b", "GET, HEAD, OPTIONS"),

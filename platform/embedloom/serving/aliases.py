@@ -56,13 +56,13 @@ def terms_of(request: TextOptions, settings: EndpointSettings) -> Terms:
     """
     name = getattr(request, "model", None) or settings.served_name
     alias = alias_of(name, settings)
-    own_side, own_task = JINA_TASKS.get(request.task or "", (None, request.task))
+    own_side, own_task = request.prompt_said
     side, task = JINA_TASKS.get(alias.task or "", (None, alias.task))
     return Terms(
         model=name,
-        side=request.said("input_type") or own_side or alias.side or side or "document",
+        side=own_side or alias.side or side or "document",
         task=own_task or task or _DEFAULT_TASK,
-        instruction=request.instruction or (None if request.task else alias.instruction),
+        instruction=request.instruction or (None if own_task else alias.instruction),
         truncate=request.truncation_said
         or alias.truncate
         or settings.truncate

@@ -1,6 +1,6 @@
 """The HTTP side of the endpoint: its routes over any backend that encodes. No Ray here."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
@@ -8,6 +8,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
 from embedloom.serving.calls import CONTRACT_HEADER, TRUNCATED_HEADER, Backend, Calls, EndpointSettings
+from embedloom.serving.cohere import CohereEmbedRequest, CohereEmbedResponse, CohereRoutes
 from embedloom.serving.front import Drain, Front, FrontSettings
 from embedloom.serving.keys import KeyRing
 from embedloom.serving.metrics import EndpointMetrics
@@ -33,6 +34,19 @@ from embedloom.serving.schemas import (
     SearchRequest,
     SimilarityRequest,
     TokenizeRequest,
+)
+from embedloom.serving.tei import (
+    NOT_OFFERED,
+    TeiEmbeddings,
+    TeiEmbedRequest,
+    TeiInfo,
+    TeiRanking,
+    TeiRerankRequest,
+    TeiRoutes,
+    TeiSimilarities,
+    TeiSimilarityRequest,
+    TeiTokenizeRequest,
+    TeiTokens,
 )
 
 
@@ -68,12 +82,7 @@ def create_api(
 
     api.add_route("/openapi.json", openapi, methods=["GET"])
     api.add_exception_handler(ApiError, _answer_error)
-    known = [path for route in routes for path in route.paths]
-
-    async def answer_http_error(request: Request, error: Exception) -> Response:
-        return _http_error(request, error, known)
-
-    api.add_exception_handler(HTTPException, answer_http_error)
+    api.add_exception_handler(HTTPException, _http_errors([path for route in routes for path in route.paths]))
     front = _front_settings(routes, settings)
     keys = KeyRing(settings.keys) if settings.keys else None
     api.add_middleware(Front, metrics=metrics, settings=front, keys=keys, drain=drain)
@@ -96,6 +105,9 @@ def _front_settings(routes: Sequence[Route], settings: EndpointSettings) -> Fron
     return FrontSettings(
         paths=frozenset({"/openapi.json", *(path for route in routes for path in route.paths)}),
         open_paths=frozenset(path for route in routes if not route.needs_key for path in route.paths),
+        keyed_posts=frozenset(
+            path for route in routes if route.needs_key and route.method == "POST" for path in route.paths
+        ),
         methods=_methods(routes),
         max_body_bytes=settings.max_body_bytes,
         request_log=settings.request_log,
@@ -117,23 +129,32 @@ def _methods(routes: Sequence[Route]) -> dict[str, str]:
 
 def _routes(calls: Calls, corpus: Corpus | None) -> Sequence[Route]:
     plain = Routes(calls, corpus.card if corpus is not None else None)
-    rank = RankRoutes(calls, corpus)
+    rank, cohere = RankRoutes(calls, corpus), CohereRoutes(calls)
+    tei = TeiRoutes(calls, plain, rank, cohere)
+    reranks = (RerankResponse, TeiRanking), (RerankRequest, TeiRerankRequest)
+    tokens = (TokenizeResponse, TeiTokens), (TokenizeRequest, TeiTokenizeRequest)
+    roots = (TeiEmbeddings, CohereEmbedResponse), (TeiEmbedRequest, CohereEmbedRequest)
+    embeddings = EmbeddingsResponse, EmbeddingsRequest
     routes = [
-        Route(
-            "POST",
-            "/v1/embeddings",
-            plain.embeddings,
-            EmbeddingsResponse,
-            EmbeddingsRequest,
-            also=("/embeddings",),
-        ),
-        Route(
-            "POST", "/v1/rerank", rank.rerank, RerankResponse, RerankRequest, also=("/v2/rerank", "/rerank")
-        ),
+        Route("POST", "/v1/embeddings", plain.embeddings, *embeddings, also=("/embeddings",)),
+        Route("POST", "/v1/rerank", rank.rerank, RerankResponse, RerankRequest, also=("/v2/rerank",)),
         Route("POST", "/v1/similarity", rank.similarity, SimilarityResponse, SimilarityRequest),
-        Route("POST", "/tokenize", plain.tokenize, TokenizeResponse, TokenizeRequest),
+        Route("POST", "/tokenize", tei.tokenize_either, *tokens),
         Route("GET", "/v1/models", plain.models, ModelList, also=("/models",)),
         Route("GET", "/v1/models/{name}", plain.model, ModelCard),
+        Route(
+            "POST",
+            "/v1/embed",
+            cohere.cohere_embed,
+            CohereEmbedResponse,
+            CohereEmbedRequest,
+            also=("/v2/embed",),
+        ),
+        Route("POST", "/embed", tei.tei_embed, TeiEmbeddings, TeiEmbedRequest),
+        Route("POST", "/rerank", tei.rerank_at_root, *reranks),
+        Route("POST", "/similarity", tei.tei_similarity, TeiSimilarities, TeiSimilarityRequest),
+        Route("POST", "/", tei.embed_at_root, *roots, also=("/v1",)),
+        Route("GET", "/info", tei.info, TeiInfo),
         Route("GET", "/", plain.page, "text/html", needs_key=False),
         Route("GET", "/health", plain.health, Health, needs_key=False),
         Route("GET", "/ready", plain.ready, Readiness, needs_key=False),
@@ -150,11 +171,19 @@ async def _answer_error(_: Request, error: Exception) -> Response:
     return json_reply(error.body(), error.status, error.headers)
 
 
-def _http_error(request: Request, error: Exception, known: Sequence[str]) -> Response:
-    if not isinstance(error, HTTPException):
-        raise error
-    path = request.url.path
-    meant = hint(path, known) if error.status_code == 404 else ""
-    refusal = ApiError(error.status_code, f"{request.method} {path:.200}: {error.detail}{meant}")
-    headers: dict[str, Any] = dict(error.headers or {})
-    return json_reply(refusal.body(), error.status_code, refusal.headers | headers)
+def _http_errors(known: Sequence[str]) -> Callable[[Request, Exception], Response]:
+    """What answers a path or a method that is not there; ``known`` are the paths that are."""
+
+    def answer(request: Request, error: Exception) -> Response:
+        if not isinstance(error, HTTPException):
+            raise error
+        path = request.url.path
+        meant = hint(path, known) if error.status_code == 404 else ""
+        for ending, reason in NOT_OFFERED.items():
+            if path.endswith(ending):
+                meant = f"; {reason}"
+        refusal = ApiError(error.status_code, f"{request.method} {path:.200}: {error.detail}{meant}")
+        headers: dict[str, Any] = dict(error.headers or {})
+        return json_reply(refusal.body(), error.status_code, refusal.headers | headers)
+
+    return answer

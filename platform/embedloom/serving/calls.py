@@ -13,15 +13,16 @@ from starlette.requests import ClientDisconnect, Request
 
 from embedloom.config.base import FrozenConfig
 from embedloom.config.serving import ModelAlias, Truncate
-from embedloom.serving.fields import HASH_PATTERN
+from embedloom.serving.fields import HASH_PATTERN, ClosedRequest
 from embedloom.serving.keys import ApiKey
 from embedloom.serving.messages import EncodeJob, EncodeResult, ModelInfo, Refusal, TokenizeResult
 from embedloom.serving.metrics import EndpointMetrics
-from embedloom.serving.refusals import ApiError, Body, check_content_type, parse
+from embedloom.serving.refusals import ApiError, Body, check_content_type, read_into, read_json
 from embedloom.serving.replies import GateVerdict, Lineage
 from embedloom.serving.request_log import RequestLog, facts_of
 
 Answer = TypeVar("Answer")
+Other = TypeVar("Other", bound=ClosedRequest)
 CONTRACT_HEADER = "x-contract-hash"
 TRUNCATED_HEADER = "x-truncated-items"
 # What an encoder may refuse, and the status it is told with.
@@ -45,6 +46,8 @@ class EndpointSettings(FrozenConfig):
     request_timeout_seconds: float
     max_item_characters: int = 262_144
     max_body_bytes: int = 16 * 2**20
+    max_batch_tokens: int = 4096
+    compute_dtype: str = "float32"
     keys: tuple[ApiKey, ...] = ()  # hashes only; none: every client is served
     allowed_origins: tuple[str, ...] = ()
     hosts: tuple[str, ...] = ()  # names it answers to; none: to any
@@ -87,8 +90,8 @@ class Calls:
         self._known: ModelInfo | None = None
         self._running = 0
 
-    async def read(self, http: Request, model: type[Body]) -> Body:
-        """The body of a request as its type.
+    async def read(self, http: Request, model: type[Body], other: type[Other] | None = None) -> Body | Other:
+        """The body of a request as its type, or as another dialect's, where its mark is there.
 
         Raises:
             ApiError: not JSON, not of that type, or too slow.
@@ -102,7 +105,10 @@ class Calls:
             raise ApiError(
                 408, f"the body did not arrive within {limit:g} seconds", code="timeout"
             ) from error
-        return parse(model, body.removeprefix(codecs.BOM_UTF8))
+        value = read_json(body.removeprefix(codecs.BOM_UTF8))
+        if other is not None and isinstance(value, dict) and other.mark in value:
+            return read_into(other, value)
+        return read_into(model, value)
 
     async def encode(self, http: Request, job: EncodeJob) -> EncodeResult:
         """Vectors, unless the endpoint is full, the encoder refuses, time runs out or the client leaves."""

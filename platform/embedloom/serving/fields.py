@@ -5,7 +5,7 @@ The check and the schema say the same, so that a client made from the OpenAPI do
 
 import re
 from collections.abc import Callable
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
     AfterValidator,
@@ -67,6 +67,10 @@ class ClosedRequest(BaseModel):
     """
 
     model_config = ConfigDict(extra="forbid", strict=True, protected_namespaces=())
+
+    mark: ClassVar[str | None] = (
+        None  # the field that tells it from another dialect's request to the same path
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -144,10 +148,22 @@ def check_texts(
     Raises:
         PydanticCustomError: anything else; the message names the item.
     """
+    for index, item in enumerate(texts := check_strings(value, name, allowed)):
+        if not item:
+            raise refuse(f"{name}[{index}] is an empty string; allowed: {allowed}")
+    return texts
+
+
+def check_strings(value: Any, name: str, allowed: str = "a non-empty list of strings") -> list[str]:
+    """A non-empty list of strings.
+
+    Raises:
+        PydanticCustomError: anything else; the message names the item.
+    """
     if not isinstance(value, list) or not value:
         raise refuse(f"{name} is {_described(value)}; allowed: {allowed}")
     for index, item in enumerate(value):
-        if not isinstance(item, str) or not item:
+        if not isinstance(item, str):
             raise refuse(f"{name}[{index}] is {_described(item)}; allowed: {allowed}")
     return value
 
@@ -263,6 +279,9 @@ def _known_task(value: str) -> str:
 
 
 Input = Annotated[list[str] | list[list[int]], PlainValidator(check_input), WithJsonSchema(INPUT_SCHEMA)]
+Texts = Annotated[
+    list[str], PlainValidator(lambda value: check_texts(value, "texts")), WithJsonSchema(TEXTS_SCHEMA)
+]
 Documents = Annotated[
     list[str | dict[str, Any]],
     PlainValidator(check_documents),

@@ -33,6 +33,7 @@ class FrontSettings:
     open_paths: frozenset[str]  # that need no key
     methods: dict[str, str]  # of each path, as an Allow header lists them
     max_body_bytes: int
+    keyed_posts: frozenset[str] = frozenset()  # need one to be posted to, also where they are open to read
     request_log: RequestLog = "none"
     hosts: frozenset[bytes] = frozenset()  # names it answers to, without port; none: to any
 
@@ -155,7 +156,7 @@ class Front:
                 code="unknown_host",
             )
         # OPTIONS asks what there is, and some load balancers ask it of "/" to see who is alive.
-        if self._keys is not None and path not in self._settings.open_paths and scope["method"] != "OPTIONS":
+        if self._keys is not None and scope["method"] != "OPTIONS" and self._needs_key(scope["method"], path):
             facts.client = self._keys.identify(*key_headers(headers))
             facts.client.begin()
         declared = headers.get(b"content-length", b"0")
@@ -181,6 +182,10 @@ class Front:
         return ApiError(
             413, f"the body is larger than {self._settings.max_body_bytes} bytes", code="body_too_large"
         )
+
+    def _needs_key(self, method: str, path: str) -> bool:
+        keyed = method == "POST" and path in self._settings.keyed_posts
+        return keyed or path not in self._settings.open_paths
 
     @staticmethod
     def _path(scope: Scope) -> str:

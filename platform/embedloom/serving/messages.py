@@ -118,3 +118,4 @@ class ModelInfo:
     normalize: bool
     instructions: dict[str, str] = field(default_factory=dict)
     matryoshka_dimensions: tuple[int, ...] = ()
+    pooling: str = "mean"

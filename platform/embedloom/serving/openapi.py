@@ -73,8 +73,8 @@ def openapi_document(routes: Sequence[Route], settings: EndpointSettings, keyed:
         [(model, "validation") for model in types], ref_template="#/components/schemas/{model}"
     )
     components: dict[str, Any] = {"schemas": schemas["$defs"]}
-    for model in dict.fromkeys(bodies):
-        _state_limits(components["schemas"][model.__name__], settings)
+    for schema in components["schemas"].values():
+        _state_limits(schema, settings)
     paths: dict[str, Any] = {}
     for route in routes:
         for path in route.paths:
@@ -157,8 +157,8 @@ def _error(status: int) -> dict[str, Any]:
 
 
 def _state_limits(schema: dict[str, Any], settings: EndpointSettings) -> None:
-    """Write the endpoint's limits and the served name into a request's schema."""
-    properties = schema["properties"]
+    """Write the endpoint's limits and the names of its model into a schema."""
+    properties = schema.get("properties", {})
     for name in _LISTS:
         for form in (properties.get(name, {}), *properties.get(name, {}).get("oneOf", ())):
             # A flat list of token ids is one item.

@@ -14,7 +14,7 @@ from embedloom.serving.aliases import Terms, terms_of
 from embedloom.serving.calls import Calls, notes_of, pinned
 from embedloom.serving.fields import is_blank
 from embedloom.serving.messages import EncodeResult, Vectors
-from embedloom.serving.replies import CorpusCard, SearchHit, usage
+from embedloom.serving.replies import CorpusCard, SearchHit, cohere_meta, usage
 from embedloom.serving.routes import json_reply
 from embedloom.serving.schemas import RerankRequest, SearchRequest, SimilarityRequest
 from embedloom.serving.values import similarities
@@ -53,31 +53,30 @@ class RankRoutes:
 
     async def rerank(self, http: Request) -> Response:
         """Order documents by their similarity to a query (Cohere's, Jina's and Voyage's shape; no cross-encoder)."""
-        request = await self._calls.read(http, RerankRequest)
+        return await self.ranked(http, await self._calls.read(http, RerankRequest))
+
+    async def ranked(self, http: Request, request: RerankRequest) -> Response:
+        """The answer to what was read."""
         terms = terms_of(request, self._calls.settings)
         ranking = await self.ranking(
             http, terms, request.query, request.texts, "documents", request.contract_hash
         )
+        with_documents = request.return_documents and http.url.path.endswith(("/v1/rerank", "/v2/rerank"))
         results: list[dict[str, Any]] = []
         for index in ranking.best[: request.top_n or request.top_k]:
             entry: dict[str, Any] = {"index": index, "relevance_score": float(ranking.scores[index])}
-            if request.return_documents:
+            if with_documents:
                 document = request.documents[index]
                 entry["document"] = {"text": document} if isinstance(document, str) else document
             results.append(entry)
-        meta: dict[str, Any] = {
-            "api_version": {"version": "2" if http.url.path.endswith("/v2/rerank") else "1"},
-            "billed_units": {"search_units": 1},
-        }
-        if ranking.result.truncated:
-            meta["warnings"] = [f"{ranking.result.truncated} of the texts were cut to the model's limit"]
+        version = "2" if http.url.path.endswith("/v2/rerank") else "1"
         body = {
             "id": uuid.uuid4().hex,
             "object": "list",
             "model": terms.model,
             "scored_by": "embedding_similarity",
             "results": results,
-            "meta": meta,
+            "meta": cohere_meta(version, {"search_units": 1}, ranking.result.truncated),
             "usage": usage(ranking.result.tokens, ranking.result.truncated),
         }
         if request.is_voyages:

@@ -239,6 +239,16 @@ class Readiness(Reply):
     replicas: int  # encoders that are up; 0: the next request starts one
 
 
+def cohere_meta(version: str, billed: dict[str, int], truncated: int) -> dict[str, Any]:
+    """A ``CohereMeta`` as plain values."""
+    meta: dict[str, Any] = {"api_version": {"version": version}, "billed_units": billed}
+    return (
+        meta | {"warnings": [f"{truncated} of the texts were cut to the model's limit"]}
+        if truncated
+        else meta
+    )
+
+
 def usage(tokens: int, truncated: int = 0) -> dict[str, int]:
     """A ``Usage`` as plain values."""
     counts = {"prompt_tokens": tokens, "total_tokens": tokens}

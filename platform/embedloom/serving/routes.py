@@ -44,8 +44,11 @@ class Routes:
 
     async def tokenize(self, http: Request) -> Response:
         """The token ids a text becomes, prompted as ``/v1/embeddings`` would, and the model's limit."""
+        return await self.tokenized(http, await self._calls.read(http, TokenizeRequest))
+
+    async def tokenized(self, http: Request, request: TokenizeRequest) -> Response:
+        """The answer to what was read."""
         calls = self._calls
-        request = await calls.read(http, TokenizeRequest)
         terms = terms_of(request, calls.settings)
         calls.check_sizes(request.input, "input")
         info = await calls.info()

@@ -7,8 +7,10 @@ from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
+from embedloom.instructions import Side
 from embedloom.serving.fields import (
     FOREIGN,
+    JINA_TASKS,
     ClosedRequest,
     Count,
     Documents,
@@ -45,6 +47,12 @@ class TextOptions(ClosedRequest):
     task: Task | None = Field(default=None, description=_TASK)
     instruction: Instruction | None = Field(default=None, description=_INSTRUCTION)
     contract_hash: Pin | None = Field(default=None, description=_PIN)
+
+    @property
+    def prompt_said(self) -> tuple[Side | None, str | None]:
+        """Side and task that the request itself names."""
+        side, task = JINA_TASKS.get(self.task or "", (None, self.task))
+        return self.said("input_type") or side, task
 
     @property
     def truncation_said(self) -> Literal["none", "start", "end"] | None:
@@ -126,7 +134,10 @@ class RerankRequest(TextOptions):
         min_length=1,
         description="Which strings of a document that is an object are ranked, joined by a blank; null: its text.",
     )
-    return_documents: bool = False
+    return_documents: bool = Field(
+        default=False,
+        description="Not at /rerank: Infinity wants a string there and vLLM an object, in answer to the same request.",
+    )
     truncate: Truncate = Field(default="end", description=f"{_TRUNCATE} Cohere's default cuts the end.")
     truncation: bool | None = Field(default=None, description=_TRUNCATION)
     user: str | None = Field(default=None, description=_USER)

@@ -127,6 +127,7 @@ class EncoderService:
             max_query_tokens=contract.max_query_tokens,
             max_document_tokens=contract.max_document_tokens,
             normalize=contract.normalize,
+            pooling=contract.pooling,
             instructions=dict(contract.instructions),
             matryoshka_dimensions=tuple(getattr(config, "matryoshka_dimensions", None) or ()),
         )

@@ -220,28 +220,32 @@ def given_ids(
 
 
 def pieces_of(encoder: ServingEncoder, part: Part, ids: Sequence[Sequence[int]]) -> list[list[Piece]]:
-    """The tokens of a part with their texts; of texts that were not cut, also where in the prompted text they stand."""
+    """The tokens of a part's texts: the characters that each stands for, or its name where it stands for none.
+
+    Of a text that was cut, every token has its name.
+    """
     tokenizer = encoder.tokenizer
     special = set(tokenizer.all_special_ids)
-    places: list[list[tuple[int, int]]] = [[] for _ in ids]
-    if part.texts:
-        prompted = [
-            encoder.contract.format(text, part.side, part.task_type, part.instruction) for text in part.texts
-        ]
-        found = tokenizer(prompted, truncation=False, padding=False, return_offsets_mapping=True)
-        places = [
-            offsets if list(own) == whole else []
-            for own, whole, offsets in zip(ids, found["input_ids"], found["offset_mapping"], strict=True)
-        ]
-    return [
-        [
-            Piece(token, str(text), token in special, *(place if place[1] > place[0] else (None, None)))
-            for token, text, place in zip(
-                own, tokenizer.convert_ids_to_tokens(own), offsets or [(0, 0)] * len(own), strict=True
-            )
-        ]
-        for own, offsets in zip(ids, places, strict=True)
+    texts = [
+        encoder.contract.format(text, part.side, part.task_type, part.instruction)
+        for text in part.texts or ()
     ]
+    found = tokenizer(texts, truncation=False, padding=False, return_offsets_mapping=True)
+    pieces = []
+    for own, whole, text, offsets in zip(
+        ids, found["input_ids"], texts, found["offset_mapping"], strict=True
+    ):
+        places = offsets if list(own) == whole else [(0, 0)] * len(own)
+        names = tokenizer.convert_ids_to_tokens(list(own))
+        pieces.append(
+            [
+                Piece(token, text[start:stop], token in special, start, stop)
+                if stop > start
+                else Piece(token, str(name), token in special)
+                for token, name, (start, stop) in zip(own, names, places, strict=True)
+            ]
+        )
+    return pieces
 
 
 def _too_long(part: Part, token_ids: list[list[int]], limit: int, start: int) -> list[list[int]] | Refusal:
