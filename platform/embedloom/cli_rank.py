@@ -31,6 +31,13 @@ Tasks = Annotated[
 ]
 Split = Annotated[str, _option("split", "Of local tasks: dev or test.")]
 Limit = Annotated[int | None, _option("limit", "At most so many queries or rows a language.")]
+Prompts = Annotated[
+    str | None,
+    _option(
+        "prompts",
+        "Of mteb tasks: default (what the endpoint sends) or published (the benchmark's own, as its leaderboard has them).",
+    ),
+]
 Pool = Annotated[
     str | None, _option("pool", "Scores of models to rank among: Parquet file or mteb results folder.")
 ]
@@ -50,6 +57,7 @@ def gate(
     task: Tasks = None,
     split: Split = "test",
     limit: Limit = None,
+    prompts: Prompts = None,
     pool: Pool = None,
     out: Out = "runs/gate",
     profile: ProfileName = "local",
@@ -68,9 +76,9 @@ def gate(
 
     given = list(overrides or [])
     if candidate.endswith(_CONFIG_ENDINGS):
-        if against is not None or config is not None or task or pool is not None:
+        if against is not None or config is not None or task or pool is not None or prompts is not None:
             raise ConfigError(
-                "--against, --config, --task and --pool go with a CANDIDATE; a CONFIG says them in gate and evaluation"
+                "--against, --config, --task, --prompts and --pool go with a CANDIDATE; a CONFIG says them in gate and evaluation"
             )
         text, code = gate_run(load(Path(candidate), profile, cluster, given), dry_run)
     else:
@@ -78,7 +86,7 @@ def gate(
             raise ConfigError(f"--against: needed to judge {candidate!r}; or give a run config (.yaml)")
         run = None if config is None else load(config, profile, cluster, [])
         machine = load_machine(cluster, _CLUSTER) if run is None else run.cluster
-        request = GateRequest(candidate, against, task or [], split, limit, pool, out, given)
+        request = GateRequest(candidate, against, task or [], split, limit, pool, out, given, prompts)
         text, code = gate_models(request, run, machine, profile, dry_run)
     print(text)
     raise typer.Exit(code)

@@ -14,7 +14,7 @@ import re
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from embedloom.errors import DataError
 from embedloom.records import TASK_TYPES
@@ -24,6 +24,7 @@ NEMOTRON_TEMPLATE = "Instruct: {task}\nQuery: {text}"
 PLAIN_TEMPLATE = "{text}"
 
 Side = Literal["query", "document"]
+_MARK = "\0"  # stands for the text; no instruction of ours holds one
 _PLACEHOLDER = re.compile(r"\{(task|text)\}")
 
 # arXiv 2511.07025 §2 and the instructions mteb records for llama-embed-nemotron-8b, by task type.
@@ -49,8 +50,27 @@ SYMMETRIC_TASK_TYPES = (
 )
 
 
+# What a request that names no task is taken for, unless the contract says otherwise.
+USUAL_TASK = "retrieval"
+
+
+class NamedTask(BaseModel):
+    """A prompt that a model knows by name: one that it was trained with."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    task_type: str
+    instruction: str
+    # Before its documents; null: by the task type (the instruction in a symmetric one, else none); "": none.
+    document_instruction: str | None = None
+    share: float | None = None  # of all queries trained; it tells and decides nothing, so no hash counts it
+
+
 class PromptContract(BaseModel):
-    """How one model wants its texts; immutable, hashed, stored beside the weights."""
+    """How one model wants its texts; immutable, hashed, stored beside the weights.
+
+    A task is a task type, whose prompt is the contract's default, or the name of one of ``tasks``.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -68,40 +88,131 @@ class PromptContract(BaseModel):
     attention: Literal["bidirectional", "causal"] = "bidirectional"
     # Lengths that a prefix of a vector was trained for (Matryoshka, arXiv 2205.13147); None: only the whole.
     matryoshka_dimensions: tuple[int, ...] | None = None
+    # By task type, what stands before documents where it is not what ``symmetric_task_types`` says; "": nothing.
+    document_instructions: dict[str, str] | None = None
+    tasks: dict[str, NamedTask] | None = None  # prompts that the model was trained with, by name
+    default_task: str | None = None  # of texts that come without a task; null: retrieval
+
+    @model_validator(mode="after")
+    def _tasks_are_told_apart(self) -> "PromptContract":
+        for name, task in (self.tasks or {}).items():
+            if name in TASK_TYPES or task.task_type not in TASK_TYPES:
+                raise ValueError(
+                    f"tasks.{name}: a task type cannot be a name, and its own task_type {task.task_type!r} must be "
+                    f"one of {list(TASK_TYPES)}"
+                )
+        if self.default_task is not None and not self.knows(self.default_task):
+            raise ValueError(f"default_task: {self.default_task!r}; allowed: {self.known_tasks}")
+        return self
 
     @property
     def hash(self) -> str:
-        """Sixteen hex digits over every field; equal contracts make comparable vectors of one model."""
-        canonical = json.dumps(self._fields(), sort_keys=True, separators=(",", ":"))
+        """Sixteen hex digits over all that decides model text; equal ones make comparable vectors of one model."""
+        fields = self._fields()
+        fields.pop("tasks", None)
+        if named := self._other_prompts():
+            fields["tasks"] = named
+        canonical = json.dumps(fields, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()[:16]
+
+    def _other_prompts(self) -> dict[str, object]:
+        """The named tasks that say another thing than the default of their type, without their shares."""
+        return {
+            name: task.model_dump(mode="json", exclude={"share"}, exclude_none=True)
+            for name, task in (self.tasks or {}).items()
+            if not self.is_default(name)
+        }
 
     def _fields(self) -> dict[str, object]:
         """What is hashed and stored; a field that states nothing is left out, so that older hashes stay valid."""
         return self.model_dump(mode="json", exclude_none=True)
 
-    def instruction_for(self, task_type: str, instruction: str | None = None) -> str:
-        """The given instruction, or the contract's own for the task type.
+    @property
+    def known_tasks(self) -> list[str]:
+        """What a task may be: every task type, then the named tasks."""
+        return [*sorted({*self.instructions}), *(self.tasks or {})]
+
+    def knows(self, task: str) -> bool:
+        """Whether a task is a task type or one of the named tasks."""
+        return task in TASK_TYPES or task in self.instructions or task in (self.tasks or {})
+
+    def task_type_of(self, task: str | None = None) -> str:
+        """The task type of a task; of None, of the default task.
 
         Raises:
-            DataError: unknown task type.
+            DataError: unknown task.
+        """
+        task = task or self.default_task or USUAL_TASK
+        if not self.knows(task):
+            raise DataError(f"task: {task!r} is unknown; allowed: {self.known_tasks}")
+        named = (self.tasks or {}).get(task)
+        return named.task_type if named is not None else task
+
+    def is_default(self, name: str) -> bool:
+        """Whether a named task's prompts are those that its task type has by default."""
+        kind = self.task_type_of(name)
+        return all(self.prompt(side, name) == self.prompt(side, kind) for side in ("query", "document"))
+
+    def instruction_for(self, task: str | None = None, instruction: str | None = None) -> str:
+        """The given instruction, or the contract's own for the task.
+
+        Args:
+            task: a task type or the name of a task; None: the default task.
+            instruction: in place of the contract's own.
+
+        Raises:
+            DataError: unknown task.
         """
         if instruction:
             return instruction
-        if task_type not in self.instructions:
-            raise DataError(f"task_type: {task_type!r} is unknown; allowed: {sorted(self.instructions)}")
-        return self.instructions[task_type]
+        kind = self.task_type_of(task)
+        named = (self.tasks or {}).get(task or self.default_task or USUAL_TASK)
+        if named is not None:
+            return named.instruction
+        if kind not in self.instructions:
+            raise DataError(f"task: {kind!r} is unknown; allowed: {self.known_tasks}")
+        return self.instructions[kind]
 
-    def format(
-        self, text: str, side: Side, task_type: str = "retrieval", instruction: str | None = None
-    ) -> str:
+    def prompt(self, side: Side, task: str | None = None, instruction: str | None = None) -> str | None:
+        """The instruction that stands before a text of this side; None: the text stays as it is.
+
+        Arguments and errors as of ``format``.
+        """
+        kind = self.task_type_of(task)
+        if side == "query":
+            return self.instruction_for(task, instruction)
+        named = (self.tasks or {}).get(task or self.default_task or USUAL_TASK)
+        stated = (
+            named.document_instruction if named is not None else (self.document_instructions or {}).get(kind)
+        )
+        if stated is not None:
+            return stated or None
+        return self.instruction_for(task, instruction) if kind in self.symmetric_task_types else None
+
+    def format(self, text: str, side: Side, task: str | None = None, instruction: str | None = None) -> str:
         """Model text of one query or document.
 
-        A document stays bare unless the task type is symmetric (STS, classification, ...).
+        A document stays bare unless the task type is symmetric (STS, clustering, ...), or the contract says what
+        stands before the documents of the task.
+
+        Args:
+            text: as it came.
+            side: query or document.
+            task: a task type or the name of a task; None: the default task.
+            instruction: of the query, and of the document in a symmetric task type; None: the contract's own.
+
+        Raises:
+            DataError: unknown task.
         """
-        if side == "document" and task_type not in self.symmetric_task_types:
+        prompt = self.prompt(side, task, instruction)
+        if prompt is None:
             return text
-        values = {"task": self.instruction_for(task_type, instruction), "text": text}
+        values = {"task": prompt, "text": text}
         return _PLACEHOLDER.sub(lambda match: values[match.group(1)], self.template)
+
+    def text_before(self, side: Side, task: str | None = None) -> str:
+        """What ``format`` puts before a text, all that readers with a list of prompts can say of the template."""
+        return self.format(_MARK, side, task).split(_MARK)[0]
 
     def max_tokens(self, side: Side) -> int:
         """Token limit of one side, special tokens included."""
@@ -109,8 +220,12 @@ class PromptContract(BaseModel):
 
     def save(self, folder: Path) -> None:
         """Write ``contract.json`` into a model folder."""
+        (folder / CONTRACT_FILE).write_bytes(self.as_file())
+
+    def as_file(self) -> bytes:
+        """Content of ``contract.json``."""
         document = {**self._fields(), "hash": self.hash}
-        (folder / CONTRACT_FILE).write_text(json.dumps(document, indent=2, sort_keys=True) + "\n")
+        return (json.dumps(document, indent=2, sort_keys=True) + "\n").encode()
 
     @classmethod
     def load(cls, folder: Path) -> "PromptContract":

@@ -40,6 +40,7 @@ class GateRequest:
     pool: str | None
     out: str
     overrides: Sequence[str]
+    prompts: str | None = None  # of mteb tasks and benchmarks
 
 
 def gate_sections(request: GateRequest, run: Run | None) -> GateSections:
@@ -61,6 +62,8 @@ def gate_sections(request: GateRequest, run: Run | None) -> GateSections:
         raise ConfigError(
             "--task: needed; a folder of local tasks, a BEIR folder, an mteb task or benchmark, or give --config"
         )
+    if request.prompts is not None:
+        content["evaluation"]["prompts"] = request.prompts
     if request.pool is not None:
         content["evaluation"]["pool"] = request.pool
     return validate(GateSections, apply_overrides(content, list(request.overrides)), "gate")

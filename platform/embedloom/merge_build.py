@@ -26,7 +26,11 @@ def node(config: RunConfig, trained: Sequence[str]) -> tuple[tuple[Any, ...], tu
 
 
 def build_merged(
-    config: RunConfig, resources: StageResources, inputs: dict[str, Artefact], out: ArtefactWriter
+    config: RunConfig,
+    resources: StageResources,
+    inputs: dict[str, Artefact],
+    out: ArtefactWriter,
+    default_task: str | None = None,
 ) -> Artefact:
     """Merge the candidates as the config says, searching the weights first if it asks for it.
 
@@ -35,6 +39,7 @@ def build_merged(
         resources: what merging and, for a search, evaluation may take.
         inputs: the candidates' last stages by artefact name, and what else ``node`` names.
         out: writer of the model artefact.
+        default_task: whose prompt is to be the merged model's default; None: by share.
     """
     from embedloom.merging.carry import SEARCH_FILE
     from embedloom.merging.stage import merge
@@ -52,8 +57,13 @@ def build_merged(
         scratch = out.place.child("_scores")
         tasks, corpus, dtype = scored_tasks(merging.search), inputs["corpus"], config.encoder.dtype
         with DevScorer(tasks, corpus, resources.evaluation, scratch, dtype) as scorer:
-            found = search_merge(merging, models, base, scorer, out.place, resources.merging)
+            found = search_merge(
+                merging, models, base, scorer, out.place, resources.merging, default_task=default_task
+            )
         scratch.remove()
     if found is not None:
         merging = merging.model_copy(update={"weights": tuple(found["kept"]), "search": None})
-    return merge(merging, models, base, out, resources.merging, base_model=config.encoder.base, search=found)
+    return merge(
+        merging, models, base, out, resources.merging, base_model=config.encoder.base, search=found,
+        default_task=default_task,
+    )  # fmt: skip

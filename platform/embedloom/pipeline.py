@@ -55,7 +55,9 @@ def graph(run: Run) -> dict[str, Node]:
     stages, last = train_build.training_nodes(config, train_build.build_training)
     nodes += stages
     trained = list(last.values())
-    nodes.append(Node("merged", "merge", *merge_build.node(config, trained), _merged))
+    merging, merged_from = merge_build.node(config, trained)
+    default = (config.serving.default_task,) if config.serving.default_task is not None else ()
+    nodes.append(Node("merged", "merge", (*merging, *default), merged_from, _merged))
     models = ("corpus", "encoder", *trained, "merged")
     judged, held = evaluation_node(config)
     nodes.append(Node("evaluation", "evaluate", judged, models, _evaluation, held))
@@ -316,7 +318,8 @@ def _examples(run: Run, inputs: Inputs, out: ArtefactWriter) -> Artefact:
 
 def _merged(run: Run, inputs: Inputs, out: ArtefactWriter) -> Artefact:
     run.place.child(train_build.PREPARED_FOLDER).remove()  # all runs are trained
-    return merge_build.build_merged(run.config, run.profile.stages, inputs, out)
+    default = run.config.serving.default_task
+    return merge_build.build_merged(run.config, run.profile.stages, inputs, out, default)
 
 
 def _evaluation(run: Run, inputs: Inputs, out: ArtefactWriter) -> Artefact:

@@ -13,6 +13,7 @@ from embedloom.run import Build, Inputs, Node, Run
 from embedloom.training.sources import source_contents, source_state
 
 PREPARED_FOLDER = "_training_data"  # tokens that runs share
+_EXPORT = "trained prompts"  # what a contract says of the training; models exported otherwise are not taken for these
 _NOT_CONTENT = {"runs", "stages", *WATCHING}  # the stages are nodes of their own
 
 
@@ -40,7 +41,7 @@ def training_nodes(config: RunConfig, build: Build) -> tuple[list[Node], dict[st
             name = f"training/{run.name}/{stage.name}"
             mined = ("examples",) if stage.uses_mined else ()
             section, states, read = _stage_settings(stage)
-            content = (shared, own.runs[0], section, states, dev_state)
+            content = (shared, own.runs[0], section, states, dev_state, _EXPORT)
             nodes.append(Node(name, "train", content, (*mined, start, *judged), build, {**read, **watched}))
             start = name
         last[run.name] = start

@@ -9,7 +9,10 @@ from safetensors.torch import load_file, save_file
 
 from embedloom.config.merging import MergingConfig
 from embedloom.encoder.model import Encoder
+from embedloom.encoder.sidecars import write_sidecars
 from embedloom.errors import ConfigError, DataError
+from embedloom.instructions import PromptContract
+from embedloom.trained_prompts import Prompt, TrainedPrompt, trained_contract
 from fakes_merging import edit_json, merge, shard, variant, writer
 
 
@@ -120,6 +123,34 @@ def test_wrong_weights_are_refused(candidates, tmp_path):
         merge(MergingConfig(weights=(0, 0, 0)), candidates, writer(tmp_path / "out"))
     with pytest.raises(ConfigError, match="no model to merge"):
         merge(MergingConfig(), {}, writer(tmp_path / "out"))
+
+
+def as_trained(folder, *rows):
+    """The folder with the contract of a model trained on (instruction, name, queries) of retrieval each."""
+    trained = [TrainedPrompt(Prompt("retrieval", text, ""), name, queries) for text, name, queries in rows]
+    contract = trained_contract(PromptContract.load(folder), trained, sum(one.queries for one in trained))
+    write_sidecars(folder, contract, 32)
+
+
+def test_models_of_two_mixes_merge_into_one_with_all_tasks(candidates, tmp_path):
+    """FIND 0.5 x 0.9 + 0.25 x 0.2 + 0.25 x 0 = 0.5; FAQ 0.05 + 0.2 + 0.25 = 0.5: equal, so the first by name."""
+    as_trained(candidates["c0"], ("Find", "docs", 9.0), ("Answer", "faq", 1.0))
+    as_trained(candidates["c1"], ("Find", "docs", 2.0), ("Answer", "faq", 8.0))
+    as_trained(candidates["c2"], ("Answer", "faq", 1.0))
+    config = MergingConfig(weights=(2, 1, 1))
+    merge(config, candidates, writer(tmp_path / "out"))
+    contract = PromptContract.load(tmp_path / "out")
+    assert contract.instructions["retrieval"] == "Find"
+    assert {name: task.share for name, task in contract.tasks.items()} == {"docs": 0.5, "faq": 0.5}
+    prompts = json.loads((tmp_path / "out/config_sentence_transformers.json").read_text())["prompts"]
+    assert prompts["query"] == "Instruct: Find\nQuery: " and prompts["faq"] == "Instruct: Answer\nQuery: "
+    assert "| faq | retrieval | Answer |" in (tmp_path / "out/README.md").read_text()
+    lineage = json.loads((tmp_path / "out/lineage.json").read_text())
+    assert lineage["contract_hash"] == contract.hash
+    merge(config, candidates, writer(tmp_path / "chosen"), default_task="faq")
+    assert PromptContract.load(tmp_path / "chosen").instructions["retrieval"] == "Answer"
+    with pytest.raises(DataError, match=r"serving.default_task: 'fax' is unknown; allowed: .*'docs', 'faq'"):
+        merge(config, candidates, writer(tmp_path / "wrong"), default_task="fax")
 
 
 def break_config(folder):

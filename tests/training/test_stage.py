@@ -16,12 +16,15 @@ from embedloom.artefacts import Artefact, ArtefactWriter
 from embedloom.config.resources import TrainingGroup
 from embedloom.config.training import Candidate, TrainingConfig, TrainingStage
 from embedloom.encoder.model import Encoder
+from embedloom.encoder.parity import GOLDEN_TEXTS
 from embedloom.errors import StageError
+from embedloom.instructions import DEFAULT_INSTRUCTIONS, NamedTask
 from embedloom.records import table_from_rows
 from embedloom.storage import Place
 from embedloom.training.dev import DEV_FILE
 from embedloom.training.metrics import METRICS_FILE
 from embedloom.training.stage import train_stage
+from fakes_serving import client_of
 from fakes_training import VectorTasks
 
 STEPS = 24
@@ -111,10 +114,36 @@ def test_training_lowers_the_loss_and_leaves_a_loadable_model(undisturbed, tiny_
         Encoder.load(artefact.place.local, dtype="float32"),
         Encoder.load(tiny_model, dtype="float32"),
     )
-    assert trained.contract == base.contract
+    assert trained.contract.max_query_tokens == base.contract.max_query_tokens
     assert not np.allclose(trained.embed(["red 1"], "query"), base.embed(["red 1"], "query"))
     assert not artefact.place.exists("_train")
     assert artefact.counts["rows"] == 8 * STEPS and artefact.counts["repeated_negatives"] > 0
+
+
+@pytest.mark.ray
+def test_the_trained_instruction_is_what_the_endpoint_sends_and_readers_put_before_a_query(undisturbed):
+    """Examples, contract, cards, golden vectors, sentence-transformers and HTTP say the same."""
+    _, artefact = undisturbed
+    folder = artefact.place.local
+    encoder = Encoder.load(folder, dtype="float32")
+    assert encoder.contract.instructions["retrieval"] == "Find the colour"
+    assert encoder.contract.instructions["sts"] == DEFAULT_INSTRUCTIONS["sts"]
+    # Both sources have it; it is called after the one with more queries, 0.75 of them.
+    assert encoder.contract.tasks == {
+        "public": NamedTask(task_type="retrieval", instruction="Find the colour", share=1.0)
+    }
+    (stage,) = artefact.manifest["details"]["stages"]
+    assert stage["queries"] == 8 * STEPS and sum(one["queries"] for one in stage["prompts"]) == 8 * STEPS
+    assert "| public | retrieval | Find the colour |" in (folder / "README.md").read_text()
+    prompts = json.loads((folder / "config_sentence_transformers.json").read_text())["prompts"]
+    assert prompts["query"] == "Instruct: Find the colour\nQuery: " and prompts["document"] == ""
+    golden = json.loads((folder / "_golden.json").read_text())["ids"][0]
+    assert golden == encoder.tokenize([GOLDEN_TEXTS[0][0]], "query", None, "Find the colour")[0]
+    with client_of(encoder) as client:
+        body = {"model": "tiny", "input": "red 1", "input_type": "query"}
+        found = client.post("/v1/embeddings", json=body).json()["data"][0]["embedding"]
+    trained_with = encoder.embed(["Instruct: Find the colour\nQuery: red 1"], "document", "retrieval")
+    assert found == pytest.approx(trained_with[0].tolist(), abs=1e-5)
 
 
 @pytest.mark.ray

@@ -39,6 +39,9 @@ class ServingConfig(FrozenConfig):
     truncate: Truncate | None = None
     # Token ids that this model's tokenizer cannot have made: refuse says so, accept takes them for this model's own.
     token_ids: Literal["accept", "refuse"] = "refuse"
+    # The task type, or name of a trained task, that texts without a task are taken for; the merged model is exported,
+    # evaluated and judged with it. null: what most of the trained queries were.
+    default_task: str | None = Field(default=None, min_length=1)
     host: str = "127.0.0.1"
     port: int = Field(default=8000, ge=1, le=65535)
     route_prefix: str = Field(default="/", pattern=r"^/.*$")

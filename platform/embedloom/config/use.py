@@ -26,6 +26,20 @@ class EvaluationTask(FrozenConfig):
     # beir, local: whether a document of the query's own id is left out of its ranking; null: as BEIR does, unless it is
     # judged relevant to that query. Tasks of mteb say it themselves.
     ignore_identical_ids: bool | None = Field(default=None, exclude_if=lambda value: value is None)
+    # Which prompts texts get. default: what the endpoint sends to whoever names at most the task type. own: each held-out
+    # query's own instruction. published: the benchmark's instruction for the task, by which others' scores are made. null:
+    # published for mteb and benchmark, else default. A gate takes published ones only where they are stated.
+    prompts: Literal["default", "own", "published"] | None = Field(
+        default=None, exclude_if=lambda value: value is None
+    )
+
+    @model_validator(mode="after")
+    def _prompts_fit_kind(self) -> "EvaluationTask":
+        if self.prompts == "own" and self.kind != "heldout":
+            raise ValueError(f"prompts is own, kind {self.kind} has none; allowed: default, published")
+        if self.prompts == "published" and self.kind in ("heldout", "beir"):
+            raise ValueError(f"prompts is published, kind {self.kind} has none; allowed: default")
+        return self
 
     @model_validator(mode="after")
     def _path_fits_kind(self) -> "EvaluationTask":
@@ -48,6 +62,22 @@ class EvaluationConfig(FrozenConfig):
     # Parquet file of leaderboard scores or an mteb results folder: models that candidates are ranked among.
     pool: str | None = None
     resamples: int = Field(default=1000, ge=100)  # of the bootstrap behind the confidence intervals
+    # Of mteb tasks and benchmarks that do not state their prompts themselves.
+    prompts: Literal["default", "published"] | None = Field(
+        default=None, exclude_if=lambda value: value is None
+    )
+
+    @property
+    def stated_tasks(self) -> tuple[EvaluationTask, ...]:
+        """The tasks, each with the prompts that are stated for it."""
+        if self.prompts is None:
+            return self.tasks
+        return tuple(
+            task.model_copy(update={"prompts": self.prompts})
+            if task.prompts is None and task.kind in ("mteb", "benchmark")
+            else task
+            for task in self.tasks
+        )
 
     @model_validator(mode="after")
     def _names_are_unique(self) -> "EvaluationConfig":
@@ -95,7 +125,9 @@ class EmbeddingConfig(FrozenConfig):
     # null: the run's own documents.
     corpus: str | None = None
     side: Literal["query", "document"] = "document"
-    task_type: str = "retrieval"
+    task_type: str = "retrieval"  # where neither it nor task is stated, the model's own default
+    # A task of the model by name (those of its contract), in place of the task type.
+    task: str | None = Field(default=None, min_length=1, exclude_if=lambda value: value is None)
     instruction: str | None = Field(default=None, min_length=1)  # of queries; null: the contract's own
     text_column: str = "text"
     title_column: str | None = None  # joined before a document's text; null: "title", where there is one
@@ -132,6 +164,8 @@ class EmbeddingConfig(FrozenConfig):
 
     @model_validator(mode="after")
     def _keys_fit_each_other(self) -> "EmbeddingConfig":
+        if self.task is not None and "task_type" in self.model_fields_set:
+            raise ValueError(f"task is {self.task!r} beside a task_type; allowed: one of them")
         if self.dtype == "binary" and self.dimensions is not None and self.dimensions % 8:
             raise ValueError(f"dimensions is {self.dimensions}; dtype binary packs eight into a byte")
         if self.dtype == "binary" and self.index is not None:

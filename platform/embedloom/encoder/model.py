@@ -113,7 +113,7 @@ class Encoder:
         self,
         texts: Sequence[str],
         side: Side,
-        task_type: str | Sequence[str] = "retrieval",
+        task_type: str | Sequence[str | None] | None = None,
         instruction: str | Sequence[str | None] | None = None,
     ) -> list[list[int]]:
         """Token ids of each text, formatted by the contract and cut to the side's limit; see ``contract_ids``."""
@@ -195,7 +195,7 @@ class Encoder:
         self,
         texts: Sequence[str],
         side: Side,
-        task_type: str = "retrieval",
+        task_type: str | None = None,
         instruction: str | Sequence[str | None] | None = None,
         max_batch_tokens: int = DEFAULT_BATCH_TOKENS,
     ) -> Vectors:

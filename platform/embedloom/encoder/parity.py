@@ -24,9 +24,10 @@ from embedloom.instructions import PromptContract, Side
 GOLDEN_FILE = "_golden.json"
 # Lowest cosine allowed between the trainer's vector and a reader's, by the trainer's compute type.
 MIN_COSINE = {"float32": 0.9999, "bfloat16": 0.999}
-GOLDEN_TEXTS: tuple[tuple[str, Side, str], ...] = (
-    ("How do I merge two sorted lists?", "query", "retrieval"),
-    ("Merge them by comparing their first elements again and again.", "document", "retrieval"),
+# Text, side and task; None: the contract's default, what a request gets that says nothing but its side.
+GOLDEN_TEXTS: tuple[tuple[str, Side, str | None], ...] = (
+    ("How do I merge two sorted lists?", "query", None),
+    ("Merge them by comparing their first elements again and again.", "document", None),
     ("größer, 日本語, émigré, Ω", "query", "sts"),
     ("I want my money back", "query", "classification"),
     ("refund", "document", "classification"),
@@ -119,11 +120,15 @@ def _sentence_transformers(folder: Path) -> Embedded:
     contract = PromptContract.load(folder)
     model = SentenceTransformer(str(folder), device="cpu", model_kwargs={"dtype": torch.float32})
     ids, vectors = [], []
-    for text, (_, side, _) in zip(golden_texts(contract), GOLDEN_TEXTS, strict=True):
+    for text, (raw, side, task) in zip(golden_texts(contract), GOLDEN_TEXTS, strict=True):
         # One length for both sides is all this format can say; a shorter side is the caller's to cut.
         model.max_seq_length = contract.max_tokens(side)
-        ids.append(model.preprocess([text])["input_ids"][0].tolist())
-        vectors.append(model.encode([text], convert_to_numpy=True)[0])
+        # By the folder's own prompts, as its users do; a template that goes on after the text is beyond them.
+        by_name = task is None and contract.template.endswith("{text}")
+        prompt = (model.prompts.get(side) or "") if by_name else ""
+        own = raw if by_name else text
+        ids.append(model.preprocess([prompt + own])["input_ids"][0].tolist())
+        vectors.append(model.encode([own], prompt=prompt, convert_to_numpy=True)[0])
     return ids, np.stack(vectors).astype(np.float32)
 
 

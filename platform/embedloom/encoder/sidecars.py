@@ -14,6 +14,7 @@ from embedloom.encoder.backbone import is_decoder
 from embedloom.encoder.tokenizer import load_tokenizer, special_habits
 from embedloom.errors import DataError
 from embedloom.instructions import PLAIN_TEMPLATE, PromptContract
+from embedloom.trained_prompts import reader_prompts
 
 _MODULES = "sentence_transformers.models."
 _POOLING_MODES = {
@@ -48,19 +49,13 @@ def write_sidecars(folder: Path, contract: PromptContract, dimension: int) -> No
     _write(
         folder / "config_sentence_transformers.json",
         {
-            "prompts": {"query": query_prompt(contract), "document": ""},
+            "prompts": reader_prompts(contract),
             "default_prompt_name": None,
             "similarity_fn_name": "cosine",
         },
     )
     contract.save(folder)
     _mark_config(folder / "config.json", contract)
-
-
-def query_prompt(contract: PromptContract) -> str:
-    """The text sentence-transformers puts before a query: the template up to ``{text}``, default instruction."""
-    before = contract.template.split("{text}")[0]
-    return before.replace("{task}", contract.instruction_for("retrieval"))
 
 
 def _mark_config(path: Path, contract: PromptContract) -> None:

@@ -79,7 +79,7 @@ def contract_ids(
     contract: PromptContract,
     texts: Sequence[str],
     side: Side,
-    task_type: str | Sequence[str] = "retrieval",
+    task_type: str | Sequence[str | None] | None = None,
     instruction: str | Sequence[str | None] | None = None,
 ) -> list[list[int]]:
     """Token ids of each text, formatted by a contract and cut to the side's limit; never empty.
@@ -89,12 +89,13 @@ def contract_ids(
         contract: formats and limits.
         texts: raw texts.
         side: whether they are queries or documents.
-        task_type: decides the default instruction and whether documents carry it; one for all, or one per text.
+        task_type: a task type or the name of a task, which decides the instruction and whether documents carry it; one
+            for all, one per text, or None for the contract's default task.
         instruction: one for all, one per text, or None for the contract's own.
     """
     if not texts:
         return []
-    task_types = [task_type] * len(texts) if isinstance(task_type, str) else task_type
+    task_types = [task_type] * len(texts) if task_type is None or isinstance(task_type, str) else task_type
     instructions = (
         [instruction] * len(texts) if instruction is None or isinstance(instruction, str) else instruction
     )
@@ -102,8 +103,13 @@ def contract_ids(
         contract.format(text, side, kind, own)
         for text, kind, own in zip(texts, task_types, instructions, strict=True)
     ]
+    return formatted_ids(tokenizer, formatted, contract.max_tokens(side))
+
+
+def formatted_ids(tokenizer: Any, texts: Sequence[str], max_tokens: int) -> list[list[int]]:
+    """Token ids of model texts, cut to a limit; never empty."""
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-    return [ids or [pad_id] for ids in truncated_ids(tokenizer, formatted, contract.max_tokens(side))]
+    return [ids or [pad_id] for ids in truncated_ids(tokenizer, texts, max_tokens)]
 
 
 def truncated_ids(tokenizer: Any, texts: Sequence[str], max_tokens: int) -> list[list[int]]:

@@ -1,6 +1,7 @@
-"""Which instruction and side a text of an mteb task gets: the rules behind llama-embed-nemotron-8b's scores.
+"""Which task, instruction and side a text of an mteb task gets.
 
-In this order: the table of 131 tasks (``benchmark_instructions.yaml``), the prompt in mteb's metadata, the contract's
+By default what the endpoint sends: the contract's own prompts. Where published scores are to be compared with, the
+rules behind llama-embed-nemotron-8b's, in this order: the table of 131 tasks (``benchmark_instructions.yaml``), the prompt in mteb's metadata, the contract's
 own for the task type. STS, pair classification and bitext always take the contract's; documents of retrieval and
 reranking stay bare, except in symmetric tasks such as ArguAna (arXiv 2511.07025 §2 and mteb's wrapper of the model).
 """
@@ -15,7 +16,7 @@ from mteb.abstasks.task_metadata import TaskMetadata
 from mteb.types import PromptType
 
 from embedloom.errors import DataError
-from embedloom.instructions import PromptContract, Side
+from embedloom.instructions import USUAL_TASK, PromptContract, Side
 
 # mteb's task types in our words; what is missing here is not about text alone.
 TASK_TYPES = {
@@ -45,19 +46,25 @@ class Role:
     instruction: str | None  # None: the contract's own, or none on a bare document
 
 
-def role_of(metadata: TaskMetadata, prompt_type: PromptType | None, contract: PromptContract) -> Role:
+def role_of(
+    metadata: TaskMetadata, prompt_type: PromptType | None, contract: PromptContract, instructed: bool = True
+) -> Role:
     """Side, task type and instruction of the texts that mteb hands over.
 
     Args:
         metadata: of the task.
         prompt_type: query or document; None where both texts play the same part.
         contract: of the model.
+        instructed: whether the benchmark's own instructions are wanted.
 
     Raises:
         DataError: a task type that a text encoder cannot take.
     """
     task_type = task_type_of(metadata)
     side: Side = "document" if prompt_type == PromptType.document else "query"
+    if not instructed:
+        # A search names no task, as the README's own call does not.
+        return Role(side, contract.task_type_of() if task_type == USUAL_TASK else task_type, None)
     if side == "document" and task_type not in contract.symmetric_task_types:
         if metadata.name not in _table()["symmetric"]:
             return Role("document", task_type, None)

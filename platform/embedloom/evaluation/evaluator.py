@@ -19,7 +19,13 @@ from embedloom.evaluation.jobs import (
     Unit,
 )
 from embedloom.evaluation.pool import ScoringPool
-from embedloom.evaluation.results import finish_task, missing_parts, read_scores, save_outcome
+from embedloom.evaluation.results import (
+    drop_other_prompts,
+    finish_task,
+    missing_parts,
+    read_scores,
+    save_outcome,
+)
 from embedloom.evaluation.scoring import EvaluationActor
 from embedloom.evaluation.shard_plan import Part, ShardPlan, plan_shards
 from embedloom.evaluation.specs import TaskSpec
@@ -88,6 +94,8 @@ class Evaluator:
             units: whole tasks of scorers, in the order of the report.
             contracts: of the units' models, by hash.
         """
+        for unit in units:
+            drop_other_prompts(self._place, unit)
         todo = [unit for unit in units if not self._place.exists(unit.figures_path)]
         if not todo:
             return {}
@@ -156,6 +164,7 @@ class Evaluator:
             known = self._surveys.get(jobs[job])
             if known is not None:
                 outcome.survey.keys.update(known.keys)
+                outcome.survey.prompts.update(known.prompts)
             self._surveys[jobs[job]] = outcome.survey
 
         failed = self._started(len(jobs)).run(list(jobs), save)

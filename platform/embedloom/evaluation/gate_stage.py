@@ -10,7 +10,9 @@ from embedloom import __version__
 from embedloom.config.gate import GateConfig
 from embedloom.config.resources import PoolConfig
 from embedloom.encoder.device import DTypeName
+from embedloom.encoder.sidecars import derive_contract
 from embedloom.errors import DataError
+from embedloom.evaluation.benchmark_instructions import TASK_TYPES
 from embedloom.evaluation.evaluator import Evaluator
 from embedloom.evaluation.gate import Evidence, decide
 from embedloom.evaluation.jobs import Scorer, Unit
@@ -19,6 +21,7 @@ from embedloom.evaluation.results import SCORES_FILE
 from embedloom.evaluation.scorers import make_scorers
 from embedloom.evaluation.specs import TaskSpec
 from embedloom.evaluation.standings import OWN, ranked_among, read_strata
+from embedloom.instructions import CONTRACT_FILE, USUAL_TASK, PromptContract
 from embedloom.storage import Place
 from embedloom.verdict import GATE_FILE, VERDICTS_FOLDER, keeps_verdict, weights_fingerprint
 
@@ -62,10 +65,12 @@ def judge(
         The content of ``gate.json``, not written yet.
 
     Raises:
-        DataError: a model that the evaluation has no scores of.
+        DataError: a model that the evaluation has no scores of, or a candidate that was evaluated with other prompts
+            than the endpoint sends by default.
     """
     table = place.read_json(SCORES_FILE)
     scores = [_scores_of(contender, table, place) for contender in contenders]
+    prompts = check_prompts(table, contenders[0])
     types = dict(table.get("types", {}))
     own = {**table["models"], **table["baselines"]}
     pinned = None if pool is None else load_pool(Path(pool).expanduser(), types)
@@ -84,6 +89,7 @@ def judge(
     decision = decide(config, evidence)
     return {
         **decision.as_json(),
+        "prompts": prompts,
         "candidate": candidate.name,
         "against": current.name,
         "weights": weights_fingerprint(candidate.folder),
@@ -92,6 +98,40 @@ def judge(
         "created": datetime.datetime.now(tz=datetime.UTC).isoformat(timespec="seconds"),
         "version": __version__,
     }
+
+
+def check_prompts(table: Mapping[str, Any], candidate: Contender) -> dict[str, str]:
+    """By which prompts the candidate was scored, task by task: the ones that the endpoint would send, or stated ones.
+
+    Accepted are the default of the task's type, named tasks of the candidate's contract, and a benchmark's published
+    instructions where the task states ``prompts: published``.
+
+    Args:
+        table: content of ``scores.json``; one of an earlier version records no prompts, and the result says so.
+        candidate: the model that would be served.
+
+    Raises:
+        DataError: other prompts, with both texts.
+    """
+    folder = candidate.folder
+    has_contract = (folder / CONTRACT_FILE).exists()
+    contract = PromptContract.load(folder) if has_contract else derive_contract(folder)
+    found = {}
+    for task in table["models"][candidate.name]:
+        entry = table.get("prompts", {}).get(task, {}).get(candidate.name)
+        found[task] = "not recorded" if entry is None else str(entry["of"])
+        if entry is None or (entry["of"] == "published" and entry["stated"]):
+            continue
+        kind = TASK_TYPES[table["types"][task]]
+        default = contract.format("{text}", "query", None if kind == USUAL_TASK else kind)
+        sendable = {default, *(contract.format("{text}", "query", name) for name in contract.tasks or {})}
+        other = next((text for text in entry["sent"] if text not in sendable), None)
+        if other is not None:
+            raise DataError(
+                f"gate: {task} was evaluated with {other!r}, but by default the endpoint sends {default!r}; evaluate what is "
+                "served (prompts: default), train with that instruction, or state evaluation.prompts: published"
+            )
+    return found
 
 
 def store_verdict(folder: Place, content: Mapping[str, Any], results: Place | None = None) -> str:
@@ -116,6 +156,9 @@ def verdict_text(content: Mapping[str, Any]) -> str:
         f"  {'ok  ' if check['passed'] else 'FAIL'} {check['name']}: {check['text']}"
         for check in content["checks"]
     ]
+    for task, prompts in content.get("prompts", {}).items():
+        if prompts != "default":
+            lines.append(f"       {task}: prompts {prompts}, not what the endpoint sends by default")
     width = max(len(task) for task in content["tasks"])
     for task, entry in content["tasks"].items():
         spread = "" if entry["low"] is None else f"  [{entry['low']:+.4f}, {entry['high']:+.4f}]"

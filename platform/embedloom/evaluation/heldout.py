@@ -19,8 +19,11 @@ def check_heldout(corpus: Artefact, split: str, where: str) -> None:
             )
 
 
-def read_heldout(corpus: Artefact, split: str, where: str) -> RetrievalData:
+def read_heldout(corpus: Artefact, split: str, where: str, own_instructions: bool = False) -> RetrievalData:
     """Read one split; pairs with the same query text become one query with several positives.
+
+    With ``own_instructions``, pairs with the same text and different instructions stay two queries; without, they are
+    one, as they are to a model that is asked without any.
 
     Raises:
         DataError: no pairs, a pair whose document is not in the split, or pairs of another task type.
@@ -37,12 +40,15 @@ def read_heldout(corpus: Artefact, split: str, where: str) -> RetrievalData:
     pairs = corpus.place.read_tables(f"pairs/{split}", "pairs").to_pylist()
     for pair in pairs:
         _check_pair(pair, known, split, where)
-    groups: dict[tuple[str, str], list[dict[str, str]]] = {}
+    groups: dict[tuple[str, str | None], list[dict[str, str]]] = {}
     for pair in pairs:
-        groups.setdefault((pair["query"], pair["instruction"]), []).append(pair)
+        key = (pair["query"], pair["instruction"] if own_instructions else None)
+        groups.setdefault(key, []).append(pair)
     queries = {}
-    for (text, instruction), group in groups.items():
-        query = Query(min(pair["id"] for pair in group), text, instruction)
+    for (text, _), group in groups.items():
+        instructions = {pair["instruction"] for pair in group}
+        own = instructions.pop() if len(instructions) == 1 else ""
+        query = Query(min(pair["id"] for pair in group), text, own)
         queries[query] = {pair["document_id"]: 1 for pair in group}
     return RetrievalData(
         documents=rows,

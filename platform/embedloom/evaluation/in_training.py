@@ -47,7 +47,11 @@ class DevBench:
         datasets.disable_progress_bars()
         self._metric = tasks.metric
         self._tasks = [build_task(spec, tasks.corpus) for spec in tasks.specs]
-        lists = [list_texts(task, None, encoder.contract) for task in self._tasks]
+        self._instructed = [spec.instructed for spec in tasks.specs]
+        lists = [
+            list_texts(task, None, encoder.contract, instructed)
+            for task, instructed in zip(self._tasks, self._instructed, strict=True)
+        ]
         keys = np.concatenate([own.keys for own in lists])
         _, first = np.unique(keys, axis=0, return_index=True)
         kept = np.sort(first)
@@ -73,7 +77,8 @@ class DevBench:
         """
         self._model.known = VectorTable(self._keys, vectors)
         scores = {}
-        for task in self._tasks:
+        for task, instructed in zip(self._tasks, self._instructed, strict=True):
+            self._model.instructed = instructed
             files, _ = score_subset(self._model, task)
             splits = json.loads(files[f"{task.metadata.name}.json"])["scores"].values()
             values = [float(entry[self._metric]) for entries in splits for entry in entries]

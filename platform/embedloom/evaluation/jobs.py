@@ -123,6 +123,14 @@ class TimeJob(Job):
 
 
 @dataclass(frozen=True, slots=True)
+class SentPrompts:
+    """What stands before a task's queries as they are scored, and what the endpoint puts there by default."""
+
+    sent: list[str]  # different ones, "{text}" in place of the text
+    default: str
+
+
+@dataclass(frozen=True, slots=True)
 class Survey:
     """What a task turned out to be."""
 
@@ -134,6 +142,7 @@ class Survey:
     parts: tuple[str | None, ...]  # what is scored apart
     ranks_documents: bool
     keys: dict[str, dict[str | None, Keys]]  # contract hash -> part -> keys of its distinct texts
+    prompts: dict[str, SentPrompts] = field(default_factory=dict)  # by contract hash
 
 
 @dataclass(frozen=True, slots=True)

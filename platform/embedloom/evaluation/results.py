@@ -10,6 +10,7 @@ Only the driver writes, each file by rename. A task's result file grows by subse
 
 import json
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -37,7 +38,7 @@ def save_outcome(place: Place, unit: Unit, outcome: Outcome, subsets: Sequence[s
     """
     if outcome.items is not None and outcome.items.num_rows:
         place.write_table(unit.items_path, outcome.items)
-    place.write_json(unit.part_path, outcome.figures)
+    place.write_json(unit.part_path, {**outcome.figures, "prompts_of": unit.task.prompts_of})
     for name, content in outcome.files.items():
         path = f"{unit.scorer.result_folder}/{name}"
         if path == unit.result_path:
@@ -103,11 +104,29 @@ def finish_task(place: Place, unit: Unit, survey: Survey, tokens: int, padded: i
         padded: the same with padding.
     """
     parts = [place.read_json(Unit(unit.scorer, unit.task, part).part_path) for part in survey.parts]
-    total = {key: sum(part[key] for part in parts) for key in _SUMMED if all(key in part for part in parts)}
+    total: dict[str, Any] = {
+        key: sum(part[key] for part in parts) for key in _SUMMED if all(key in part for part in parts)
+    }
     total["tokens"] = total.get("tokens", 0) + tokens
     total["padded_tokens"] = total.get("padded_tokens", 0) + padded
     total["seconds"] = round(total.get("seconds", 0.0), 3)
+    prompts = survey.prompts.get(unit.scorer.contract_hash)
+    if prompts is not None:
+        total["prompts"] = asdict(prompts)
     place.write_json(unit.figures_path, {**total, "type": survey.type, "metric": survey.metric})
+
+
+def drop_other_prompts(place: Place, unit: Unit) -> None:
+    """Remove a task's results that were scored with other prompts than it asks for now, or nobody recorded which."""
+    parts = place.names(unit.figures_path.removesuffix(".json"), ".json")
+    if unit.scorer.folder is None or all(
+        place.read_json(part).get("prompts_of") == unit.task.prompts_of for part in parts
+    ):
+        return
+    items = place.names(unit.items_folder, ".parquet")
+    for name in [unit.figures_path, unit.result_path, *parts, *items]:
+        if place.exists(name):
+            place.delete(name)
 
 
 def read_scores(place: Place, unit: Unit) -> dict[str, float]:

@@ -26,7 +26,7 @@ from embedloom.evaluation.items import ItemLog, log_clustering, watched
 from embedloom.evaluation.jobs import EmbedJob, Job, Outcome, ScoreJob, Scorer, Survey, SurveyJob, TimeJob
 from embedloom.evaluation.specs import TaskSpec
 from embedloom.evaluation.tasks import build_task, task_size
-from embedloom.evaluation.texts import TextList, list_texts, scoring_subsets
+from embedloom.evaluation.texts import TextList, list_texts, scoring_subsets, sent_prompts
 from embedloom.evaluation.vector_store import VectorStore
 from embedloom.evaluation.wrapper import EncoderModel
 from embedloom.instructions import PromptContract
@@ -72,6 +72,7 @@ class EvaluationActor:
             contract.hash: {part: self._texts(spec, part, contract).keys for part in parts}
             for contract in contracts
         }
+        prompts = {c.hash: sent_prompts(task, c, spec.instructed) for c in contracts}
         metadata = task.metadata
         return Outcome(
             survey=Survey(
@@ -83,6 +84,7 @@ class EvaluationActor:
                 parts=tuple(parts),
                 ranks_documents=isinstance(task, AbsTaskRetrieval),
                 keys=keys,
+                prompts=prompts,
             )
         )
 
@@ -115,6 +117,7 @@ class EvaluationActor:
         before = _token_counts(model)
         if isinstance(model, EncoderModel):
             model.known = VectorStore(Place(job.store)).read(job.shards) if job.store else None
+            model.instructed = job.unit.task.instructed
         try:
             files, items = score_subset(model, task, job.unit.subset)
         finally:
@@ -153,7 +156,7 @@ class EvaluationActor:
     def _texts(self, spec: TaskSpec, part: str | None, contract: PromptContract) -> TextList:
         key = (spec, part, contract.hash)
         if key not in self._lists:
-            self._lists[key] = list_texts(self._task(spec), part, contract)
+            self._lists[key] = list_texts(self._task(spec), part, contract, spec.instructed)
             if len(self._lists) > _KEPT_LISTS:
                 self._lists.popitem(last=False)
         return self._lists[key]

@@ -27,6 +27,17 @@ class TaskSpec:
     languages: tuple[str, ...] | None = None
     benchmark: str | None = None  # whose choice of subsets and splits applies
     ignore_identical_ids: bool | None = None  # None: by the data, see make_retrieval_task
+    prompts: Literal["default", "own", "published"] | None = None  # as the config states them
+
+    @property
+    def instructed(self) -> bool:
+        """Whether texts get the instructions that come with the task, not what the endpoint sends by default."""
+        return self.prompts_of != "default"
+
+    @property
+    def prompts_of(self) -> str:
+        """``default``, ``own`` or ``published``, stated or not."""
+        return self.prompts or ("published" if self.kind == "mteb" else "default")
 
     @property
     def where(self) -> str:
@@ -51,19 +62,26 @@ def expand_tasks(tasks: Sequence[EvaluationTask]) -> list[TaskSpec]:
 def _expand(task: EvaluationTask) -> list[TaskSpec]:
     if task.kind == "benchmark":
         return [
-            TaskSpec(member.metadata.name, "mteb", languages=task.languages, benchmark=task.name)
+            TaskSpec(
+                member.metadata.name,
+                "mteb",
+                languages=task.languages,
+                benchmark=task.name,
+                prompts=task.prompts,
+            )
             for member in _benchmark(task.name).tasks
         ]
     if task.kind != "local":
         return [
             TaskSpec(task.name, task.kind, task.split, task.path, None, task.limit, task.languages,
-                     ignore_identical_ids=task.ignore_identical_ids)
+                     ignore_identical_ids=task.ignore_identical_ids, prompts=task.prompts)
         ]  # fmt: skip
     found = find_local_tasks(Path(str(task.path)).expanduser(), f"evaluation.tasks: {task.name!r}")
     single = len({local.path for local in found}) == 1
     return [
         TaskSpec(local.named(task.name) if single else local.name, "local", task.split, local.path, local,
-                 task.limit, task.languages, ignore_identical_ids=task.ignore_identical_ids)
+                 task.limit, task.languages, ignore_identical_ids=task.ignore_identical_ids,
+                 prompts=task.prompts)
         for local in found
     ]  # fmt: skip
 

@@ -63,7 +63,7 @@ def score_models(
     vectors: Place,
 ) -> Figures:
     """Score everything into ``place`` and write ``scores.json``; arguments and errors as of ``evaluate``."""
-    tasks = expand_tasks(config.tasks)
+    tasks = expand_tasks(config.stated_tasks)
     ranks = {task: check_task(task, corpus) for task in tasks}
     scorers, contracts = make_scorers(models, config.baselines, teacher)
     check_pool(config.pool, [task.name for task in tasks], [scorer.name for scorer in scorers])
@@ -80,10 +80,21 @@ def score_models(
         table["teacher"] = teacher[0]
     figures = {unit: place.read_json(unit.figures_path) for unit in units}
     table["types"] = {unit.task.name: str(figure["type"]) for unit, figure in figures.items()}
+    table["prompts"] = _prompts(figures)
     table["intervals"] = score_intervals(place, units, config.resamples)
     table["ranking"] = standings(table, table["types"], config.pool)
     place.write_json(SCORES_FILE, table)
     return figures
+
+
+def _prompts(figures: Figures) -> dict[str, Any]:
+    """What stood before the queries: task -> model -> texts, as the gate reads and the scorecard shows them."""
+    found: dict[str, Any] = {}
+    for unit, figure in figures.items():
+        if unit.scorer.group == "models" and "prompts" in figure:
+            stated = {"of": unit.task.prompts_of, "stated": unit.task.prompts is not None}
+            found.setdefault(unit.task.name, {})[unit.scorer.name] = {**figure["prompts"], **stated}
+    return found
 
 
 def _counts(figures: Figures) -> dict[str, Any]:

@@ -45,7 +45,7 @@ def build_task(spec: TaskSpec, corpus: Artefact | None) -> AbsTask:
         DataError: the data is missing, malformed or, for an mteb task, neither cached nor reachable.
     """
     if spec.kind == "heldout":
-        data = read_heldout(_given(corpus, spec), spec.split, spec.where)
+        data = read_heldout(_given(corpus, spec), spec.split, spec.where, spec.prompts == "own")
         return make_retrieval_task(spec.name, spec.split, data.limited(spec.limit))
     if spec.kind == "beir":
         data = read_beir(_folder(spec), spec.split, spec.where).limited(spec.limit)

@@ -24,12 +24,15 @@ from mteb.abstasks import (
 from mteb.types import PromptType
 
 from embedloom.evaluation.benchmark_instructions import role_of
+from embedloom.evaluation.jobs import SentPrompts
 from embedloom.evaluation.retrieval_task import INSTRUCTION_COLUMN
 from embedloom.evaluation.vector_store import Keys, text_keys
 from embedloom.instructions import PromptContract, Side, document_text
 
 # Random draws of these run on from one subset to the next, so mteb must score their subsets in one go.
 _SEQUENTIAL = (AbsTaskClustering, AbsTaskMultilabelClassification)
+_TEXT = "{text}"
+_MOST_PROMPTS = 20  # recorded of one task
 _INDEPENDENT = (
     AbsTaskRetrieval, AbsTaskClassification, AbsTaskSTS, AbsTaskPairClassification, AbsTaskBitextMining,
 )  # fmt: skip
@@ -61,20 +64,23 @@ def scoring_subsets(task: AbsTask) -> list[str | None]:
     return list(task.hf_subsets)
 
 
-def list_texts(task: AbsTask, subset: str | None, contract: PromptContract) -> TextList:
+def list_texts(
+    task: AbsTask, subset: str | None, contract: PromptContract, instructed: bool = True
+) -> TextList:
     """The distinct texts of one part of a loaded task.
 
     Args:
         task: with its data.
         subset: one of ``scoring_subsets``.
         contract: of the model; texts that it formats alike are one text.
+        instructed: whether texts get the benchmark's instructions, see ``role_of``.
     """
     entries: list[Entry] = []
     task_type = ""
     for texts, prompt_type, own in _asked(task, task.hf_subsets if subset is None else [subset]):
-        role = role_of(task.metadata, prompt_type, contract)
+        role = role_of(task.metadata, prompt_type, contract, instructed)
         task_type = role.task_type
-        instructions = own or [role.instruction] * len(texts)
+        instructions = (own if instructed else None) or [role.instruction] * len(texts)
         entries += [
             Entry(text, role.side, instruction) for text, instruction in zip(texts, instructions, strict=True)
         ]
@@ -88,6 +94,26 @@ def list_texts(task: AbsTask, subset: str | None, contract: PromptContract) -> T
     _, first = np.unique(keys, axis=0, return_index=True)
     kept = np.sort(first)
     return TextList(task_type, [entries[position] for position in kept], keys[kept])
+
+
+def sent_prompts(task: AbsTask, contract: PromptContract, instructed: bool) -> SentPrompts:
+    """What a model reads before the task's queries; at most ``_MOST_PROMPTS`` different ones are listed.
+
+    Arguments as of ``list_texts``.
+    """
+    kind = PromptType.query if isinstance(task, AbsTaskRetrieval) else None
+    role, usual = (role_of(task.metadata, kind, contract, choice) for choice in (instructed, False))
+    own = [role.instruction]
+    if instructed and isinstance(task, AbsTaskRetrieval):
+        splits = [
+            split for part in (task.dataset or {}).values() for split in part.values() if "queries" in split
+        ]
+        columns = [
+            split["queries"] for split in splits if INSTRUCTION_COLUMN in split["queries"].column_names
+        ]
+        own = sorted({text or None for rows in columns for text in rows[INSTRUCTION_COLUMN]}, key=str) or own
+    texts = {contract.format(_TEXT, role.side, role.task_type, instruction) for instruction in own}
+    return SentPrompts(sorted(texts)[:_MOST_PROMPTS], contract.format(_TEXT, usual.side, usual.task_type))
 
 
 Asked = tuple[Sequence[str], PromptType | None, list[str | None] | None]

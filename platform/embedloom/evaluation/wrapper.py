@@ -24,6 +24,7 @@ class EncoderModel(AbsEncoder):
         self.encoder = encoder
         self.max_batch_tokens = max_batch_tokens
         self.known: VectorTable | None = None
+        self.instructed = True  # whether texts get the benchmark's instructions, see ``role_of``
         self.mteb_model_meta = model_meta(encoder, name, revision)
 
     def encode(
@@ -50,8 +51,9 @@ class EncoderModel(AbsEncoder):
         own: list[str | None] = []
         for batch in inputs:
             texts.extend(batch["text"])
-            own.extend(instruction or None for instruction in batch.get(INSTRUCTION_COLUMN, ()))
-        role = role_of(task_metadata, prompt_type, self.encoder.contract)
+            if self.instructed:
+                own.extend(instruction or None for instruction in batch.get(INSTRUCTION_COLUMN, ()))
+        role = role_of(task_metadata, prompt_type, self.encoder.contract, self.instructed)
         if self.known is None:
             return self._embed(texts, role, own or role.instruction)
         return self._embed_unknown(texts, role, own or [role.instruction] * len(texts), self.known)

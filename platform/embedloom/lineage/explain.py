@@ -4,12 +4,14 @@ from collections.abc import Iterator
 
 from embedloom.artefacts import Artefact
 from embedloom.errors import DataError
+from embedloom.instructions import CONTRACT_FILE, PromptContract
 from embedloom.lineage.read import FIXED, artefacts_of
 from embedloom.lineage.rows import explain_row
 from embedloom.lineage.subject import find_subject
 from embedloom.lineage.tree import run_tree, tree
 from embedloom.run_file import RUN_FILE, read_run_file
 from embedloom.storage import Place
+from embedloom.trained_prompts import prompt_lines
 
 
 def explain(run_place: Place, row_id: str | None) -> str:
@@ -48,7 +50,25 @@ def _lines(run: Place, name: str | None, row_id: str | None) -> Iterator[str]:
         yield from run_tree(artefacts)
     else:
         yield from tree(artefacts, name, None, "", set())
+    if row_id is None:
+        yield from _prompts(artefacts, name)
     yield from _origin(run, artefacts)
+
+
+def _prompts(artefacts: dict[str, Artefact], name: str | None) -> Iterator[str]:
+    """Tasks of the model that is meant, or of the run's furthest one, and what stands before their texts."""
+    models = [
+        n
+        for n in ("encoder", *sorted(n for n in artefacts if n.startswith("training/")), "merged")
+        if n in artefacts
+    ]
+    chosen = name if name in models else (models[-1] if models and name is None else None)
+    if chosen is None or not artefacts[chosen].place.exists(CONTRACT_FILE):
+        return
+    place = artefacts[chosen].place
+    contract = PromptContract.parse(place.read_bytes(CONTRACT_FILE), f"{place.uri}/{CONTRACT_FILE}")
+    yield f"prompts  {chosen}, contract {contract.hash}"
+    yield from (f"    {line}" for line in prompt_lines(contract))
 
 
 def _origin(run: Place, artefacts: dict[str, Artefact]) -> Iterator[str]:

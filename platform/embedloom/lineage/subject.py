@@ -67,6 +67,11 @@ def _served(url: str, runs: Place) -> Subject:
     said = [
         f"endpoint  {url}  model {card.get('id')}, fingerprint {fingerprint}, contract {card.get('contract_hash')}"
     ]
+    instructions, task = card.get("instructions"), card.get("default_task")
+    if isinstance(instructions, dict) and task in instructions:
+        said.append(f"    default task {task}: {instructions[task]}")
+    for name, own in dict(card.get("tasks") or {}).items():
+        said.append(f"    task {name} ({own.get('task_type')}): {own.get('instruction')}")
     lineage = card.get("lineage")
     if isinstance(lineage, dict):
         made = ", ".join(f"{name} {value}" for name, value in lineage.get("inputs", {}).items())

@@ -7,11 +7,13 @@ from typing import Any
 import yaml
 
 from embedloom.artefacts import BUILDING_FILE, MANIFEST_FILE
+from embedloom.errors import DataError
 from embedloom.instructions import CONTRACT_FILE, PromptContract
-from embedloom.merging.checks import CONFIG_FILE
+from embedloom.merging.checks import CONFIG_FILE, PROMPTS_FILE
 from embedloom.merging.origin import CARD_FILE, card_header, stated_base
 from embedloom.merging.plan import MergePlan
 from embedloom.storage import Place
+from embedloom.trained_prompts import merged_contract, prompt_lines, reader_prompts
 
 LINEAGE_FILE = "lineage.json"
 SEARCH_FILE = "search.json"
@@ -40,8 +42,32 @@ _METHOD_PAPERS = {
 }  # fmt: skip
 
 
-def carry_over(source: Place, target: Place, dtype: str) -> None:
-    """Copy everything but weights and artefact files, and state the written dtype in ``config.json``."""
+def contract_of(plan: MergePlan, default_task: str | None = None) -> PromptContract | None:
+    """The merged model's contract; None for foreign models, which have none.
+
+    Raises:
+        DataError: a default task that no model knows.
+    """
+    places = {name: folder.place for name, folder in plan.models.items()}
+    if not next(iter(places.values())).exists(CONTRACT_FILE):
+        if default_task is not None:
+            raise DataError(
+                f"serving.default_task: {default_task!r}, but the merged models have no {CONTRACT_FILE}, so no named task"
+            )
+        return None
+    contracts = {
+        name: PromptContract.parse(place.read_bytes(CONTRACT_FILE), f"{place.uri}/{CONTRACT_FILE}")
+        for name, place in places.items()
+    }
+    return merged_contract(contracts, plan.weights, default_task)
+
+
+def carry_over(plan: MergePlan, target: Place, contract: PromptContract | None) -> None:
+    """Copy everything of the first model but weights and artefact files, and state what is the merged model's own.
+
+    That is the written dtype in ``config.json``, the contract, and its prompts for sentence-transformers.
+    """
+    source, dtype = next(iter(plan.models.values())).place, plan.config.dtype
     for name in source.files():
         parts = name.split("/")
         hidden = any(part.startswith(("_", ".")) for part in parts)
@@ -52,9 +78,15 @@ def carry_over(source: Place, target: Place, dtype: str) -> None:
     config.pop("torch_dtype", None)
     text = json.dumps({**config, "dtype": dtype}, indent=2) + "\n"
     target.write_bytes(CONFIG_FILE, text.encode())
+    if contract is not None:
+        target.write_bytes(CONTRACT_FILE, contract.as_file())
+    if contract is not None and target.exists(PROMPTS_FILE):
+        prompts = {**source.read_json(PROMPTS_FILE), "prompts": reader_prompts(contract)}
+        target.write_bytes(PROMPTS_FILE, (json.dumps(prompts, indent=2) + "\n").encode())
+    _keep_folders(source, target)
 
 
-def keep_folders(source: Place, target: Place) -> None:
+def _keep_folders(source: Place, target: Place) -> None:
     """Make the folders that sentence-transformers modules name; one without files (Normalize) is lost by copying."""
     if not target.is_local or not source.exists("modules.json"):
         return
@@ -62,18 +94,18 @@ def keep_folders(source: Place, target: Place) -> None:
         (target.local / str(module.get("path", ""))).mkdir(parents=True, exist_ok=True)
 
 
-def lineage_of(plan: MergePlan, base: Place | None, search: Mapping[str, Any] | None) -> dict[str, Any]:
+def lineage_of(
+    plan: MergePlan, base: Place | None, search: Mapping[str, Any] | None, contract: PromptContract | None
+) -> dict[str, Any]:
     """What the merged model is made of; sources that are artefacts are named by fingerprint too."""
     config = plan.config
     first = next(iter(plan.models.values())).place
-    stated = first.exists(CONTRACT_FILE)
-    contract = PromptContract.parse(first.read_bytes(CONTRACT_FILE), first.uri).hash if stated else None
     origin = stated_base(base, itself=True) if base is not None else stated_base(first)
     lineage: dict[str, Any] = {
         "made_by": "merge",
         "method": config.method,
         "dtype": config.dtype,
-        "contract_hash": contract,
+        "contract_hash": None if contract is None else contract.hash,
         "base": origin[1] if origin is not None else (base.uri if base is not None else None),
         "sources": [
             {"name": name, "weight": weight, "fingerprint": _fingerprint(folder.place)}
@@ -95,8 +127,10 @@ def _fingerprint(place: Place) -> str | None:
     return str(place.read_json(MANIFEST_FILE).get("fingerprint")) if place.exists(MANIFEST_FILE) else None
 
 
-def model_card(plan: MergePlan, lineage: Mapping[str, Any], base_model: str | None) -> str:
-    """``README.md`` of the merged model: the header the Hub reads, and what was merged how."""
+def model_card(
+    plan: MergePlan, lineage: Mapping[str, Any], base_model: str | None, contract: PromptContract | None
+) -> str:
+    """``README.md`` of the merged model: the header the Hub reads, what was merged how, and its prompts."""
     headers = [card_header(folder.place) for folder in plan.models.values()]
     stated = base_model or next(
         (h["base_model"] for h in headers if isinstance(h.get("base_model"), str)), None
@@ -126,7 +160,7 @@ def model_card(plan: MergePlan, lineage: Mapping[str, Any], base_model: str | No
         "---", yaml.safe_dump(header, sort_keys=False).strip(), "---", "", "# Merged embedding model", "",
         f"{len(rows)} models, method {plan.config.method}{f' ({paper})' if paper else ''}, summed in float32, written "
         f"in {plan.config.dtype}.", "", "| model | weight | fingerprint |", "|---|---|---|", *rows, "", *settings,
-        "", f"Prompts, pooling and lengths are in `{CONTRACT_FILE}`; the sources by fingerprint in `{LINEAGE_FILE}`.",
+        "", *([] if contract is None else ["## Prompts", "", *prompt_lines(contract), ""]), f"Prompts, pooling and lengths are in `{CONTRACT_FILE}`; the sources by fingerprint in `{LINEAGE_FILE}`.",
     ]  # fmt: skip
     return "\n".join(lines) + "\n"
 

@@ -1,4 +1,4 @@
-"""Whether models can be merged: the same architecture, tokenizer, prompts, base and tensors. Nothing is written."""
+"""Whether models can be merged: the same architecture, tokenizer, contract, base and tensors. Nothing is written."""
 
 import hashlib
 import json
@@ -26,9 +26,13 @@ _TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.txt",
     "vocab.json", "merges.txt", "tokenizer.model", "chat_template.jinja",
 )  # fmt: skip
-_SIDECAR_FILES = (
-    "modules.json", "1_Pooling/config.json", "sentence_bert_config.json", "config_sentence_transformers.json",
-)  # fmt: skip
+PROMPTS_FILE = "config_sentence_transformers.json"
+_SIDECAR_FILES = ("modules.json", "1_Pooling/config.json", "sentence_bert_config.json", PROMPTS_FILE)
+# What models of one contract may have been trained with differently; the merged model's follow from all of theirs.
+_PROMPTS = {
+    CONTRACT_FILE: {"instructions", "document_instructions", "tasks", "default_task"},
+    PROMPTS_FILE: {"prompts"},
+}
 # A base need not be an embedding model; what decides whether differences from it mean anything is compared.
 _BASE_FREE = {"architectures", "is_causal", "use_bidirectional_attention", "pooling"}
 _BASE_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "merges.txt", "tokenizer.model")
@@ -55,7 +59,8 @@ def check_mergeable(models: dict[str, Place], base: Place | None = None) -> None
         _check_single_module(place)
     for name, place in others:
         for file in (CONFIG_FILE, CONTRACT_FILE, *_TOKENIZER_FILES, *_SIDECAR_FILES):
-            _check_alike(file, (first, reference), (name, place))
+            own_prompts = _PROMPTS.get(file, set()) if reference.exists(CONTRACT_FILE) else set()
+            _check_alike(file, (first, reference), (name, place), own_prompts)
     if base is not None:
         _check_alike(CONFIG_FILE, (first, reference), (BASE, base), _BASE_FREE)
         for file in _BASE_FILES:

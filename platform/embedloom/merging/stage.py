@@ -10,7 +10,7 @@ from embedloom.merging.carry import (
     DATA_CARD_FILE,
     LINEAGE_FILE,
     carry_over,
-    keep_folders,
+    contract_of,
     lineage_of,
     merged_data_card,
     model_card,
@@ -33,10 +33,13 @@ def merge(
     threads: int = 1,
     base_model: str | None = None,
     search: Mapping[str, Any] | None = None,
+    default_task: str | None = None,
 ) -> Artefact:
     """Merge the models and commit a model folder; an interrupted merge continues with its whole files.
 
-    Everything is checked before a byte is written. Files other than weights come from the first model. One model
+    Everything is checked before a byte is written. Files other than weights come from the first model, except that the
+    contract has the named tasks of all, and of each task type the prompt that the merged models were trained with most
+    (``trained_prompts.merged_contract``). One model
     alone is allowed with the methods that need no second, so that a run with one candidate has the same shape;
     ``counts.models`` is then 1.
 
@@ -49,19 +52,21 @@ def merge(
         threads: without Ray, how many compute.
         base_model: what the model card calls the base.
         search: how the weights were found, for the lineage.
+        default_task: a task whose prompt is to be the merged model's default; None: by share.
 
     Raises:
         ConfigError: no model, a method without its base, or weights that do not fit the models.
-        DataError: models that differ in anything but the values of their weights, or a value that is not finite.
+        DataError: models that differ in anything but the values of their weights and their prompts, a default task that
+            none was trained for, or a value that is not finite.
         StageError: a file could not be written.
     """
     plan = plan_merge(config, models, base)
-    lineage = lineage_of(plan, base, search)
-    carry_over(next(iter(plan.models.values())).place, out.place, config.dtype)
-    keep_folders(next(iter(plan.models.values())).place, out.place)
+    contract = contract_of(plan, default_task)
+    lineage = lineage_of(plan, base, search, contract)
+    carry_over(plan, out.place, contract)
     write_weights(plan, out.place, pool, threads)
     out.place.write_json(LINEAGE_FILE, lineage)
-    out.place.write_bytes(CARD_FILE, model_card(plan, lineage, base_model).encode())
+    out.place.write_bytes(CARD_FILE, model_card(plan, lineage, base_model, contract).encode())
     if (data_card := merged_data_card(plan)) is not None:
         out.place.write_bytes(DATA_CARD_FILE, data_card.encode())
     return out.commit(_counts(plan), lineage)

@@ -8,7 +8,7 @@ from typing import Any
 from embedloom.artefacts import fingerprint
 from embedloom.config.merging import MergeSearch, MergingConfig
 from embedloom.config.resources import PoolConfig
-from embedloom.merging.carry import SEARCH_FILE, carry_over, keep_folders
+from embedloom.merging.carry import SEARCH_FILE, carry_over, contract_of
 from embedloom.merging.plan import plan_merge
 from embedloom.merging.scores import Scored, TaskScores, set_apart
 from embedloom.merging.search import search_weights
@@ -29,6 +29,7 @@ def search_merge(
     place: Place,
     pool: PoolConfig | None = None,
     threads: int = 1,
+    default_task: str | None = None,
 ) -> dict[str, Any]:
     """Find the weights of a merge by the section's search and write ``search.json``.
 
@@ -42,6 +43,7 @@ def search_merge(
         place: the folder of the merged model.
         pool: Ray tasks for the merges; None: this process, with ``threads``.
         threads: without Ray, how many compute.
+        default_task: of the merged model, so that trials are scored as it will be.
 
     Returns:
         What ``search_weights`` returns.
@@ -51,12 +53,12 @@ def search_merge(
     """
     search = config.search
     assert search is not None  # noqa: S101 - the caller asks only where the section exists
-    plan_merge(config, models, base)  # all checks come before the first merge
+    contract_of(plan_merge(config, models, base), default_task)  # all checks come before the first merge
 
     def score(weights: Weights) -> Scored:
         name = f"{TRIALS_FOLDER}/{fingerprint(weights)}.json"
         if not place.exists(name):
-            scores = _score(config, models, base, scorer, weights, place, pool, threads)
+            scores = _score(config, models, base, scorer, weights, place, pool, threads, default_task)
             place.write_json(name, {"weights": weights, "main": dict(scores[0]), "items": _plain(scores)})
         stored = place.read_json(name)
         scored = set_apart(search, (stored["main"], stored["items"]))
@@ -80,10 +82,11 @@ def _score(
     place: Place,
     pool: PoolConfig | None,
     threads: int,
+    default_task: str | None,
 ) -> TaskScores:
     label = f"trial-{fingerprint(weights)}"
     alone = next((name for name, weight in zip(models, weights, strict=True) if weight == 1), None)
-    if alone is not None and models[alone].is_local and config.method == "linear":
+    if alone is not None and models[alone].is_local and config.method == "linear" and default_task is None:
         return scorer(label, models[alone].local)  # the average of one model is that model
     if (
         not place.is_local
@@ -97,9 +100,7 @@ def _score(
     folder.remove()  # of a killed search
     try:
         plan = plan_merge(config.model_copy(update={"weights": weights, "search": None}), models, base)
-        source = next(iter(models.values()))
-        carry_over(source, folder, config.dtype)
-        keep_folders(source, folder)
+        carry_over(plan, folder, contract_of(plan, default_task))
         write_weights(plan, folder, pool, threads)
         return scorer(label, folder.local)
     finally:

@@ -43,6 +43,7 @@ def embed_artefact(
     """
     out.place.sweep()
     contract = _contract(model)
+    config = _with_task(config, contract)
     _check(config, contract)
     recipe = {**config.recipe, "model_id": model_id, "contract_hash": contract.hash}
     earlier = _earlier(config, recipe, out.place)
@@ -88,9 +89,24 @@ def _contract(model: Path) -> PromptContract:
     return derive_contract(model)
 
 
+def _with_task(config: EmbeddingConfig, contract: PromptContract) -> EmbeddingConfig:
+    """The section with the task that its texts are taken for as ``task_type``: the model's default where it names none.
+
+    Raises:
+        ConfigError: a task that the model does not know.
+    """
+    if config.task is not None and not contract.knows(config.task):
+        raise ConfigError(
+            f"embedding.task: {config.task!r} is unknown; allowed: {', '.join(contract.known_tasks)}"
+        )
+    stated = config.task_type if "task_type" in config.model_fields_set else contract.task_type_of()
+    return config.model_copy(update={"task_type": config.task or stated})
+
+
 def _check(config: EmbeddingConfig, contract: PromptContract) -> None:
     """What can be known before any actor starts."""
-    check_instruction(config, contract.symmetric_task_types)
+    kind = contract.task_type_of(config.task_type)
+    check_instruction(config.model_copy(update={"task_type": kind}), contract.symmetric_task_types)
     if config.index is not None:
         require_faiss()
     trained = contract.matryoshka_dimensions

@@ -16,7 +16,6 @@ from embedloom.serving.messages import EncodeJob, Part
 from embedloom.serving.refusals import ApiError
 from embedloom.serving.schemas import TextOptions
 
-_DEFAULT_TASK = "retrieval"
 _NOTHING = ModelAlias()
 
 
@@ -26,7 +25,7 @@ class Terms:
 
     model: str  # as the client named it
     side: Side
-    task: str
+    task: str | None  # None: the model's default task
     instruction: str | None
     truncate: Truncate
     own_ids_only: bool
@@ -61,7 +60,7 @@ def terms_of(request: TextOptions, settings: EndpointSettings) -> Terms:
     return Terms(
         model=name,
         side=own_side or alias.side or side or "document",
-        task=own_task or task or _DEFAULT_TASK,
+        task=own_task or task,
         instruction=request.instruction or (None if own_task else alias.instruction),
         truncate=request.truncation_said
         or alias.truncate
@@ -102,6 +101,6 @@ def check_aliases(models: Mapping[str, ModelAlias], served_name: str, contract: 
         if alias.instruction is not None and not alias.instruction.strip():
             raise ConfigError(f"serving.models.{name}.instruction: blank; allowed: a text, or none stated")
         try:
-            contract.instruction_for(JINA_TASKS.get(alias.task or "", (None, alias.task))[1] or _DEFAULT_TASK)
+            contract.instruction_for(JINA_TASKS.get(alias.task or "", (None, alias.task))[1])
         except DataError as error:
             raise ConfigError(f"serving.models.{name}.task: {error}") from error

@@ -26,6 +26,7 @@ from embedloom.serving.model_facts import contract_of, read_gate, read_lineage
 from embedloom.serving.replica import EncoderEndpoint, EncoderReplica
 from embedloom.serving.service import BatchSettings
 from embedloom.serving.weights import shares_weights, weights_actor
+from embedloom.trained_prompts import check_default
 from embedloom.verdict import check_gated
 
 RETRY_AFTER_SECONDS = 1  # of Serve's own 429, which is not the usual one
@@ -60,8 +61,9 @@ def build_application(args: ApplicationArgs, encoders: str | None = None) -> App
     folder = check_model_folder(Path(args.model_folder))
     if args.serving.require_gate:
         check_gated(folder, args.serving.verdict)
-    if args.serving.models:
-        check_aliases(args.serving.models, args.served_name, contract_of(folder))
+    contract = contract_of(folder)
+    check_default(contract, args.serving.default_task, str(folder))
+    check_aliases(args.serving.models, args.served_name, contract)
     scaling = args.scaling
     serving = args.serving.model_copy(update=scaling.limits)
     settings = EndpointSettings(
@@ -85,6 +87,7 @@ def build_application(args: ApplicationArgs, encoders: str | None = None) -> App
         request_log=serving.request_log,
         lineage=read_lineage(folder),
         gate=read_gate(folder, serving.verdict),
+        tasks=tuple(contract.tasks or ()),
     )
     corpus = _corpus(serving, folder)
     blueprint = args.model_dump(mode="json")

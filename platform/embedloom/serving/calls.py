@@ -54,6 +54,7 @@ class EndpointSettings(FrozenConfig):
     request_log: RequestLog = "none"
     lineage: Lineage | None = None
     gate: GateVerdict | None = None
+    tasks: tuple[str, ...] = ()  # names of the model's own tasks
 
 
 class Backend(Protocol):
@@ -107,8 +108,8 @@ class Calls:
             ) from error
         value = read_json(body.removeprefix(codecs.BOM_UTF8))
         if other is not None and isinstance(value, dict) and other.mark in value:
-            return read_into(other, value)
-        return read_into(model, value)
+            return read_into(other, value, self.settings.tasks)
+        return read_into(model, value, self.settings.tasks)
 
     async def encode(self, http: Request, job: EncodeJob) -> EncodeResult:
         """Vectors, unless the endpoint is full, the encoder refuses, time runs out or the client leaves."""

@@ -15,6 +15,7 @@ from pydantic import (
     Field,
     GetJsonSchemaHandler,
     PlainValidator,
+    ValidationInfo,
     WithJsonSchema,
     model_validator,
 )
@@ -272,9 +273,11 @@ JINA_TASKS: dict[str, tuple[Side | None, str]] = {
 }
 
 
-def _known_task(value: str) -> str:
-    if value not in TASK_TYPES and value not in JINA_TASKS:
-        raise refuse(f"task: {value!r:.80} is unknown; allowed: {', '.join((*TASK_TYPES, *JINA_TASKS))}")
+def _known_task(value: str, info: ValidationInfo) -> str:
+    """A task type, or the name of one of the model's tasks, which whoever reads the request hands in."""
+    allowed = (*TASK_TYPES, *(info.context or {}).get("tasks", ()), *JINA_TASKS)
+    if value not in allowed:
+        raise refuse(f"task: {value!r:.80} is unknown; allowed: {', '.join(allowed)}")
     return value
 
 

@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from embedloom.instructions import Side
+from embedloom.instructions import USUAL_TASK, Side
 
 Lane = Literal["query", "bulk"]
 Vectors = np.ndarray[Any, np.dtype[np.float32]]
@@ -18,7 +18,7 @@ class Part:
     side: Side
     texts: list[str] | None = None
     token_ids: list[list[int]] | None = None
-    task_type: str = "retrieval"
+    task_type: str | None = None  # a task type or the name of a task; None: the contract's default
     instruction: str | None = None
     name: str = "input"  # the request's field they came in, for refusals
     is_list: bool = True  # whether a refusal says which item
@@ -116,6 +116,8 @@ class ModelInfo:
     max_query_tokens: int
     max_document_tokens: int
     normalize: bool
-    instructions: dict[str, str] = field(default_factory=dict)
+    instructions: dict[str, str] = field(default_factory=dict)  # the default of every task type
+    tasks: dict[str, dict[str, Any]] = field(default_factory=dict)  # by name, as ``replies.TaskCard``
+    default_task: str = USUAL_TASK  # of texts that come without a task
     matryoshka_dimensions: tuple[int, ...] = ()
     pooling: str = "mean"

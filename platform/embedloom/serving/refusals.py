@@ -4,7 +4,7 @@ import difflib
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
@@ -83,13 +83,18 @@ def check_content_type(headers: Mapping[str, str]) -> None:
         )
 
 
-def parse(model: type[Body], body: bytes) -> Body:
+def parse(model: type[Body], body: bytes, tasks: Sequence[str] = ()) -> Body:
     """Read a JSON body into its closed type.
+
+    Args:
+        model: the type.
+        body: as it came.
+        tasks: names of the served model's own tasks, which a request may name beside the task types.
 
     Raises:
         ApiError: 400; the message names the field, what was seen and what is allowed.
     """
-    return read_into(model, read_json(body))
+    return read_into(model, read_json(body), tasks)
 
 
 def read_json(body: bytes) -> Any:
@@ -157,14 +162,14 @@ def _mended(value: Any, is_utf8: bool) -> Any:
     return {_mended(key, is_utf8): item for key, item in zip(value, mended, strict=True)}
 
 
-def read_into(model: type[Body], value: Any) -> Body:
+def read_into(model: type[Body], value: Any, tasks: Sequence[str] = ()) -> Body:
     """A JSON value as its closed type.
 
     Raises:
         ApiError: see ``parse``.
     """
     try:
-        return model.model_validate(value)
+        return model.model_validate(value, context={"tasks": tasks})
     except ValidationError as error:
         problems = error.errors(include_url=False)
         # A misspelt required key is both unknown and missing; naming the misspelling is what helps.

@@ -6,7 +6,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from embedloom.config.serving import Truncate
-from embedloom.instructions import Side
+from embedloom.instructions import USUAL_TASK, Side
 
 
 class Reply(BaseModel):
@@ -194,6 +194,17 @@ class ModelDefaults(Reply):
     truncate: Truncate | None
 
 
+class TaskCard(Reply):
+    """A prompt that the model was trained with; a request gets it by the task's name."""
+
+    task_type: str
+    instruction: str
+    # Before the task's documents; null: the instruction where the task type is symmetric (STS), else nothing; "": nothing.
+    document_instruction: str | None = None
+    share: float | None = None  # of the queries trained
+    default: bool  # whether naming the task type gives the same
+
+
 class ModelCard(Reply):
     """One served model: what its vectors are, and what they may be compared with."""
 
@@ -208,6 +219,8 @@ class ModelCard(Reply):
     max_query_tokens: int
     max_document_tokens: int
     instructions: dict[str, str]
+    tasks: dict[str, TaskCard] = {}
+    default_task: str = USUAL_TASK  # what a text is taken for that comes without a task
     lineage: Lineage | None
     gate: GateVerdict | None
     corpus: CorpusCard | None

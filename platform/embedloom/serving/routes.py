@@ -11,7 +11,7 @@ from embedloom.serving.messages import ModelInfo, Part
 from embedloom.serving.metrics import CONTENT_TYPE
 from embedloom.serving.page import page_reply
 from embedloom.serving.refusals import ApiError
-from embedloom.serving.replies import CorpusCard, ModelCard, ModelDefaults, reply_body
+from embedloom.serving.replies import CorpusCard, ModelCard, ModelDefaults, TaskCard, reply_body
 from embedloom.serving.schemas import EmbeddingsRequest, TokenizeRequest
 from embedloom.serving.values import encode_vectors, finished
 
@@ -122,6 +122,8 @@ class Routes:
             max_query_tokens=info.max_query_tokens,
             max_document_tokens=info.max_document_tokens,
             instructions=info.instructions,
+            tasks={name: TaskCard.model_validate(task) for name, task in info.tasks.items()},
+            default_task=info.default_task,
             lineage=settings.lineage,
             gate=settings.gate,
             corpus=self._corpus,

@@ -27,8 +27,8 @@ from embedloom.serving.fields import (
     refuse,
 )
 
-_TASK = "Task type; decides the default instruction. Jina's names of tasks say the side, too."
-_INSTRUCTION = "Replaces the task type's instruction."
+_TASK = "Task type, or one of the model's tasks by name; decides the instruction. Jina's names of tasks say the side, too."
+_INSTRUCTION = "Replaces the task's instruction."
 _PIN = "Hash of the prompt contract the vectors must be of; another model answers 409."
 _TRUNCATE = (
     "Too long a text: none refuses it, start cuts its beginning, end (or true) cuts its end. What is cut is told in the "

@@ -129,6 +129,11 @@ class EncoderService:
             normalize=contract.normalize,
             pooling=contract.pooling,
             instructions=dict(contract.instructions),
+            tasks={
+                name: {**task.model_dump(), "default": contract.is_default(name)}
+                for name, task in (contract.tasks or {}).items()
+            },
+            default_task=contract.task_type_of(),
             matryoshka_dimensions=tuple(getattr(config, "matryoshka_dimensions", None) or ()),
         )
 

@@ -29,7 +29,7 @@ class ServingEncoder(Protocol):
         ...
 
     def tokenize(
-        self, texts: Sequence[str], side: Side, task_type: str = "retrieval", instruction: str | None = None
+        self, texts: Sequence[str], side: Side, task_type: str | None = None, instruction: str | None = None
     ) -> list[list[int]]:
         """Token ids, cut to the side's limit."""
         ...

@@ -84,7 +84,7 @@ class VLLMEncoder:
         check_golden(self._answer, expected, golden_dtype, self._dtype)
 
     def tokenize(
-        self, texts: Sequence[str], side: Side, task_type: str = "retrieval", instruction: str | None = None
+        self, texts: Sequence[str], side: Side, task_type: str | None = None, instruction: str | None = None
     ) -> list[list[int]]:
         """Token ids, cut to the side's limit; as ``Encoder.tokenize``."""
         return contract_ids(self.tokenizer, self.contract, texts, side, task_type, instruction)

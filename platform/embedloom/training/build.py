@@ -1,10 +1,11 @@
 """What a worker makes of its config before the first step."""
 
+import math
 from typing import Any
 
-from embedloom.config.training import TrainingConfig
+from embedloom.config.training import TrainingConfig, TrainingStage
 from embedloom.config.training_data import TrainingSource
-from embedloom.training.order import Share
+from embedloom.training.order import ExampleOrder, Share
 from embedloom.training.store import ExampleStore
 
 
@@ -26,6 +27,11 @@ def matrix_weights(backbone: Any) -> tuple[int, int]:
     embeddings = backbone.get_input_embeddings().weight
     own = [parameter for parameter in backbone.parameters() if parameter is not embeddings]
     return sum(p.numel() for p in own), sum(p.numel() for p in own if not p.requires_grad)
+
+
+def steps_of(stage: TrainingStage, order: ExampleOrder) -> int:
+    """Optimizer steps of a stage."""
+    return stage.max_steps or max(1, math.ceil(order.epoch_size * stage.epochs / stage.global_batch))
 
 
 def shares_of(sources: tuple[TrainingSource, ...], store: ExampleStore) -> list[Share]:

@@ -14,8 +14,9 @@ import yaml
 from embedloom.artefacts import MANIFEST_FILE, Artefact
 from embedloom.config.training import Candidate, TrainingConfig, TrainingStage
 from embedloom.config.training_data import TrainingSource
-from embedloom.instructions import CONTRACT_FILE
+from embedloom.instructions import CONTRACT_FILE, PromptContract
 from embedloom.storage import Place
+from embedloom.trained_prompts import MAX_TASKS, TrainedPrompt, prompt_lines, trained_contract
 from embedloom.training.prepared import Prepared
 
 MODEL_CARD = "README.md"
@@ -27,6 +28,7 @@ _LOSS_PAPERS = {
 _SETTINGS = (
     "negatives", "global_batch", "learning_rate", "schedule", "warmup_steps", "temperature", "weight_decay", "seed",
 )  # fmt: skip
+_SMALL_SHARE = 1e-4  # below it shares are rounded
 _HUB_DATASETS = {"embed_nemotron": "nvidia/embed-nemotron-dataset-v1"}
 
 
@@ -46,6 +48,15 @@ class Lineage:
             base, before = str(details.get("base", base)), list(details.get("stages", ()))
         # A model folder's path says something about a machine, not about the model.
         return cls(Path(base).name if Path(base).is_absolute() else base, [*before, facts])
+
+    def contract(self, start: PromptContract) -> PromptContract:
+        """The contract of the trained model, by the prompts of all its stages.
+
+        Args:
+            start: of the model that the last stage begins with.
+        """
+        trained = [TrainedPrompt.of_json(one) for stage in self.stages for one in stage.get("prompts", ())]
+        return trained_contract(start, trained, sum(stage.get("queries", 0) for stage in self.stages))
 
 
 def stage_facts(
@@ -84,12 +95,13 @@ def stage_facts(
 
 def write_cards(folder: Path, lineage: Lineage) -> None:
     """Write both cards into a model folder."""
-    (folder / MODEL_CARD).write_text(model_card(lineage))
+    contract = PromptContract.load(folder) if (folder / CONTRACT_FILE).is_file() else None
+    (folder / MODEL_CARD).write_text(model_card(lineage, contract))
     (folder / DATA_CARD).write_text(data_card(lineage))
 
 
-def model_card(lineage: Lineage) -> str:
-    """``README.md``: the header the Hub reads, then base, stages, losses, steps and dev scores."""
+def model_card(lineage: Lineage, contract: PromptContract | None = None) -> str:
+    """``README.md``: the header the Hub reads, then base, stages, losses, steps, dev scores and prompts."""
     sources = [source for stage in lineage.stages for source in stage["sources"]]
     header: dict[str, Any] = {
         "library_name": "sentence-transformers",
@@ -105,10 +117,23 @@ def model_card(lineage: Lineage) -> str:
     lines += [f"Trained from {lineage.base} in {len(lineage.stages)} contrastive stage(s).", ""]
     for stage in lineage.stages:
         lines += _stage_lines(stage)
+    if contract is not None:
+        lines += ["## Prompts", "", *prompt_lines(contract), "", *_unnamed(contract)]
     lines += [
         f"Prompts, pooling and lengths are in `{CONTRACT_FILE}`; what it was trained on is in `{DATA_CARD}`.",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _unnamed(contract: PromptContract) -> list[str]:
+    """A line about prompts of training that have no name, where there are any."""
+    share = 1 - sum(task.share or 0.0 for task in (contract.tasks or {}).values())
+    if contract.tasks is None or share < _SMALL_SHARE:
+        return []
+    return [
+        f"{100 * share:.3g} % of the queries had other instructions; of each task type the {MAX_TASKS} of most queries are "
+        "named.", "",
+    ]  # fmt: skip
 
 
 def _stage_lines(stage: Mapping[str, Any]) -> list[str]:

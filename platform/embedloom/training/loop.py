@@ -1,6 +1,5 @@
 """The training loop of one worker. Ray Train starts one in every process of the group."""
 
-import math
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +11,7 @@ import torch.distributed as dist
 from embedloom.encoder.model import Encoder
 from embedloom.encoder.parity import embed_golden
 from embedloom.training.batches import BatchPlan, plan_batch
-from embedloom.training.build import matrix_weights, prepare_backbone, shares_of
+from embedloom.training.build import matrix_weights, prepare_backbone, shares_of, steps_of
 from embedloom.training.checkpoints import (
     MODEL_CHECKPOINT,
     is_model,
@@ -71,13 +70,14 @@ class StageTrainer:
         self.world_size = world_size
         training, stage = config.training, config.stage
         torch.manual_seed(config.seed)
-        self.encoder = Encoder.load(config.start_model, dtype=config.dtype, trainable=True)
+        # From the first step on with the contract that is exported: dev scores and golden vectors are by what is served.
+        self.encoder = Encoder.load(
+            config.start_model, dtype=config.dtype, trainable=True, contract=config.contract
+        )
         prepare_backbone(self.encoder.backbone, training)
         self.store = ExampleStore(config.data, config.folders, stage.negatives)
         self.order = ExampleOrder(shares_of(config.sources, self.store), config.seed)
-        self.total_steps = stage.max_steps or max(
-            1, math.ceil(self.order.epoch_size * stage.epochs / stage.global_batch)
-        )
+        self.total_steps = steps_of(stage, self.order)
         objective = Objective.of(training, self.encoder.dimension, self.encoder.contract.normalize)
         self.matrix_weights = matrix_weights(self.encoder.backbone)  # before ZeRO-3 takes them apart
         bf16_weights = torch.cuda.is_available() and self.encoder.dtype == torch.bfloat16

@@ -7,6 +7,7 @@ from embedloom.artefacts import fingerprint
 from embedloom.config.training import WATCHING, TrainingConfig, TrainingStage
 from embedloom.config.training_data import TrainingSource
 from embedloom.encoder.device import DTypeName
+from embedloom.instructions import PromptContract
 from embedloom.storage import Place
 from embedloom.training.dev import DevTasks
 
@@ -28,6 +29,7 @@ class LoopConfig:
     logs: Place
     threads: int
     dev_tasks: DevTasks | None = None  # of training.dev
+    contract: PromptContract | None = None  # of the model that comes out; None: as of the one it starts from
 
     @property
     def fingerprint(self) -> str:

@@ -84,6 +84,16 @@ class ExampleOrder:
             self._epochs[number] = order
         return self._epochs[number]
 
+    def drawn(self, examples: int) -> dict[str, int]:
+        """How many of the first ``examples`` come from each source."""
+        epochs, rest = divmod(examples, self.epoch_size)
+        begun = self.epoch(epochs)[:rest] if rest else np.empty(0, dtype=np.int64)
+        found = {}
+        for share in self._shares:
+            inside = (begun >= share.first_row) & (begun < share.first_row + share.rows)
+            found[share.name] = epochs * self._quotas[share.name] + int(inside.sum())
+        return found
+
     def _epoch_quotas(self) -> dict[str, int]:
         if self._shares[0].weight is None:
             return {share.name: share.cap or share.rows for share in self._shares}

@@ -17,10 +17,11 @@ import pyarrow.compute
 
 from embedloom.artefacts import fingerprint
 from embedloom.config.training_data import TrainingSource
-from embedloom.encoder.tokenizer import contract_ids, load_tokenizer
+from embedloom.encoder.tokenizer import contract_ids, formatted_ids, load_tokenizer
 from embedloom.errors import DataError
 from embedloom.instructions import PromptContract
 from embedloom.storage import Place
+from embedloom.trained_prompts import Prompt, PromptCounter
 from embedloom.training.sources import read_source
 from embedloom.training.sources.example import LABEL_TASK_TYPES, SourceExample
 
@@ -38,7 +39,9 @@ class TextTokens:
     def __init__(self, folder: Path) -> None:
         self.contract = PromptContract.load(folder)
         self.tokenizer = load_tokenizer(folder)
-        self.identity = fingerprint(self.contract.hash, self.tokenizer.backend_tokenizer.to_str())
+        # Names of tasks decide no token: runs with other mixes go on sharing what their second stages read alike.
+        prompts = self.contract.model_copy(update={"tasks": None, "default_task": None})
+        self.identity = fingerprint(prompts.hash, self.tokenizer.backend_tokenizer.to_str())
 
     def queries(self, rows: list[SourceExample]) -> list[list[int]]:
         """Ids of the rows' queries, with their instructions."""
@@ -50,17 +53,25 @@ class TextTokens:
     def documents(self, rows: list[SourceExample]) -> list[list[list[int]]]:
         """Ids of the rows' documents, the positive first."""
         texts = [self._text(row, text) for row in rows for text in (row.positive, *row.negatives)]
-        # "retrieval" documents are taken as they are: instructions are already where they belong.
-        flat = iter(contract_ids(self.tokenizer, self.contract, texts, "document", "retrieval"))
+        flat = iter(formatted_ids(self.tokenizer, texts, self.contract.max_tokens("document")))
         return [list(islice(flat, 1 + len(row.negatives))) for row in rows]
 
+    def prompt(self, row: SourceExample) -> Prompt:
+        """What stands before the row's texts."""
+        instruction = self.contract.instruction_for(row.task_type, row.instruction)
+        return Prompt(row.task_type, instruction, self._document_instruction(row) or "")
+
     def _text(self, row: SourceExample, text: str) -> str:
+        instruction = self._document_instruction(row)
+        return self.contract.format(text, "query", row.task_type, instruction) if instruction else text
+
+    def _document_instruction(self, row: SourceExample) -> str | None:
         """Passages and label names are bare; texts that stand opposite each other both carry the instruction."""
         if row.document_instruction:
-            return self.contract.format(text, "query", row.task_type, row.document_instruction)
+            return row.document_instruction
         if row.document_instruction is None or row.task_type in LABEL_TASK_TYPES:
-            return text
-        return self.contract.format(text, "document", row.task_type, row.instruction)
+            return None
+        return self.contract.prompt("document", row.task_type, row.instruction)
 
 
 class RowRules:
@@ -116,12 +127,15 @@ def prepare_source(
         return out.read_json(INDEX_FILE)
     limit = rules.negatives if source.negatives is None else min(source.negatives, rules.negatives)
     parts: list[int] = []
+    prompts = PromptCounter()
     total = 0
     with tempfile.TemporaryDirectory(prefix="embedloom-source-") as scratch:
         rows = _cut(source, limit, read_source(source, mined, Path(scratch)))
         kept = (row for row in rows if rules.accept(source, row))
         while batch := list(islice(kept, PART_ROWS)):
             table = _token_table(tokens, batch)
+            for row in batch:
+                prompts.add(tokens.prompt(row), row.dataset)
             name = f"part-{len(parts):06d}.arrow"
             if not out.exists(name):
                 out.write_bytes(name, _ipc_bytes(table))
@@ -130,7 +144,10 @@ def prepare_source(
     rejects = dict(rules.rejects)
     if not parts:
         raise DataError(f"source {source.name!r}: no usable row; rejects: {rejects}")
-    index = {"parts": parts, "rejects": rejects, "repeated_negatives": rules.repeated, "tokens": total}
+    index = {
+        "parts": parts, "rejects": rejects, "repeated_negatives": rules.repeated, "tokens": total,
+        "prompts": prompts.as_json(),
+    }  # fmt: skip
     out.write_json(INDEX_FILE, index)
     return index
 

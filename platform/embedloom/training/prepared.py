@@ -6,7 +6,7 @@ same bytes, each file by rename.
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from embedloom.config.training_data import TrainingSource
 from embedloom.errors import DataError
 from embedloom.progress import note
 from embedloom.storage import Place
+from embedloom.trained_prompts import TrainedPrompt, source_prompts
 from embedloom.training.prepare import INDEX_FILE, PART_ROWS, RowRules, TextTokens, prepare_source
 from embedloom.training.sources import source_state
 
@@ -29,7 +30,8 @@ def source_folder(
 ) -> str:
     """Name of the folder of a source's token ids, a hash of what decides them."""
     own = mined.fingerprint if source.format == "mined" and mined is not None else None
-    rules = (negatives, config.repeat_negatives, config.bad_rows, PART_ROWS)
+    # "prompts": indexes written before they were counted are not taken over.
+    rules = (negatives, config.repeat_negatives, config.bad_rows, PART_ROWS, "prompts")
     state = source_state(source)
     reading = {key: value for key, value in state["settings"].items() if key not in _NOT_READ}
     return fingerprint(reading, state["contents"], own, rules, tokens.identity)
@@ -74,6 +76,24 @@ def prepare_sources(
         again = ", prepared before" if done else ""
         note(label, f"{source.name}: {rows:,} examples, {index['tokens']:,} tokens{again}")
         found[source.name] = {**index, "folder": folder}
+    return found
+
+
+def drawn_prompts(
+    sources: Sequence[TrainingSource], prepared: Prepared, drawn: Mapping[str, int]
+) -> list[TrainedPrompt]:
+    """The prompts of a stage's queries.
+
+    Args:
+        sources: of the stage.
+        prepared: what was found in them.
+        drawn: queries that the stage draws, by source.
+    """
+    found: list[TrainedPrompt] = []
+    for source in sources:
+        counted = prepared[source.name].get("prompts", {})
+        several = source.dataset is None and source.format in ("mined", "examples")
+        found += source_prompts(counted, source.name, several, drawn[source.name])
     return found
 
 

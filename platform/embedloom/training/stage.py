@@ -15,13 +15,16 @@ from embedloom.encoder.parity import check_export
 from embedloom.errors import ConfigError, StageError
 from embedloom.instructions import PromptContract
 from embedloom.storage import Place
+from embedloom.training.build import shares_of, steps_of
 from embedloom.training.cards import Lineage, stage_facts, write_cards
 from embedloom.training.checkpoints import check_resumable
 from embedloom.training.dev import DevTasks, read_dev
 from embedloom.training.loop import train_worker
 from embedloom.training.loop_config import LoopConfig
 from embedloom.training.metrics import METRICS_FILE
-from embedloom.training.prepared import Prepared, preparation_counts, prepare_sources
+from embedloom.training.order import ExampleOrder
+from embedloom.training.prepared import Prepared, drawn_prompts, preparation_counts, prepare_sources
+from embedloom.training.store import ExampleStore
 
 CHECKPOINT_FOLDER = "_train"
 DATA_FOLDER = "_data"
@@ -70,8 +73,11 @@ def train_stage(
     )
     folders = {name: index["folder"] for name, index in prepared.items()}
     loop = replace(loop, folders=folders, dev_tasks=dev_tasks)
+    facts = stage_facts(config, stage, candidate, loop.sources, prepared) | _prompt_facts(loop, prepared)
+    lineage = Lineage.after(loop.start_model, facts)
+    loop = replace(loop, contract=lineage.contract(PromptContract.load(start_model)))
     result = _fit(loop, group, out.place.child(CHECKPOINT_FOLDER))
-    return _commit(loop, candidate, prepared, result.checkpoint, out)
+    return _commit(loop, lineage, candidate, prepared, result.checkpoint, out)
 
 
 def _check(config: TrainingConfig, stage: TrainingStage, start_model: Path, group: TrainingGroup) -> None:
@@ -86,19 +92,31 @@ def _check(config: TrainingConfig, stage: TrainingStage, start_model: Path, grou
         check_targets(config.lora, start_model, PromptContract.load(start_model).attention)
 
 
+def _prompt_facts(loop: LoopConfig, prepared: Prepared) -> dict[str, Any]:
+    """How many queries the stage draws, and by which prompts they go."""
+    store = ExampleStore(loop.data, loop.folders, loop.stage.negatives)
+    order = ExampleOrder(shares_of(loop.sources, store), loop.seed)
+    drawn = order.drawn(steps_of(loop.stage, order) * loop.stage.global_batch)
+    found = drawn_prompts(loop.sources, prepared, drawn)
+    return {"queries": sum(drawn.values()), "prompts": [one.as_json() for one in found]}
+
+
 def _commit(
-    loop: LoopConfig, candidate: Candidate, prepared: Prepared, checkpoint: Any, out: ArtefactWriter
+    loop: LoopConfig,
+    lineage: Lineage,
+    candidate: Candidate,
+    prepared: Prepared,
+    checkpoint: Any,
+    out: ArtefactWriter,
 ) -> Artefact:
     """Check the finished model, write its cards and make it the artefact."""
-    config, stage = loop.training, loop.stage
-    facts = stage_facts(config, stage, candidate, loop.sources, prepared)
+    config, stage, facts = loop.training, loop.stage, lineage.stages[-1]
     with out.local_folder() as folder, checkpoint.as_directory() as final:
         shutil.copytree(final, folder, dirs_exist_ok=True)
         records = [json.loads(line) for line in (folder / METRICS_FILE).read_text().splitlines()]
         # Between stages only our own code reads the model; the last stage's is an export.
         parity = check_export(folder, config.parity) if stage.name == config.stages[-1].name else None
         facts |= {"steps": len(records), "dev": read_dev(folder)}
-        lineage = Lineage.after(loop.start_model, facts)
         write_cards(folder, lineage)
     for name in (CHECKPOINT_FOLDER, DATA_FOLDER):
         out.place.child(name).remove()

@@ -22,12 +22,13 @@ class SourceExample:
     task_type: str
     instruction: str | None  # of the query; None: the contract's own for the task type
     document_instruction: str | None = ""  # before the documents too; None: bare; "": as the contract has it
+    dataset: str = ""  # which set the row is of, where its source holds several
     problem: tuple[str, str] | None = None  # reason and detail
 
 
 def bad_row(row_id: str, reason: str, detail: str) -> SourceExample:
     """A row that cannot become an example."""
-    return SourceExample(row_id, "", "", [], "retrieval", None, None, (reason, detail))
+    return SourceExample(row_id, "", "", [], "retrieval", None, None, problem=(reason, detail))
 
 
 def plain_example(

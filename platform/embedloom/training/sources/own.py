@@ -33,4 +33,5 @@ def read_examples(source: TrainingSource, place: Place) -> Iterator[SourceExampl
                     yield SourceExample(
                         row["id"], row["query"], row["positive"], row["negatives"], row["task_type"],
                         source.instruction or row["query_instruction"] or None, row["document_instruction"] or None,
+                        row["dataset"],
                     )  # fmt: skip
