@@ -37,15 +37,18 @@ _NO_PROXY = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
 def offline(model: str, kind: str, threads: int) -> float:
-    """Tokens a second of the encoder alone."""
+    """Tokens a second of the encoder alone, the best of three: whatever else runs only takes from it."""
     from embedloom.encoder.model import Encoder
 
     encoder = Encoder.load(Path(model), threads=threads, dtype="float32")
     ids = encoder.tokenize(texts(kind, 600), "document")
     encoder.embed_tokens(ids[:64])
-    started = time.perf_counter()
-    encoder.embed_tokens(ids)
-    return sum(map(len, ids)) / (time.perf_counter() - started)
+    best = 0.0
+    for _ in range(3):
+        started = time.perf_counter()
+        encoder.embed_tokens(ids)
+        best = max(best, sum(map(len, ids)) / (time.perf_counter() - started))
+    return best
 
 
 def count_tokens(model: Path, kinds: tuple[str, ...], out: Path) -> None:
@@ -117,6 +120,7 @@ def candidates(
     found, missing = [], {}
     makers = {
         "embedloom": lambda: servers.ours(model, folder, options.threads),
+        "embedloom-int8": lambda: servers.ours(model, folder, options.threads, "int8"),
         "vllm": lambda: servers.vllm(model, options.threads),
         "infinity": lambda: servers.infinity(model, options.threads, options.install),
         **{
@@ -166,8 +170,11 @@ def summary(
     own = results["embedloom"]
     closed = {name: [row for row in r["rows"] if row["loop"] == "closed"] for name, r in results.items()}
     ours = headline(closed["embedloom"])["requests_per_second"]
+    # Of equal work: what computes in 8 bits stands in the rows, not in the headline.
     peers = {
-        name: headline(rows)["requests_per_second"] for name, rows in closed.items() if name != "embedloom"
+        name: headline(rows)["requests_per_second"]
+        for name, rows in closed.items()
+        if name != "embedloom" and "int8" not in name
     }
     best = max(peers, key=lambda name: peers[name], default=None)
     saturated = {

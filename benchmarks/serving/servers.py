@@ -40,7 +40,7 @@ class Server:
     environment: dict[str, str] = field(default_factory=dict)
 
 
-def ours(model: Path, folder: Path, threads: int) -> Server:
+def ours(model: Path, folder: Path, threads: int, dtype: str = "float32") -> Server:
     """`embedloom serve` with one replica on all cores, behind HAProxy as the cluster profiles have it."""
     cluster = folder / "cluster.yaml"
     scaling = {"threads": threads, "haproxy": True}
@@ -65,7 +65,9 @@ def ours(model: Path, folder: Path, threads: int) -> Server:
         "{port}",
     ]
     command += ["--cluster", str(cluster), "--set", "require_gate=false", "--set", "max_queued_requests=1024"]
-    return Server("embedloom", command, "bench", {"PYTHONPATH": str(ROOT / "platform")})
+    command += ["--set", f"compute_dtype={dtype}"]
+    name = "embedloom" if dtype == "float32" else f"embedloom-{dtype}"
+    return Server(name, command, "bench", {"PYTHONPATH": str(ROOT / "platform")})
 
 
 def environment(name: str, packages: tuple[str, ...], install: bool) -> Path:

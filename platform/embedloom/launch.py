@@ -13,10 +13,12 @@ from embedloom.config.training import TrainingConfig
 from embedloom.encoder.registry import check_model_name
 from embedloom.errors import ConfigError, MissingDependency
 from embedloom.pipeline import build_missing, graph, missing, model_folder
+from embedloom.progress import note
 from embedloom.run import Run
 from embedloom.run_file import open_run, write_run_file
 from embedloom.storage import Place
 from embedloom.synthesis.pools import waves
+from embedloom.verdict import INT8_FILE, keeps_verdict, read_int8_verdict
 
 _NEEDS = {
     "mine": (("faiss", "cpu"),),
@@ -192,6 +194,8 @@ def serve_run(run: Run, questions: list[str], dry_run: bool) -> str:
         return f"would serve {model} ({model_id}) at {url}\n{model}"
     from embedloom.cluster.session import ray_session
 
+    if run.config.serving.compute_dtype == "int8" and run.config.serving.require_gate:
+        _judge_int8(run, model)
     with ray_session(run.profile, run.cluster.auth):
         # Imports Ray, which reads how to authenticate on its first import: the session has said it by now.
         from embedloom.serving.stage import start_endpoint
@@ -207,6 +211,20 @@ def serve_run(run: Run, questions: list[str], dry_run: bool) -> str:
             return f"{_answers(run, url, questions)}\n{url}"
         finally:
             endpoint.stop()
+
+
+def _judge_int8(run: Run, model: Path) -> None:
+    """Have ``int8.json`` beside the weights, measured on the run's held-out queries; ``check_int8`` decides by it."""
+    # Into a foreign model's folder nothing is written; `check_int8` says how to go on.
+    if not keeps_verdict(model) or read_int8_verdict(model) is not None:
+        return
+    from embedloom.evaluation.int8_check import measure_int8
+
+    note("serve", "compute_dtype int8: measuring what it costs on the held-out queries")
+    corpus = Artefact.open(run.place.child("corpus"), "corpus")
+    verdict = measure_int8(model, corpus, run.profile.serve.compute_threads)
+    Place(str(model)).write_json(INT8_FILE, verdict)
+    note("serve", f"compute_dtype int8 loses {verdict['lost']:.4f} nDCG@10 on {verdict['queries']} queries")
 
 
 def _answers(run: Run, url: str, questions: list[str]) -> str:

@@ -18,6 +18,8 @@ GATE_FILE = "gate.json"
 VERDICTS_FOLDER = "verdicts"  # of foreign models, below the gate's results
 _OWN_FILES = ("manifest.json", CONTRACT_FILE)
 _SHARED_FOLDERS = re.compile(r"site-packages|dist-packages|models--.+")  # of Python, of the Hugging Face hub
+INT8_FILE = "int8.json"  # the same of serving with 8-bit linear layers
+INT8_MOST_LOST = 0.005  # nDCG@10
 PASSED, REFUSED = "passed", "refused"
 _BLOCK_BYTES = 16 * 2**20
 
@@ -98,4 +100,74 @@ def check_gated(folder: Path, stated: str | None = None) -> None:
     if verdict["weights"] != found:
         raise DataError(
             f"{folder}: {stated or GATE_FILE} is about weights {verdict['weights']}, these are {found}; run the gate again, or {override}"
+        )
+
+
+def int8_verdict(folder: Path, float32: float, int8: float, queries: int) -> dict[str, Any]:
+    """The content of ``int8.json``: may these weights be served with 8-bit linear layers?
+
+    Args:
+        folder: the model.
+        float32: nDCG@10 on held-out queries with float32 layers.
+        int8: the same with int8 layers.
+        queries: how many there are.
+    """
+    lost = round(float32 - int8, 6)
+    return {
+        "verdict": PASSED if lost <= INT8_MOST_LOST else REFUSED,
+        "ndcg_at_10": {"float32": float32, "int8": int8},
+        "lost": lost,
+        "allowed": INT8_MOST_LOST,
+        "queries": queries,
+        "weights": weights_fingerprint(folder),
+    }
+
+
+def read_int8_verdict(folder: Path) -> dict[str, Any] | None:
+    """The stored verdict on these very weights, or None.
+
+    Raises:
+        DataError: the file is not such a verdict.
+    """
+    path = folder / INT8_FILE
+    if not path.is_file():
+        return None
+    try:
+        content = dict(json.loads(path.read_text()))
+        if content["verdict"] not in (PASSED, REFUSED):
+            raise ValueError(f"verdict is {content['verdict']!r}")
+        known = (
+            content["weights"],
+            float(content["lost"]),
+            dict(content["ndcg_at_10"]),
+            int(content["queries"]),
+        )
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(
+            f"{path}: not a verdict on int8 ({error!r}); delete it, and it is measured again"
+        ) from error
+    return content if known[0] == weights_fingerprint(folder) else None
+
+
+def check_int8(folder: Path) -> None:
+    """Return if these very weights may be served with 8-bit linear layers.
+
+    Raises:
+        DataError: they lose too much, or nobody has measured it; the message says what and how to go on.
+    """
+    verdict = read_int8_verdict(folder)
+    override = (
+        "serve it all the same with serving.require_gate: false, or with serving.compute_dtype: float32"
+    )
+    if verdict is None:
+        raise DataError(
+            f"{folder}: serving.compute_dtype is 'int8', and no {INT8_FILE} says what these weights lose by it; "
+            f"`embedloom serve CONFIG` of their run measures it, or {override}"
+        )
+    if verdict["verdict"] != PASSED:
+        scores = verdict["ndcg_at_10"]
+        raise DataError(
+            f"{folder}: serving.compute_dtype 'int8' loses {verdict['lost']:.4f} nDCG@10 on {verdict['queries']} held-out "
+            f"queries ({scores['float32']:.4f} with float32, {scores['int8']:.4f} with int8), allowed is "
+            f"{verdict['allowed']}; {override}"
         )

@@ -15,6 +15,7 @@ from embedloom.cluster.doctor import (
     diagnose,
     format_findings,
     has_bf16_instructions,
+    int8_kernel,
     memory_bytes,
     search_kernel,
 )
@@ -76,7 +77,7 @@ def test_memory_is_the_lower_of_machine_and_container():
     assert memory_bytes(meminfo, "99999999999999\n") == 16_000_000 * 1024
 
 
-@pytest.mark.parametrize("kernel", [search_kernel, attention_kernel])
+@pytest.mark.parametrize("kernel", [search_kernel, attention_kernel, int8_kernel])
 def test_a_kernel_is_named_where_it_was_not_compiled(kernel, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     found = kernel("flags : avx2 fma avx512f avx512_vnni\n")
@@ -91,6 +92,8 @@ def test_a_kernel_is_named_where_it_was_not_compiled(kernel, monkeypatch):
         (search_kernel, "avx2", "compiled; this CPU has no AVX-512 VNNI, FAISS is used"),
         (attention_kernel, "avx2 fma avx512f", "compiled, AVX-512"),
         (attention_kernel, "avx2 fma", "compiled, AVX2"),
+        (int8_kernel, "avx512_vnni sse", "compiled, AVX-512 VNNI"),
+        (int8_kernel, "avx2", "compiled; this CPU has no AVX-512 VNNI, int8 is refused"),
         (attention_kernel, "sse2", "compiled; this CPU has no AVX2, torch's sdpa is used"),
     ],
 )

@@ -20,6 +20,7 @@ _IMPORT_SECONDS = 60
 _BF16_FLAGS = {"avx512_bf16", "amx_bf16"}
 _SEARCH_KERNEL = "embedloom.retrieval._nominate"
 _ATTENTION_KERNEL = "embedloom.encoder._attention"
+_INT8_KERNEL = "embedloom.encoder._int8"
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,6 +142,7 @@ def _machine() -> list[Finding]:
         _compiler(),
         search_kernel(_read("/proc/cpuinfo")),
         attention_kernel(_read("/proc/cpuinfo")),
+        int8_kernel(_read("/proc/cpuinfo")),
     ]
 
 
@@ -222,6 +224,16 @@ def attention_kernel(cpuinfo: str) -> Finding:
     if not {"avx2", "fma"} <= flags:
         return Finding("packed attention", True, "compiled; this CPU has no AVX2, torch's sdpa is used")
     return Finding("packed attention", True, f"compiled, {'AVX-512' if 'avx512f' in flags else 'AVX2'}")
+
+
+def int8_kernel(cpuinfo: str) -> Finding:
+    """Whether this CPU can serve with ``compute_dtype: int8``, from the text of ``/proc/cpuinfo``."""
+    if importlib.util.find_spec(_INT8_KERNEL) is None:
+        advice = "not compiled, so there is no serving.compute_dtype int8; install embedloom again beside gcc"
+        return Finding("8-bit layers", False, "none", advice)
+    if "avx512_vnni" not in cpuinfo.split():
+        return Finding("8-bit layers", True, "compiled; this CPU has no AVX-512 VNNI, int8 is refused")
+    return Finding("8-bit layers", True, "compiled, AVX-512 VNNI")
 
 
 def _version(distribution: str) -> str | None:

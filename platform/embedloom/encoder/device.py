@@ -9,7 +9,7 @@ import torch
 
 from embedloom.errors import ConfigError
 
-DTypeName = Literal["auto", "float32", "bfloat16"]
+DTypeName = Literal["auto", "float32", "bfloat16", "int8"]  # int8: linear layers only (int8.py), on CPU
 _BF16_CPU_FLAGS = {"avx512_bf16", "amx_bf16"}
 
 
@@ -52,7 +52,7 @@ def _cpu_flags() -> set[str]:
 
 
 def pick_dtype(name: DTypeName, device: torch.device) -> torch.dtype:
-    """``auto``: bfloat16 where it is fast, else float32."""
+    """``auto``: bfloat16 where it is fast, else float32; so is all of ``int8`` but its linear layers."""
     if name == "auto":
         return torch.bfloat16 if has_fast_bf16(device) else torch.float32
     return torch.bfloat16 if name == "bfloat16" else torch.float32

@@ -8,31 +8,35 @@ the calls between are a small part.
 
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
+from embedloom.encoder.int8 import Int8Linear
 from embedloom.encoder.packed_kernel import attend_packed, kernel_for
 from embedloom.encoder.packing import PackedLayout
 
 _TOLERANCE = 1e-3  # of hidden states in float32, relative to the largest; as packing.py asks
-_TOLERANCE_BF16 = 0.1
+_COARSE_TOLERANCE = 0.1  # in bfloat16 and int8
 _multiply = torch.ops.mkldnn._linear_pointwise.default
 _multiply_add = torch.ops.mkldnn._linear_pointwise.binary
+
+
+Linear: TypeAlias = nn.Linear | Int8Linear
 
 
 @dataclass(frozen=True, slots=True)
 class _Layer:
     """The modules of one layer; weights are read from them at every call, so they may be replaced."""
 
-    query: nn.Linear
-    key: nn.Linear
-    value: nn.Linear
-    out: nn.Linear
+    query: Linear
+    key: Linear
+    value: Linear
+    out: Linear
     out_norm: nn.LayerNorm
-    up: nn.Linear
-    down: nn.Linear
+    up: Linear
+    down: Linear
     down_norm: nn.LayerNorm
 
 
@@ -69,7 +73,7 @@ class FusedBert:
         return states
 
     def _run(self, layer: _Layer, states: Tensor, layout: PackedLayout) -> Tensor:
-        dtype = layer.query.weight.dtype
+        dtype = _dtype(layer.query)
         entering = states.to(dtype)
         query, key, value = (
             _product(linear, entering).view(1, len(states), self._heads, -1).transpose(1, 2)
@@ -102,8 +106,8 @@ def fuse(backbone: Any) -> FusedBert | None:
 @torch.no_grad()
 def _kernel_of(backbone: Any) -> ModuleType | None:
     """The compiled attention, if it computes heads like this model's."""
-    heads, weight = backbone.config.num_attention_heads, backbone.encoder.layer[0].attention.self.query.weight
-    side = torch.empty(1, heads, 1, weight.shape[0] // heads, dtype=weight.dtype)
+    heads, query = backbone.config.num_attention_heads, backbone.encoder.layer[0].attention.self.query
+    side = torch.empty(1, heads, 1, query.out_features // heads, dtype=_dtype(query))
     return kernel_for(side, side, side)
 
 
@@ -111,28 +115,38 @@ def _kernel_of(backbone: Any) -> ModuleType | None:
 def _agrees(backbone: Any, fused: FusedBert) -> bool:
     layout = PackedLayout([9, 4, 1], False, torch.device("cpu"))
     row = torch.arange(5, 19).unsqueeze(0) % backbone.config.vocab_size
-    exact = backbone.encoder.layer[0].attention.self.query.weight.dtype == torch.float32
-    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=not exact):
+    query = backbone.encoder.layer[0].attention.self.query
+    exact = _dtype(query) == torch.float32 and not isinstance(query, Int8Linear)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=_dtype(query) == torch.bfloat16):
         own = (
             backbone(input_ids=row, position_ids=layout.positions, packed=layout).last_hidden_state[0].float()
         )
         difference = (own - fused(row, layout)).abs().max() / own.abs().max()
-    return bool(difference < (_TOLERANCE if exact else _TOLERANCE_BF16))
+    return bool(difference < (_TOLERANCE if exact else _COARSE_TOLERANCE))
 
 
 def _norm(states: Tensor, norm: nn.LayerNorm) -> Tensor:
     return torch.layer_norm(states, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
 
 
-def _product(linear: nn.Linear, states: Tensor, activation: str = "none") -> Tensor:
+def _dtype(linear: Linear) -> torch.dtype:
+    """What a layer gives."""
+    return torch.float32 if isinstance(linear, Int8Linear) else linear.weight.dtype
+
+
+def _product(linear: Linear, states: Tensor, activation: str = "none") -> Tensor:
+    if isinstance(linear, Int8Linear):
+        return linear.product(states, gelu=activation == "gelu")
     found: Tensor = _multiply(
         states, linear.weight, linear.bias, activation, [], "none" if activation == "gelu" else ""
     )
     return found
 
 
-def _product_add(linear: nn.Linear, states: Tensor, residual: Tensor) -> Tensor:
+def _product_add(linear: Linear, states: Tensor, residual: Tensor) -> Tensor:
     """The product plus the residual, float32: a bfloat16 sum would round the stream in every layer."""
+    if isinstance(linear, Int8Linear):
+        return linear.product(states, residual=residual)
     if linear.weight.dtype != torch.float32:
         return _product(linear, states).float() + residual
     found: Tensor = _multiply_add(states, residual, linear.weight, linear.bias, "add")

@@ -12,13 +12,14 @@ from embedloom.encoder.backbone import is_decoder, load_backbone
 from embedloom.encoder.batching import MemoryLimit, TokenCount, run_batches
 from embedloom.encoder.device import DTypeName, pick_device, pick_dtype
 from embedloom.encoder.fused import fuse
+from embedloom.encoder.int8 import quantize_linears
 from embedloom.encoder.linear import cast_for_inference, has_fast_linear
 from embedloom.encoder.packing import PackedLayout, filler_tokens, use_packing
 from embedloom.encoder.pooling import pool, pool_packed
 from embedloom.encoder.shared import SharedWeights, export_weights, shared_backbone
 from embedloom.encoder.sidecars import derive_contract
 from embedloom.encoder.tokenizer import contract_ids, load_tokenizer
-from embedloom.errors import DataError
+from embedloom.errors import ConfigError, DataError
 from embedloom.instructions import CONTRACT_FILE, PromptContract, Side
 
 DEFAULT_BATCH_TOKENS = 4096
@@ -67,9 +68,12 @@ class Encoder:
 
         Raises:
             DataError: no model, no weights, a broken contract, or attention that is not what the contract says.
+            ConfigError: int8 on a device, for training or with shared weights, or on a CPU without its kernel.
         """
         if threads is not None:
             torch.set_num_threads(threads)
+        if dtype == "int8" and (pick_device(device).type != "cpu" or trainable or weights is not None):
+            raise ConfigError("compute_dtype: 'int8' is for inference on CPU, with weights of its own")
         if contract is None:
             contract = (
                 PromptContract.load(folder) if (folder / CONTRACT_FILE).exists() else derive_contract(folder)
@@ -88,7 +92,12 @@ class Encoder:
         backbone = load_backbone(folder, contract.attention, stored).to(target).eval()
         if target.type == "cpu" and not trainable and has_fast_linear(compute):
             cast_for_inference(backbone, compute)
-        return cls(backbone, load_tokenizer(folder), contract, compute)
+        encoder = cls(backbone, load_tokenizer(folder), contract, compute)
+        if dtype == "int8":
+            # Last, as the ways through the model are compared in float32: codes of 8 bits turn 1e-7 into 1e-2.
+            quantize_linears(backbone)
+            encoder._fused = fuse(backbone) if encoder.packed else None
+        return encoder
 
     def share_weights(self) -> SharedWeights:
         """The weights as numpy arrays over the same memory, for ``load`` in other processes; CPU only."""

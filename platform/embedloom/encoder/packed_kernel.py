@@ -30,7 +30,7 @@ def load_kernel() -> ModuleType | None:
 
 
 @functools.cache
-def _parallel_address() -> int:
+def parallel_address() -> int:
     """Address of GOMP_parallel in the OpenMP runtime that torch uses; 0 where it has another interface."""
     library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
     try:
@@ -89,7 +89,7 @@ def attend_packed(
         d**-0.5 if scaling is None else scaling,
         causal,
         query.dtype == torch.bfloat16,
-        _parallel_address(),
+        parallel_address(),
         torch.get_num_threads(),
     )
     return out.unsqueeze(0)

@@ -27,7 +27,7 @@ from embedloom.serving.replica import EncoderEndpoint, EncoderReplica
 from embedloom.serving.service import BatchSettings
 from embedloom.serving.weights import shares_weights, weights_actor
 from embedloom.trained_prompts import check_default
-from embedloom.verdict import check_gated
+from embedloom.verdict import check_gated, check_int8
 
 RETRY_AFTER_SECONDS = 1  # of Serve's own 429, which is not the usual one
 GATEWAY_CPUS = 0.1  # bookkeeping only: it parses and waits
@@ -61,6 +61,8 @@ def build_application(args: ApplicationArgs, encoders: str | None = None) -> App
     folder = check_model_folder(Path(args.model_folder))
     if args.serving.require_gate:
         check_gated(folder, args.serving.verdict)
+        if args.serving.compute_dtype == "int8":
+            check_int8(folder)
     contract = contract_of(folder)
     check_default(contract, args.serving.default_task, str(folder))
     check_aliases(args.serving.models, args.served_name, contract)
@@ -106,7 +108,9 @@ def build_application(args: ApplicationArgs, encoders: str | None = None) -> App
 def build_encoders(args: ApplicationArgs) -> Application:
     """Bind the encoders of one model, without HTTP."""
     folder = check_model_folder(Path(args.model_folder))
-    shared = shares_weights(args.scaling) and args.serving.engine == "torch"
+    # Of int8 every replica has weights of its own, a quarter of float32's.
+    plain = args.serving.engine == "torch" and args.serving.compute_dtype != "int8"
+    shared = shares_weights(args.scaling) and plain
     options = _patience(args.serving) | _computing(args) | _replicas(args.scaling)
     if shared:
         options["deployment_actors"] = [weights_actor(str(folder), args.serving.compute_dtype)]
@@ -134,6 +138,11 @@ def _model(args: ApplicationArgs, folder: Path, shared: bool = False) -> ModelSp
         raise ConfigError(
             f"serve.streams: {scaling.streams} with serving.engine {serving.engine!r}, which computes one batch at a "
             "time; allowed: 1, or none stated"
+        )
+    if serving.compute_dtype == "int8" and scaling.gpus:
+        raise ConfigError(
+            f"serving.compute_dtype: 'int8' is for CPUs, and serve.gpus is {scaling.gpus:g}; allowed: 'auto', 'float32', "
+            "'bfloat16'"
         )
     return ModelSpec(
         folder=str(folder),
