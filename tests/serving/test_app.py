@@ -8,7 +8,7 @@ import yaml
 
 from embedloom.config.application import ApplicationArgs
 from embedloom.config.resources import ServeScaling
-from embedloom.config.serving import ServingConfig
+from embedloom.config.serving import ModelAlias, ServingConfig
 from embedloom.errors import ConfigError, DataError
 from embedloom.serving.app import build, build_application, build_encoders
 from embedloom.serving.service import BatchSettings
@@ -111,6 +111,28 @@ def test_limits_reach_the_deployments(tiny_model):
     assert encoder.user_config["max_batch_tokens"] == 128
     assert encoder.ray_actor_options == {"num_cpus": 2, "num_gpus": 0.5}
     assert encoder._deployment_config.autoscaling_config.max_replicas == 3
+
+
+def test_what_clients_are_told_by_the_config_reaches_the_endpoint(tiny_model):
+    serving = {"require_gate": False, "models": {"t-query": {"side": "query"}}, "truncate": "end"}
+    endpoint = build(
+        {"model_folder": str(tiny_model), "served_name": "t", "serving": serving}
+    )._bound_deployment
+    settings = endpoint.init_args[1]
+    assert settings.models == {"t-query": ModelAlias(side="query")}
+    assert (settings.truncate, settings.token_ids) == ("end", "refuse")
+    for models, words in (
+        ({"t": {}}, r"serving\.models\.t: is the served name"),
+        ({"q": {"task": "searching"}}, r"serving\.models\.q\.task: .*searching"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            build(
+                {
+                    "model_folder": str(tiny_model),
+                    "served_name": "t",
+                    "serving": {**serving, "models": models},
+                }
+            )
 
 
 def test_scaling_target_must_be_reachable(tiny_model):

@@ -483,7 +483,7 @@ def test_documents_that_are_objects(client):
     [
         ("/v1/embeddings", {"normalized": True, "late_chunking": False, "embedding_type": "float"}),
         ("/v1/embeddings", {"output_dtype": "float", "output_dimension": 8, "truncation": True}),
-        ("/embeddings", {"modality": "text", "add_special_tokens": True, "priority": 0}),
+        ("/embeddings", {"modality": "text", "add_special_tokens": True, "priority": 0, "drop_params": True}),
         (
             "/v1/rerank",
             {"max_tokens_per_doc": 4096, "max_chunks_per_doc": 10, "rank_fields": ["text"], "priority": 0},

@@ -53,15 +53,15 @@ class RankRoutes:
 
     async def rerank(self, http: Request) -> Response:
         """Order documents by their similarity to a query (Cohere's, Jina's and Voyage's shape; no cross-encoder)."""
-        return await self.ranked(http, await self._calls.read(http, RerankRequest))
+        request = await self._calls.read(http, RerankRequest)
+        return await self.ranked(http, request, request.return_documents)
 
-    async def ranked(self, http: Request, request: RerankRequest) -> Response:
+    async def ranked(self, http: Request, request: RerankRequest, with_documents: bool) -> Response:
         """The answer to what was read."""
         terms = terms_of(request, self._calls.settings)
         ranking = await self.ranking(
             http, terms, request.query, request.texts, "documents", request.contract_hash
         )
-        with_documents = request.return_documents and http.url.path.endswith(("/v1/rerank", "/v2/rerank"))
         results: list[dict[str, Any]] = []
         for index in ranking.best[: request.top_n or request.top_k]:
             entry: dict[str, Any] = {"index": index, "relevance_score": float(ranking.scores[index])}

@@ -34,7 +34,7 @@ _TRUNCATE = (
     "Too long a text: none refuses it, start cuts its beginning, end (or true) cuts its end. What is cut is told in the "
     "header X-Truncated-Items and in the usage. Not given: the default of the model name, else the operator's, else this."
 )
-_TRUNCATION = "Voyage's name of truncate, which holds where both are given."
+_TRUNCATION = "Voyage's name of truncate; where both are given, truncate holds."
 _USER = "Taken and not used: who asks is no business of the endpoint."
 MAX_TOP_K = 1000
 
@@ -93,7 +93,7 @@ class EmbeddingsRequest(_Input):
     encoding_format: Literal["float", "base64"] = "float"
     dimensions: Count | None = Field(default=None, description="Only for models trained for it (Matryoshka).")
     output_dimension: Count | None = Field(
-        default=None, description="Voyage's name of dimensions, which holds where both are given."
+        default=None, description="Voyage's name of dimensions; where both are given, dimensions holds."
     )
     user: str | None = Field(default=None, description=_USER)
     truncate: Truncate = Field(default="none", description=_TRUNCATE)
@@ -110,6 +110,7 @@ class EmbeddingsRequest(_Input):
     output_dtype: Literal["float"] | None = harmless("Voyage, Mistral")
     modality: Literal["text"] | None = harmless("Infinity")
     add_special_tokens: Literal[True] | None = harmless("vLLM")
+    drop_params: bool | None = harmless("LiteLLM, sent by RAGFlow")
     priority: Integer | None = harmless("vLLM")
 
 
@@ -127,7 +128,7 @@ class RerankRequest(TextOptions):
     top_n: Count | None = Field(default=None, description="How many of the best come back; null: all.")
     top_k: Count | None = Field(
         default=None,
-        description="Voyage's name of top_n, which holds where both are given.",
+        description="Voyage's name of top_n; where both are given, top_n holds.",
     )
     rank_fields: list[str] | None = Field(
         default=None,

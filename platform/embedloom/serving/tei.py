@@ -247,7 +247,8 @@ class TeiRoutes:
         """Order texts by their similarity to a query: TEI's shape (texts), or that of /v1/rerank (documents)."""
         request = await self._calls.read(http, RerankRequest, TeiRerankRequest)
         if isinstance(request, RerankRequest):
-            return await self._rank.ranked(http, request)
+            # LiteLLM's infinity/ takes a document only as a string here, its hosted_vllm/ only as an object, and both ask alike.
+            return await self._rank.ranked(http, request, with_documents=False)
         terms = terms_of(request, self._calls.settings)
         ranking = await self._rank.ranking(
             http, terms, request.query, request.texts, "texts", request.contract_hash
