@@ -11,6 +11,9 @@ import pytest
 
 from embedloom.config.serving import ModelAlias
 from embedloom.encoder.model import Encoder
+from embedloom.errors import ConfigError
+from embedloom.instructions import NamedTask
+from embedloom.serving.aliases import check_aliases
 from embedloom.serving.cohere import CohereEmbedResponse
 from embedloom.serving.keys import ApiKey
 from embedloom.serving.messages import Part
@@ -316,6 +319,38 @@ def test_what_tei_has_and_this_has_not_is_refused_by_name(client, path):
 )  # fmt: skip
 def test_bad_requests_to_tei_name_the_field(client, body, param):
     assert refused(client.post("/embed", json=body), 400)["param"] == param
+
+
+def test_every_way_to_name_a_prompt_reaches_the_models_own_tasks():
+    encoder = FakeEncoder(limit=LIMIT)
+    task = NamedTask(task_type="retrieval", instruction="Find the page", document_instruction="Page")
+    encoder.contract = encoder.contract.model_copy(update={"tasks": {"pages": task}})
+    aliases = {"tiny-pages": ModelAlias(side="query", task="pages")}
+    check_aliases(aliases, "tiny", encoder.contract)
+    with pytest.raises(ConfigError, match=r"serving\.models\.q\.task: .*'page'"):
+        check_aliases({"q": ModelAlias(task="page")}, "tiny", encoder.contract)
+    expected = encoder.embed(["ab"], "query", "pages")
+    assert not np.array_equal(expected, encoder.embed(["ab"], "query"))
+    with client_of(encoder, tasks=("pages",), models=aliases) as client:
+        for path, asked in (
+            ("/v1/embeddings", {"model": "tiny-pages", "input": "ab"}),
+            ("/v1/embeddings", {"model": "tiny", "input": "ab", "input_type": "query", "task": "pages"}),
+            ("/v1/embed", {"model": "tiny", "texts": ["ab"], "input_type": "search_query", "task": "pages"}),
+            ("/v1/embed", {"model": "tiny-pages", "texts": ["ab"]}),
+            ("/embed", {"inputs": "ab", "prompt_name": "pages"}),
+        ):
+            body = answer(client, path, asked)
+            rows = (
+                body
+                if path == "/embed"
+                else body.get("embeddings") or [item["embedding"] for item in body["data"]]
+            )
+            assert np.array_equal(np.array(rows, dtype=np.float32), expected), asked
+        for path, asked in (
+            ("/embed", {"inputs": "a", "prompt_name": "page"}),
+            ("/tokenize", {"input": "a", "task": "page"}),
+        ):
+            assert "pages" in refused(client.post(path, json=asked), 400)["message"]
 
 
 # -- keys

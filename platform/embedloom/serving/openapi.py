@@ -167,10 +167,10 @@ def _state_limits(schema: dict[str, Any], settings: EndpointSettings) -> None:
     for name in (*_LISTS, "query"):
         if name in properties:
             _limit_texts(properties[name], settings.max_item_characters)
-    task = properties.get("task", {})
-    for form in (task, *task.get("anyOf", ())):
-        if "enum" in form:
-            form["enum"] = [*form["enum"], *settings.tasks]
+    for task in (properties.get(name, {}) for name in ("task", "prompt_name")):
+        for form in (task, *task.get("anyOf", ())):
+            if "enum" in form:
+                form["enum"] = [*form["enum"], *settings.tasks]
     model = properties.get("model", {})
     for form in (model, *model.get("anyOf", ())):
         if form.get("type") == "string":

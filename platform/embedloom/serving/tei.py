@@ -7,7 +7,7 @@ from dataclasses import asdict, replace
 from typing import Annotated, Any, ClassVar, Literal
 
 from fastapi import Request, Response
-from pydantic import AfterValidator, Field, PlainValidator, RootModel, WithJsonSchema
+from pydantic import AfterValidator, Field, PlainValidator, RootModel, ValidationInfo, WithJsonSchema
 
 from embedloom import __version__
 from embedloom.instructions import Side
@@ -52,13 +52,16 @@ _PROMPTS: dict[str, tuple[Side | None, str | None]] = {
 }
 
 
-def _known_prompt(name: str) -> str:
-    if name not in _PROMPTS:
-        raise refuse(f"prompt_name: {name!r:.80} is unknown; allowed: {', '.join(_PROMPTS)}")
+def _known_prompt(name: str, info: ValidationInfo) -> str:
+    allowed = (*_PROMPTS, *(info.context or {}).get("tasks", ()))
+    if name not in allowed:
+        raise refuse(f"prompt_name: {name!r:.80} is unknown; allowed: {', '.join(allowed)}")
     return name
 
 
-_PROMPT = "query, document, passage, or a task type with its instruction; null: as a document."
+_PROMPT = (
+    "query, document, passage, a task type or one of the model's tasks, as a query; null: as a document."
+)
 _PromptName = Annotated[
     str, AfterValidator(_known_prompt), WithJsonSchema({"type": "string", "enum": list(_PROMPTS)})
 ]
@@ -102,7 +105,11 @@ class _TeiOptions(TextOptions):
     @property
     def prompt_said(self) -> tuple[Side | None, str | None]:
         """Side and task that the request itself names."""
-        side, task = _PROMPTS.get(self.prompt_name or "", (None, None))
+        if self.prompt_name is None:
+            return super().prompt_said
+        side, task = _PROMPTS.get(
+            self.prompt_name, ("query", self.prompt_name)
+        )  # else a task of the model's own
         return side, super().prompt_said[1] or task
 
 
