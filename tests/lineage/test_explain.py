@@ -4,9 +4,11 @@ import pytest
 
 from embedloom.artefacts import Artefact
 from embedloom.errors import DataError
+from embedloom.instructions import PromptContract
 from embedloom.lineage import explain
 from embedloom.records import table_from_rows
 from embedloom.storage import Place
+from embedloom.trained_prompts import Prompt, TrainedPrompt, trained_contract
 from fakes_run import begin, make_run
 
 
@@ -101,3 +103,15 @@ def test_rescored_candidates_stand_beside_the_teachers(run):
         "teacher      cross, contract c9, 1 kept"
     )
     assert "0.87500  doc-http" in text
+
+
+def test_the_models_prompts_are_told_with_their_default(run):
+    trained = [
+        TrainedPrompt(Prompt("retrieval", "Find the function", ""), "docs", 3.0),
+        TrainedPrompt(Prompt("retrieval", "Find the answer", ""), "faq", 1.0),
+    ]
+    trained_contract(PromptContract(), trained, 4.0).save(run.child("merged").local)
+    text = explain(run, None)
+    assert "| docs | retrieval | Find the function | none | 75 % | of all |" in text
+    assert "| faq | retrieval | Find the answer | none | 25 % |  |" in text
+    assert "Find the" not in explain(run, "doc-zip")  # a row is another subject

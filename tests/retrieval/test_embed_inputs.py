@@ -11,10 +11,13 @@ import pytest
 from embedloom.config.base import validate
 from embedloom.config.use import EmbeddingConfig
 from embedloom.errors import ConfigError, DataError
+from embedloom.instructions import PromptContract
+from embedloom.retrieval.corpora import _with_task
 from embedloom.retrieval.inputs import check_instruction, input_state, open_input
 from embedloom.retrieval.ledger import open_ledger, origin_column
 from embedloom.retrieval.scan import first_of_equals
 from embedloom.storage import Place
+from embedloom.trained_prompts import Prompt, TrainedPrompt, trained_contract
 
 
 def table(folder, name, **columns):
@@ -190,3 +193,24 @@ def test_origins_are_int64(tmp_path):
     table(tmp_path, "in.parquet", text=["x"])
     ledger_rows(tmp_path / "in.parquet", tmp_path / "out")
     assert origin_column(Place(str(tmp_path / "out")).read_tables("rows")).dtype == np.int64
+
+
+def test_texts_are_taken_for_the_models_default_task_unless_one_is_stated():
+    pairs = [
+        TrainedPrompt(Prompt("sts", "Alike?", "Alike?"), "pairs", 3.0),
+        TrainedPrompt(Prompt("sts", "Same thing?", "Same thing?"), "twins", 1.0),
+    ]
+    contract = trained_contract(PromptContract(), pairs, 4.0)
+
+    def text(**section):
+        config = _with_task(validate(EmbeddingConfig, section, "c"), contract)
+        return contract.format("x", config.side, config.task_type), config.recipe["task_type"]
+
+    assert text() == ("Instruct: Alike?\nQuery: x", "sts")
+    assert text(task="twins") == ("Instruct: Same thing?\nQuery: x", "twins")
+    assert text(task_type="retrieval") == ("x", "retrieval")
+    with pytest.raises(ConfigError, match=r"embedding.task: 'twin' is unknown; allowed: .*'?twins"):
+        text(task="twin")
+    with pytest.raises(ConfigError, match="task is 'twins' beside a task_type"):
+        text(task="twins", task_type="sts")
+    assert "task" not in EmbeddingConfig().model_dump(mode="json")  # fingerprints of older configs stay

@@ -4,6 +4,7 @@ import json
 import shutil
 import socket
 import threading
+from dataclasses import replace
 
 import httpx
 import numpy as np
@@ -23,6 +24,7 @@ from embedloom.serving import address
 from embedloom.serving.golden import check_golden, expected_vectors
 from embedloom.serving.messages import EncodeResult, ModelInfo, Refusal
 from embedloom.serving.trial import TrialRules
+from embedloom.trained_prompts import Prompt, TrainedPrompt, trained_contract
 from fakes import make_tiny_encoder, make_tiny_llama
 
 RULES = TrialRules(watch_seconds=3, min_requests=5, min_compared=5, latency_slack_seconds=5)
@@ -179,3 +181,19 @@ def test_a_drifted_version_is_taken_away_and_a_sound_one_takes_over_without_a_fa
             card = httpx.get(f"{endpoint.url}/v1/models", trust_env=False).json()["data"][0]
             assert card["fingerprint"] == "id of sound"
         assert traffic.failures == [] and seen > 50
+
+
+def test_a_changed_default_instruction_is_another_contract_and_both_texts_are_named(tiny_model, tmp_path):
+    from embedloom.serving.deploy import successor
+
+    shutil.copytree(tiny_model, tmp_path / "next")
+    own = PromptContract.load(tiny_model)
+    changed = trained_contract(own, [TrainedPrompt(Prompt("retrieval", "Find it", ""), "docs", 1.0)], 1.0)
+    changed.save(tmp_path / "next")
+    live, info = live_args(tiny_model)
+    info = replace(info, instructions=dict(own.instructions))
+    with pytest.raises(
+        ConfigError, match=r"of retrieval is 'Find it' there, 'Given a question, .*' here\); .*--new-vectors"
+    ):
+        successor(request_of(tmp_path / "next"), live, info)
+    assert successor(request_of(tmp_path / "next", new_vectors=True), live, info)

@@ -133,3 +133,11 @@ def test_micro_batches_respect_the_budget():
     assert micro_batches([4, 4, 4, 9, 2], budget=8) == [[0, 1], [2], [3], [4]]
     dealt = micro_batches([5, 4, 3, 2], budget=0, count=2)
     assert sorted(map(sorted, dealt)) == [[0, 3], [1, 2]]
+
+
+@pytest.mark.parametrize("shares", [WEIGHTED, [Share("public", 0, 60, cap=7), Share("synthetic", 60, 10)]])
+def test_what_is_drawn_is_counted_as_the_windows_hand_it_out(shares):
+    order = ExampleOrder(shares, seed=3)
+    for examples in (0, 1, order.epoch_size, 2 * order.epoch_size + 5, 3 * order.epoch_size - 1):
+        seen = names_of(order.window(0, examples)) if examples else Counter()
+        assert order.drawn(examples) == {name: seen[name] for name in ("public", "synthetic")}

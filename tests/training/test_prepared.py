@@ -1,14 +1,18 @@
 """Sources are tokenized once for all who read them alike, and never taken over by who reads them otherwise."""
 
 import json
+import shutil
 
 import pytest
 
 from embedloom.config.training_data import TrainingSource
 from embedloom.errors import DataError
+from embedloom.instructions import PromptContract
+from embedloom.records import table_from_rows
 from embedloom.storage import Place
+from embedloom.trained_prompts import Prompt, TrainedPrompt, trained_contract
 from embedloom.training.prepare import INDEX_FILE
-from embedloom.training.prepared import preparation_counts, prepare_sources
+from embedloom.training.prepared import drawn_prompts, preparation_counts, prepare_sources
 from fakes_training import training_config
 
 
@@ -71,3 +75,61 @@ def test_a_cap_is_checked_against_rows_that_were_there_already(prepare):
     prepare()
     with pytest.raises(DataError, match=r"source 'a': cap is 9, but it has 6 usable rows"):
         prepare(cap=9)
+
+
+def test_prompts_are_counted_by_row_and_weighed_by_what_is_drawn(tiny_model, tmp_path):
+    """Six rows without an instruction, three with their own: 40 queries drawn of nine rows each, by thirds."""
+    rows = [{"query": f"q {n}", "pos": ["p"], "neg": ["n"]} for n in range(9)]
+    for row in rows[:3]:
+        row["prompt"] = "Find it"
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source = TrainingSource(name="faq", format="flagembedding", path=str(tmp_path / "a.jsonl"))
+    found = prepare_sources(
+        "t", training_config(), 1, [source], None, tiny_model, Place(str(tmp_path / "data"))
+    )
+    prompts = {one.prompt.instruction: one for one in drawn_prompts([source], found, {"faq": 90})}
+    own = PromptContract.load(tiny_model).instructions["retrieval"]
+    assert {text: (one.name, one.queries) for text, one in prompts.items()} == {
+        "Find it": ("faq", 30.0), own: ("faq", 60.0)
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("task_type", "stated", "expected"),
+    [
+        ("retrieval", None, ""), ("retrieval", "Keep it", "Keep it"),
+        ("sts", None, ""), ("sts", "Alike?", "Alike?"),  # an examples table says it of every row; null: bare
+        ("classification", None, ""),
+    ],
+)  # fmt: skip
+def test_what_stood_before_documents_is_counted_too(tiny_model, tmp_path, task_type, stated, expected):
+    row = {
+        "id": "r", "query": "q", "query_instruction": "Alike?", "positive": "p", "positive_score": 1.0,
+        "negatives": ["n"], "negative_scores": [0.1], "document_instruction": stated, "task_type": task_type,
+        "dataset": "pairs",
+    }  # fmt: skip
+    place = Place(str(tmp_path / "own"))
+    place.write_table("examples/part-000000.parquet", table_from_rows("examples", [row]))
+    source = TrainingSource(name="own", format="examples", path=place.uri)
+    found = prepare_sources(
+        "t", training_config(), 1, [source], None, tiny_model, Place(str(tmp_path / "data"))
+    )
+    (one,) = drawn_prompts([source], found, {"own": 5})
+    assert one == TrainedPrompt(Prompt(task_type, "Alike?", expected), "pairs", 5.0)
+
+
+def test_candidates_with_other_mixes_share_the_tokens_of_a_later_stage(tiny_model, tmp_path):
+    path = write(tmp_path / "a.jsonl")
+    source = TrainingSource(name="a", format="flagembedding", path=str(path))
+    folders = set()
+    for name, share in (("one", 3.0), ("two", 5.0)):
+        model = tmp_path / name
+        shutil.copytree(tiny_model, model)
+        mix = [
+            TrainedPrompt(Prompt("retrieval", "Find", ""), "x", 9.0),
+            TrainedPrompt(Prompt("retrieval", "Seek", ""), "y", share),
+        ]
+        trained_contract(PromptContract.load(model), mix, 9.0 + share).save(model)
+        data = Place(str(tmp_path / "data"))
+        folders.add(prepare_sources("t", training_config(), 1, [source], None, model, data)["a"]["folder"])
+    assert len(folders) == 1

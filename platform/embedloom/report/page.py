@@ -91,6 +91,7 @@ def _scores(summary_scores: dict[str, Any], content: dict[str, Any], described: 
         ]
         parts.append(f"<h3>{escape(_task_title(task, described.get(task, {})))}</h3>")
         parts.append(bar_chart(f"Scores on {task}", bars, full=1.0) + _metric_table(task, content))
+        parts.append(_prompts(content.get("prompts", {}).get(task, {})))
     return "\n".join(parts)
 
 
@@ -105,6 +106,22 @@ def _task_title(task: str, described: dict[str, Any]) -> str:
     facts = [_METRIC_NAMES.get(described["metric"], described["metric"])] if "metric" in described else []
     facts += [f"{described[key]:,} {key}" for key in ("queries", "documents") if key in described]
     return f"{task}: {', '.join(facts)}" if facts else task
+
+
+def _prompts(by_model: dict[str, Any]) -> str:
+    """What stood before the queries of a task, model by model; models with the same prompts share a row."""
+    rows: dict[tuple[str, ...], list[str]] = {}
+    for model, entry in by_model.items():
+        sent = " | ".join(entry["sent"])
+        usual = entry["sent"] == [entry["default"]]
+        whose = (
+            "what the endpoint sends by default"
+            if usual
+            else f"{entry['of']}; the endpoint's default is {entry['default']}"
+        )
+        rows.setdefault((sent, whose), []).append(model)
+    body = [[", ".join(models), *texts] for texts, models in rows.items()]
+    return table_markup(["model", "queries as scored", "whose prompt"], body, words=(0, 1, 2)) if body else ""
 
 
 def _metric_table(task: str, content: dict[str, Any]) -> str:

@@ -152,5 +152,5 @@ def _scores(content: dict[str, Any]) -> dict[str, Any]:
         "candidates": models,
         "baselines": content.get("baselines", {}),
     }
-    shown = ("order", "teacher", "intervals", "ranking", "subsets")
+    shown = ("order", "teacher", "intervals", "ranking", "subsets", "prompts")
     return {**scores, **{key: content[key] for key in shown if key in content}}

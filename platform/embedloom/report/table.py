@@ -50,6 +50,17 @@ def interval_text(scores: dict[str, Any], name: str, task: str) -> str:
     return ""
 
 
+def _prompt_lines(prompts: dict[str, Any]) -> list[str]:
+    """A line for every task that was not scored as the endpoint asks by default."""
+    other = {
+        task: entry["of"]
+        for task, by_model in prompts.items()
+        for entry in by_model.values()
+        if entry["sent"] != [entry["default"]]
+    }
+    return [f"prompts of {task}: {of}, not what the endpoint sends by default" for task, of in other.items()]
+
+
 def summary_table(summary: dict[str, Any]) -> str:
     """Scores of base, candidates, merged model and baselines, one column a task; plain ASCII."""
     rows = score_rows(summary["scores"])
@@ -77,6 +88,7 @@ def summary_table(summary: dict[str, Any]) -> str:
         file=stream, width=width, color_system=None, force_terminal=False, markup=False, emoji=False
     ).print(table)
     lines = [line.rstrip() for line in stream.getvalue().splitlines() if line.strip()]
+    lines += _prompt_lines(summary["scores"].get("prompts", {}))
     gate = summary.get("gate", {})
     if "checks" in gate:
         lines.append(

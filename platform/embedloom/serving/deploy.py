@@ -16,6 +16,7 @@ from ray import serve
 from embedloom.config.application import ApplicationArgs
 from embedloom.config.base import validate
 from embedloom.errors import ConfigError, ServeError
+from embedloom.instructions import PromptContract
 from embedloom.progress import note
 from embedloom.serving.app import build_application, build_encoders
 from embedloom.serving.applications import (
@@ -74,8 +75,8 @@ def successor(request: DeployRequest, live: ApplicationArgs, info: ModelInfo) ->
     contract = contract_of(request.model_folder)
     if contract.hash != info.contract_hash and not request.new_vectors:
         raise ConfigError(
-            f"{request.model_folder}: its contract is {contract.hash}, the endpoint's {info.contract_hash}; every vector "
-            "that clients hold would be useless. If they will embed their corpora again: --new-vectors"
+            f"{request.model_folder}: its contract is {contract.hash}, the endpoint's {info.contract_hash}{_prompts_differ(contract, info)}; "
+            "every vector that clients hold would be useless. If they will embed their corpora again: --new-vectors"
         )
     same_weights = request.model_id == live.fingerprint
     if live.serving.corpus is not None and request.corpus is None and not same_weights:
@@ -95,6 +96,15 @@ def successor(request: DeployRequest, live: ApplicationArgs, info: ModelInfo) ->
         "serving": {**live.serving.model_dump(mode="json"), **changes},
     }
     return validate(ApplicationArgs, content, "deploy")
+
+
+def _prompts_differ(contract: PromptContract, info: ModelInfo) -> str:
+    """A task type whose default instruction is another, the default one first, with both; empty where all are alike."""
+    for kind in (contract.task_type_of(), *contract.instructions):
+        text = contract.instructions.get(kind)
+        if info.instructions.get(kind, text) != text:
+            return f" (the instruction of {kind} is {text!r} there, {info.instructions[kind]!r} here)"
+    return ""
 
 
 def deploy(request: DeployRequest) -> Outcome:
