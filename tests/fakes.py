@@ -54,6 +54,9 @@ def make_tiny_llama(folder: Path, seed: int = 0) -> Path:
 
 
 def make_tiny_encoder(llama: Path, folder: Path) -> Path:
-    """Turn a tiny Llama into an embedding model folder with limits of 64 tokens a side."""
-    prepare_base(EncoderConfig(base=str(llama), max_query_tokens=64, max_document_tokens=64), llama, folder)
+    """Turn a tiny Llama into an embedding model folder: 64 tokens for a document, 128 for a query.
+
+    A token is a byte, and the longest default instruction takes 79 of them.
+    """
+    prepare_base(EncoderConfig(base=str(llama), max_query_tokens=128, max_document_tokens=64), llama, folder)
     return folder

@@ -1,7 +1,9 @@
 """File formats that hold texts: JSON lines and plain text or Markdown, one record at a time, and where they lie."""
 
+import csv
 import glob
 import json
+import math
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -67,6 +69,41 @@ def json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         raise DataError(f"{path}: not UTF-8 after line {number}: {error.reason}; allowed: UTF-8") from error
     except (OSError, EOFError) as error:
         raise DataError(f"{path}: not readable as JSON lines: {' '.join(str(error).split())}") from error
+
+
+def judgements(path: Path) -> Iterator[tuple[str, str, float]]:
+    """(query id, document id, grade) of a BEIR file of judgements: three columns between tabs, perhaps a header.
+
+    Grades may be written ``1`` or ``1.0``; blank lines are passed over.
+
+    Raises:
+        DataError: not UTF-8, or a line that does not fit.
+    """
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as stream:
+            lines = enumerate(csv.reader(stream, delimiter="\t", quoting=csv.QUOTE_NONE), start=1)
+            for number, fields in lines:
+                if not any(field.strip() for field in fields):
+                    continue
+                try:
+                    query_id, document_id, grade = (field.strip() for field in fields)
+                    if not _is_number(grade):
+                        raise ValueError(grade)
+                except ValueError as error:
+                    if number == 1 and len(fields) == 3 and not _is_number(fields[2]):
+                        continue  # a header
+                    expected = "expected query-id, corpus-id and a number between tabs"
+                    raise DataError(f"{path}: line {number} is {fields}; {expected}") from error
+                yield query_id, document_id, float(grade)
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not UTF-8: {error.reason}; allowed: UTF-8") from error
+
+
+def _is_number(text: str) -> bool:
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False
 
 
 def read_text(path: Path) -> tuple[str, str]:

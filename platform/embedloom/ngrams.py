@@ -1,7 +1,8 @@
-"""Words and hashed word n-grams of a text in any script; what duplicates and contamination are judged by."""
+"""What duplicates and contamination are judged by: a text without case and blanks, its words and hashed word n-grams."""
 
 import hashlib
 import re
+import unicodedata
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +17,11 @@ _WORD = re.compile(rf"[{_SINGLE}]|[^\W{_SINGLE}]+")
 _MULTIPLIER = 0x9E3779B97F4A7C15
 
 Hashes = npt.NDArray[np.uint64]
+
+
+def folded(text: str) -> str:
+    """A text in the form in which two that differ in case, blanks or composed accents are one."""
+    return " ".join(unicodedata.normalize("NFC", text).casefold().split())
 
 
 def words_of(text: str) -> list[str]:

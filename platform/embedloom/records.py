@@ -23,6 +23,7 @@ TASK_TYPES = (
     "bitext",
 )
 ORIGINS = ("public", "synthetic", "in_domain")
+GRADE = "grade"  # key of a pair's attributes: how relevant its document is, above 0; 1 where none is given
 ID_HEX_DIGITS = 24  # 96 bits: a collision among 10^10 rows has a chance of about 10^-9
 
 
@@ -73,7 +74,8 @@ SCHEMAS: dict[str, Schema] = {
                 "origin": pa.string(),
                 "generator": pa.string(),
                 "prompt_hash": pa.string(),
-                # JSON of what was drawn for a synthetic row: persona, length, target scores.
+                # JSON of what was drawn for a synthetic row: persona, length, target scores; of a judged pair its
+                # ``grade``, where that is not 1.
                 "attributes": pa.string(),
                 # What training sources call the row's pairs; null: the origin.
                 "dataset": pa.string(),

@@ -144,23 +144,113 @@ def test_null_threshold_keeps_near_duplicates_and_null_chunk_keeps_documents_who
     assert artefact.counts["rows"] == 2 and "tokens" not in artefact.counts
 
 
-def test_repeated_queries_make_one_pair(tmp_path, tokenizer):
-    folder = tmp_path / "beir"
+def beir_corpus(folder, texts, queries, judgements):
+    """A BEIR folder of documents d0.., queries q0.. and lines of (query, document, grade)."""
     write_jsonl(
-        folder / "corpus.jsonl", [{"_id": f"d{n}", "title": "", "text": sentence(n)} for n in range(3)]
+        folder / "corpus.jsonl", [{"_id": f"d{n}", "title": "", "text": text} for n, text in enumerate(texts)]
     )
-    queries = ["same query", "Same  Query", "another", "another"]
     write_jsonl(folder / "queries.jsonl", [{"_id": f"q{n}", "text": text} for n, text in enumerate(queries)])
     (folder / "qrels").mkdir()
-    (folder / "qrels" / "train.tsv").write_text("q0\td1\t1\nq1\td0\t1\nq2\td2\t1\nq3\td2\t1\n")
-    config = CorpusConfig(sources=(CorpusSource(format="beir", path=str(folder)),), split=NO_SPLIT)
+    lines = [f"q{query}\td{document}\t{grade}\n" for query, document, grade in judgements]
+    (folder / "qrels" / "train.tsv").write_text("".join(lines))
+    return CorpusSource(format="beir", path=str(folder))
+
+
+def pairs_of(artefact, split="train"):
+    return artefact.place.read_tables(f"pairs/{split}", "pairs").to_pylist()
+
+
+def test_a_query_keeps_every_document_that_answers_it(tmp_path, tokenizer):
+    """Two queries alike but for case and blanks with a document each, and two rows of one query and document."""
+    source = beir_corpus(
+        tmp_path / "beir",
+        [sentence(n) for n in range(3)],
+        ["same query", "Same  Query", "another", "another"],
+        [(0, 1, 1), (1, 0, 1), (2, 2, 1), (3, 2, 1)],
+    )
+    config = CorpusConfig(sources=(source,), split=NO_SPLIT)
     artefact = build_corpus(config, 42, tokenizer, corpus_writer(tmp_path / "out"))
-    pairs = artefact.place.read_tables("pairs/train", "pairs").to_pylist()
-    assert [(p["query"], p["document_id"], p["lang"]) for p in pairs] == [
+    assert [(p["query"], p["document_id"], p["lang"]) for p in pairs_of(artefact)] == [
         ("Same Query", "d0", "und"),
+        ("same query", "d1", "und"),
         ("another", "d2", "und"),
     ]
-    assert artefact.counts["rejects"] == {"duplicate_query": 2}
+    assert artefact.counts["rejects"] == {"duplicate_query": 1}
+
+
+def test_every_judged_document_is_a_pair_with_its_grade(tmp_path, tokenizer):
+    source = beir_corpus(
+        tmp_path / "beir",
+        [sentence(n) for n in range(4)],
+        ["first", "second"],
+        [(0, 0, "2.0"), (0, 1, 1), (0, 2, 0), (1, 2, 1), (1, 3, 3), (1, 0, -1)],
+    )
+    config = CorpusConfig(sources=(source,), split=NO_SPLIT)
+    artefact = build_corpus(config, 42, tokenizer, corpus_writer(tmp_path / "out"))
+    assert {(p["query"], p["document_id"]): p["attributes"] for p in pairs_of(artefact)} == {
+        ("first", "d0"): '{"grade": 2.0}', ("first", "d1"): None, ("second", "d2"): None,
+        ("second", "d3"): '{"grade": 3.0}',
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("answers", "threshold"),
+    [
+        (["One  answer for all of them here", "one answer FOR all of them here"] * 2, None),
+        ([sentence(1, 60), f"{sentence(1, 60)} more", f"{sentence(1, 60)} less", sentence(1, 60)], 0.8),
+    ],
+    ids=["exact", "near"],
+)
+def test_a_dropped_duplicate_leaves_its_questions_to_the_document_that_stays(
+    tmp_path, tokenizer, answers, threshold
+):
+    """Four rows of two sources and two languages whose answers repeat: one document, all four questions."""
+    records = [{"q": f"question {n}", "a": text} for n, text in enumerate(answers)]
+    columns = {"text_column": "a", "query_column": "q"}
+    sources = (
+        jsonl_source(write_jsonl(tmp_path / "a.jsonl", records[:2]), lang="eng", dataset="faq", **columns),
+        jsonl_source(
+            write_jsonl(tmp_path / "b.jsonl", records[2:]), lang="deu", instruction="Finde es", **columns
+        ),
+    )
+    config = CorpusConfig(
+        sources=sources, split=NO_SPLIT, near_duplicate_threshold=threshold, min_characters=10
+    )
+    artefact = build_corpus(config, 42, tokenizer, corpus_writer(tmp_path / "out"))
+    (document,) = artefact.place.read_tables("documents/train").to_pylist()
+    pairs = pairs_of(artefact)
+    assert {pair["document_id"] for pair in pairs} == {document["id"]}
+    assert {pair["document_lang"] for pair in pairs} == {document["lang"]}
+    # Each question keeps what its own source says of it.
+    assert {p["query"]: (p["lang"], p["dataset"]) for p in pairs} == {
+        "question 0": ("eng", "faq"), "question 1": ("eng", "faq"),
+        "question 2": ("deu", None), "question 3": ("deu", None),
+    }  # fmt: skip
+    assert {p["instruction"] for p in pairs if p["lang"] == "deu"} == {"Finde es"}
+    assert artefact.counts["pairs"] == 4 and artefact.counts["pairs_of_duplicates"] == 3
+    assert sum(artefact.counts["rejects"].values()) == 3
+
+
+def test_a_question_is_asked_in_one_split_with_all_its_documents_there(tmp_path, tokenizer):
+    """Forty documents answer one question: those of the best one's split are its pairs, the others are counted."""
+    grades = {0: 1, 7: 2, **{n: 1 for n in range(1, 40) if n != 7}}
+    source = beir_corpus(
+        tmp_path / "beir",
+        [sentence(n) for n in range(40)],
+        ["the question"],
+        [(0, document, grade) for document, grade in grades.items()],
+    )
+    config = CorpusConfig(sources=(source,), split={"dev": 0.3, "test": 0.3})
+    artefact = build_corpus(config, 42, tokenizer, corpus_writer(tmp_path / "out"))
+    documents = {
+        split: set(artefact.place.read_tables(f"documents/{split}")["id"].to_pylist())
+        for split in ("train", "dev", "test")
+    }
+    assert all(documents.values())
+    best = next(split for split, ids in documents.items() if "d7" in ids)
+    assert {pair["document_id"] for pair in pairs_of(artefact, best)} == documents[best]
+    assert artefact.counts["pairs"] == len(documents[best])
+    assert artefact.counts["rejects"] == {"query_in_other_split": 40 - len(documents[best])}
 
 
 def test_nothing_left_after_cleaning_states_the_counts(tmp_path, tokenizer):

@@ -195,7 +195,10 @@ def test_beir_rows_carry_their_train_queries(tmp_path):
     (tmp_path / "qrels" / "train.tsv").write_text("\n".join(judged) + "\n")
     rows = read("beir", tmp_path, name="bench")
     assert seen(rows) == [("d1", "T1", "text 1"), ("d2", "T2", "text 2"), ("d3", "T3", "text 3")]
-    assert [row.queries for row in rows] == [("query 1", "query 2"), (), ()]  # q3 is judged irrelevant
+    # Every relevant document answers the query, not its best one alone; q3 is judged irrelevant.
+    assert [(row.queries, row.grades) for row in rows] == [
+        (("query 1", "query 2"), (2, 1)), (("query 1", "query 2"), (1, 1)), ((), ()),
+    ]  # fmt: skip
     assert rows[0].source == "bench:1" and rows[0].instruction
 
 
@@ -214,6 +217,21 @@ def test_beir_files_that_do_not_fit_are_named(tmp_path):
     (tmp_path / "qrels" / "train.tsv").write_text("query-id\tcorpus-id\tscore\nq1\td1\tgood\n")
     with pytest.raises(DataError, match=r"train.tsv: line 2 is \['q1', 'd1', 'good'\]; expected query-id"):
         read("beir", tmp_path)
+
+
+def test_beir_oddities_are_read_as_beir_reads_them(tmp_path):
+    """A blank last line, grades as floats, Windows line ends, and a document that is its title alone."""
+    write_jsonl(
+        tmp_path / "corpus.jsonl",
+        [{"_id": "d1", "title": "Only a title", "text": ""}, {"_id": "d2", "title": "", "text": ""}],
+    )
+    write_jsonl(tmp_path / "queries.jsonl", [{"_id": "q1", "text": "which?"}])
+    (tmp_path / "qrels").mkdir()
+    (tmp_path / "qrels" / "train.tsv").write_bytes(b"query-id\tcorpus-id\tscore\r\nq1\td1\t1.0\r\n\r\n \n")
+    rows = read("beir", tmp_path)
+    assert [(row.title, row.text, row.queries, row.grades) for row in rows] == [
+        ("", "Only a title", ("which?",), (1,)), ("", "", (), ()),
+    ]  # fmt: skip
 
 
 def test_hub_datasets_are_read_by_name(tmp_path, monkeypatch):

@@ -5,7 +5,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from embedloom.encoder.registry import resolve_model
-from embedloom.encoder.tokenizer import CHARACTERS_PER_TOKEN, load_tokenizer, truncated_ids
+from embedloom.encoder.tokenizer import (
+    CHARACTERS_PER_TOKEN,
+    CutTexts,
+    InstructionTooLong,
+    check_vocabulary,
+    contract_ids,
+    load_tokenizer,
+    truncated_ids,
+)
+from embedloom.errors import DataError
+from embedloom.instructions import PromptContract
 from fakes import byte_tokenizer
 
 LIMIT = 16
@@ -85,3 +95,57 @@ def test_truncation_on_the_left_keeps_the_end():
     tokenizer.truncation_side = "left"
     text = "a" * 4 * BOUND + "the end"
     assert tokenizer.decode(truncated_ids(tokenizer, [text], 7)[0]) == "the end"
+
+
+def test_what_a_limit_leaves_out_is_counted_as_the_whole_text_is_tokenized(wordpiece: Any) -> None:
+    texts = [text for text in ODD.values() if len(text) <= BOUND] + ["short", "word " * 50, "слово " * 40]
+    cuts = CutTexts()
+    ids = truncated_ids(wordpiece, texts, LIMIT, cuts)
+    lengths = [len(wordpiece(text, truncation=False)["input_ids"]) for text in texts]
+    assert cuts.texts == len(texts) and cuts.read == sum(map(len, ids))
+    assert cuts.cut == sum(length > LIMIT for length in lengths)
+    assert cuts.read + cuts.left_out == sum(lengths)
+    assert cuts.take().cut > 0 and cuts == CutTexts()
+
+
+def test_beyond_what_is_tokenized_the_tokens_left_out_follow_from_the_length(wordpiece: Any) -> None:
+    cuts = CutTexts()
+    truncated_ids(wordpiece, ["one two three four " * 2000], LIMIT, cuts)
+    assert cuts.read + cuts.left_out == pytest.approx(8002, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("length", "refused"), [(20, False), (36, False), (37, True), (60, True), (200, True)]
+)
+def test_an_instruction_that_leaves_next_to_nothing_of_a_cut_text_is_refused_with_the_numbers(
+    length: int, refused: bool
+) -> None:
+    """BOS-less bytes: "Instruct: ", the instruction, "\\nQuery: " are 18 + n tokens of 62, of which 8 must be left."""
+    contract = PromptContract(max_query_tokens=62, max_document_tokens=62)
+    arguments = (byte_tokenizer(), contract, ["a text that is cut"] * 2, "query", "retrieval", "y" * length)
+    if not refused:
+        assert len(set(map(tuple, contract_ids(*arguments)))) == 1
+        return
+    numbers = rf"takes {18 + length} tokens .* leaves {max(0, 44 - length)} of the limit of 62 for a query"
+    with pytest.raises(InstructionTooLong, match=numbers):
+        contract_ids(*arguments)
+    # A text that fits beside its instruction is not cut, so nothing of it is lost.
+    if length < 44:
+        assert contract_ids(byte_tokenizer(), contract, ["a"], "query", "retrieval", "y" * length)
+
+
+def test_a_bare_document_has_the_whole_limit() -> None:
+    contract = PromptContract(max_query_tokens=8, max_document_tokens=8)
+    assert (
+        contract_ids(byte_tokenizer(), contract, ["a long document"], "document")[0]
+        == byte_tokenizer()("a long d")["input_ids"]
+    )
+
+
+def test_a_tokenizer_larger_than_the_embedding_is_refused_by_name() -> None:
+    check_vocabulary(byte_tokenizer(), 259, "base")
+    check_vocabulary(byte_tokenizer(), 320, "base")
+    with pytest.raises(
+        DataError, match=r"base: its tokenizer gives ids up to 258 .* its embedding has 100 rows"
+    ):
+        check_vocabulary(byte_tokenizer(), 100, "base")

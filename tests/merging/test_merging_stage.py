@@ -208,7 +208,7 @@ def drop_config(folder):
     ("change", "message"),
     [
         (break_config, "config.json num_attention_heads is 4 in 'c0', but 2 in 'c2'"),
-        (break_contract, "contract.json max_query_tokens is 64 in 'c0', but 32 in 'c2'"),
+        (break_contract, "contract.json max_query_tokens is 128 in 'c0', but 32 in 'c2'"),
         (break_tokenizer, "tokenizer_config.json padding_side is 'right' in 'c0', but 'left' in 'c2'"),
         (break_vocabulary, "tokenizer.json model.vocab.<odd> is absent in 'c0', but 259 in 'c2'"),
         (drop_pooling, "1_Pooling/config.json is present in 'c0', but absent in 'c2'"),

@@ -47,7 +47,7 @@ def test_broken_contract_is_found_before_anything_starts(tiny_model, tmp_path):
     folder = tmp_path / "model"
     shutil.copytree(tiny_model, folder)
     contract = json.loads((folder / "contract.json").read_text())
-    (folder / "contract.json").write_text(json.dumps({**contract, "max_query_tokens": 128}))
+    (folder / "contract.json").write_text(json.dumps({**contract, "max_query_tokens": 96}))
     with pytest.raises(DataError, match=r"contract\.json: hash is"):
         build({"model_folder": str(folder), "served_name": "t"})
 

@@ -125,6 +125,70 @@ def test_qwen3_masks_by_margin_and_by_equal_document(spans):
     assert found.numpy() == pytest.approx(expected, rel=1e-12)
 
 
+RIGHTS = [[0, 100, 999], [100, 0, 202], [200, -1, -1], [300, 5, -1], [400, 100, -1], [500, -1, -1]]
+
+
+@pytest.mark.parametrize("name", sorted(LOSSES))
+def test_no_loss_takes_another_right_answer_for_a_negative(name):
+    """Queries 0 and 1 are one question with two answers; 202 is an own negative of query 2 and right for query 1;
+    query 3 shares no answer; query 4 has the positive of query 1 among its answers."""
+    document_keys = [[100 * i + k for k in range(3)] for i in range(6)]
+    document_keys[5][2] = 500  # an own negative that is the positive
+    plain = make_groups(queries=6, query_keys=[7, 7, 2, 3, 4, 5], document_keys=document_keys)
+    groups = VectorGroups(
+        plain.queries, plain.documents, plain.query_keys, plain.document_keys, torch.tensor(RIGHTS)
+    )
+    keys, asked = plain.document_keys.numpy(), plain.query_keys.numpy()
+    dropped = []
+
+    def terms(i, q, d, positive):
+        right = set(RIGHTS[i])
+        others = [j for j in range(len(q)) if j != i]
+        found = [(float(q[i] @ d[i, k]), keys[i, k] in right) for k in (1, 2)]
+        same = {j: asked[j] == asked[i] or keys[j, 0] in right for j in others}
+        if name in ("gecko", "gemini"):
+            found += [(float(q[i] @ d[j, 0]), same[j]) for j in others]
+        if name in ("gecko", "qwen3"):
+            found += [(float(q[i] @ q[j]), same[j]) for j in others]
+        if name == "qwen3":
+            spans = [(j, k, keys[j, k] in right) for j in others for k in range(3)]
+            found += [
+                (float(side @ d[j, k]), is_right) for j, k, is_right in spans for side in (q[i], d[i, 0])
+            ]
+            found = [(s, is_right) for s, is_right in found if s <= positive + 0.1]
+        dropped.append(sum(is_right for _, is_right in found))
+        return [s for s, is_right in found if not is_right]
+
+    expected = by_hand(groups, terms)
+    assert sum(dropped) >= (1 if name == "infonce" else 4), "the masks had nothing to do"
+    assert loss_of(name, groups) == pytest.approx(expected, rel=1e-12)
+    part = get_loss(name)[0](groups.rows(slice(3, 6)), groups, 3, T)
+    assert part.numpy() == pytest.approx(expected[3:], rel=1e-12)
+
+
+@pytest.mark.parametrize("name", ["gecko", "gemini", "qwen3"])
+def test_a_row_that_stands_several_times_in_a_batch_is_no_negative_of_itself(name):
+    """Three rows in a batch of nine: the loss is that of the three alone, as nothing else is compared with."""
+    three = make_groups(queries=3, negatives=0)
+    rows = torch.tensor([0, 1, 2] * 3)
+    repeated = loss_of(name, three.rows(rows))
+    kept = {"gecko": 4, "gemini": 2, "qwen3": 6}[name]
+    q, d = three.queries.numpy(), three.documents.numpy()
+    for i in range(3):
+        others = [j for j in range(3) if j != i]
+        scores = [float(q[i] @ d[j, 0]) for j in others]
+        scores += [float(q[i] @ q[j]) for j in others] if name != "gemini" else []
+        scores += [float(d[i, 0] @ d[j, 0]) for j in others] if name == "qwen3" else []
+        assert len(scores) == kept
+        positive = float(q[i] @ d[i, 0])
+        if name == "qwen3":
+            scores = [s for s in scores if s <= positive + 0.1]
+        # Every other row stands three times.
+        rest = 3 * sum(math.exp(s / T) for s in scores)
+        hand = -math.log(math.exp(positive / T) / (math.exp(positive / T) + rest))
+        assert repeated[i] == repeated[i + 3] == pytest.approx(hand, rel=1e-12)
+
+
 @pytest.mark.parametrize("name", sorted(LOSSES))
 def test_losses_of_a_part_are_those_of_the_whole(name):
     groups = make_groups(queries=6)

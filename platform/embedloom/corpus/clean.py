@@ -36,8 +36,16 @@ def clean_row(row: SourceRow) -> SourceRow:
     text = clean_text(row.text)
     title = clean_line(row.title or "") or None
     name = row.id or content_id(title or "", text)
-    queries = tuple(query for query in map(clean_line, row.queries) if query)
-    return replace(row, text=text, title=title, id=name, group=row.group or name, queries=queries)
+    lines = [clean_line(query) for query in row.queries]
+    return replace(
+        row,
+        text=text,
+        title=title,
+        id=name,
+        group=row.group or name,
+        queries=tuple(line for line in lines if line),
+        grades=tuple(grade for line, grade in zip(lines, row.grades, strict=False) if line),
+    )
 
 
 def reject_reason(row: SourceRow, min_characters: int) -> str | None:

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from embedloom.ngrams import Hashes, mix, ngram_hashes
+from embedloom.ngrams import Hashes, folded, mix, ngram_hashes
 
 WORDS_PER_SHINGLE = 5
 _PERMUTATIONS = 128
@@ -26,7 +26,7 @@ def exact_duplicates(texts: Sequence[str]) -> dict[int, int]:
     first: dict[bytes, int] = {}
     found: dict[int, int] = {}
     for position, text in enumerate(texts):
-        digest = hashlib.sha256(" ".join(text.casefold().split()).encode()).digest()
+        digest = hashlib.sha256(folded(text).encode()).digest()
         earlier = first.setdefault(digest, position)
         if earlier != position:
             found[position] = earlier

@@ -15,6 +15,7 @@ class SourceRow:
         lang: ISO 639-3 code, where known.
         id: the source's own id; empty until cleaning where there is none.
         queries: texts that the document answers by the source's own word (a summary line, a judged query).
+        grades: how relevant it is to each of them, above 0; empty: 1 each.
         instruction: training instruction of those queries.
         dataset: what training calls those pairs; empty: their origin.
     """
@@ -26,5 +27,6 @@ class SourceRow:
     lang: str | None = None
     id: str = ""
     queries: tuple[str, ...] = ()
+    grades: tuple[float, ...] = ()
     instruction: str = ""
     dataset: str = ""

@@ -5,9 +5,9 @@ characters take some 3 GB. Everything is a function of the sources, the config a
 kill starts over and writes the same files.
 """
 
+import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from embedloom.corpus.chunk import Chunk, Chunker
 from embedloom.corpus.clean import clean_row, reject_reason
 from embedloom.corpus.dedup import exact_duplicates, near_duplicates
 from embedloom.corpus.parts import PartWriter
+from embedloom.corpus.questions import Question, Questions, gather_questions, in_one_split
 from embedloom.corpus.rejects import Rejects
 from embedloom.corpus.rows import SourceRow
 from embedloom.corpus.sources import read_source
@@ -24,7 +25,7 @@ from embedloom.corpus.split import SPLITS, split_of
 from embedloom.errors import DataError
 from embedloom.instructions import document_text
 from embedloom.progress import Progress, note
-from embedloom.records import content_id
+from embedloom.records import GRADE, content_id
 
 _FOLDERS = ("documents", "pairs", "chunks", "rejects")
 _UNKNOWN_LANGUAGE = "und"  # ISO 639-3: undetermined
@@ -50,15 +51,15 @@ def build_corpus(config: CorpusConfig, seed: int, tokenizer_folder: Path, out: A
     chunker = Chunker(tokenizer_folder, size, config.chunk_overlap_tokens) if size is not None else None
     rejects = Rejects()
     rows, read = _clean(config, rejects)
-    rows = _drop_duplicates(rows, config.near_duplicate_threshold, rejects)
+    rows, questions = _drop_duplicates(rows, config.near_duplicate_threshold, rejects)
     if not rows:
         raise DataError(
             f"corpus: no document is left of {read} read; rejects: {rejects.counts}; "
             f"corpus.min_characters is {config.min_characters}"
         )
-    rows = _drop_repeated_queries(rows, rejects)
     splits = _assign(rows, config, seed)
-    counts = _write(rows, splits, chunker, out)
+    questions = in_one_split(questions, {row.id: splits[row.group] for row in rows}, rejects)
+    counts = _write(rows, questions, splits, chunker, out)
     _write_rejects(rejects, out)
     return out.commit({"read": read, **counts, "rejects": rejects.counts})
 
@@ -81,41 +82,31 @@ def _clean(config: CorpusConfig, rejects: Rejects) -> tuple[list[SourceRow], int
     return rows, progress.done
 
 
-def _drop_duplicates(rows: list[SourceRow], threshold: float | None, rejects: Rejects) -> list[SourceRow]:
-    """Rows without exact and near-duplicates; of each set the first in id order stays."""
-    repeated = exact_duplicates([_full_text(row) for row in rows])
-    for position, first in repeated.items():
+def _drop_duplicates(
+    rows: list[SourceRow], threshold: float | None, rejects: Rejects
+) -> tuple[list[SourceRow], Questions]:
+    """Rows without exact and near-duplicates, of each set the first in id order, and the questions of all rows."""
+    texts = [_full_text(row) for row in rows]
+    stays = list(range(len(rows)))
+    for position, first in exact_duplicates(texts).items():
+        stays[position] = first
         rejects.add(rows[position].id, "duplicate", f"{rows[position].source} repeats {rows[first].source}")
-    rows = [row for position, row in enumerate(rows) if position not in repeated]
-    for row, following in pairwise(rows):
-        if row.id == following.id:
+    left = [position for position, stay in enumerate(stays) if position == stay]
+    for one, following in pairwise(left):
+        if rows[one].id == rows[following].id:
             raise DataError(
-                f"corpus.sources: id {row.id!r} stands for two texts ({row.source} and {following.source}); "
-                "ids must be unique, or leave out id_column and ids are made from the content"
+                f"corpus.sources: id {rows[one].id!r} stands for two texts ({rows[one].source} and "
+                f"{rows[following].source}); ids must be unique, or leave out id_column and ids are made from the content"
             )
-    if threshold is None:
-        return rows
-    near = near_duplicates([_full_text(row) for row in rows], threshold)
-    for position, (first, similarity) in near.items():
-        detail = f"{rows[position].source} repeats {rows[first].source}, Jaccard {similarity:.3f}"
-        rejects.add(rows[position].id, "near_duplicate", detail)
-    return [row for position, row in enumerate(rows) if position not in near]
-
-
-def _drop_repeated_queries(rows: list[SourceRow], rejects: Rejects) -> list[SourceRow]:
-    """Rows whose queries are unique over the corpus, case aside: in two splits they would leak the answer."""
-    seen: dict[str, str] = {}
-    kept = []
-    for row in rows:
-        own = []
-        for query in row.queries:
-            owner = seen.setdefault(query.casefold(), row.source)
-            if owner is row.source and query not in own:
-                own.append(query)
-            else:
-                rejects.add(row.id, "duplicate_query", f"{query!r} of {row.source} is taken by {owner}")
-        kept.append(replace(row, queries=tuple(own)))
-    return kept
+    near = {} if threshold is None else near_duplicates([texts[position] for position in left], threshold)
+    for place, (first, similarity) in near.items():
+        row, kept = rows[left[place]], rows[left[first]]
+        stays[left[place]] = left[first]
+        rejects.add(row.id, "near_duplicate", f"{row.source} repeats {kept.source}, Jaccard {similarity:.3f}")
+    # The row that an exact duplicate repeats may itself be a near-duplicate of another, which stays.
+    stays = [stays[stay] for stay in stays]
+    staying = [row for position, row in enumerate(rows) if stays[position] == position]
+    return staying, gather_questions(rows, stays, rejects)
 
 
 def _assign(rows: Sequence[SourceRow], config: CorpusConfig, seed: int) -> dict[str, str]:
@@ -141,23 +132,28 @@ def _assign(rows: Sequence[SourceRow], config: CorpusConfig, seed: int) -> dict[
 
 
 def _write(
-    rows: list[SourceRow], splits: dict[str, str], chunker: Chunker | None, out: ArtefactWriter
+    rows: list[SourceRow],
+    questions: Questions,
+    splits: dict[str, str],
+    chunker: Chunker | None,
+    out: ArtefactWriter,
 ) -> dict[str, object]:
-    """Write documents and pairs, and count them."""
+    """Write documents and pairs, and count them; a pair names its document's first chunk."""
     documents = {split: PartWriter(out.place, f"documents/{split}", "documents") for split in SPLITS}
     pairs = {split: PartWriter(out.place, f"pairs/{split}", "pairs") for split in SPLITS}
     places = PartWriter(out.place, "chunks", "chunks")
     progress = Progress("corpus", len(rows), "documents written")
-    tokens = 0
-    for chunks in _chunked(rows, chunker):
-        split = splits[chunks[0].row.group]
+    tokens = moved = 0
+    for row, chunks in zip(rows, _chunked(rows, chunker), strict=True):
+        split = splits[row.group]
         for number, chunk in enumerate(chunks, start=1):
             if len(chunks) > 1:
                 places.add(_place(chunk, number, chunks))
             documents[split].add(_document(chunk.row))
-            for query in chunk.row.queries:
-                pairs[split].add(_pair(chunk.row, query))
             tokens += chunk.tokens
+        for question in questions[row.id]:
+            pairs[split].add(_pair(chunks[0].row, question))
+            moved += question.row is not row
         progress.advance(1)
     for writer in (*documents.values(), *pairs.values(), places):
         writer.close()
@@ -167,6 +163,8 @@ def _write(
         "rows": sum(by_split.values()),
         **by_split,
         "pairs": sum(writer.count for writer in pairs.values()),
+        # Their own row's text repeats that of another, which stands for both.
+        **({"pairs_of_duplicates": moved} if moved else {}),
         "pairs_by_split": {split: pairs[split].count for split in SPLITS},
         "groups": {split: groups[split] for split in SPLITS},
         **({"tokens": tokens} if chunker is not None else {}),
@@ -205,16 +203,18 @@ def _place(chunk: Chunk, number: int, chunks: Sequence[Chunk]) -> dict[str, obje
     }
 
 
-def _pair(row: SourceRow, query: str) -> dict[str, object]:
-    lang = row.lang or _UNKNOWN_LANGUAGE
+def _pair(row: SourceRow, question: Question) -> dict[str, object]:
+    asked = question.row
     return {
-        "id": content_id(query, row.id),
-        "query": query,
+        "id": content_id(question.text, row.id),
+        "query": question.text,
         "document_id": row.id,
         "task_type": "retrieval",
-        "instruction": row.instruction,
-        "lang": lang,
-        "document_lang": lang,
+        "instruction": asked.instruction,
+        "lang": asked.lang or _UNKNOWN_LANGUAGE,
+        "document_lang": row.lang or _UNKNOWN_LANGUAGE,
         "origin": "public",
-        "dataset": row.dataset or None,
+        # A plain "relevant" says nothing, so that pairs without grades keep their bytes.
+        "attributes": None if question.grade == 1 else json.dumps({GRADE: question.grade}),
+        "dataset": asked.dataset or None,
     }

@@ -8,7 +8,7 @@ import torch
 from embedloom.config.model import EncoderConfig
 from embedloom.encoder.backbone import is_decoder, load_backbone
 from embedloom.encoder.sidecars import write_sidecars
-from embedloom.encoder.tokenizer import embedding_tokenizer, load_tokenizer, special_habits
+from embedloom.encoder.tokenizer import check_vocabulary, embedding_tokenizer, load_tokenizer, special_habits
 from embedloom.errors import ConfigError, DataError
 from embedloom.instructions import PromptContract
 
@@ -31,6 +31,9 @@ def prepare_base(config: EncoderConfig, base: Path, out: Path) -> dict[str, int]
     """
     backbone = load_backbone(base, config.attention, torch.float32, config.num_layers)
     tokenizer = load_tokenizer(base)
+    check_vocabulary(
+        tokenizer, backbone.get_input_embeddings().num_embeddings, f"encoder.base: {config.base!r}"
+    )
     decoder = is_decoder(backbone.config)
     add_bos, add_eos = _special_tokens(config, tokenizer, decoder)
     limit = max(config.max_query_tokens, config.max_document_tokens)

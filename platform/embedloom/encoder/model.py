@@ -18,7 +18,7 @@ from embedloom.encoder.packing import PackedLayout, filler_tokens, use_packing
 from embedloom.encoder.pooling import pool, pool_packed
 from embedloom.encoder.shared import SharedWeights, export_weights, shared_backbone
 from embedloom.encoder.sidecars import derive_contract
-from embedloom.encoder.tokenizer import contract_ids, load_tokenizer
+from embedloom.encoder.tokenizer import CutTexts, contract_ids, load_tokenizer
 from embedloom.errors import ConfigError, DataError
 from embedloom.instructions import CONTRACT_FILE, PromptContract, Side
 
@@ -28,7 +28,8 @@ Vectors = np.ndarray[Any, np.dtype[np.float32]]  # [texts, dimension]
 
 
 class Encoder:
-    """Backbone, tokenizer and prompt contract of one model folder; ``tokens`` counts what went through it."""
+    """Backbone, tokenizer and prompt contract of one model folder; ``tokens`` counts what went through it, ``cuts`` what the
+    limits left out."""
 
     def __init__(self, backbone: Any, tokenizer: Any, contract: PromptContract, dtype: torch.dtype) -> None:
         self.backbone = backbone
@@ -36,6 +37,7 @@ class Encoder:
         self.contract = contract
         self.dtype = dtype
         self.tokens = TokenCount()
+        self.cuts = CutTexts()
         self.packed = use_packing(backbone, contract.attention == "causal")
         self._fused = fuse(backbone) if self.packed else None
         self._memory = MemoryLimit()
@@ -126,7 +128,7 @@ class Encoder:
         instruction: str | Sequence[str | None] | None = None,
     ) -> list[list[int]]:
         """Token ids of each text, formatted by the contract and cut to the side's limit; see ``contract_ids``."""
-        return contract_ids(self.tokenizer, self.contract, texts, side, task_type, instruction)
+        return contract_ids(self.tokenizer, self.contract, texts, side, task_type, instruction, self.cuts)
 
     def forward(self, token_ids: Sequence[Sequence[int]]) -> Tensor:
         """Vectors of one batch, with gradients if enabled: [len(token_ids), dimension], float32."""

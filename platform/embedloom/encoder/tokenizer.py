@@ -1,6 +1,7 @@
 """The tokenizer of a model folder, made to agree with the prompt contract for every reader."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,48 @@ from embedloom.instructions import PromptContract, Side
 # Prose has 2 to 7 characters a token; 16 leaves room for runs of spaces and rules of dashes. No number is safe for
 # every text (a WordPiece tokenizer turns a word of a megabyte into one token), so ``truncated_ids`` checks.
 CHARACTERS_PER_TOKEN = 16
+# Fewer tokens than these say nothing of a text: where an instruction leaves no more, all cut texts are nearly one.
+MIN_TEXT_TOKENS = 8
+
+
+class InstructionTooLong(DataError):
+    """A length limit leaves no room for a text beside its instruction."""
+
+
+@dataclass(slots=True)
+class CutTexts:
+    """How much of some texts a length limit left out."""
+
+    texts: int = 0  # all of them, cut or not
+    cut: int = 0
+    read: int = 0  # tokens of all texts that the model sees, instructions and special tokens included
+    left_out: int = (
+        0  # tokens behind the limit; estimated by a text's length beyond ``CHARACTERS_PER_TOKEN`` x limit
+    )
+
+    def counts(self) -> dict[str, int]:
+        """For a manifest; empty where no text was cut."""
+        return {"texts_cut": self.cut, "tokens_left_out": self.left_out} if self.cut else {}
+
+    def __str__(self) -> str:
+        """One clause for a progress line."""
+        if not self.cut:
+            return "no text cut"
+        share = self.read / (self.read + self.left_out)
+        return f"{self.cut:,} of {self.texts:,} texts cut, {share:.1%} of {self.read + self.left_out:,} tokens read"
+
+    def take(self) -> "CutTexts":
+        """What was counted so far; counting starts afresh."""
+        found = replace(self)
+        self.texts = self.cut = self.read = self.left_out = 0
+        return found
+
+    def add(self, other: "CutTexts") -> None:
+        """Count other texts too."""
+        self.texts += other.texts
+        self.cut += other.cut
+        self.read += other.read
+        self.left_out += other.left_out
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -28,6 +71,19 @@ def load_tokenizer(folder: Path) -> Any:
     if not tokenizer.is_fast:
         raise DataError(f"{folder}: no tokenizer.json; only fast tokenizers behave alike in every engine")
     return tokenizer
+
+
+def check_vocabulary(tokenizer: PreTrainedTokenizerBase, rows: int, where: str) -> None:
+    """Raise DataError if the tokenizer gives ids that the model's embedding of so many ``rows`` does not have.
+
+    Models with more rows than tokens are usual: rows are filled up to a multiple of 64.
+    """
+    token, largest = max(tokenizer.get_vocab().items(), key=lambda entry: entry[1])
+    if largest >= rows:
+        raise DataError(
+            f"{where}: its tokenizer gives ids up to {largest} (token {token!r}), its embedding has {rows} rows; allowed: "
+            "the model's own tokenizer, or a model whose embedding was resized to it"
+        )
 
 
 def special_habits(tokenizer: PreTrainedTokenizerBase) -> tuple[bool, bool]:
@@ -81,6 +137,7 @@ def contract_ids(
     side: Side,
     task_type: str | Sequence[str | None] | None = None,
     instruction: str | Sequence[str | None] | None = None,
+    cuts: CutTexts | None = None,
 ) -> list[list[int]]:
     """Token ids of each text, formatted by a contract and cut to the side's limit; never empty.
 
@@ -92,6 +149,10 @@ def contract_ids(
         task_type: a task type or the name of a task, which decides the instruction and whether documents carry it; one
             for all, one per text, or None for the contract's default task.
         instruction: one for all, one per text, or None for the contract's own.
+        cuts: takes note of what is cut.
+
+    Raises:
+        InstructionTooLong: a text is cut, and its instruction leaves fewer than ``MIN_TEXT_TOKENS`` of the limit to it.
     """
     if not texts:
         return []
@@ -103,16 +164,55 @@ def contract_ids(
         contract.format(text, side, kind, own)
         for text, kind, own in zip(texts, task_types, instructions, strict=True)
     ]
-    return formatted_ids(tokenizer, formatted, contract.max_tokens(side))
+    found = formatted_ids(tokenizer, contract, formatted, side, cuts)
+    full = (row for row, ids in enumerate(found) if len(ids) >= contract.max_tokens(side))
+    for kind, own in dict.fromkeys((task_types[row], instructions[row]) for row in full):
+        check_room(tokenizer, contract, side, kind, own)
+    return found
 
 
-def formatted_ids(tokenizer: Any, texts: Sequence[str], max_tokens: int) -> list[list[int]]:
-    """Token ids of model texts, cut to a limit; never empty."""
+def formatted_ids(
+    tokenizer: Any, contract: PromptContract, texts: Sequence[str], side: Side, cuts: CutTexts | None = None
+) -> list[list[int]]:
+    """``contract_ids`` of texts that are formatted already, whatever their instructions leave of the limit."""
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-    return [ids or [pad_id] for ids in truncated_ids(tokenizer, texts, max_tokens)]
+    return [ids or [pad_id] for ids in truncated_ids(tokenizer, texts, contract.max_tokens(side), cuts)]
 
 
-def truncated_ids(tokenizer: Any, texts: Sequence[str], max_tokens: int) -> list[list[int]]:
+def check_room(
+    tokenizer: Any,
+    contract: PromptContract,
+    side: Side,
+    task_type: str | None = None,
+    instruction: str | None = None,
+) -> None:
+    """Raise InstructionTooLong if an instruction leaves fewer than ``MIN_TEXT_TOKENS`` of a side's limit to a text."""
+    problem = room_problem(tokenizer, contract, side, contract.format("", side, task_type, instruction))
+    if problem is not None:
+        raise InstructionTooLong(problem)
+
+
+def room_problem(tokenizer: Any, contract: PromptContract, side: Side, prompt: str) -> str | None:
+    """What is wrong with the length of a prompt, which is a formatted empty text; None where it leaves enough room."""
+    limit, length = contract.max_tokens(side), len(prompt_ids(tokenizer, prompt))
+    if not prompt or limit - length >= MIN_TEXT_TOKENS:
+        return None
+    return (
+        f"the instruction takes {length} tokens ({prompt[:60]!r}{'...' * (len(prompt) > 60)}), which leaves "
+        f"{max(0, limit - length)} of the limit of {limit} for a {side} to its text; allowed: max_{side}_tokens of "
+        f"{length + MIN_TEXT_TOKENS} or more, or a shorter instruction"
+    )
+
+
+def prompt_ids(tokenizer: Any, prompt: str) -> list[int]:
+    """Token ids of a prompt, special tokens included, however many."""
+    ids: list[int] = tokenizer([prompt], truncation=False)["input_ids"][0]
+    return ids
+
+
+def truncated_ids(
+    tokenizer: Any, texts: Sequence[str], max_tokens: int, cuts: CutTexts | None = None
+) -> list[list[int]]:
     """Ids of each text cut to ``max_tokens``, special tokens included, without tokenizing what is cut off.
 
     A long text is tokenized up to ``max_tokens`` x 16 characters. Where that fills the limit, the rest cannot
@@ -123,28 +223,44 @@ def truncated_ids(tokenizer: Any, texts: Sequence[str], max_tokens: int) -> list
         tokenizer: a fast tokenizer.
         texts: any lengths.
         max_tokens: most ids a text may have.
+        cuts: takes note of what is cut.
     """
+    left_out = [0] * len(texts)
 
-    def ids_of(pieces: Sequence[str]) -> list[list[int]]:
+    def ids_of(rows: Sequence[int], pieces: Sequence[str]) -> list[list[int]]:
         encoded = tokenizer(list(pieces), truncation=True, max_length=max_tokens, padding=False)
         ids: list[list[int]] = encoded["input_ids"]
+        if cuts is not None:
+            for row, piece, own in zip(rows, pieces, encoded.encodings, strict=True):
+                left_out[row] = _left_out(own, len(texts[row]) / max(1, len(piece)))
         return ids
 
-    if tokenizer.truncation_side != "right":
-        return ids_of(texts)
     if not texts:
         return []
-    starts = [_start_of(text, max_tokens * CHARACTERS_PER_TOKEN) for text in texts]
-    ids = ids_of(starts)
-    unsure = [
-        position
-        for position, (text, start) in enumerate(zip(texts, starts, strict=True))
-        if len(start) < len(text) and len(ids[position]) < max_tokens
-    ]
-    if unsure:
-        for position, whole in zip(unsure, ids_of([texts[position] for position in unsure]), strict=True):
-            ids[position] = whole
+    everything = range(len(texts))
+    if tokenizer.truncation_side != "right":
+        ids = ids_of(everything, texts)
+    else:
+        starts = [_start_of(text, max_tokens * CHARACTERS_PER_TOKEN) for text in texts]
+        ids = ids_of(everything, starts)
+        unsure = [
+            row for row in everything if len(starts[row]) < len(texts[row]) and len(ids[row]) < max_tokens
+        ]
+        if unsure:
+            for row, whole in zip(unsure, ids_of(unsure, [texts[row] for row in unsure]), strict=True):
+                ids[row] = whole
+    if cuts is not None:
+        cuts.add(CutTexts(len(texts), sum(map(bool, left_out)), sum(map(len, ids)), sum(left_out)))
     return ids
+
+
+def _left_out(encoding: Any, whole: float) -> int:
+    """Tokens of a text behind its limit, the text being ``whole`` times as long as what was tokenized."""
+    behind: int = sum(len(piece) - sum(piece.special_tokens_mask) for piece in encoding.overflowing)
+    if whole <= 1:
+        return behind
+    seen: int = len(encoding) - sum(encoding.special_tokens_mask) + behind
+    return behind + max(1, round(seen * (whole - 1)))
 
 
 def _start_of(text: str, characters: int) -> str:

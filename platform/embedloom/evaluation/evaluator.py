@@ -6,6 +6,7 @@ from types import TracebackType
 from embedloom.artefacts import Artefact
 from embedloom.config.resources import PoolConfig
 from embedloom.encoder.device import DTypeName
+from embedloom.encoder.tokenizer import CutTexts
 from embedloom.errors import StageError
 from embedloom.evaluation.jobs import (
     EmbedJob,
@@ -29,6 +30,7 @@ from embedloom.evaluation.results import (
 from embedloom.evaluation.scoring import EvaluationActor
 from embedloom.evaluation.shard_plan import Part, ShardPlan, plan_shards
 from embedloom.evaluation.specs import TaskSpec
+from embedloom.evaluation.tasks import check_rooms
 from embedloom.evaluation.vector_store import VectorStore
 from embedloom.instructions import PromptContract
 from embedloom.progress import Progress, note
@@ -99,6 +101,7 @@ class Evaluator:
         todo = [unit for unit in units if not self._place.exists(unit.figures_path)]
         if not todo:
             return {}
+        check_rooms(todo, contracts)
         failures = self._survey(
             [contracts[key] for key in sorted({u.scorer.contract_hash for u in todo} - {""})]
         )
@@ -228,13 +231,17 @@ class Evaluator:
         if missing_parts(self._place, unit, survey):
             return {}
         tokens = padded = 0
+        cuts = CutTexts()
         if unit.scorer.folder is not None:
             store = self._store(unit.scorer)
             for shard in self._plans[unit.scorer.contract_hash].shards:
                 if shard.part[0] == unit.task and store.has(shard.id):
                     cost = store.cost(shard.id)
                     tokens, padded = tokens + cost[0], padded + cost[1]
-        finish_task(self._place, unit, survey, tokens, padded)
+                    cuts.add(store.cuts(shard.id))
+        finish_task(self._place, unit, survey, tokens, padded, cuts)
+        if cuts.cut:
+            note("evaluate", f"{unit.label}: {cuts}")
         return {unit.label: read_scores(self._place, unit)["main_score"]}
 
 

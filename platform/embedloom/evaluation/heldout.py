@@ -1,9 +1,13 @@
 """The run's own held-out split as retrieval data: documents are the corpus, natural pairs the queries."""
 
+import json
+import math
+
 from embedloom.artefacts import Artefact, fingerprint
 from embedloom.errors import DataError
 from embedloom.evaluation.retrieval_task import Query, RetrievalData
-from embedloom.records import check_unique_ids
+from embedloom.ngrams import folded
+from embedloom.records import GRADE, check_unique_ids
 
 _SCORED_TASK_TYPES = ("retrieval",)
 
@@ -20,7 +24,9 @@ def check_heldout(corpus: Artefact, split: str, where: str) -> None:
 
 
 def read_heldout(corpus: Artefact, split: str, where: str, own_instructions: bool = False) -> RetrievalData:
-    """Read one split; pairs with the same query text become one query with several positives.
+    """Read one split; pairs that ask the same under one instruction become one query with several positives.
+
+    Every document that any pair names for the question counts, under whatever instruction, with its best grade.
 
     With ``own_instructions``, pairs with the same text and different instructions stay two queries; without, they are
     one, as they are to a model that is asked without any.
@@ -41,15 +47,18 @@ def read_heldout(corpus: Artefact, split: str, where: str, own_instructions: boo
     for pair in pairs:
         _check_pair(pair, known, split, where)
     groups: dict[tuple[str, str | None], list[dict[str, str]]] = {}
+    judged: dict[str, dict[str, int]] = {}
     for pair in pairs:
-        key = (pair["query"], pair["instruction"] if own_instructions else None)
-        groups.setdefault(key, []).append(pair)
+        question = folded(pair["query"])
+        groups.setdefault((question, pair["instruction"] if own_instructions else None), []).append(pair)
+        grades = judged.setdefault(question, {})
+        grades[pair["document_id"]] = max(_grade(pair), grades.get(pair["document_id"], 1))
     queries = {}
-    for (text, _), group in groups.items():
+    for (question, _), group in groups.items():
         instructions = {pair["instruction"] for pair in group}
         own = instructions.pop() if len(instructions) == 1 else ""
-        query = Query(min(pair["id"] for pair in group), text, own)
-        queries[query] = {pair["document_id"]: 1 for pair in group}
+        first = min(group, key=lambda pair: pair["id"])
+        queries[Query(first["id"], first["query"], own)] = judged[question]
     return RetrievalData(
         documents=rows,
         queries=sorted(queries, key=lambda query: query.id),
@@ -58,6 +67,12 @@ def read_heldout(corpus: Artefact, split: str, where: str, own_instructions: boo
         revision=fingerprint(corpus.fingerprint, split),
         description=f"Held-out {split} split of the run's own corpus",
     )
+
+
+def _grade(pair: dict[str, str]) -> int:
+    """How relevant a pair's document is; the measures know whole numbers, so a fraction counts as the next one up."""
+    attributes: dict[str, float] = json.loads(pair["attributes"] or "{}")
+    return math.ceil(attributes.get(GRADE, 1))
 
 
 def _check_pair(pair: dict[str, str], documents: set[str], split: str, where: str) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 
 from mteb.results import TaskResult
 
+from embedloom.encoder.tokenizer import CutTexts
 from embedloom.evaluation.jobs import Outcome, Survey, Unit
 from embedloom.storage import Place
 
@@ -93,7 +94,9 @@ def missing_parts(place: Place, unit: Unit, survey: Survey) -> list[str | None]:
     ]  # fmt: skip
 
 
-def finish_task(place: Place, unit: Unit, survey: Survey, tokens: int, padded: int) -> None:
+def finish_task(
+    place: Place, unit: Unit, survey: Survey, tokens: int, padded: int, cuts: CutTexts | None = None
+) -> None:
     """Sum the figures of a task's parts; the file marks the task done.
 
     Args:
@@ -102,6 +105,7 @@ def finish_task(place: Place, unit: Unit, survey: Survey, tokens: int, padded: i
         survey: of the task.
         tokens: of the shards that the task owns.
         padded: the same with padding.
+        cuts: what the model's limits left out of their texts.
     """
     parts = [place.read_json(Unit(unit.scorer, unit.task, part).part_path) for part in survey.parts]
     total: dict[str, Any] = {
@@ -113,7 +117,10 @@ def finish_task(place: Place, unit: Unit, survey: Survey, tokens: int, padded: i
     prompts = survey.prompts.get(unit.scorer.contract_hash)
     if prompts is not None:
         total["prompts"] = asdict(prompts)
-    place.write_json(unit.figures_path, {**total, "type": survey.type, "metric": survey.metric})
+    place.write_json(
+        unit.figures_path,
+        {**total, **(cuts or CutTexts()).counts(), "type": survey.type, "metric": survey.metric},
+    )
 
 
 def drop_other_prompts(place: Place, unit: Unit) -> None:

@@ -97,6 +97,7 @@ class EvaluationActor:
             chosen = [listed.entries[row] for row in job.shard.rows]
             vectors = np.empty((len(chosen), encoder.dimension), dtype=np.float32)
             before = (encoder.tokens.real, encoder.tokens.padded)
+            encoder.cuts.take()
             for side in ("query", "document"):
                 rows = [number for number, entry in enumerate(chosen) if entry.side == side]
                 texts = [chosen[row].text for row in rows]
@@ -106,7 +107,7 @@ class EvaluationActor:
                         texts, side, listed.task_type, instructions, DEFAULT_BATCH_TOKENS
                     )
             tokens = (encoder.tokens.real - before[0], encoder.tokens.padded - before[1])
-            store.write(job.shard.id, listed.keys[job.shard.rows], vectors, *tokens)
+            store.write(job.shard.id, listed.keys[job.shard.rows], vectors, *tokens, encoder.cuts.take())
         return Outcome()
 
     def _score(self, job: ScoreJob) -> Outcome:

@@ -15,6 +15,7 @@ from embedloom.evaluation.scorers import make_scorers
 from embedloom.evaluation.specs import expand_tasks
 from embedloom.evaluation.standings import check_pool, score_intervals, standings
 from embedloom.evaluation.tasks import check_task
+from embedloom.retrieval.vector_files import CUT_COUNTS
 from embedloom.storage import Place
 
 VECTORS_FOLDER = "_vectors"
@@ -107,6 +108,7 @@ def _counts(figures: Figures) -> dict[str, Any]:
         "tasks": len(queries),
         "scores": len(figures),
         "padding_share": round(1 - tokens / padded, 4) if padded else 0.0,
+        **{key: count for key in CUT_COUNTS if (count := sum(f.get(key, 0) for f in figures.values()))},
     }
 
 

@@ -1,21 +1,27 @@
 """From a task of the config to an mteb task."""
 
 import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import mteb
 from mteb.abstasks import AbsTask, AbsTaskRetrieval
+from mteb.types import PromptType
 
 from embedloom.artefacts import Artefact
+from embedloom.encoder.tokenizer import InstructionTooLong, check_room, load_tokenizer
 from embedloom.errors import DataError
 from embedloom.evaluation.beir import check_beir, read_beir
+from embedloom.evaluation.benchmark_instructions import role_of
 from embedloom.evaluation.heldout import check_heldout, read_heldout
+from embedloom.evaluation.jobs import Unit
 from embedloom.evaluation.local_labelled import make_labelled_task
 from embedloom.evaluation.local_layout import RANKED_TYPES
 from embedloom.evaluation.local_retrieval import make_ranked_task
 from embedloom.evaluation.retrieval_task import make_retrieval_task
 from embedloom.evaluation.specs import TaskSpec
+from embedloom.instructions import PromptContract
 
 
 def check_task(spec: TaskSpec, corpus: Artefact | None) -> bool:
@@ -56,6 +62,31 @@ def build_task(spec: TaskSpec, corpus: Artefact | None) -> AbsTask:
         ranked = spec.local.type in RANKED_TYPES
         return (make_ranked_task if ranked else make_labelled_task)(spec, spec.local)
     return _loaded(_mteb_task(spec), spec.where)
+
+
+def check_rooms(units: Sequence[Unit], contracts: Mapping[str, PromptContract]) -> None:
+    """Refuse a task whose instruction leaves a model's limit no room for a text, before anything is embedded.
+
+    Known here are the instructions of mteb tasks and the contracts' own; one that stands with a query is met when its
+    text is embedded.
+
+    Raises:
+        InstructionTooLong: names task and model, the limit and the length.
+    """
+    tokenizers: dict[Path, Any] = {}
+    for unit in units:
+        folder, contract = unit.scorer.folder, contracts.get(unit.scorer.contract_hash)
+        if folder is None or contract is None or unit.task.kind != "mteb":
+            continue
+        if folder not in tokenizers:
+            tokenizers[folder] = load_tokenizer(folder)
+        metadata = _mteb_task(unit.task).metadata
+        for kind in (PromptType.query, PromptType.document):
+            role = role_of(metadata, kind, contract, unit.task.instructed)
+            try:
+                check_room(tokenizers[folder], contract, role.side, role.task_type, role.instruction)
+            except InstructionTooLong as error:
+                raise InstructionTooLong(f"{unit.task.where}, model {unit.scorer.name!r}: {error}") from error
 
 
 def task_size(task: AbsTask, subset: str | None = None) -> dict[str, int]:

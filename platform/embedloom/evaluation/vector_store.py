@@ -7,12 +7,13 @@ its name is the hash of the texts in it, so a killed evaluation finds what it fi
 import hashlib
 import io
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import numpy as np
 
 from embedloom.encoder.model import Vectors
+from embedloom.encoder.tokenizer import CutTexts
 from embedloom.errors import DataError
 from embedloom.instructions import PromptContract, Side
 from embedloom.storage import Place
@@ -47,16 +48,24 @@ class VectorStore:
         """Whether a shard is there."""
         return self.place.exists(_file(shard))
 
-    def write(self, shard: str, keys: Keys, vectors: Vectors, tokens: int, padded: int) -> None:
-        """Store a shard with what it cost."""
+    def write(
+        self, shard: str, keys: Keys, vectors: Vectors, tokens: int, padded: int, cuts: CutTexts | None = None
+    ) -> None:
+        """Store a shard with what it cost, and what the limits left out of its texts."""
         stream = io.BytesIO()
-        np.savez(stream, keys=keys, vectors=vectors, tokens=np.array([tokens, padded]))
+        cut = np.array(astuple(cuts or CutTexts()))
+        np.savez(stream, keys=keys, vectors=vectors, tokens=np.array([tokens, padded]), cut=cut)
         self.place.write_bytes(_file(shard), stream.getvalue())
 
     def cost(self, shard: str) -> tuple[int, int]:
         """Tokens and padded tokens of a shard."""
         tokens, padded = self._load(shard)["tokens"]
         return int(tokens), int(padded)
+
+    def cuts(self, shard: str) -> CutTexts:
+        """What the limits left out of a shard's texts; nothing is known of one that an earlier version wrote."""
+        content = self._load(shard)
+        return CutTexts(*map(int, content["cut"])) if "cut" in content else CutTexts()
 
     def read(self, shards: Sequence[str]) -> "VectorTable":
         """All vectors of some shards."""

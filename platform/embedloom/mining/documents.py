@@ -11,6 +11,7 @@ import pyarrow.compute as pc
 
 from embedloom.errors import DataError
 from embedloom.instructions import document_text
+from embedloom.ngrams import folded
 from embedloom.retrieval.exact import Positions
 from embedloom.retrieval.parts import PartReader
 from embedloom.storage import Place
@@ -37,7 +38,7 @@ class DocumentTexts:
             # 64 bits of a hash: two texts of ten million share one by accident with a chance of 3 in a million,
             # and then one document is no negative of the other's queries.
             digests.append(
-                np.fromiter((text_digest(text) for text in _texts(table)), np.int64, table.num_rows)
+                np.fromiter((text_digest(folded(text)) for text in _texts(table)), np.int64, table.num_rows)
             )
         unsorted = pa.concat_arrays(ids) if ids else pa.array([], pa.large_string())
         order = pc.sort_indices(unsorted).to_numpy()
@@ -60,7 +61,7 @@ class DocumentTexts:
         return np.split(found, np.cumsum([len(ids) for ids in lists])[:-1]) if lists else []
 
     def same_text(self, positions: Positions) -> Positions:
-        """The smallest position with the same text, for each of these: equal exactly for equal texts.
+        """The smallest position with the same text, case and blanks aside, for each of these.
 
         Raises:
             DataError: a position is -1, so an id came from another corpus.
@@ -72,9 +73,10 @@ class DocumentTexts:
         return np.asarray(self._same[positions])
 
     def position_of(self, text: str) -> int | None:
-        """The smallest position with this text, None if no document has it."""
-        slot = int(np.searchsorted(self._digests, text_digest(text)))
-        found = slot < len(self._digests) and self._digests[slot] == text_digest(text)
+        """The smallest position with this text, case and blanks aside; None if no document has it."""
+        digest = text_digest(folded(text))
+        slot = int(np.searchsorted(self._digests, digest))
+        found = slot < len(self._digests) and self._digests[slot] == digest
         return int(self._first[slot]) if found else None
 
     def texts(self, positions: Iterable[int]) -> dict[int, str]:

@@ -11,6 +11,7 @@ from embedloom.mining.given import LABEL_TASK_TYPES
 from embedloom.mining.mined import Found, Mined, negatives_given, positive_texts
 from embedloom.mining.select import Selection, blend, query_seed, select_negatives
 from embedloom.mining.teacher_pass import given_texts
+from embedloom.ngrams import folded
 from embedloom.records import table_from_rows
 from embedloom.retrieval.exact import Positions
 
@@ -75,15 +76,16 @@ class ExampleWorker:
         found = self._mined.found(queries[0]["part"])
         positives = positive_texts(self._texts, queries)
         known = self._texts.find_lists([row["known_positives"] for row in queries])
+        right = self._right_texts(queries, positives, known)
         places = [self._texts.find_lists([one.ids for one in teacher]) for teacher in found]
         chosen = [
             self._select(
                 row,
-                positive,
+                right[number],
                 known[number],
                 [(teacher[number], at[number]) for teacher, at in zip(found, places, strict=True)],
             )
-            for number, (row, positive) in enumerate(zip(queries, positives, strict=True))
+            for number, row in enumerate(queries)
         ]
         wanted = {key for one in chosen for key in [*one.ids, *one.naive[:1]] if isinstance(key, int)}
         texts = self._texts.texts(wanted)
@@ -92,7 +94,7 @@ class ExampleWorker:
             mined = found[0][number]
             negatives = [texts[key] if isinstance(key, int) else str(key) for key in one.ids]
             if len(negatives) < self._rules.selection.min_negatives:
-                reason = "too_few_negatives" if negatives else "no_negative_left"
+                reason = _reject_reason(row, one)
                 rejects.append({"id": row["id"], "reason": reason, "detail": f"{len(negatives)} survived"})
             else:
                 examples.append(self._example(row, positive, mined, negatives, one.scores))
@@ -107,8 +109,26 @@ class ExampleWorker:
             EXAMPLES_FOLDER: table_from_rows("examples", examples),
         }
 
+    def _right_texts(
+        self, queries: list[dict[str, Any]], positives: list[str], known: list[Positions]
+    ) -> list[set[str]]:
+        """Texts that are no negatives of each query, case and blanks aside: its right answers, and itself.
+
+        Those of its known positives in the corpus only where negatives came with it: the others are compared by place.
+        """
+        given = [
+            at[at >= 0].tolist() if negatives_given(row) else []
+            for row, at in zip(queries, known, strict=True)
+        ]
+        found = self._texts.texts({position for own in given for position in own})
+        return [
+            {folded(text) for text in (positive, *(row.get("rights") or ()), *(found[at] for at in own))}
+            | ({folded(row["text"])} if row["task_type"] not in LABEL_TASK_TYPES else set())
+            for row, positive, own in zip(queries, positives, given, strict=True)
+        ]
+
     def _select(
-        self, row: dict[str, Any], positive: str, known: Positions, mined: list[tuple[Found, Positions]]
+        self, row: dict[str, Any], right: set[str], known: Positions, mined: list[tuple[Found, Positions]]
     ) -> Selection[Any]:
         """Negatives of one query: positions of documents, or the texts that came with the pair."""
         rules = self._rules.selection
@@ -116,10 +136,17 @@ class ExampleWorker:
             given = mined[0][0].given
             texts = given_texts(row)[-len(given) :] if given else []
             scored = dict(zip(texts, given, strict=True))
-            scored.pop(positive, None)
-            kept = list(scored.items())[: rules.negatives]
-            return Selection([text for text, _ in kept], [score for _, score in kept])
-        excluded = {self._texts.position_of(positive), *self._texts.same_text(known[known >= 0]).tolist()}
+            negatives = [(text, score) for text, score in scored.items() if folded(text) not in right]
+            kept = negatives[: rules.negatives]
+            return Selection(
+                [text for text, _ in kept],
+                [score for _, score in kept],
+                removed_as_positive=len(scored) - len(negatives),
+            )
+        excluded = {
+            *(self._texts.position_of(text) for text in right),
+            *self._texts.same_text(known[known >= 0]).tolist(),
+        }
         seed = query_seed(row["id"], "negatives")
         selections = [
             select_negatives(
@@ -152,6 +179,12 @@ class ExampleWorker:
             "task_type": row["task_type"],
             "dataset": row["dataset"],
         }
+
+
+def _reject_reason(row: dict[str, Any], one: Selection[Any]) -> str:
+    if one.ids:
+        return "too_few_negatives"
+    return "negative_is_positive" if negatives_given(row) and one.removed_as_positive else "no_negative_left"
 
 
 def _audit_row(

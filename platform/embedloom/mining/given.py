@@ -8,6 +8,7 @@ import pyarrow as pa
 
 from embedloom.engines.shards import PART_PATTERN
 from embedloom.mining.select import query_seed
+from embedloom.ngrams import folded
 from embedloom.storage import Place
 
 GIVEN_FOLDER = "given"
@@ -23,7 +24,8 @@ GIVEN_SCHEMA = pa.schema(
 
 def wrong_labels(labels: Sequence[str], right: Collection[str], query_id: str) -> list[str]:
     """Labels drawn at random among the wrong ones of a task (paper §3.2), the same for the same query id."""
-    wrong = [label for label in labels if label not in right]
+    known = {folded(label) for label in right}
+    wrong = [label for label in labels if folded(label) not in known]
     order = np.random.default_rng(query_seed(query_id, "labels")).permutation(len(wrong))
     return [wrong[number] for number in order[:_WRONG_LABELS]]
 

@@ -6,6 +6,7 @@ A collection is what a query's negatives are searched in: ``corpus``, or, for te
 
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from embedloom.errors import DataError
 from embedloom.instructions import SYMMETRIC_TASK_TYPES, check_task_type
 from embedloom.mining.documents import text_digest
 from embedloom.mining.given import CORPUS, LABEL_TASK_TYPES, GivenTexts, wrong_labels
+from embedloom.ngrams import folded
 from embedloom.records import check_table, content_id, table_from_rows
 from embedloom.storage import Place
 
@@ -36,11 +38,12 @@ QUERY_SCHEMA = pa.schema(
         ("part", pa.string()),  # name of this row's file, which its vectors and results share
         ("collection", pa.string()),
         ("document_id", pa.string()),  # of the positive in its collection
-        ("known_positives", _TEXTS),  # document ids of every pair with this query text, this one included
+        ("known_positives", _TEXTS),  # document ids of every pair with this query, this one included
         ("positive", pa.string()),  # given with the pair; null if the corpus has document_id
         ("negatives", _TEXTS),  # given with the pair, or wrong labels; replace mined ones
         ("task_type", pa.string()),
         ("dataset", pa.string()),
+        ("rights", _TEXTS),  # texts given as right answers to this query with other pairs; null: none
     ]
 )
 _Source = tuple[Place, str]
@@ -71,7 +74,8 @@ def write_queries(files: list[_Source], corpus: _Source, out: Place, shard_rows:
         shard_rows: rows per part.
 
     Returns:
-        ``{"rows", "pairs": {origin: n}, "rejects": {reason: n}, "parts": {collection: [names]}, "given": [collections]}``.
+        ``{"rows", "pairs": {origin: n}, "rejects": {reason: n}, "cleaned": {reason: n}, "parts": {collection: [names]},
+        "given": [collections]}``; ``cleaned`` counts given negatives that are right answers or the query itself.
 
     Raises:
         DataError: a pair id twice, an unknown task type, or no row at all.
@@ -96,14 +100,27 @@ def inline_id(text: str, task_type: str, instruction: str) -> str:
     return content_id("inline", text, task_type, instruction if task_type in SYMMETRIC_TASK_TYPES else "")
 
 
+def question_of(query: str, task_type: str, instruction: str) -> str:
+    """What two pairs must share to ask the same: the query, case and blanks aside; of labels also the task, since a
+    text may have another label in the next one."""
+    return f"{folded(query)}\0{instruction if task_type in LABEL_TASK_TYPES else ''}"
+
+
+@dataclass(slots=True)
+class _Answers:
+    """The right answers to a question, over all pairs."""
+
+    documents: set[str] = field(default_factory=set)  # ids
+    texts: set[str] = field(default_factory=set)  # those that came with the pairs
+
+
 class _Writer:
     """Sorts pairs into collections and writes a part whenever one is full."""
 
     def __init__(self, files: list[_Source], corpus: _Source, out: Place, shard_rows: int) -> None:
         self._out = out
         self._shard_rows = shard_rows
-        self._shared = _shared_queries(files)
-        self._right = _shared_positives(files, self._shared)
+        self._answers = _shared_answers(files)
         self._labels = _label_sets(files)
         place, folder = corpus
         names = place.names(folder, ".parquet")
@@ -113,6 +130,7 @@ class _Writer:
         self._waiting: dict[str, list[dict[str, Any]]] = {}
         self._parts: dict[str, list[str]] = {}
         self._origins: Counter[str] = Counter()
+        self._cleaned: Counter[str] = Counter()
         self._rejects: list[dict[str, object]] = []
 
     def add(self, pairs: list[dict[str, Any]]) -> None:
@@ -145,14 +163,17 @@ class _Writer:
             "rows": sum(self._origins.values()),
             "pairs": dict(sorted(self._origins.items())),
             "rejects": dict(sorted(Counter(row["reason"] for row in self._rejects).items())),
+            "cleaned": dict(sorted(self._cleaned.items())),
             "parts": self._parts,
             "given": self._given.finish(),
         }
 
     def _row(self, pair: dict[str, Any], in_corpus: bool) -> dict[str, Any]:
         positive = None if in_corpus else pair["positive"]
-        right = {positive} | self._right.get(pair["query"], set()) if positive is not None else set()
-        negatives = [text for text in pair["negatives"] or [] if text not in right]
+        question = question_of(pair["query"], pair["task_type"], pair["instruction"])
+        answers = self._answers.get(question, _Answers({pair["document_id"]}))
+        right = answers.texts | ({pair["positive"]} if pair["positive"] else set())
+        negatives = self._negatives(pair, right)
         if not negatives and pair["task_type"] in LABEL_TASK_TYPES and positive is not None:
             negatives = wrong_labels(self._labels[pair["origin"], pair["instruction"]], right, pair["id"])
         own = positive is not None and not negatives and pair["task_type"] in _PAIRED_TASK_TYPES
@@ -161,7 +182,6 @@ class _Writer:
             {text: inline_id(text, pair["task_type"], pair["instruction"]) for text in right} if own else {}
         )
         document_id = named.get(positive, pair["document_id"])
-        shared = self._shared.get(pair["query"], [pair["document_id"]])
         return {
             "id": pair["id"],
             "text": pair["query"],
@@ -169,12 +189,23 @@ class _Writer:
             "part": "",
             "collection": collection,
             "document_id": document_id,
-            "known_positives": sorted(named.values()) if own else shared,
+            "known_positives": sorted(named.values() if own else answers.documents),
             "positive": positive,
             "negatives": negatives or None,
             "task_type": pair["task_type"],
             "dataset": pair["dataset"] or pair["origin"],
+            "rights": sorted(right - {positive}) or None,
         }
+
+    def _negatives(self, pair: dict[str, Any], right: set[str]) -> list[str]:
+        """The negatives that came with a pair, less those that are none."""
+        wrong = {folded(text): "negative_is_positive" for text in right}
+        if pair["task_type"] not in LABEL_TASK_TYPES:
+            wrong.setdefault(folded(pair["query"]), "negative_is_query")
+        given = pair["negatives"] or []
+        reasons = [wrong.get(folded(text)) for text in given]
+        self._cleaned.update(reason for reason in reasons if reason is not None)
+        return [text for text, reason in zip(given, reasons, strict=True) if reason is None]
 
     def _write(self, collection: str) -> None:
         rows = self._waiting.pop(collection)
@@ -228,22 +259,20 @@ def _check_ids(files: list[_Source]) -> None:
             )
 
 
-def _shared_queries(files: list[_Source]) -> dict[str, list[str]]:
-    """Query texts that stand in several pairs, with all their document ids."""
-    repeated = _repeated(lambda: (row[0] for row in _rows(files, ["query"])))
-    found: dict[str, set[str]] = {}
-    for query, document_id in _rows(files, ["query", "document_id"]) if repeated else ():
-        if text_digest(query) in repeated:
-            found.setdefault(query, set()).add(document_id)
-    return {query: sorted(ids) for query, ids in found.items()}
-
-
-def _shared_positives(files: list[_Source], shared: dict[str, list[str]]) -> dict[str, set[str]]:
-    """Positive texts that come with the pairs of each shared query: all of them are right answers to it."""
-    found: dict[str, set[str]] = {}
-    for query, positive in _rows(files, ["query", "positive"]) if shared else ():
-        if positive and query in shared:
-            found.setdefault(query, set()).add(positive)
+def _shared_answers(files: list[_Source]) -> dict[str, _Answers]:
+    """The right answers to every question that stands in several pairs."""
+    names = ["query", "task_type", "instruction"]
+    repeated = _repeated(lambda: (question_of(*row) for row in _rows(files, names)))
+    found: dict[str, _Answers] = {}
+    for *asked, document_id, positive in (
+        _rows(files, [*names, "document_id", "positive"]) if repeated else ()
+    ):
+        question = question_of(*asked)
+        if text_digest(question) in repeated:
+            answers = found.setdefault(question, _Answers())
+            answers.documents.add(document_id)
+            if positive:
+                answers.texts.add(positive)
     return found
 
 

@@ -28,6 +28,7 @@ from embedloom.mining.mined import Mined
 from embedloom.mining.queries import QUERIES_FOLDER, pair_files, write_queries
 from embedloom.mining.teacher_pass import DOCUMENTS_FOLDER, TeacherPass, part_names
 from embedloom.retrieval.embedder import EmbedderSource
+from embedloom.retrieval.vector_files import CUT_COUNTS
 from embedloom.storage import Place
 
 
@@ -67,11 +68,14 @@ def mine(
         one = TeacherPass(number, source, config, out.place, corpus.place, pool, ahead)
         tokens.update(one.embed(queries))
         hashes.append(one.search(queries, parts))
+    cut = {key: tokens.pop(key) for key in CUT_COUNTS if key in tokens}
     counts = {
         "rows": queries["rows"],
         "rejects": queries["rejects"],
+        **({"cleaned": queries["cleaned"]} if queries.get("cleaned") else {}),
         "tokens": sum(tokens.values()),
         "tokens_by_side": dict(tokens),
+        **cut,
         "top_k": config.top_k,
     }
     details = {

@@ -1,6 +1,7 @@
 """One teacher's pass over all queries: embed, search, and keep every candidate with its score."""
 
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -14,13 +15,13 @@ from embedloom.engines.shards import PART_PATTERN
 from embedloom.errors import DataError
 from embedloom.mining.given import CORPUS, GIVEN_FOLDER, UNSEARCHED
 from embedloom.mining.queries import QUERIES_FOLDER, inline_id
-from embedloom.progress import Progress
+from embedloom.progress import Progress, note
 from embedloom.records import check_table
 from embedloom.retrieval.embed import TextColumns, embed_corpus
 from embedloom.retrieval.embedder import EmbedderSource
 from embedloom.retrieval.search import TopK
 from embedloom.retrieval.sharded import Asked, search_sharded
-from embedloom.retrieval.vector_files import check_same_contract, read_vector_file
+from embedloom.retrieval.vector_files import CUT_COUNTS, check_same_contract, cut_line, read_vector_file
 from embedloom.retrieval.vectors import VectorCatalogue
 from embedloom.storage import Place
 
@@ -62,7 +63,7 @@ class TeacherPass:
         self._ahead = None if ahead is None else ahead.child(str(number))
 
     def embed(self, queries: dict[str, Any]) -> dict[str, int]:
-        """Write query and document vectors; tokens by side."""
+        """Write query and document vectors; tokens by side, and what the teacher's limits cut."""
         common: dict[str, Any] = {
             "output": self._place, "model": self._source, "pool": self._pool, "shard_rows": self._config.shard_rows,
         }  # fmt: skip
@@ -73,20 +74,24 @@ class TeacherPass:
             done_folder=f"{self._folder}/queries", columns=_GIVEN_TEXTS, by_file=True, ahead=self._ahead,
             **common,
         )  # fmt: skip
-        tokens = {"queries": asked["tokens"], "documents": 0}
+        found = [asked]
         if CORPUS in queries["parts"]:
             done = embed_corpus(
                 stage=f"mine documents, {name}", source=self._corpus, source_folder=DOCUMENTS_FOLDER, side="document",
                 done_folder=self._vectors(CORPUS), **common,
             )  # fmt: skip
-            tokens["documents"] += done["tokens"]
+            found.append(done)
         for group in queries["given"]:
             done = embed_corpus(
                 stage=f"mine given texts, {name}", source=self._place, source_folder=f"{GIVEN_FOLDER}/{group}",
                 side="document", done_folder=self._vectors(group), columns=_GIVEN_TEXTS, **common,
             )  # fmt: skip
-            tokens["documents"] += done["tokens"]
-        return tokens
+            found.append(done)
+        cost = sum(map(Counter, found), Counter[str]())
+        note("mine", f"{name}: {cut_line(cost['rows'], cost)}")
+        documents = cost["tokens"] - asked["tokens"]
+        cut = {key: cost[key] for key in CUT_COUNTS if key in cost}
+        return {"queries": asked["tokens"], "documents": documents, **cut}
 
     def search(self, queries: dict[str, Any], parts: list[str]) -> str:
         """Write ``candidates/`` and ``positive_scores/`` of every part; returns the contract hash."""

@@ -7,6 +7,7 @@ from embedloom.artefacts import MANIFEST_FILE, Artefact, ArtefactWriter
 from embedloom.config.resources import PoolConfig
 from embedloom.config.use import EmbeddingConfig
 from embedloom.encoder.sidecars import derive_contract
+from embedloom.encoder.tokenizer import InstructionTooLong, check_room, load_tokenizer
 from embedloom.errors import ConfigError, DataError
 from embedloom.instructions import CONTRACT_FILE, PromptContract
 from embedloom.progress import note
@@ -18,6 +19,7 @@ from embedloom.retrieval.inputs import DOCUMENTS_FOLDER, SPLITS, check_instructi
 from embedloom.retrieval.ledger import open_ledger
 from embedloom.retrieval.previous import aside_of
 from embedloom.retrieval.teachers import beyond_encoder
+from embedloom.retrieval.vector_files import cut_line
 from embedloom.storage import Place, absolute
 
 __all__ = ["DOCUMENTS_FOLDER", "SPLITS", "VECTORS_FOLDER", "embed_artefact"]
@@ -45,12 +47,16 @@ def embed_artefact(
     contract = _contract(model)
     config = _with_task(config, contract)
     _check(config, contract)
+    try:
+        check_room(load_tokenizer(model), contract, config.side, config.task_type, config.instruction)
+    except InstructionTooLong as error:
+        raise InstructionTooLong(f"embedding.instruction: {error}") from error
     recipe = {**config.recipe, "model_id": model_id, "contract_hash": contract.hash}
     earlier = _earlier(config, recipe, out.place)
     source = open_input(corpus, config, out.place)
     before = (earlier.fingerprint, earlier.place) if earlier else None
     ledger = open_ledger(source, out.place, config.shard_rows, before)
-    tokens = embed_rows(
+    cost = embed_rows(
         stage="embed",
         source=source,
         ledger=ledger,
@@ -71,7 +77,8 @@ def embed_artefact(
     if config.index is not None:
         details["index"] = build_index(config.index, out.place, contract.hash)
     out.place.child(OWN_FOLDER).remove()
-    done = out.commit({**ledger.counts, "tokens": tokens}, details)
+    done = out.commit({**ledger.counts, **cost}, details)
+    note("embed", cut_line(sum(ledger.own), cost))
     if out.place.is_local:
         aside_of(out.place).remove()
     return done

@@ -7,15 +7,16 @@ import numpy as np
 import pyarrow as pa
 
 from embedloom.config.resources import PoolConfig
+from embedloom.encoder.tokenizer import CutTexts
 from embedloom.engines.shards import run_sharded
 from embedloom.errors import DataError
 from embedloom.instructions import Side, document_text
 from embedloom.retrieval.ahead import AheadVectors, Asked
-from embedloom.retrieval.embedder import EmbedderSource
+from embedloom.retrieval.embedder import EmbedderSource, taken_cuts
 from embedloom.retrieval.search import check_vectors
 from embedloom.retrieval.shared_weights import share_weights
 from embedloom.retrieval.stored import StoredType, final_table, stored_vectors, vector_columns
-from embedloom.retrieval.vector_files import CONTRACT_KEY, MODEL_KEY, TOKENS_KEY
+from embedloom.retrieval.vector_files import CONTRACT_KEY, MODEL_KEY, cost_counts, cost_metadata
 from embedloom.storage import Place
 
 
@@ -26,6 +27,7 @@ def vector_table(
     model_id: str,
     tokens: int,
     dtype: StoredType = "float32",
+    cuts: CutTexts | None = None,
 ) -> pa.Table:
     """Vectors as Arrow: id, vector (fixed_size_list), where needed scale, and what made them in the schema metadata.
 
@@ -36,12 +38,13 @@ def vector_table(
         model_id: fingerprint or name of the weights.
         tokens: real tokens behind these rows.
         dtype: stored type.
+        cuts: what the model did not see of their texts.
     """
     columns = vector_columns(np.ascontiguousarray(vectors, dtype=np.float32), dtype)
     metadata = {
         CONTRACT_KEY: contract_hash.encode(),
         MODEL_KEY: model_id.encode(),
-        TOKENS_KEY: str(tokens).encode(),
+        **cost_metadata(tokens, cuts or CutTexts()),
     }
     return final_table(pa.table({"id": pa.array(ids, pa.string()), **columns}), metadata)
 
@@ -92,7 +95,13 @@ class EmbeddingWorker:
         ids = rows.column(self.columns.id).to_pylist()
         contract_hash = self.embedder.contract_hash
         table = vector_table(
-            ids, vectors[positions], contract_hash, self.model_id, sum(tokens), self.vector_dtype
+            ids,
+            vectors[positions],
+            contract_hash,
+            self.model_id,
+            sum(tokens),
+            self.vector_dtype,
+            taken_cuts(self.embedder),
         )
         return {self.done_folder: table}
 
@@ -158,7 +167,8 @@ def embed_corpus(
         ahead: where vectors of some of these queries stand already; see ``ahead.py``.
 
     Returns:
-        ``{"rows": …, "tokens": …}``: rows written and real tokens embedded.
+        ``{"rows": …, "tokens": …}``: rows written and real tokens embedded; where texts were cut also ``texts_cut`` and
+        ``tokens_left_out``, of the distinct texts of each shard.
     """
     parts = run_sharded(
         stage=stage,
@@ -184,13 +194,9 @@ def embed_corpus(
 
 
 def vector_counts(place: Place, parts: list[str]) -> dict[str, int]:
-    """Rows and embedded tokens of vector files, from their footers."""
-    counts = {"rows": 0, "tokens": 0}
-    for part in parts:
-        schema, rows = place.parquet_footer(part)
-        counts["rows"] += rows
-        counts["tokens"] += int(schema.metadata[TOKENS_KEY])
-    return counts
+    """Rows, embedded tokens and cut texts of vector files, from their footers."""
+    footers = [place.parquet_footer(part) for part in parts]
+    return {"rows": sum(rows for _, rows in footers), **cost_counts(schema for schema, _ in footers)}
 
 
 def read_vectors(

@@ -16,14 +16,14 @@ from embedloom.config.use import EmbeddingConfig
 from embedloom.engines.pool import stream
 from embedloom.errors import DataError
 from embedloom.progress import Progress
-from embedloom.retrieval.embedder import EmbedderSource
+from embedloom.retrieval.embedder import EmbedderSource, taken_cuts
 from embedloom.retrieval.fill_in import OWN_FOLDER, VECTORS_FOLDER, fill_in
 from embedloom.retrieval.inputs import TextSource
 from embedloom.retrieval.ledger import Ledger, origin_column
 from embedloom.retrieval.scan import ROWS_FOLDER, Numbers, text_digest, texts_of
 from embedloom.retrieval.search import check_vectors
 from embedloom.retrieval.stored import dequantize, final_table, quantize, shorten, vector_columns
-from embedloom.retrieval.vector_files import CONTRACT_KEY, MODEL_KEY, TOKENS_KEY
+from embedloom.retrieval.vector_files import CONTRACT_KEY, MODEL_KEY, cost_counts, cost_metadata
 from embedloom.storage import Place
 
 _DTYPE_KEY, _SIDE_KEY, _DIMENSION_KEY = b"dtype", b"side", b"dimension"
@@ -63,7 +63,7 @@ class RowsWorker:
         metadata = {
             CONTRACT_KEY: self.embedder.contract_hash.encode(),
             MODEL_KEY: self.model_id.encode(),
-            TOKENS_KEY: str(sum(tokens)).encode(),
+            **cost_metadata(sum(tokens), taken_cuts(self.embedder)),
             _DTYPE_KEY: config.dtype.encode(),
             _SIDE_KEY: config.side.encode(),
             _DIMENSION_KEY: str(vectors.shape[1]).encode(),
@@ -126,8 +126,8 @@ def embed_rows(
     config: EmbeddingConfig,
     pool: PoolConfig,
     previous: Place | None,
-) -> int:
-    """Write ``vectors/part-*.parquet`` of every shard that is missing; returns the tokens of all new texts.
+) -> dict[str, int]:
+    """Write ``vectors/part-*.parquet`` of every shard that is missing; returns the ``cost_counts`` of all new texts.
 
     Args:
         stage: name on the progress lines.
@@ -164,7 +164,7 @@ def embed_rows(
         for item in items:
             progress.advance(ledger.own[missing[item]])
     fill_in(stage, ledger, out, previous)
-    return _tokens(out)
+    return _cost(out)
 
 
 def _writer(out: Place, ledger: Ledger, missing: list[int]) -> Callable[[int, str, pa.Table], None]:
@@ -185,6 +185,5 @@ def _written(out: Place, ledger: Ledger, missing: list[int]) -> Callable[[int], 
     return written
 
 
-def _tokens(out: Place) -> int:
-    schemas = [out.parquet_footer(name)[0] for name in out.names(VECTORS_FOLDER, ".parquet")]
-    return sum(int(schema.metadata[TOKENS_KEY]) for schema in schemas)
+def _cost(out: Place) -> dict[str, int]:
+    return cost_counts(out.parquet_footer(name)[0] for name in out.names(VECTORS_FOLDER, ".parquet"))

@@ -7,6 +7,7 @@ from typing import Protocol
 
 from embedloom.encoder.device import DTypeName
 from embedloom.encoder.model import Encoder, Vectors
+from embedloom.encoder.tokenizer import CutTexts, InstructionTooLong
 from embedloom.instructions import PromptContract, Side
 
 
@@ -36,6 +37,12 @@ class Embedder(Protocol):
         ...
 
 
+def taken_cuts(embedder: Embedder) -> CutTexts:
+    """What an embedder's limits left out since it was last asked; nothing of an endpoint, which cuts by itself."""
+    cuts = getattr(embedder, "cuts", None)
+    return CutTexts() if cuts is None else cuts.take()
+
+
 class EmbedderSource(Protocol):
     """Where an embedder comes from: small and picklable, opened once in every actor."""
 
@@ -60,14 +67,20 @@ class EncoderSource:
 
     def open(self) -> "EncoderEmbedder":
         """Load the encoder."""
-        return EncoderEmbedder(Encoder.load(self.folder, dtype=self.dtype, contract=self.contract))
+        return EncoderEmbedder(Encoder.load(self.folder, dtype=self.dtype, contract=self.contract), self.name)
 
 
 class EncoderEmbedder:
     """Our encoder behind the protocol."""
 
-    def __init__(self, encoder: Encoder) -> None:
+    def __init__(self, encoder: Encoder, name: str = "encoder") -> None:
         self.encoder = encoder
+        self._name = name
+
+    @property
+    def cuts(self) -> CutTexts:
+        """What the limits left out so far."""
+        return self.encoder.cuts
 
     @property
     def contract_hash(self) -> str:
@@ -81,6 +94,13 @@ class EncoderEmbedder:
         task_types: Sequence[str],
         instructions: Sequence[str | None],
     ) -> tuple[Vectors, list[int]]:
-        """See ``Embedder.embed``."""
-        token_ids = self.encoder.tokenize(texts, side, task_types, instructions)
+        """See ``Embedder.embed``.
+
+        Raises:
+            InstructionTooLong: a text of which an instruction leaves next to nothing.
+        """
+        try:
+            token_ids = self.encoder.tokenize(texts, side, task_types, instructions)
+        except InstructionTooLong as error:
+            raise InstructionTooLong(f"model {self._name!r}: {error}") from error
         return self.encoder.embed_tokens(token_ids), [len(ids) for ids in token_ids]

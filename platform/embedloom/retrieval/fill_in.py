@@ -10,7 +10,7 @@ from embedloom.progress import note
 from embedloom.retrieval.ledger import Ledger, origin_column
 from embedloom.retrieval.scan import ROWS_FOLDER, Numbers
 from embedloom.retrieval.stored import SCALE_COLUMN, final_table
-from embedloom.retrieval.vector_files import TOKENS_KEY
+from embedloom.retrieval.vector_files import CUT_KEYS, TOKENS_KEY
 from embedloom.storage import Place
 
 VECTORS_FOLDER = "vectors"
@@ -79,8 +79,13 @@ def fill_in(stage: str, ledger: Ledger, out: Place, previous: Place | None) -> N
         part = ledger.parts[shard]
         rows = out.read_table(f"{ROWS_FOLDER}/{part}")
         table = finished.take(origin_column(rows))
-        metadata = dict(table.schema.metadata or {})
-        own = f"{OWN_FOLDER}/{part}"
-        metadata[TOKENS_KEY] = out.parquet_footer(own)[0].metadata[TOKENS_KEY] if ledger.own[shard] else b"0"
+        cost = (TOKENS_KEY, *CUT_KEYS)
+        metadata = {key: value for key, value in (table.schema.metadata or {}).items() if key not in cost}
+        own = (
+            out.parquet_footer(f"{OWN_FOLDER}/{part}")[0].metadata
+            if ledger.own[shard]
+            else {TOKENS_KEY: b"0"}
+        )
+        metadata |= {key: own[key] for key in cost if key in own}
         table = table.add_column(0, "id", rows.column("id"))
         out.write_table(f"{VECTORS_FOLDER}/{part}", final_table(table, metadata))

@@ -24,7 +24,7 @@ class SharedEncoderSource:
         import ray
 
         weights = ray.get(self.weights)
-        return EncoderEmbedder(Encoder.load(self.folder, contract=self.contract, weights=weights))
+        return EncoderEmbedder(Encoder.load(self.folder, contract=self.contract, weights=weights), self.name)
 
 
 def share_weights(source: EmbedderSource, pool: PoolConfig) -> EmbedderSource:

@@ -1,11 +1,13 @@
 """Vector files: what their schema promises, read with every promise checked."""
 
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from embedloom.encoder.tokenizer import CutTexts
 from embedloom.errors import DataError
 from embedloom.retrieval.exact import Matrix
 from embedloom.retrieval.search import check_vectors
@@ -15,6 +17,33 @@ from embedloom.storage import Place
 CONTRACT_KEY = b"contract_hash"
 MODEL_KEY = b"model"
 TOKENS_KEY = b"tokens"
+CUT_COUNTS = ("texts_cut", "tokens_left_out")  # only where a limit cut texts
+CUT_KEYS = tuple(name.encode() for name in CUT_COUNTS)
+
+
+def cost_metadata(tokens: int, cuts: CutTexts) -> dict[bytes, bytes]:
+    """Schema metadata of what the vectors of a file cost, and of what the model did not see of their texts."""
+    cut = {key.encode(): str(value).encode() for key, value in cuts.counts().items()}
+    return {TOKENS_KEY: str(tokens).encode(), **cut}
+
+
+def cost_counts(schemas: Iterable[pa.Schema]) -> dict[str, int]:
+    """``tokens`` of all files, and where texts were cut ``texts_cut`` and ``tokens_left_out``."""
+    found = {TOKENS_KEY: 0}
+    for schema in schemas:
+        for key in (TOKENS_KEY, *CUT_KEYS):
+            if key in schema.metadata:
+                found[key] = found.get(key, 0) + int(schema.metadata[key])
+    return {key.decode(): value for key, value in found.items()}
+
+
+def cut_line(texts: int, cost: Mapping[str, int]) -> str:
+    """What ``cost_counts`` say of the model's limits, in a clause."""
+    if "texts_cut" not in cost:
+        return "no text was cut at the model's limit"
+    left = cost["tokens_left_out"]
+    share = cost["tokens"] / (cost["tokens"] + left)
+    return f"{cost['texts_cut']:,} of {texts:,} texts cut at the model's limit: {share:.1%} of their tokens read, {left:,} left out"
 
 
 def read_vector_file(place: Place, name: str) -> tuple[list[str], Matrix, str]:

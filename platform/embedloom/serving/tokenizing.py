@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from embedloom.config.serving import Truncate
-from embedloom.encoder.tokenizer import CHARACTERS_PER_TOKEN
+from embedloom.encoder.tokenizer import CHARACTERS_PER_TOKEN, InstructionTooLong
 from embedloom.errors import DataError
 from embedloom.instructions import PromptContract, Side
 from embedloom.serving.messages import Part, Piece, Refusal, Vectors
@@ -60,6 +60,8 @@ def text_ids(
         formatted = [
             encoder.contract.format(text, part.side, part.task_type, part.instruction) for text in texts
         ]
+    except InstructionTooLong as error:
+        return Refusal(f"instruction: {error}", "context_length_exceeded", "instruction")
     except DataError as error:  # a task type this model's contract has no instruction for
         return Refusal(str(error), "invalid_task", "task")
     encoded = encoder.tokenizer(

@@ -17,7 +17,7 @@ from torch import Tensor
 from embedloom.training.gather import gather_groups
 from embedloom.training.groups import Group
 from embedloom.training.losses import Objective
-from embedloom.training.losses.vectors import VectorGroups
+from embedloom.training.losses.vectors import VectorGroups, joined_keys
 from embedloom.training.module import vector_groups
 
 MicroBatches = Sequence[list[Group]]  # of one worker; an empty one keeps it in step with the others
@@ -89,6 +89,7 @@ class GradientPass:
             documents,
             torch.cat([part.query_keys for part in parts]),
             torch.cat([part.document_keys for part in parts]),
+            joined_keys([part.rights for part in parts]),
         )
         losses = self._losses(own, counts)
         of_queries, of_documents = torch.autograd.grad(losses.sum() * weight, (queries, documents))

@@ -11,6 +11,11 @@ class Group:
     id: str
     query: list[int]
     documents: list[list[int]]
+    query_key: int | None = (
+        None  # of the texts as the model sees them, see ``right_answers``; None: of their ids
+    )
+    document_keys: list[int] | None = None
+    right_keys: list[int] | None = None  # of all right answers to the query; None: of its own positive
 
     @property
     def lengths(self) -> list[int]:

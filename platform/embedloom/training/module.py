@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from embedloom.encoder.batching import token_budget_batches
 from embedloom.encoder.model import Encoder
 from embedloom.training.groups import Group
-from embedloom.training.losses.vectors import VectorGroups, key_tensor, text_key
+from embedloom.training.losses.vectors import VectorGroups, key_tensor, padded_keys, text_key
 
 # Without packing, a micro-batch goes through the backbone in this many length-sorted pieces or a few more: enough to lose most
 # padding, few enough to keep the matrix products large.
@@ -44,6 +44,17 @@ def vector_groups(groups: list[Group], queries: Tensor, documents: Tensor) -> Ve
     return VectorGroups(
         queries,
         documents,
-        key_tensor([text_key(group.query) for group in groups], queries.device),
-        key_tensor([[text_key(text) for text in group.documents] for group in groups], queries.device),
+        key_tensor([_query_key(group) for group in groups], queries.device),
+        key_tensor([_document_keys(group) for group in groups], queries.device),
+        padded_keys([group.right_keys or _document_keys(group)[:1] for group in groups], queries.device),
+    )
+
+
+def _query_key(group: Group) -> int:
+    return text_key(group.query) if group.query_key is None else group.query_key
+
+
+def _document_keys(group: Group) -> list[int]:
+    return (
+        [text_key(text) for text in group.documents] if group.document_keys is None else group.document_keys
     )

@@ -14,6 +14,7 @@ from embedloom.encoder.device import DTypeName
 from embedloom.encoder.parity import check_export
 from embedloom.errors import ConfigError, StageError
 from embedloom.instructions import PromptContract
+from embedloom.progress import note
 from embedloom.storage import Place
 from embedloom.training.build import shares_of, steps_of
 from embedloom.training.cards import Lineage, stage_facts, write_cards
@@ -24,6 +25,7 @@ from embedloom.training.loop_config import LoopConfig
 from embedloom.training.metrics import METRICS_FILE
 from embedloom.training.order import ExampleOrder
 from embedloom.training.prepared import Prepared, drawn_prompts, preparation_counts, prepare_sources
+from embedloom.training.schedule import schedule_warnings
 from embedloom.training.store import ExampleStore
 
 CHECKPOINT_FOLDER = "_train"
@@ -93,10 +95,13 @@ def _check(config: TrainingConfig, stage: TrainingStage, start_model: Path, grou
 
 
 def _prompt_facts(loop: LoopConfig, prepared: Prepared) -> dict[str, Any]:
-    """How many queries the stage draws, and by which prompts they go."""
+    """How many queries the stage draws, and by which prompts they go; says what is odd about their number."""
     store = ExampleStore(loop.data, loop.folders, loop.stage.negatives)
     order = ExampleOrder(shares_of(loop.sources, store), loop.seed)
-    drawn = order.drawn(steps_of(loop.stage, order) * loop.stage.global_batch)
+    steps = steps_of(loop.stage, order)
+    for warning in schedule_warnings(loop.stage, steps, order.epoch_size):
+        note(loop.label, f"warning: {warning}")
+    drawn = order.drawn(steps * loop.stage.global_batch)
     found = drawn_prompts(loop.sources, prepared, drawn)
     return {"queries": sum(drawn.values()), "prompts": [one.as_json() for one in found]}
 

@@ -18,6 +18,7 @@ import pyarrow as pa
 from embedloom.storage import Place
 from embedloom.training.groups import Group
 from embedloom.training.prepare import INDEX_FILE, PART_ROWS
+from embedloom.training.right_answers import KEY_SCHEMA, RightAnswers
 
 _OPEN_PARTS = 2048  # mapped at a time; each is a handful of objects, its pages belong to the system
 
@@ -26,7 +27,7 @@ class ExampleStore:
     """Rows numbered through all sources, in the order in which they are named."""
 
     def __init__(self, place: Place, folders: Mapping[str, str], negatives: int) -> None:
-        """Read the sources' indexes.
+        """Read the sources' indexes and keys, 8 bytes a text.
 
         Args:
             place: below which they lie.
@@ -38,9 +39,11 @@ class ExampleStore:
         self._names = list(folders)
         self._negatives = negatives
         self.indexes = {name: place.child(folder).read_json(INDEX_FILE) for name, folder in folders.items()}
+        self._part = lru_cache(maxsize=_OPEN_PARTS)(self._open_part)
         self.sizes = {name: int(sum(index["parts"])) for name, index in self.indexes.items()}
         self._starts = np.cumsum([0, *self.sizes.values()])
-        self._part = lru_cache(maxsize=_OPEN_PARTS)(self._open_part)
+        self.keys = {name: self._keys_of(name) for name in folders}
+        self.rights = RightAnswers(list(self.keys.values()))
 
     def first_row(self, name: str) -> int:
         """Number of a source's first row."""
@@ -48,25 +51,27 @@ class ExampleStore:
 
     def ids(self, rows: Sequence[int]) -> list[str]:
         """``source/id`` of rows."""
-        return [f"{name}/{batch.column('id')[at].as_py()}" for name, batch, at in map(self._find, rows)]
+        return [f"{name}/{self._value(name, at, 'id')}" for name, at in map(self._find, rows)]
 
     def lengths(self, rows: Sequence[int]) -> list[list[int]]:
         """Tokens of every text of every row: query, positive, then exactly ``negatives`` negatives."""
-        return [
-            [*(own := batch.column("lengths")[at].as_py())[:2], *self._repeated(own[2:])]
-            for _, batch, at in map(self._find, rows)
-        ]
+        found = [self._value(name, at, "lengths") for name, at in map(self._find, rows)]
+        return [[*own[:2], *self._repeated(own[2:])] for own in found]
 
     def groups(self, rows: Sequence[int]) -> list[Group]:
         """Token ids of rows; negatives short of the number wanted repeat in turn, as NeMo's trainer does."""
         groups = []
-        for name, batch, at in map(self._find, rows):
-            documents = batch.column("documents")[at].as_py()
+        for name, at in map(self._find, rows):
+            documents = self._value(name, at, "documents")
+            query, rights, negatives = (self._value(name, at, column, "keys") for column in KEY_SCHEMA.names)
             groups.append(
                 Group(
-                    f"{name}/{batch.column('id')[at].as_py()}",
-                    batch.column("query")[at].as_py(),
+                    f"{name}/{self._value(name, at, 'id')}",
+                    self._value(name, at, "query"),
                     [documents[0], *self._repeated(documents[1:])],
+                    query,
+                    [rights[0], *self._repeated(negatives)],
+                    list(dict.fromkeys([*rights, *self.rights.of(query)])),
                 )
             )
         return groups
@@ -74,14 +79,20 @@ class ExampleStore:
     def _repeated(self, negatives: list[Any]) -> list[Any]:
         return [negatives[number % len(negatives)] for number in range(self._negatives)]
 
-    def _find(self, row: int) -> tuple[str, pa.RecordBatch, int]:
+    def _find(self, row: int) -> tuple[str, int]:
+        """Source of a row, and its number there."""
         source = int(np.searchsorted(self._starts, row, side="right")) - 1
-        inside = int(row) - int(self._starts[source])
-        name = self._names[source]
-        return name, self._part(name, inside // PART_ROWS), inside % PART_ROWS
+        return self._names[source], int(row) - int(self._starts[source])
 
-    def _open_part(self, name: str, number: int) -> pa.RecordBatch:
-        path = self._local(f"{self._folders[name]}/part-{number:06d}.arrow")
+    def _value(self, name: str, at: int, column: str, kind: str = "part") -> Any:
+        return self._part(name, kind, at // PART_ROWS).column(column)[at % PART_ROWS].as_py()
+
+    def _keys_of(self, name: str) -> pa.Table:
+        parts = range(len(self.indexes[name]["parts"]))
+        return pa.Table.from_batches([self._part(name, "keys", number) for number in parts], KEY_SCHEMA)
+
+    def _open_part(self, name: str, kind: str, number: int) -> pa.RecordBatch:
+        path = self._local(f"{self._folders[name]}/{kind}-{number:06d}.arrow")
         return pa.ipc.open_file(pa.memory_map(str(path))).get_batch(0)
 
     def _local(self, name: str) -> Path:

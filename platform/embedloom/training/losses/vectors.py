@@ -19,6 +19,9 @@ class VectorGroups:
     documents: Tensor  # [b, 1 + k, d], the positive first
     query_keys: Tensor  # [b] int64, equal where the texts are
     document_keys: Tensor  # [b, 1 + k] int64
+    right_keys: Tensor | None = (
+        None  # [b, r] int64: all right answers to a query, filled up with -1; None: its positive
+    )
 
     def __post_init__(self) -> None:
         """Check the shapes.
@@ -45,6 +48,11 @@ class VectorGroups:
         """Number of queries."""
         return int(self.queries.shape[0])
 
+    @property
+    def rights(self) -> Tensor:
+        """Keys of all right answers to each query: [b, r]."""
+        return self.document_keys[:, :1] if self.right_keys is None else self.right_keys
+
     def rows(self, positions: Tensor | slice) -> "VectorGroups":
         """Some of the queries, with their documents."""
         return VectorGroups(
@@ -52,11 +60,12 @@ class VectorGroups:
             self.documents[positions],
             self.query_keys[positions],
             self.document_keys[positions],
+            self.rights[positions],
         )
 
     def with_vectors(self, queries: Tensor, documents: Tensor) -> "VectorGroups":
         """Other vectors of the same texts."""
-        return VectorGroups(queries, documents, self.query_keys, self.document_keys)
+        return VectorGroups(queries, documents, self.query_keys, self.document_keys, self.right_keys)
 
 
 def text_key(token_ids: Sequence[int]) -> int:
@@ -71,3 +80,16 @@ def text_key(token_ids: Sequence[int]) -> int:
 def key_tensor(keys: Sequence[int] | Sequence[Sequence[int]], device: torch.device) -> Tensor:
     """Keys as int64 on a device."""
     return torch.tensor(keys, dtype=torch.int64, device=device)
+
+
+def padded_keys(keys: Sequence[Sequence[int]], device: torch.device) -> Tensor:
+    """Lists of keys as one tensor [len(keys), longest], filled up with -1, which is no key."""
+    longest = max(map(len, keys), default=0)
+    return key_tensor([[*own, *[-1] * (longest - len(own))] for own in keys], device).view(len(keys), longest)
+
+
+def joined_keys(parts: Sequence[Tensor]) -> Tensor:
+    """Rows of several ``padded_keys`` in one."""
+    longest = max(part.shape[1] for part in parts)
+    pad = torch.nn.functional.pad
+    return torch.cat([pad(part, (0, longest - part.shape[1]), value=-1) for part in parts])

@@ -1,13 +1,12 @@
 """Reader of the train judgements of a BEIR folder."""
 
-import csv
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
 from embedloom.config.training_data import TrainingSource
 from embedloom.errors import DataError
-from embedloom.formats import json_lines
+from embedloom.formats import json_lines, judgements
 from embedloom.instructions import document_text
 from embedloom.training.sources.example import SourceExample, bad_row, plain_example
 from embedloom.training.sources.texts import TextTable
@@ -16,6 +15,7 @@ from embedloom.training.sources.texts import TextTable
 def read_beir(source: TrainingSource, scratch: Path) -> Iterator[SourceExample]:
     """One example a query: its best document (of equals the first by id), and those judged 0 as negatives.
 
+    Its other relevant documents are right answers too, which no row of the query may have as negatives.
     Only ``qrels/train.tsv`` is read: dev and test are the benchmark's own measure.
 
     Raises:
@@ -35,13 +35,16 @@ def read_beir(source: TrainingSource, scratch: Path) -> Iterator[SourceExample]:
         if query_id not in judged:
             continue
         ranked = sorted(judged[query_id], key=lambda entry: (-entry[1], entry[0]))
-        positives = [key for key, score in ranked if score > 0][:1]
-        found = [texts.get(key) for key in (*positives, *(key for key, score in ranked if score <= 0))]
+        positives = [key for key, score in ranked if score > 0]
+        found = [texts.get(key) for key in (*positives[:1], *(key for key, score in ranked if score <= 0))]
         if None in found:
             yield bad_row(query_id, "unknown_document", "a judged document is not in corpus.jsonl")
             continue
-        positive = found[0] if positives else None
-        yield plain_example(source, query_id, record["text"], positive, found[len(positives) :])
+        split = 1 if positives else 0
+        others = (texts.get(key) for key in positives[1:])
+        yield plain_example(
+            source, query_id, record["text"], found[0] if split else None, found[split:], others=others
+        )
 
 
 def _documents(path: Path) -> Iterator[tuple[str, str]]:
@@ -53,14 +56,6 @@ def _documents(path: Path) -> Iterator[tuple[str, str]]:
 
 def _judgements(path: Path) -> dict[str, list[tuple[str, float]]]:
     judged: dict[str, list[tuple[str, float]]] = defaultdict(list)
-    with path.open(encoding="utf-8", newline="") as stream:
-        for number, fields in enumerate(csv.reader(stream, delimiter="\t", quoting=csv.QUOTE_NONE), start=1):
-            try:
-                query_id, document_id, score = fields
-                judged[query_id].append((document_id, float(score)))
-            except ValueError as error:
-                if number > 1:  # the first line is a header
-                    raise DataError(
-                        f"{path}: line {number} is {fields}; allowed: query id, document id, number"
-                    ) from error
+    for query_id, document_id, score in judgements(path):
+        judged[query_id].append((document_id, score))
     return judged

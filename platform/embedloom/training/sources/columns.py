@@ -42,7 +42,7 @@ def _negatives(record: dict[str, Any]) -> list[Any]:
 
 
 def read_flagembedding(source: TrainingSource) -> Iterator[SourceExample]:
-    """Lines with ``query``, ``pos``, ``neg`` and perhaps ``prompt``; the first positive counts.
+    """Lines with ``query``, ``pos``, ``neg`` and perhaps ``prompt``; the first positive counts, the others are right too.
 
     A ``prompt`` is taken as the instruction where the source config gives none.
 
@@ -64,5 +64,5 @@ def read_flagembedding(source: TrainingSource) -> Iterator[SourceExample]:
             prompt = record.get("prompt")
             yield plain_example(
                 source, str(record.get("id") or place), record["query"], positives[0] if positives else None,
-                negatives, prompt if isinstance(prompt, str) and prompt else None,
+                negatives, prompt if isinstance(prompt, str) and prompt else None, positives[1:],
             )  # fmt: skip

@@ -1,6 +1,6 @@
 """One example as a source gives it, before it becomes token ids."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +24,7 @@ class SourceExample:
     document_instruction: str | None = ""  # before the documents too; None: bare; "": as the contract has it
     dataset: str = ""  # which set the row is of, where its source holds several
     problem: tuple[str, str] | None = None  # reason and detail
+    others: tuple[str, ...] = ()  # further right answers: not trained towards here, and never negatives
 
 
 def bad_row(row_id: str, reason: str, detail: str) -> SourceExample:
@@ -38,6 +39,7 @@ def plain_example(
     positive: Any,
     negatives: list[Any],
     own_instruction: str | None = None,
+    others: Iterable[Any] = (),
 ) -> SourceExample:
     """An example of a format whose rows state no task type; values that are no texts make it a bad row."""
     for name, value in (("query", query), ("positive", positive)):
@@ -49,6 +51,7 @@ def plain_example(
     return SourceExample(
         row_id, query or "", positive or "", [text for text in negatives if text.strip()],
         source.task_type, source.instruction or own_instruction,
+        others=tuple(text for text in others if isinstance(text, str) and text.strip()),
     )  # fmt: skip
 
 

@@ -81,7 +81,7 @@ def corpus_folders(path: Path) -> list[Path]:
 
 
 def read_nemo_json(source: TrainingSource, scratch: Path) -> Iterator[SourceExample]:
-    """Rows of a training file; the first positive counts, as in NeMo.
+    """Rows of a training file; the first positive counts, as in NeMo, and the others are right answers too.
 
     Raises:
         DataError: not such a file, or a corpus that is missing.
@@ -116,7 +116,8 @@ def joined(source: TrainingSource, corpora: Corpora, row: dict[str, Any]) -> Sou
     has_positive = len(row["pos_doc"]) > 0
     positive = texts[0] if has_positive else None
     own = corpora.instructions.get(corpus_id)
-    return plain_example(source, row_id, row["question"], positive, texts[has_positive:], own)
+    others = [corpora.text(corpus_id, entry)[1] for entry in row["pos_doc"][1:]]
+    return plain_example(source, row_id, row["question"], positive, texts[has_positive:], own, others)
 
 
 def bare_instruction(instruction: Any) -> str | None:

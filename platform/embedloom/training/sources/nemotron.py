@@ -25,7 +25,7 @@ _LOADERS = ("column", "mteb")
 
 
 def read_embed_nemotron(source: TrainingSource, scratch: Path) -> Iterator[SourceExample]:
-    """Rows of one subset's folder; the first positive counts, as in NeMo.
+    """Rows of one subset's folder; the first positive counts, as in NeMo, and the others are right answers too.
 
     Raises:
         DataError: a file that is missing or does not fit, or ids without their texts.
@@ -51,7 +51,8 @@ def read_embed_nemotron(source: TrainingSource, scratch: Path) -> Iterator[Sourc
             yield bad_row(row_id, "unknown_document", f"{missing!r} has no text")
             continue
         split = 1 if row["pos_doc"] else 0
-        yield plain_example(source, row_id, query, texts[0] if split else None, texts[split:], own)
+        others = [documents.get(_id_of(entry)) for entry in (row["pos_doc"] or [])[1:]]
+        yield plain_example(source, row_id, query, texts[0] if split else None, texts[split:], own, others)
 
 
 def _original_texts(source: TrainingSource, root: Path, scratch: Path) -> tuple[TextTable, TextTable]:
