@@ -37,6 +37,14 @@ ProfileName = Annotated[
     str | None, _option("profile", "Spread the files over Ray as this profile says; default: threads here.")
 ]
 ClusterFile = Annotated[Path, _option("cluster", "The cluster config.")]
+Allow = Annotated[
+    list[str] | None,
+    _option(
+        "allow",
+        "A difference that changes nothing, as the refusal names it, such as base; repeatable.",
+        metavar="NAME",
+    ),
+]
 Overrides = Annotated[
     list[str] | None,
     _option("set", "Another key of the section merging, such as seed=1; repeatable.", metavar="KEY=VALUE"),
@@ -53,6 +61,7 @@ def merge_models(
     density: Density = None,
     scale: Scale = None,
     dtype: StoredType = "float32",
+    allow: Allow = None,
     profile: ProfileName = None,
     cluster: ClusterFile = _CLUSTER,
     overrides: Overrides = None,
@@ -63,6 +72,7 @@ def merge_models(
 
     given = {
         "method": method, "weights": _numbers(weights), "density": density, "scale": scale, "dtype": dtype,
+        "allow": allow,
     }  # fmt: skip
     config = merging_config(given, overrides or [])
     print(merge_folders(config, models, base, out, cluster, profile, dry_run))

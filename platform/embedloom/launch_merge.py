@@ -56,7 +56,7 @@ def merge_folders(
     size = sum(info.nbytes for info in plan.infos)
     what = f"{len(places)} models, {config.method}, {len(plan.infos)} tensors, {size / 2**20:,.0f} MiB in {len(plan.files)} files"
     if dry_run:
-        return f"would merge {what}\n{out}"
+        return "\n".join([f"would merge {what}", *plan.remarks, out])
     inputs = {name: model_state(place) for name, place in places.items()}
     if origin is not None:
         inputs["base model"] = model_state(origin)

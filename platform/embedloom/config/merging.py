@@ -86,6 +86,9 @@ class MergingConfig(FrozenConfig):
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of the written tensors; sums are float32
     file_mib: int = Field(default=1024, ge=1)  # most bytes of one weight file; files are written in parallel
     search: MergeSearch | None = None
+    # Differences between models that a person knows to change nothing, as the refusal names them ("config.json:vocab_size",
+    # a whole file, "base" for stated origins); the first model's counts, and the lineage lists them.
+    allow: tuple[str, ...] = Field(default=(), exclude_if=lambda value: not value)
 
     @property
     def needs_base(self) -> bool:

@@ -55,11 +55,13 @@ def contract_of(plan: MergePlan, default_task: str | None = None) -> PromptContr
                 f"serving.default_task: {default_task!r}, but the merged models have no {CONTRACT_FILE}, so no named task"
             )
         return None
-    contracts = {
-        name: PromptContract.parse(place.read_bytes(CONTRACT_FILE), f"{place.uri}/{CONTRACT_FILE}")
-        for name, place in places.items()
-    }
-    return merged_contract(contracts, plan.weights, default_task)
+    contracts, weights = {}, []
+    for (name, place), weight in zip(places.items(), plan.weights, strict=True):
+        if place.exists(CONTRACT_FILE):  # one without it may have been allowed
+            where = f"{place.uri}/{CONTRACT_FILE}"
+            contracts[name] = PromptContract.parse(place.read_bytes(CONTRACT_FILE), where)
+            weights.append(weight)
+    return merged_contract(contracts, weights, default_task)
 
 
 def carry_over(plan: MergePlan, target: Place, contract: PromptContract | None) -> None:
@@ -116,6 +118,8 @@ def lineage_of(
     lineage |= settings
     if config.layers:
         lineage["layers"] = [rule.model_dump(mode="json", exclude_none=True) for rule in config.layers]
+    if plan.remarks:
+        lineage["differences"] = plan.remarks
     if search is not None:
         lineage["search"] = {
             key: search[key] for key in ("kind", "chosen", "kept", "reason") if key in search

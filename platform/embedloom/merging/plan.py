@@ -7,7 +7,8 @@ import torch
 
 from embedloom.config.merging import MergingConfig
 from embedloom.errors import ConfigError
-from embedloom.merging.checks import BASE, check_mergeable, check_tensors
+from embedloom.merging.alignment import align
+from embedloom.merging.checks import BASE, Difference, check_mergeable, check_tensors
 from embedloom.merging.layout import WeightFile, weight_files
 from embedloom.merging.tensors import TensorFolder, TensorInfo
 from embedloom.merging.weights import Weights, check_weights, tensor_weights
@@ -25,6 +26,8 @@ class MergePlan:
     base: TensorFolder | None
     weights: Weights
     files: tuple[WeightFile, ...]
+    differences: tuple[Difference, ...] = ()  # that were allowed, or decide nothing of the weights
+    left_out: tuple[str, ...] = ()  # tensors beside the backbone that not all have
 
     def tensor_weights(self, tensor: str) -> Weights:
         """Weight of each model for one tensor."""
@@ -34,6 +37,16 @@ class MergePlan:
     def infos(self) -> list[TensorInfo]:
         """All tensors that will be written."""
         return [info for file in self.files for info in file.infos]
+
+    @property
+    def remarks(self) -> list[str]:
+        """What a person should know of models that are not all alike."""
+        first = next(iter(self.models))
+        said = [f"{one}; that of {first!r} is taken" for one in self.differences]
+        if self.left_out:
+            shown = ", ".join(self.left_out[:3]) + (" ..." if len(self.left_out) > 3 else "")
+            said.append(f"left out, as not all models have them: {len(self.left_out)} tensors ({shown})")
+        return said
 
 
 def plan_merge(config: MergingConfig, models: dict[str, Place], base: Place | None) -> MergePlan:
@@ -46,16 +59,20 @@ def plan_merge(config: MergingConfig, models: dict[str, Place], base: Place | No
 
     Raises:
         ConfigError: a method without its base, or weights that do not fit the models.
-        DataError: models that differ in anything but the values of their weights.
+        DataError: models that differ in anything but the values of their weights and what ``merging.allow`` names.
     """
     if not models:
         raise ConfigError("merging: no model to merge")
     if config.needs_base and base is None:
         raise ConfigError(f"merging: method {config.method} needs the base that the models were trained from")
     every = _absolute(models if base is None else {**models, BASE: base})
-    check_mergeable({name: every[name] for name in models}, every.get(BASE))
-    folders = {name: TensorFolder(place) for name, place in every.items()}
+    passed = check_mergeable({name: every[name] for name in models}, every.get(BASE), config.allow)
+    read = [*models, *([BASE] if config.needs_base else [])]
+    folders, beside = align({name: TensorFolder(every[name]) for name in read})
+    left_out = [tensor for tensor, owners in beside.items() if owners != [BASE]]
     check_tensors(folders)
+    if base is not None and not config.needs_base:
+        check_tensors(align({name: TensorFolder(every[name]) for name in (read[0], BASE)})[0])
     first = folders[next(iter(models))]
     weights = check_weights(config, list(models), list(first.infos))
     dtype = getattr(torch, config.dtype)
@@ -65,7 +82,8 @@ def plan_merge(config: MergingConfig, models: dict[str, Place], base: Place | No
     ]
     files = weight_files(infos, config.file_mib * _MIB)
     sources = {name: folders[name] for name in models}
-    return MergePlan(config, sources, folders.get(BASE) if config.needs_base else None, weights, tuple(files))
+    origin = folders.get(BASE) if config.needs_base else None
+    return MergePlan(config, sources, origin, weights, tuple(files), tuple(passed), tuple(left_out))
 
 
 def _absolute(places: dict[str, Place]) -> dict[str, Place]:

@@ -19,7 +19,7 @@ from embedloom.merging.layout import write_index
 from embedloom.merging.origin import CARD_FILE
 from embedloom.merging.plan import MergePlan, plan_merge
 from embedloom.merging.tasks import write_here, write_with_ray
-from embedloom.progress import Progress
+from embedloom.progress import Progress, note
 from embedloom.storage import Place
 
 
@@ -61,6 +61,8 @@ def merge(
         StageError: a file could not be written.
     """
     plan = plan_merge(config, models, base)
+    for remark in plan.remarks:
+        note("merge", remark)
     contract = contract_of(plan, default_task)
     lineage = lineage_of(plan, base, search, contract)
     carry_over(plan, out.place, contract)

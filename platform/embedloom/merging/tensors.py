@@ -3,8 +3,10 @@
 Only headers are read here, so a folder of any size is known at once and can be handed to another process.
 """
 
+import copy
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,6 +61,16 @@ class TensorFolder:
             for info, start in _header(place, file):
                 self.infos[info.name] = info
                 self._where[info.name] = (file, start)
+
+    def renamed(self, names: Mapping[str, str]) -> "TensorFolder":
+        """The same folder with only the tensors that have a name here: new name -> own name."""
+        other = copy.copy(self)
+        other.infos = {
+            name: TensorInfo(name, self.infos[own].dtype, self.infos[own].shape)
+            for name, own in names.items()
+        }
+        other._where = {name: self._where[own] for name, own in names.items()}
+        return other
 
     def where(self, name: str) -> tuple[str, int]:
         """File of a tensor and the offset of its first byte."""
