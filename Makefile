@@ -5,6 +5,8 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 CONFIG ?= jobs/configs/quickstart.yaml
 QUESTION ?= How do I compute the shortest path between two nodes of a graph?
+# The quickstart's default task is to find an object by a summary; questions are what its source "synthetic" is about.
+TASK ?= $(if $(filter %quickstart.yaml,$(CONFIG)),synthetic)
 COMPILED := $(wildcard platform/embedloom/*/_*.c platform/embedloom/*/_*.h)
 
 .PHONY: demo test drill bench lint install install-dev clean
@@ -27,7 +29,7 @@ $(VENV)/.installed-dev: $(VENV)/.installed cluster/requirements-dev.lock
 
 demo: install
 	$(BIN)/embedloom run $(CONFIG)
-	$(BIN)/embedloom serve $(CONFIG) --ask "$(QUESTION)"
+	$(BIN)/embedloom serve $(CONFIG) --ask "$(QUESTION)" $(if $(TASK),--task $(TASK))
 
 test: install-dev
 	$(BIN)/python -m pytest

@@ -37,6 +37,10 @@ Ask = Annotated[
     list[str] | None,
     _option("ask", "With CONFIG: ask the endpoint, print the nearest documents, stop; repeatable."),
 ]
+Task = Annotated[
+    str | None,
+    _option("task", "With --ask: task type, or a task of the model by name; default: the model's own."),
+]
 ProfileName = Annotated[str, _option("profile", "A profile of the cluster config.")]
 ClusterFile = Annotated[Path, _option("cluster", "The cluster config.")]
 Overrides = Annotated[
@@ -57,6 +61,7 @@ def serve(
     name: Name = None,
     port: Port = None,
     ask: Ask = None,
+    task: Task = None,
     profile: ProfileName = "local",
     cluster: ClusterFile = _CLUSTER,
     overrides: Overrides = None,
@@ -76,11 +81,13 @@ def serve(
                 raise ConfigError(
                     f"--{option} goes with a MODEL; with a CONFIG use --set serving.{key}={value}"
                 )
+        if task is not None and not ask:
+            raise ConfigError("--task goes with --ask; what every request gets is serving.default_task")
         from embedloom.launch import load, serve_run
 
-        print(serve_run(load(Path(source), profile, cluster, overrides or []), ask or [], dry_run))
+        print(serve_run(load(Path(source), profile, cluster, overrides or []), ask or [], dry_run, task))
         return
-    if ask:
+    if ask or task is not None:
         raise ConfigError("--ask goes with a CONFIG, whose run has documents to rank")
     from embedloom.launch_embed import load_machine
     from embedloom.launch_serve import serve_model, serving_config

@@ -186,8 +186,8 @@ def served_model(run: Run) -> tuple[Path, str]:
     return Path(name), name
 
 
-def serve_run(run: Run, questions: list[str], dry_run: bool) -> str:
-    """Serve the run's model until interrupted, or just long enough to answer ``questions``."""
+def serve_run(run: Run, questions: list[str], dry_run: bool, task: str | None = None) -> str:
+    """Serve the run's model until interrupted, or just long enough to answer ``questions`` as a task of the model's."""
     model, model_id = served_model(run)
     url = f"http://{run.config.serving.host}:{run.config.serving.port}/v1"
     if dry_run:
@@ -208,7 +208,7 @@ def serve_run(run: Run, questions: list[str], dry_run: bool) -> str:
             if not questions:
                 endpoint.wait()
                 return url
-            return f"{_answers(run, url, questions)}\n{url}"
+            return f"{_answers(run, url, questions, task)}\n{url}"
         finally:
             endpoint.stop()
 
@@ -227,10 +227,12 @@ def _judge_int8(run: Run, model: Path) -> None:
     note("serve", f"compute_dtype int8 loses {verdict['lost']:.4f} nDCG@10 on {verdict['queries']} queries")
 
 
-def _answers(run: Run, url: str, questions: list[str]) -> str:
+def _answers(run: Run, url: str, questions: list[str], task: str | None) -> str:
     from embedloom.serving.ask import nearest_documents
 
     corpus = Artefact.open(run.place.child("corpus"), "corpus")
     vectors = Artefact.open(run.place.child("vectors"), "vectors")
     name = run.config.serving.served_name or run.config.run.name
-    return "\n\n".join(nearest_documents(url, name, question, corpus, vectors) for question in questions)
+    return "\n\n".join(
+        nearest_documents(url, name, question, corpus, vectors, task=task) for question in questions
+    )

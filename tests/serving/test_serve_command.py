@@ -1,5 +1,6 @@
 """The `serve` verb up to the moment Ray would start."""
 
+import io
 import json
 import shutil
 
@@ -15,9 +16,11 @@ from embedloom.errors import ConfigError, DataError
 from embedloom.instructions import PromptContract
 from embedloom.launch_serve import gate_rule, serving_config
 from embedloom.retrieval.model_id import model_id
+from embedloom.serving import ask
 from embedloom.serving.app import build_application
 from embedloom.serving.model_facts import read_gate, read_lineage
 from embedloom.storage import Place
+from embedloom.trained_prompts import Prompt, TrainedPrompt, trained_contract
 
 QUICKSTART = "jobs/configs/quickstart.yaml"
 
@@ -128,3 +131,47 @@ def test_model_card_facts_come_from_the_folder(tmp_path):
         (tmp_path / "gate.json").write_text(content)
         with pytest.raises(DataError, match="not a verdict of the gate"):
             read_gate(tmp_path)
+
+
+def test_a_task_is_asked_for_only_beside_a_question():
+    for arguments in (["serve", QUICKSTART, "--task", "sts"], ["serve", "minilm-l6", "--task", "sts"]):
+        result = CliRunner().invoke(app, [*arguments, "--dry-run"])
+        assert result.exit_code != 0 and "--ask" in str(result.exception)
+
+
+@pytest.mark.parametrize(("task", "expected"), [(None, {}), ("faq", {"task": "faq"})])
+def test_a_question_is_sent_as_the_readmes_call_and_its_task_only_where_stated(monkeypatch, task, expected):
+    sent = {}
+
+    def answer(request, timeout):
+        sent.update(json.loads(request.data))
+        return io.BytesIO(b'{"data": [{"embedding": [1.0]}]}')
+
+    monkeypatch.setattr(ask.urllib.request, "urlopen", answer)
+    assert ask._embed("http://here/v1", "m", "Why?", 1.0, task) == [1.0]
+    assert sent == {"model": "m", "input": "Why?", "input_type": "query", **expected}
+
+
+def test_a_default_task_that_the_model_was_not_exported_with_is_refused_with_both_texts(tiny_model, tmp_path):
+    """Else the endpoint would send what nobody evaluated."""
+    pairs = [
+        TrainedPrompt(Prompt("retrieval", "Find", ""), "docs", 2.0),
+        TrainedPrompt(Prompt("retrieval", "Answer", ""), "faq", 1.0),
+    ]
+    shutil.copytree(tiny_model, tmp_path / "model")
+    trained_contract(PromptContract.load(tiny_model), pairs, 3.0).save(tmp_path / "model")
+
+    def build(task):
+        serving = ServingConfig(model="m", require_gate=False, default_task=task)
+        build_application(
+            ApplicationArgs(
+                model_folder=str(tmp_path / "model"), model_id="m", served_name="m", serving=serving
+            )
+        )
+
+    build(None)
+    build("docs")
+    with pytest.raises(
+        DataError, match=r"'faq' has the instruction 'Answer', but the default of .* is 'Find'"
+    ):
+        build("faq")

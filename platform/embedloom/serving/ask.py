@@ -24,6 +24,7 @@ def nearest_documents(
     vectors: Artefact,
     count: int = 3,
     timeout_seconds: float = 60,
+    task: str | None = None,
 ) -> str:
     """Embed a question over HTTP and list the nearest documents of the corpus.
 
@@ -35,12 +36,13 @@ def nearest_documents(
         vectors: artefact with their vectors; its contract must be the endpoint's.
         count: documents listed.
         timeout_seconds: of the request.
+        task: a task type, or a task of the model by name; None: the model's default, as for any client.
 
     Raises:
         ServeError: the endpoint refused or did not answer.
         DataError: the vectors are of another contract than recorded.
     """
-    query = np.asarray(_embed(url, model, question, timeout_seconds), dtype=np.float32)
+    query = np.asarray(_embed(url, model, question, timeout_seconds, task), dtype=np.float32)
     ids, matrix = read_vectors(vectors.place, VECTORS_FOLDER, vectors.manifest["details"]["contract_hash"])
     if matrix.shape[1] < len(query):  # vectors cut to their first dimensions are asked with a query cut alike
         query = query[: matrix.shape[1]] / np.linalg.norm(query[: matrix.shape[1]])
@@ -53,8 +55,9 @@ def nearest_documents(
     return "\n".join(lines)
 
 
-def _embed(url: str, model: str, question: str, timeout_seconds: float) -> list[float]:
-    body = json.dumps({"model": model, "input": question, "input_type": "query"}).encode()
+def _embed(url: str, model: str, question: str, timeout_seconds: float, task: str | None) -> list[float]:
+    asked = {"model": model, "input": question, "input_type": "query"}
+    body = json.dumps(asked if task is None else {**asked, "task": task}).encode()
     request = urllib.request.Request(f"{url}/embeddings", body, {"Content-Type": "application/json"})
     try:
         with urllib.request.urlopen(request, timeout=timeout_seconds) as response:
