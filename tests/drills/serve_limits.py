@@ -5,7 +5,8 @@ with 429, none runs into its time limit; and SIGTERM while they run ends the end
     python tests/drills/serve_limits.py --requests 30 --tokens 12000 --seconds 60
     python tests/drills/serve_limits.py --requests 16 --tokens 12000 --seconds 60 --stop
 
-A document has 230 tokens or so. ``--stop`` sends SIGTERM a second after the requests.
+A document has 230 tokens or so. ``--stop`` sends SIGTERM a second after the requests. From before the endpoint listens to
+when it is ready, and from SIGTERM to when the port is closed, it is asked too: it may only answer 503 with Retry-After.
 """
 
 import argparse
@@ -13,13 +14,15 @@ import concurrent.futures
 import contextlib
 import signal
 import tempfile
+import threading
 import time
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
-from serve_process import NAME, Running, endpoint, finish
+from serve_process import NAME, Running, endpoint, finish, free_port
 
 GRACE_SECONDS = 30.0  # Kubernetes' default
 REFUSED_WITHIN_SECONDS = 5.0  # of the first second's crowd on a machine whose cores the encoder has
@@ -48,10 +51,37 @@ def ask(running: Running, number: int, tokens: int) -> tuple[int, float, dict[st
         return 0, time.monotonic() - started, {"error": repr(error)}
 
 
-def stopped(running: Running, log: Path) -> tuple[float, list[str]]:
-    """SIGTERM while requests run, and probes until the port is closed: seconds to the end, and what was wrong."""
-    statuses: Counter[int] = Counter()
-    problems = []
+@contextlib.contextmanager
+def asked_from_the_start(port: int, statuses: Counter[int], problems: list[str]) -> Iterator[None]:
+    """Ask an endpoint that is being started, until the block ends."""
+    over = threading.Event()
+
+    def run() -> None:
+        while not over.wait(0.1):
+            with contextlib.suppress(httpx.HTTPError):
+                url = f"http://127.0.0.1:{port}/v1/embeddings"
+                reply = httpx.post(url, json=body(0, 230), trust_env=False, timeout=60)
+                statuses[reply.status_code] += 1
+                if reply.status_code != 200:
+                    told(reply, "while starting", problems)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
+def told(reply: httpx.Response, when: str, problems: list[str]) -> None:
+    """Whether a reply says that the endpoint is not there, as it should."""
+    if reply.status_code != 503 or "retry-after" not in reply.headers or "error" not in reply.json():
+        problems.append(f"{when}: {reply.status_code} {reply.text[:100]}")
+
+
+def stopped(running: Running, log: Path, statuses: Counter[int], problems: list[str]) -> float:
+    """SIGTERM while requests run, and questions until the port is closed; seconds to the end."""
     started = time.monotonic()
     running.process.send_signal(signal.SIGTERM)
     time.sleep(0.5)  # until the signal was seen
@@ -59,8 +89,7 @@ def stopped(running: Running, log: Path) -> tuple[float, list[str]]:
         with contextlib.suppress(httpx.HTTPError):
             reply = httpx.post(f"{running.url}/v1/embeddings", json=body(0, 230), trust_env=False, timeout=30)
             statuses[reply.status_code] += 1
-            if reply.status_code != 503 or "retry-after" not in reply.headers or "error" not in reply.json():
-                problems.append(f"while stopping: {reply.status_code} {reply.text[:100]}")
+            told(reply, "while stopping", problems)
         time.sleep(0.2)
     seconds = time.monotonic() - started
     if running.process.poll() != 0:
@@ -69,24 +98,26 @@ def stopped(running: Running, log: Path) -> tuple[float, list[str]]:
         problems.append(f"a traceback: {log.read_text()[-600:]}")
     if seconds > GRACE_SECONDS:
         problems.append(f"it took {seconds:.1f} s to end, allowed {GRACE_SECONDS:g}")
-    print(f"# asked while stopping: {dict(statuses)}", flush=True)
-    return seconds, problems[:5]
+    return seconds
 
 
 def drill(options: argparse.Namespace, folder: Path) -> tuple[dict[str, Any], list[str]]:
     """Returns what was seen, and what is wrong with it."""
     problems: list[str] = []
+    starting: Counter[int] = Counter()
+    stopping: Counter[int] = Counter()
     ended = None
     settings = (f"request_timeout_seconds={options.seconds:g}",)
-    with (
-        endpoint(options.model, folder, (options.replicas, options.replicas), settings) as running,
-        concurrent.futures.ThreadPoolExecutor(options.requests) as pool,
-    ):
+    port, replicas = free_port(), (options.replicas, options.replicas)
+    with contextlib.ExitStack() as stack:
+        with asked_from_the_start(port, starting, problems):
+            running = stack.enter_context(endpoint(options.model, folder, replicas, settings, port=port))
+        pool = stack.enter_context(concurrent.futures.ThreadPoolExecutor(options.requests))
         lone = ask(running, 99, options.tokens)
         asked = [pool.submit(ask, running, number, options.tokens) for number in range(options.requests)]
         if options.stop:
             time.sleep(1)
-            ended, problems = stopped(running, folder / "serve.log")
+            ended = stopped(running, folder / "serve.log", stopping, problems)
         answers = [future.result() for future in asked]
     statuses = Counter(status for status, *_ in answers)
     refused = [seconds for status, seconds, _ in answers if status == 429]
@@ -96,7 +127,7 @@ def drill(options: argparse.Namespace, folder: Path) -> tuple[dict[str, Any], li
         "replicas": options.replicas, "statuses": {str(k): v for k, v in sorted(statuses.items())},
         "answered_within": round(max([s for status, s, _ in answers if status == 200], default=0.0), 1),
         "refused_within": round(max(refused, default=0.0), 2),
-        "ended_seconds": ended and round(ended, 1),
+        "ended_seconds": ended and round(ended, 1), "while_starting": dict(starting), "while_stopping": dict(stopping),
         "refusal": next((content for status, _, content in answers if status == 429), None),
     }  # fmt: skip
     allowed = {200, 429, 503} if options.stop else {200, 429}
@@ -107,7 +138,7 @@ def drill(options: argparse.Namespace, folder: Path) -> tuple[dict[str, Any], li
         problems.append("none was answered")
     if max(refused, default=0.0) > REFUSED_WITHIN_SECONDS:
         problems.append(f"a refusal took {max(refused):.1f} s")
-    return result, problems
+    return result, problems[:5]
 
 
 def main() -> None:

@@ -70,14 +70,20 @@ class Running:
 
 @contextlib.contextmanager
 def endpoint(
-    model: str, folder: Path, replicas: tuple[int, int] = (1, 1), settings: tuple[str, ...] = ()
+    model: str,
+    folder: Path,
+    replicas: tuple[int, int] = (1, 1),
+    settings: tuple[str, ...] = (),
+    scaling: dict[str, Any] | None = None,
+    port: int | None = None,
 ) -> Iterator[Running]:
-    """Serve a model with so many replicas (min, max) until the block ends."""
+    """Serve a model with so many replicas (min, max), and what else a profile's ``serve`` states, until the block ends."""
     scaling = {
         "min_replicas": replicas[0],
         "max_replicas": replicas[1],
         "target_ongoing_requests": 8,
         "threads": 1,
+        **(scaling or {}),
     }
     cluster = folder / "cluster.yaml"
     profile = {"backend": "local", "logical_cpus": 8, "object_store_mib": 300, "serve": scaling}
@@ -86,7 +92,7 @@ def endpoint(
     cluster.write_text(
         yaml.safe_dump({"version": 1, "ray": ray, "auth": token, "profiles": {"local": profile}})
     )
-    port = free_port()
+    port = port or free_port()
     command = [sys.executable, "-m", "embedloom.cli", "serve", model, "--name", NAME, "--port", str(port)]
     command += ["--cluster", str(cluster), "--set", "require_gate=false", "--set", "request_log=none"]
     for item in settings:

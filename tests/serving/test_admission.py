@@ -1,6 +1,7 @@
 """Admission by tokens, clients that leave, and time limits, over the in-process app."""
 
 import asyncio
+import enum
 import json
 from types import SimpleNamespace
 
@@ -230,3 +231,32 @@ def test_a_gateway_shows_what_waits_at_all_its_replicas():
         asyncio.run(backend.encode(EncodeJob(())))
         seen.append(backend.queued_tokens())
     assert seen == [{"query": 5, "bulk": 100}, {"query": 6, "bulk": 100}, {"query": 1, "bulk": 40}]
+
+
+def test_the_encoders_that_are_up_are_counted_by_the_controller(monkeypatch):
+    """One question a second however often it is asked; what was last known while the controller is away."""
+
+    class State(enum.StrEnum):
+        RUNNING, STARTING = "RUNNING", "STARTING"
+
+    asked = []
+
+    def status():
+        asked.append(1)
+        if len(asked) > 1:
+            raise ConnectionError("the controller is being restarted")
+        encoder = SimpleNamespace(replica_states={State.RUNNING: 2, State.STARTING: 1})
+        return SimpleNamespace(applications={"mine": SimpleNamespace(deployments={"encoder": encoder})})
+
+    monkeypatch.setattr("embedloom.serving.handles.serve.status", status)
+
+    async def run():
+        backend = HandleBackend(SimpleNamespace(app_name="mine"))
+        found = [await backend.replicas() for _ in range(3)]
+        backend._counted -= 60
+        return [*found, await backend.replicas()]
+
+    assert asyncio.run(run()) == [2, 2, 2, 2]
+    assert len(asked) == 2
+    with pytest.raises(ConnectionError):
+        asyncio.run(HandleBackend(SimpleNamespace(app_name="other")).replicas())

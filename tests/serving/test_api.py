@@ -10,7 +10,7 @@ from starlette.testclient import TestClient
 from embedloom.serving.api import create_api
 from embedloom.serving.calls import EndpointSettings
 from embedloom.serving.replies import EmbeddingsResponse
-from fakes_serving import FakeEncoder, client_of, refused, vector_of
+from fakes_serving import FakeEncoder, client_of, refused, service_of, settings_of, vector_of
 
 
 @pytest.fixture
@@ -206,6 +206,42 @@ def test_not_ready_while_no_encoder_answers():
     with TestClient(create_api(Broken(), settings), raise_server_exceptions=False) as client:
         assert client.get("/health").status_code == 200
         assert refused(client.get("/ready"), 503)["code"] == "not_ready"
+
+
+class Counted:
+    """Encoders elsewhere: so many are up; counts who asks one of them."""
+
+    def __init__(self, up: int) -> None:
+        self.up, self.asked = up, 0
+        self.service = service_of(FakeEncoder())
+
+    async def replicas(self) -> int:
+        return self.up
+
+    async def describe(self):
+        self.asked += 1
+        return await self.service.describe()
+
+
+@pytest.mark.parametrize(
+    ("up", "least", "status"), [(0, 0, 200), (2, 0, 200), (2, 1, 200), (0, 1, 503)], ids=str
+)
+def test_readiness_counts_the_encoders_and_asks_none(up, least, status):
+    backend = Counted(1)
+    with TestClient(create_api(backend, settings_of(min_replicas=least))) as client:
+        assert client.get("/ready").json()["replicas"] == 1  # what the model is, is asked once
+        backend.up = up
+        for method, path in [("GET", "/ready"), ("HEAD", "/ready"), ("GET", "/v1/models"), ("HEAD", "/v1/models"),
+                             ("GET", "/v1/models/tiny"), ("GET", "/health"), ("GET", "/metrics"), ("GET", "/"),
+                             ("OPTIONS", "/ready"), ("GET", "/openapi.json")] * 3:  # fmt: skip
+            client.request(method, path)
+        reply = client.get("/ready")
+        assert reply.status_code == status
+        if status == 200:
+            assert reply.json()["replicas"] == up
+        else:
+            assert refused(reply, 503)["code"] == "not_ready"
+    assert backend.asked == 1
 
 
 @pytest.mark.parametrize(

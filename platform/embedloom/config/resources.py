@@ -91,7 +91,7 @@ class ServeScaling(FrozenConfig):
     haproxy: bool = False  # Serve's HAProxy in place of its Python proxy, on every node
     listener: ListenerConfig = ListenerConfig()
     # What Kubernetes, or whoever stops an endpoint, gives it to end: the pods' terminationGracePeriodSeconds.
-    termination_grace_seconds: int = Field(default=30, ge=15)
+    termination_grace_seconds: int = Field(default=30, ge=20)
 
     @model_validator(mode="after")
     def _bounds_are_ordered(self) -> "ServeScaling":

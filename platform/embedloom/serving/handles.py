@@ -17,6 +17,7 @@ from embedloom.serving.scheduling import LANES
 ENCODERS = "encoder"  # the deployment
 _SILENT_SECONDS = 60.0
 _COUNT_SECONDS = 1.0  # how long a count of replicas is believed
+_CONTROLLER_SECONDS = 2.0  # that it may take to say so
 _ATTEMPTS = 3  # encoding changes nothing, so a request whose replica died may run again
 
 
@@ -69,9 +70,10 @@ class HandleBackend:
         """
         if time.monotonic() - self._counted > _COUNT_SECONDS:
             try:
-                self._replicas = await asyncio.to_thread(running_replicas, self._handle.app_name)
+                async with asyncio.timeout(_CONTROLLER_SECONDS):
+                    self._replicas = await asyncio.to_thread(running_replicas, self._handle.app_name)
                 self._counted = time.monotonic()
-            except Exception:
+            except Exception:  # whatever is wrong with the controller
                 if math.isinf(self._counted):
                     raise
         return self._replicas

@@ -24,10 +24,10 @@ _REASONS = {
     408: "The body did not arrive in time.",
     409: "The request is pinned to another contract hash than the model's.",
     413: "The body is too large.",
-    415: "The body does not call itself JSON.",
+    415: "The body does not call itself JSON, or has a coding that is not known here.",
     429: "Over capacity or over quota; Retry-After says when to try again.",
     500: "A fault of the endpoint.",
-    503: "No encoder answers yet.",
+    503: "No encoder answers yet, or the endpoint is starting or stopping.",
     504: "No answer in time.",
 }
 _LISTS = ("input", "documents", "inputs", "texts", "sentences")  # fields with items of a request

@@ -60,7 +60,7 @@ class Endpoint:
         numbers = (signal.SIGINT, signal.SIGTERM)
         previous = {number: signal.signal(number, lambda *_: asked.set()) for number in numbers}
         try:
-            while not asked.wait(0.5):
+            while not asked.wait(0.1):
                 pass
         finally:
             for number, handler in previous.items():
