@@ -196,13 +196,13 @@ def serve_run(run: Run, questions: list[str], dry_run: bool, task: str | None = 
 
     if run.config.serving.compute_dtype == "int8" and run.config.serving.require_gate:
         _judge_int8(run, model)
-    with ray_session(run.profile, run.cluster.auth):
+    with ray_session(run.profile, run.cluster.auth) as own_ray:
         # Imports Ray, which reads how to authenticate on its first import: the session has said it by now.
         from embedloom.serving.stage import start_endpoint
 
         endpoint = start_endpoint(
             run.config.serving, model, model_id, run.config.serving.served_name or run.config.run.name,
-            run.profile.serve, run.config.serving.compute_dtype,
+            run.profile.serve, run.config.serving.compute_dtype, own_ray,
         )  # fmt: skip
         try:
             if not questions:

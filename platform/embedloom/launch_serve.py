@@ -62,12 +62,12 @@ def serve_model(config: ServingConfig, cluster: ClusterConfig, profile: str, dry
     config = gate_rule(config, folder)
     from embedloom.cluster.session import ray_session
 
-    with ray_session(machine, cluster.auth):
+    with ray_session(machine, cluster.auth) as own_ray:
         # Imports Ray, which reads how to authenticate on its first import: the session has said it by now.
         from embedloom.serving.stage import start_endpoint
 
         with start_endpoint(
-            config, folder, model_id(folder), name, machine.serve, config.compute_dtype
+            config, folder, model_id(folder), name, machine.serve, config.compute_dtype, own_ray
         ) as endpoint:
             note("serve", f"{name} answers at {endpoint.url}/v1; the page is at {endpoint.url}/")
             endpoint.wait()

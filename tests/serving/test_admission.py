@@ -248,7 +248,7 @@ def test_the_encoders_that_are_up_are_counted_by_the_controller(monkeypatch):
         encoder = SimpleNamespace(replica_states={State.RUNNING: 2, State.STARTING: 1})
         return SimpleNamespace(applications={"mine": SimpleNamespace(deployments={"encoder": encoder})})
 
-    monkeypatch.setattr("embedloom.serving.handles.serve.status", status)
+    monkeypatch.setattr("embedloom.serving.applications.serve.status", status)
 
     async def run():
         backend = HandleBackend(SimpleNamespace(app_name="mine"))

@@ -38,8 +38,8 @@ def set_ray_environment(auth: AuthConfig) -> None:
 
 
 @contextmanager
-def ray_session(profile: Profile, auth: AuthConfig) -> Iterator[None]:
-    """A connected Ray for the ``with`` block.
+def ray_session(profile: Profile, auth: AuthConfig) -> Iterator[bool]:
+    """A connected Ray for the ``with`` block; whether it is a private one, which ends with the block.
 
     A job started by ``ray job submit`` finds ``RAY_ADDRESS`` set and joins that cluster; otherwise the local
     profile starts a private one ("local", so it never joins somebody else's cluster on this machine).
@@ -51,7 +51,7 @@ def ray_session(profile: Profile, auth: AuthConfig) -> Iterator[None]:
     except ImportError as error:
         raise MissingDependency("ray", "cpu", "every stage") from error
     if ray.is_initialized():
-        yield
+        yield False
         return
     runtime_env = {
         "env_vars": {"PYTHONPATH": f"{PACKAGE_ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
@@ -76,7 +76,7 @@ def ray_session(profile: Profile, auth: AuthConfig) -> Iterator[None]:
 
     DataContext.get_current().target_max_block_size = int(profile.block_mib * 2**20)
     try:
-        yield
+        yield temporary is not None
     finally:
         ray.shutdown()
         if temporary is not None:

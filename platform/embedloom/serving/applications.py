@@ -70,6 +70,14 @@ def ingress_handle() -> DeploymentHandle:
     return serve.get_deployment_handle(name, APPLICATION)
 
 
+def running_replicas(application: str, deployment: str) -> int:
+    """Replicas that are up, as Serve's controller says; 0 where there is no such deployment."""
+    found = serve.status().applications.get(application)
+    state = found.deployments.get(deployment) if found is not None else None
+    counts = state.replica_states if state is not None else {}
+    return sum(count for name, count in counts.items() if str(getattr(name, "value", name)) == "RUNNING")
+
+
 def last_line(text: Any) -> str:
     """The sentence that says why: Serve wraps a replica's whole traceback into its message."""
     lines = [line.strip() for line in str(text).splitlines() if line.strip()]

@@ -10,6 +10,7 @@ from ray.exceptions import RayActorError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
+from embedloom.serving.applications import running_replicas
 from embedloom.serving.messages import EncodeJob, EncodeResult, ModelInfo, Refusal, TokenizeResult
 from embedloom.serving.refusals import ApiError
 from embedloom.serving.scheduling import LANES
@@ -71,7 +72,9 @@ class HandleBackend:
         if time.monotonic() - self._counted > _COUNT_SECONDS:
             try:
                 async with asyncio.timeout(_CONTROLLER_SECONDS):
-                    self._replicas = await asyncio.to_thread(running_replicas, self._handle.app_name)
+                    self._replicas = await asyncio.to_thread(
+                        running_replicas, self._handle.app_name, ENCODERS
+                    )
                 self._counted = time.monotonic()
             except Exception:  # whatever is wrong with the controller
                 if math.isinf(self._counted):
@@ -94,14 +97,6 @@ class HandleBackend:
         raise ApiError(
             503, f"{_ATTEMPTS} encoder replicas died over this request", code="unavailable"
         ) from cause
-
-
-def running_replicas(application: str) -> int:
-    """Encoders of an application that are up."""
-    found = serve.status().applications.get(application)
-    encoders = found.deployments.get(ENCODERS) if found is not None else None
-    states = encoders.replica_states if encoders is not None else {}
-    return sum(count for state, count in states.items() if str(getattr(state, "value", state)) == "RUNNING")
 
 
 def encoders_of(application: str) -> HandleBackend:
