@@ -167,3 +167,16 @@ def test_a_byte_order_mark_is_ignored(coding):
             "/v1/embeddings", content=gzip.compress(body) if coding else body, headers=headers
         )
         assert reply.status_code == 200, reply.text
+
+
+def test_codings_in_headers_of_their_own_are_all_undone():
+    headers = [
+        ("content-type", "application/json"),
+        ("content-encoding", "gzip"),
+        ("content-encoding", "zstd"),
+    ]
+    with client_of(FakeEncoder()) as client:
+        reply = client.post(
+            "/v1/embeddings", content=zstandard.compress(gzip.compress(BODY)), headers=headers
+        )
+        assert reply.status_code == 200, reply.text

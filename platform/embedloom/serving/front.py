@@ -40,6 +40,7 @@ class FrontSettings:
 
 # What a load balancer's check asks for: answered under whatever name it asks, and while the endpoint stops.
 HEALTH_PATHS = frozenset({"/health", "/ready", "/metrics"})
+_CANCEL_SECONDS = 1.0  # that a cancelled request may take to be told so
 _STOPPING_RETRY_SECONDS = 5.0  # by then another endpoint stands behind the same address, or none
 
 
@@ -66,13 +67,14 @@ class Drain:
     async def run(self, seconds: float) -> int:
         """Wait until nothing is in hand; what is after so many seconds is cancelled. Returns how many were."""
         self.begun = True
-        if self._running:
-            await asyncio.wait(set(self._running), timeout=seconds)
-        self.is_over, late = True, set(self._running)
+        if not self._running:
+            return 0
+        _, late = await asyncio.wait(set(self._running), timeout=seconds)
+        self.is_over = True
         for task in late:
             task.cancel()
         if late:
-            await asyncio.wait(late, timeout=1.0)
+            await asyncio.wait(late, timeout=_CANCEL_SECONDS)
         return len(late)
 
 
@@ -163,7 +165,9 @@ class Front:
         # Python refuses to read a number of thousands of digits; one of twenty is too large already.
         if declared.isdigit() and int(declared[:20]) > self._settings.max_body_bytes:
             raise self._too_large()
-        return codings_of(headers.get(b"content-encoding", b""))
+        if b"content-encoding" not in headers:
+            return []
+        return codings_of(b",".join(value for name, value in scope["headers"] if name == b"content-encoding"))
 
     async def _say_what_is_allowed(self, scope: Scope, exchange: "_Exchange") -> None:
         """Answer OPTIONS of a path; with CORS switched on, a browser's preflight does not come this far."""
