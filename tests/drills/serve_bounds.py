@@ -3,7 +3,7 @@
     python tests/drills/serve_bounds.py [--model minilm-l6] [--connections 400] [--megabytes 40] [--replicas 1]
 
 While each of them is tried, a well-behaved client asks short queries; its slowest answer and the memory of replicas and
-proxy are in the result. All connections come from one address, so ``max_client_connections`` is met as well.
+proxy are in the result. Behind HAProxy (``--haproxy``) the bounds are its own: what they are is shown, not judged.
 """
 
 import argparse
@@ -47,8 +47,9 @@ def status(found: bytes) -> str:
 def huge_header(running: Running, megabytes: int) -> str:
     with connect(running.port) as connection:
         connection.sendall(b"GET /health HTTP/1.1\r\nhost: localhost\r\na: ")
-        for _ in range(megabytes):
-            connection.sendall(b"x" * 10**6)
+        with contextlib.suppress(ConnectionError):  # who refuses may close before it has read it all
+            for _ in range(megabytes):
+                connection.sendall(b"x" * 10**6)
         return status(reply(connection))
 
 
