@@ -34,7 +34,7 @@ def connect(port: int, address: str = "127.0.0.1") -> socket.socket:
 
 def reply(connection: socket.socket) -> bytes:
     found = b""
-    with contextlib.suppress(ConnectionError):
+    with contextlib.suppress(ConnectionError, TimeoutError):
         while piece := connection.recv(65536):
             found += piece
     return found
@@ -65,6 +65,7 @@ def half_sent(running: Running, count: int) -> tuple[dict[str, int], float]:
         for connection in open_ones:
             connection.sendall(b"GET /health HTTP/1.1\r\nhost: local")
         for connection in open_ones:
+            connection.settimeout(max(0.1, started + 3 * HEADER_SECONDS - time.monotonic()))
             seen = status(reply(connection))
             statuses[seen] = statuses.get(seen, 0) + 1
     return statuses, time.monotonic() - started
