@@ -151,6 +151,15 @@ def test_jinas_requests(client, encoder):
     assert ranked["results"][0]["document"]["text"] in ("ab", "cde") and ranked["usage"]["total_tokens"] > 0
 
 
+def test_jinas_base64(client, encoder):
+    asked = {"model": "tiny", "input": TEXTS, "embedding_type": "base64"}
+    packed = [item["embedding"] for item in answer(client, "/v1/embeddings", asked)["data"]]
+    expected = encoder.embed(TEXTS, "document")
+    assert np.array_equal([np.frombuffer(base64.b64decode(row), "<f4") for row in packed], expected)
+    own = answer(client, "/v1/embeddings", {**asked, "encoding_format": "float"})["data"]
+    assert np.array_equal([item["embedding"] for item in own], expected.tolist())
+
+
 def test_voyages_requests(client, encoder):
     # voyageai.Client(base_url=…).embed(…)
     asked = {

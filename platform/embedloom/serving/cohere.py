@@ -12,7 +12,7 @@ from embedloom.serving.calls import Calls, notes_of, pinned
 from embedloom.serving.fields import Count, Integer, Texts, Truncate, harmless
 from embedloom.serving.replies import CohereMeta, Reply, cohere_meta
 from embedloom.serving.routes import check_dimensions, json_reply
-from embedloom.serving.schemas import TextOptions
+from embedloom.serving.schemas import BAD_ITEMS, TextOptions
 from embedloom.serving.values import encode_vectors, finished
 
 # What Cohere calls an input, as side and task type.
@@ -31,7 +31,7 @@ class CohereEmbedRequest(TextOptions):
     mark: ClassVar[str] = "texts"
 
     model: str = Field(min_length=1)
-    texts: Texts
+    texts: Texts = Field(description=BAD_ITEMS)
     input_type: Literal["search_query", "search_document", "classification", "clustering"] | None = Field(
         default=None, description="Null: the side and task of the model name, else a document."
     )

@@ -38,7 +38,9 @@ class Routes:
         job = terms.job(_part(request, terms), contract_hash=pinned(http, request.contract_hash))
         result = await calls.encode(http, job)
         vectors = finished(result.vectors, dimensions, request.normalized, info.normalize)
-        encoded = encode_vectors(vectors, request.encoding_format)
+        encoded = encode_vectors(
+            vectors, request.said("encoding_format") or request.embedding_type or "float"
+        )
         body = reply_body(encoded, terms.model, result.tokens, result.truncated)
         return json_reply(body, headers=notes_of(result))
 

@@ -35,6 +35,7 @@ _TRUNCATE = (
     "header X-Truncated-Items and in the usage. Not given: the default of the model name, else the operator's, else this."
 )
 _TRUNCATION = "Voyage's name of truncate; where both are given, truncate holds."
+BAD_ITEMS = "White space is embedded, an empty text refused (400, naming the item), half a surrogate pair read as U+FFFD."
 _USER = "Taken and not used: who asks is no business of the endpoint."
 MAX_TOP_K = 1000
 
@@ -65,7 +66,7 @@ class TextOptions(ClosedRequest):
 
 class _Input(TextOptions):
     input: Input = Field(
-        description="Texts, or token ids of this model's own tokenizer; ids are embedded without template."
+        description=f"Texts, or token ids of this model's own tokenizer; ids are embedded without template. {BAD_ITEMS}"
     )
     input_type: Literal["query", "document"] = "document"
 
@@ -106,7 +107,12 @@ class EmbeddingsRequest(_Input):
     # Jina's, Voyage's, Infinity's and vLLM's, where they ask for what there is.
     late_chunking: Literal[False] | None = harmless("Jina")
     return_multivector: Literal[False] | None = harmless("Jina")
-    embedding_type: Literal["float"] | None = harmless("Jina")
+    embedding_type: Literal["float", "base64"] | None = Field(
+        default=None,
+        description="Jina's name of encoding_format; where both are given, encoding_format holds.",
+        json_schema_extra={FOREIGN: True},
+    )
+    encoding_type: Literal["float"] | None = harmless("LlamaIndex, to Jina")
     output_dtype: Literal["float"] | None = harmless("Voyage, Mistral")
     modality: Literal["text"] | None = harmless("Infinity")
     add_special_tokens: Literal[True] | None = harmless("vLLM")
@@ -124,7 +130,9 @@ class RerankRequest(TextOptions):
 
     model: str = Field(min_length=1)
     query: Query
-    documents: Documents
+    documents: Documents = Field(
+        description="A blank one ranks last. Half a surrogate pair is read as U+FFFD."
+    )
     top_n: Count | None = Field(default=None, description="How many of the best come back; null: all.")
     top_k: Count | None = Field(
         default=None,

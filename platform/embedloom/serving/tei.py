@@ -32,7 +32,7 @@ from embedloom.serving.fields import (
 from embedloom.serving.rank_routes import RankRoutes
 from embedloom.serving.replies import Reply
 from embedloom.serving.routes import Routes, check_dimensions, json_reply
-from embedloom.serving.schemas import RerankRequest, TextOptions, TokenizeRequest
+from embedloom.serving.schemas import BAD_ITEMS, RerankRequest, TextOptions, TokenizeRequest
 from embedloom.serving.values import finished, similarities
 
 # Routes of TEI that this endpoint does not have, and what it says to who asks for them.
@@ -118,7 +118,7 @@ class TeiEmbedRequest(_TeiOptions):
 
     mark: ClassVar[str] = "inputs"
 
-    inputs: _Inputs = Field(description="Texts, or token ids of this model's own tokenizer.")
+    inputs: _Inputs = Field(description=f"Texts, or token ids of this model's own tokenizer. {BAD_ITEMS}")
     normalize: Literal[True] = Field(
         default=True, description="Vectors of unit length are all there is here."
     )
@@ -136,7 +136,7 @@ class TeiRerankRequest(_TeiOptions):
     mark: ClassVar[str] = "texts"
 
     query: Query
-    texts: _RankedTexts
+    texts: _RankedTexts = Field(description="A blank one ranks last.")
     raw_scores: bool | None = harmless("TEI; scores are similarities")
     return_text: bool = False
 
