@@ -31,9 +31,8 @@ class ServingConfig(FrozenConfig):
     # The gate's verdict on a model that embedloom did not make; null: the gate.json beside the weights.
     verdict: str | None = Field(default=None, exclude_if=lambda value: value is None)
     served_name: str | None = None  # what clients put into ``model``; null: the run's name
-    models: dict[str, ModelAlias] = Field(
-        default_factory=dict
-    )  # other names of it, each with its defaults; listed in /v1/models
+    # Other names of it, each with defaults of its own; listed in /v1/models.
+    models: dict[str, ModelAlias] = Field(default_factory=dict)
     # What happens to too long a text where a request does not say; null: as each dialect has it (embeddings are refused,
     # documents to rerank cut at their end). Whatever is cut is told in a header and in the usage.
     truncate: Truncate | None = None

@@ -33,9 +33,7 @@ class EndpointSettings(FrozenConfig):
     """What the HTTP side needs to know."""
 
     served_name: str
-    models: dict[str, ModelAlias] = Field(
-        default_factory=dict
-    )  # other names of the model, with their defaults
+    models: dict[str, ModelAlias] = Field(default_factory=dict)  # other names of it, with their defaults
     truncate: Truncate | None = None  # the operator's default; None: the route's
     token_ids: Literal["accept", "refuse"] = "accept"  # what cannot be this tokenizer's
     fingerprint: str

@@ -69,9 +69,8 @@ class ClosedRequest(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True, protected_namespaces=())
 
-    mark: ClassVar[str | None] = (
-        None  # the field that tells it from another dialect's request to the same path
-    )
+    # The field that tells it from another dialect's request to the same path.
+    mark: ClassVar[str | None] = None
 
     @model_validator(mode="before")
     @classmethod
