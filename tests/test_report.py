@@ -205,3 +205,19 @@ def test_lineage_graph_has_every_artefact_and_every_input(tmp_path):
     assert sum("stroke-dasharray" in attrs for attrs in edges) == 1
     places = {(attrs["x"], attrs["y"]) for attrs in boxes}
     assert len(places) == len(boxes)
+
+
+def test_the_scorecard_shows_by_which_prompts_a_task_was_scored(tmp_path):
+    run = make_run(tmp_path / "quick", scores=False)
+    usual = {"sent": ["Find: {text}"], "default": "Find: {text}", "of": "default", "stated": False}
+    other = {"sent": ["Cite: {text}"], "default": "Find: {text}", "of": "published", "stated": True}
+    prompts = {"heldout": {"merged": usual, "base": usual}, "folder": {"merged": other}}
+    out = begin(run, "evaluation", "evaluation")
+    out.place.write_json("scores.json", {**SCORES, "prompts": prompts})
+    out.commit({"rows": 1, "tokens": 1}, {})
+    summary, page = report_of(run)
+    assert "base, merged Find: {text} what the endpoint sends by default" in page.text
+    assert "merged Cite: {text} published; the endpoint's default is Find: {text}" in page.text
+    text = summary_table(summary)
+    assert "prompts of folder: published, not what the endpoint sends by default" in text
+    assert "prompts of heldout" not in text
