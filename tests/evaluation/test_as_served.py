@@ -175,6 +175,17 @@ def test_heldout_queries_go_to_the_model_as_a_clients_would(tmp_path, stated, se
     assert instructions == {None if sent == "default" else sent}
 
 
+def test_of_many_prompts_those_that_nobody_could_ask_for_are_listed_first(tmp_path):
+    pairs = [pair(str(n), f"Query {n}", "doc-zip", instruction=f"A {n:02d}") for n in range(25)]
+    pairs += [pair("known", "Known", "doc-sort"), pair("last", "Last", "doc-http", instruction="Zzz")]
+    spec = expand_tasks([EvaluationTask(name="heldout", prompts="own")])[0]
+    named = [TrainedPrompt(Prompt("retrieval", f"A {n:02d}", ""), f"a{n}", 1.0) for n in range(16)]
+    contract = trained_contract(PromptContract(), named, 16.0)
+    sent = sent_prompts(build_task(spec, make_corpus(tmp_path, pairs=pairs)), contract, spec.instructed).sent
+    expected = sorted([*(f"A {n:02d}" for n in range(16, 25)), INSTRUCTION, "Zzz"])
+    assert sent[:11] == [text_of(text) for text in expected] and len(sent) == 20
+
+
 @pytest.mark.parametrize(
     ("task", "message"),
     [

@@ -35,6 +35,13 @@ TIMED_QUERIES = tuple(
 )  # fmt: skip
 
 
+# What a verdict says of prompts that are not the endpoint's default.
+_PROMPTS_MEAN = {
+    "own": ", which the endpoint sends by default or to whoever names the task",
+    "published": ", not what the endpoint sends by default",
+}
+
+
 @dataclass(frozen=True, slots=True)
 class Contender:
     """One of the two models."""
@@ -158,7 +165,7 @@ def verdict_text(content: Mapping[str, Any]) -> str:
     ]
     for task, prompts in content.get("prompts", {}).items():
         if prompts != "default":
-            lines.append(f"       {task}: prompts {prompts}, not what the endpoint sends by default")
+            lines.append(f"       {task}: prompts {prompts}{_PROMPTS_MEAN.get(prompts, '')}")
     width = max(len(task) for task in content["tasks"])
     for task, entry in content["tasks"].items():
         spread = "" if entry["low"] is None else f"  [{entry['low']:+.4f}, {entry['high']:+.4f}]"

@@ -113,7 +113,10 @@ def sent_prompts(task: AbsTask, contract: PromptContract, instructed: bool) -> S
         ]
         own = sorted({text or None for rows in columns for text in rows[INSTRUCTION_COLUMN]}, key=str) or own
     texts = {contract.format(_TEXT, role.side, role.task_type, instruction) for instruction in own}
-    return SentPrompts(sorted(texts)[:_MOST_PROMPTS], contract.format(_TEXT, usual.side, usual.task_type))
+    default = contract.format(_TEXT, usual.side, usual.task_type)
+    known = {default, *(contract.format(_TEXT, "query", name) for name in contract.tasks or {})}
+    # Those that nobody could ask for come first, so that the gate sees them however many there are.
+    return SentPrompts(sorted(texts, key=lambda text: (text in known, text))[:_MOST_PROMPTS], default)
 
 
 Asked = tuple[Sequence[str], PromptType | None, list[str | None] | None]
