@@ -14,7 +14,7 @@ import re
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from embedloom.errors import DataError
 from embedloom.records import TASK_TYPES
@@ -22,6 +22,8 @@ from embedloom.records import TASK_TYPES
 CONTRACT_FILE = "contract.json"
 NEMOTRON_TEMPLATE = "Instruct: {task}\nQuery: {text}"
 PLAIN_TEMPLATE = "{text}"
+# What one vector is made of token states by; several joined by "+" are put behind one another.
+POOLINGS = ("mean", "cls", "last_token", "max", "mean_sqrt_len", "weighted_mean")
 
 Side = Literal["query", "document"]
 _MARK = "\0"  # stands for the text; no instruction of ours holds one
@@ -66,6 +68,19 @@ class NamedTask(BaseModel):
     share: float | None = None  # of all queries trained; it tells and decides nothing, so no hash counts it
 
 
+def pooling_modes(pooling: str) -> list[str]:
+    """The modes that a pooling such as ``cls+mean`` consists of.
+
+    Raises:
+        ValueError: one is unknown.
+    """
+    modes = pooling.split("+")
+    for mode in modes:
+        if mode not in POOLINGS:
+            raise ValueError(f"pooling: {pooling!r} is unknown; allowed: {', '.join(POOLINGS)}")
+    return modes
+
+
 class PromptContract(BaseModel):
     """How one model wants its texts; immutable, hashed, stored beside the weights.
 
@@ -83,9 +98,13 @@ class PromptContract(BaseModel):
     max_query_tokens: int = Field(default=512, ge=8)
     max_document_tokens: int = Field(default=512, ge=8)
     padding_side: Literal["left", "right"] = "right"
-    pooling: Literal["mean", "cls", "last_token"] = "mean"
+    pooling: str = "mean"  # one of POOLINGS, or several joined by "+"
     normalize: bool = True
     attention: Literal["bidirectional", "causal"] = "bidirectional"
+    # What foreign models put around documents, and around both texts where they play the same part; None: documents
+    # stay bare, and symmetric task types take ``template``.
+    document_template: str | None = None
+    symmetric_template: str | None = None
     # Lengths that a prefix of a vector was trained for (Matryoshka, arXiv 2205.13147); None: only the whole.
     matryoshka_dimensions: tuple[int, ...] | None = None
     # By task type, what stands before documents where it is not what ``symmetric_task_types`` says; "": nothing.
@@ -104,6 +123,12 @@ class PromptContract(BaseModel):
         if self.default_task is not None and not self.knows(self.default_task):
             raise ValueError(f"default_task: {self.default_task!r}; allowed: {self.known_tasks}")
         return self
+
+    @field_validator("pooling")
+    @classmethod
+    def _known_pooling(cls, value: str) -> str:
+        pooling_modes(value)
+        return value
 
     @property
     def hash(self) -> str:
@@ -204,11 +229,20 @@ class PromptContract(BaseModel):
         Raises:
             DataError: unknown task.
         """
+        template = self._stated_template(side, self.task_type_of(task))
+        if template is not None:
+            return template.replace("{text}", text, 1)
         prompt = self.prompt(side, task, instruction)
         if prompt is None:
             return text
         values = {"task": prompt, "text": text}
         return _PLACEHOLDER.sub(lambda match: values[match.group(1)], self.template)
+
+    def _stated_template(self, side: Side, kind: str) -> str | None:
+        """A foreign model's own template for documents or for texts that play the same part, where it has one."""
+        if kind in self.symmetric_task_types:
+            return self.symmetric_template
+        return self.document_template if side == "document" else None
 
     def text_before(self, side: Side, task: str | None = None) -> str:
         """What ``format`` puts before a text, all that readers with a list of prompts can say of the template."""

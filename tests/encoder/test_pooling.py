@@ -17,5 +17,7 @@ def test_pooling_ignores_padding_on_either_side(pooling, expected):
 
 
 def test_unknown_pooling_lists_the_allowed():
-    with pytest.raises(ConfigError, match="'max' is unknown; allowed: mean, cls, last_token"):
-        pool(HIDDEN, MASK, "max")
+    with pytest.raises(
+        ConfigError, match=r"'cls\+attention' is unknown; allowed: mean, cls, last_token, max"
+    ):
+        pool(HIDDEN, MASK, "cls+attention")

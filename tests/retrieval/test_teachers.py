@@ -10,13 +10,14 @@ import pytest
 import torch
 
 from embedloom.config.teacher import Teacher
+from embedloom.encoder.foreign import beyond_encoder, read_layout
 from embedloom.encoder.model import Encoder
 from embedloom.encoder.registry import resolve_model
 from embedloom.errors import ConfigError, DataError
 from embedloom.retrieval.embedder import EncoderSource
 from embedloom.retrieval.endpoint_teacher import EndpointSource
 from embedloom.retrieval.sentence_teacher import SentenceTransformerSource
-from embedloom.retrieval.teachers import beyond_encoder, teacher_source
+from embedloom.retrieval.teachers import teacher_source
 
 TEXTS = ["sort a list", "how do I read a Parquet file, column by column?", "größer", "a"]
 
@@ -90,8 +91,11 @@ def test_dense_layers_and_prompts_count(dense_model, library):
     np.testing.assert_allclose(np.linalg.norm(queries, axis=1), 1, atol=1e-6)
     options = {"normalize_embeddings": True}
     np.testing.assert_allclose(queries, library.encode_query(TEXTS, **options), atol=1e-5)
+    # The library's encode_document takes the prompt of this name alone; "passage" is one that a template asks for.
+    np.testing.assert_allclose(documents, library.encode_document(TEXTS, **options), atol=1e-5)
+    passages, _ = embed(source(dense_model, document_template="passage: {text}").open(), TEXTS)
     np.testing.assert_allclose(
-        documents, library.encode(TEXTS, prompt="passage: ", task="document", **options), atol=1e-5
+        passages, library.encode(TEXTS, prompt_name="passage", task="document", **options), atol=1e-5
     )
     # one token a byte, cut at the model's 64
     assert tokens == [min(64, len(f"query: {text}".encode())) for text in TEXTS]
@@ -208,17 +212,17 @@ def test_auto_takes_our_encoder_only_where_nothing_is_lost(
     assert engine(tiny_model) is EncoderSource
     assert engine(plain) is EncoderSource
     assert engine(resolve_model("minilm-l6")) is EncoderSource
-    assert engine(dense_model) is SentenceTransformerSource
+    assert engine(dense_model) is EncoderSource
     assert engine(plain, query_template="query: {text}") is SentenceTransformerSource
     assert engine(plain, engine="sentence_transformers") is SentenceTransformerSource
     prompted = make_model(plain_llama, tmp_path / "prompts", dense=False, prompts={"query": "q: "})
-    assert engine(prompted) is SentenceTransformerSource
+    assert engine(prompted) is EncoderSource
+    most = make_model(plain_llama, tmp_path / "max", dense=False, pooling="max")
+    assert engine(most) is EncoderSource
     chatty = make_model(tiny_llama, tmp_path / "chat", dense=False)
     assert engine(chatty) is SentenceTransformerSource
-    most = make_model(plain_llama, tmp_path / "max", dense=False, pooling="max")
-    assert engine(most) is SentenceTransformerSource
-    with pytest.raises(ConfigError, match=r"engine 'encoder' cannot run it: its modules are .*'Dense'"):
-        engine(dense_model, engine="encoder")
+    with pytest.raises(ConfigError, match=r"engine 'encoder' cannot run it: sentence_bert_config.json sets"):
+        engine(chatty, engine="encoder")
     with pytest.raises(
         ConfigError, match=r"query_template and document_template do not fit, its contract\.json"
     ):
@@ -253,14 +257,19 @@ def test_an_endpoint_needs_no_folder():
     assert found.templates.around("query", "sts", None) == ("Same? ", "")
 
 
-def test_bert_style_mixed_poolings_and_lower_casing_are_beyond_the_encoder(tmp_path):
+def test_lower_casing_mixed_poolings_and_what_is_beyond_the_encoder(tmp_path):
     folder = tmp_path / "model"
     shutil.copytree(resolve_model("minilm-l6"), folder)
     assert beyond_encoder(folder) is None
     (folder / "sentence_bert_config.json").write_text('{"max_seq_length": 256, "do_lower_case": true}')
-    assert beyond_encoder(folder) == "sentence_bert_config.json sets ['do_lower_case']"
+    assert beyond_encoder(folder) is None
+    (folder / "sentence_bert_config.json").write_text('{"max_seq_length": 256, "query_length": 16}')
+    assert beyond_encoder(folder) == "sentence_bert_config.json sets ['query_length']"
+    (folder / "sentence_bert_config.json").unlink()
     pooling = folder / "1_Pooling" / "config.json"
     pooling.write_text(json.dumps({**json.loads(pooling.read_text()), "pooling_mode_cls_token": True}))
-    assert "its pooling" in beyond_encoder(folder)
+    assert read_layout(folder).pooling == "cls+mean"
+    pooling.write_text(json.dumps({"pooling_mode": "attention"}))
+    assert "its pooling is 'attention'" in beyond_encoder(folder)
     (folder / "modules.json").unlink()
-    assert beyond_encoder(folder) == "it has no modules.json"
+    assert "it has no modules.json" in beyond_encoder(folder)

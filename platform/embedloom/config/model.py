@@ -19,7 +19,7 @@ class EncoderConfig(FrozenConfig):
     template: str = NEMOTRON_TEMPLATE
     instructions: dict[str, str] = Field(default_factory=lambda: dict(DEFAULT_INSTRUCTIONS))
     add_bos: bool | None = (
-        None  # null: BOS for decoders (as the paper), the tokenizer's own habit for encoders
+        None  # null: BOS for decoders whose tokenizer has one (as the paper), the tokenizer's own habit for encoders
     )
     add_eos: bool | None = None  # null: no EOS for decoders, the tokenizer's own habit for encoders
     padding_side: Literal["left", "right"] = "right"

@@ -6,7 +6,9 @@ from typing import Any
 import torch
 
 from embedloom.config.model import EncoderConfig
-from embedloom.encoder.backbone import is_decoder, load_backbone
+from embedloom.encoder.architecture import is_decoder, position_limit
+from embedloom.encoder.backbone import check_layers, load_backbone
+from embedloom.encoder.foreign import base_transformer
 from embedloom.encoder.sidecars import write_sidecars
 from embedloom.encoder.tokenizer import check_vocabulary, embedding_tokenizer, load_tokenizer, special_habits
 from embedloom.errors import ConfigError, DataError
@@ -29,18 +31,25 @@ def prepare_base(config: EncoderConfig, base: Path, out: Path) -> dict[str, int]
     Raises:
         ConfigError, DataError: the base does not fit the config.
     """
-    backbone = load_backbone(base, config.attention, torch.float32, config.num_layers)
-    tokenizer = load_tokenizer(base)
+    folder = base_transformer(base, config.pooling)
+    limit = max(config.max_query_tokens, config.max_document_tokens)
+    backbone = load_backbone(folder, config.attention, torch.float32, config.num_layers, limit)
+    tokenizer = load_tokenizer(folder)
     check_vocabulary(
         tokenizer, backbone.get_input_embeddings().num_embeddings, f"encoder.base: {config.base!r}"
     )
     decoder = is_decoder(backbone.config)
     add_bos, add_eos = _special_tokens(config, tokenizer, decoder)
-    limit = max(config.max_query_tokens, config.max_document_tokens)
-    if limit > backbone.config.max_position_embeddings:
-        raise ConfigError(
-            f"encoder.max_document_tokens: {limit} is above the {backbone.config.max_position_embeddings} positions of {config.base!r}"
+    positions = position_limit(backbone.config, backbone)
+    if positions is not None and limit > positions:
+        key = (
+            "max_query_tokens"
+            if config.max_query_tokens > config.max_document_tokens
+            else "max_document_tokens"
         )
+        raise ConfigError(f"encoder.{key}: {limit} is above the {positions} positions of {config.base!r}")
+    if decoder and config.attention == "bidirectional":
+        check_layers(backbone, limit)
     if decoder:
         tokenizer = embedding_tokenizer(tokenizer, add_bos, add_eos, config.padding_side, limit)
     contract = PromptContract(
@@ -64,7 +73,8 @@ def prepare_base(config: EncoderConfig, base: Path, out: Path) -> dict[str, int]
 
 
 def _special_tokens(config: EncoderConfig, tokenizer: Any, decoder: bool) -> tuple[bool, bool]:
-    habits = (True, False) if decoder else special_habits(tokenizer)
+    # BOS where there is one (Qwen's tokenizers have none), as the paper; encoders keep their tokenizer's own habit.
+    habits = (tokenizer.bos_token is not None, False) if decoder else special_habits(tokenizer)
     wanted = (
         habits[0] if config.add_bos is None else config.add_bos,
         habits[1] if config.add_eos is None else config.add_eos,

@@ -11,16 +11,17 @@ from torch import Tensor
 from embedloom.encoder.backbone import is_decoder, load_backbone
 from embedloom.encoder.batching import MemoryLimit, TokenCount, run_batches
 from embedloom.encoder.device import DTypeName, pick_device, pick_dtype
+from embedloom.encoder.foreign import checked_layout, contract_of
 from embedloom.encoder.fused import fuse
+from embedloom.encoder.head import Head, HeadModule
 from embedloom.encoder.int8 import quantize_linears
 from embedloom.encoder.linear import cast_for_inference, has_fast_linear
 from embedloom.encoder.packing import PackedLayout, filler_tokens, use_packing
 from embedloom.encoder.pooling import pool, pool_packed
 from embedloom.encoder.shared import SharedWeights, export_weights, shared_backbone
-from embedloom.encoder.sidecars import derive_contract
 from embedloom.encoder.tokenizer import CutTexts, contract_ids, load_tokenizer
 from embedloom.errors import ConfigError, DataError
-from embedloom.instructions import CONTRACT_FILE, PromptContract, Side
+from embedloom.instructions import CONTRACT_FILE, PromptContract, Side, pooling_modes
 
 DEFAULT_BATCH_TOKENS = 4096
 
@@ -31,7 +32,14 @@ class Encoder:
     """Backbone, tokenizer and prompt contract of one model folder; ``tokens`` counts what went through it, ``cuts`` what the
     limits left out."""
 
-    def __init__(self, backbone: Any, tokenizer: Any, contract: PromptContract, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        backbone: Any,
+        tokenizer: Any,
+        contract: PromptContract,
+        dtype: torch.dtype,
+        head: tuple[HeadModule, ...] = (),
+    ) -> None:
         self.backbone = backbone
         self.tokenizer = tokenizer
         self.contract = contract
@@ -40,6 +48,8 @@ class Encoder:
         self.cuts = CutTexts()
         self.packed = use_packing(backbone, contract.attention == "causal")
         self._fused = fuse(backbone) if self.packed else None
+        pooled = int(backbone.config.hidden_size) * len(pooling_modes(contract.pooling))
+        self.head: Head = Head(head, pooled).to(self.device)
         self._memory = MemoryLimit()
         self._pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
 
@@ -58,8 +68,8 @@ class Encoder:
         """Load a model folder.
 
         Args:
-            folder: Hugging Face layout; without ``contract.json`` (a foreign model) the contract is derived
-                from its sentence-transformers files.
+            folder: Hugging Face layout; without ``contract.json`` (a foreign model) contract, layers after the pooling
+                and the place of the weights are read from its sentence-transformers files.
             threads: CPU threads of this process; None keeps torch's setting.
             dtype: compute type.
             device: ``auto``, ``cpu`` or ``cuda``.
@@ -69,32 +79,36 @@ class Encoder:
             weights: those of ``share_weights`` in another process, used in place; decides dtype and device.
 
         Raises:
-            DataError: no model, no weights, a broken contract, or attention that is not what the contract says.
+            DataError: no model, no weights, a broken contract, attention that is not what the contract says, or a
+                foreign model that our encoder cannot compute.
             ConfigError: int8 on a device, for training or with shared weights, or on a CPU without its kernel.
         """
         if threads is not None:
             torch.set_num_threads(threads)
         if dtype == "int8" and (pick_device(device).type != "cpu" or trainable or weights is not None):
             raise ConfigError("compute_dtype: 'int8' is for inference on CPU, with weights of its own")
+        root: Path = folder
+        head: tuple[HeadModule, ...] = ()
+        if not (folder / CONTRACT_FILE).exists():
+            layout = checked_layout(folder)
+            root, head = layout.transformer, layout.head
         if contract is None:
-            contract = (
-                PromptContract.load(folder) if (folder / CONTRACT_FILE).exists() else derive_contract(folder)
-            )
+            contract = contract_of(folder)
         if weights is not None:
             # Made on another machine, perhaps; there the kernel itself would fail with less to say.
             if weights.inference_linear and not has_fast_linear(weights.dtype):
                 raise DataError(
                     f"shared {weights.dtype} weights: this CPU has no kernels for them; set dtype"
                 )
-            backbone = shared_backbone(folder, contract.attention, weights)
-            return cls(backbone, load_tokenizer(folder), contract, weights.dtype)
+            backbone = shared_backbone(root, contract.attention, weights)
+            return cls(backbone, load_tokenizer(root), contract, weights.dtype, head)
         target = pick_device(device)
         compute = pick_dtype(dtype, target)
         stored = compute if target.type == "cuda" else torch.float32
-        backbone = load_backbone(folder, contract.attention, stored).to(target).eval()
+        backbone = load_backbone(root, contract.attention, stored).to(target).eval()
         if target.type == "cpu" and not trainable and has_fast_linear(compute):
             cast_for_inference(backbone, compute)
-        encoder = cls(backbone, load_tokenizer(folder), contract, compute)
+        encoder = cls(backbone, load_tokenizer(root), contract, compute, head)
         if dtype == "int8":
             # Last, as the ways through the model are compared in float32: codes of 8 bits turn 1e-7 into 1e-2.
             quantize_linears(backbone)
@@ -108,7 +122,7 @@ class Encoder:
     @property
     def dimension(self) -> int:
         """Length of a vector."""
-        return int(self.backbone.config.hidden_size)
+        return int(self.head.dimension)
 
     @property
     def device(self) -> torch.device:
@@ -141,6 +155,7 @@ class Encoder:
                 if self.packed
                 else self._forward_padded(token_ids, lengths)
             )
+        vectors = self.head(vectors)
         return torch.nn.functional.normalize(vectors, dim=-1) if self.contract.normalize else vectors
 
     def _forward_packed(self, token_ids: Sequence[Sequence[int]], filler: int) -> Tensor:

@@ -50,7 +50,7 @@ def check_model_name(name: str, where: str) -> None:
             raise DataError(
                 f"{where}: {name!r} does not exist; allowed: a model folder, a .gguf file, a Hugging Face id, or one of {', '.join(sorted(REGISTRY))}"
             )
-        if path.is_dir() and not (path / "config.json").is_file():
+        if path.is_dir() and not any((path / file).is_file() for file in ("config.json", "modules.json")):
             raise DataError(f"{where}: {name!r} has no config.json, so it is not a model folder")
 
 

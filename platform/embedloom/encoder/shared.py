@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedModel
 
+from embedloom.encoder.architecture import attention_kernel
 from embedloom.encoder.backbone import backbone_config, check_attention
 from embedloom.encoder.device import as_tensor
 from embedloom.encoder.linear import InferenceLinear, use_inference_linear
@@ -64,7 +65,9 @@ def shared_backbone(folder: Path, attention: str, weights: SharedWeights) -> Pre
     """
     config = backbone_config(folder, attention)
     with torch.device("meta"):
-        model = AutoModel.from_config(config, attn_implementation="sdpa", dtype=torch.float32)
+        model = AutoModel.from_config(
+            config, attn_implementation=attention_kernel(config), dtype=torch.float32
+        )
     expected = dict(_named_tensors(model))
     if expected.keys() != weights.arrays.keys():
         odd = sorted(expected.keys() ^ weights.arrays.keys())

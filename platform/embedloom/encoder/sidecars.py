@@ -6,16 +6,13 @@ pooling config (the compact one of sentence-transformers >= 5.4 breaks the other
 
 import json
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-from transformers import AutoConfig
-
-from embedloom.encoder.backbone import is_decoder
-from embedloom.encoder.tokenizer import load_tokenizer, special_habits
-from embedloom.errors import DataError
-from embedloom.instructions import PLAIN_TEMPLATE, PromptContract
+from embedloom.instructions import PromptContract
 from embedloom.trained_prompts import reader_prompts
 
+# Decoders that TEI makes bidirectional where their config says so; Gemma 3 has the switch in its own config class.
+_FLAGGED = {"llama", "mistral", "qwen3"}
 _MODULES = "sentence_transformers.models."
 _POOLING_MODES = {
     "cls": "pooling_mode_cls_token",
@@ -60,51 +57,14 @@ def write_sidecars(folder: Path, contract: PromptContract, dimension: int) -> No
 
 def _mark_config(path: Path, contract: PromptContract) -> None:
     config = json.loads(path.read_text())
+    if config.get("model_type") in _FLAGGED and contract.attention == "bidirectional":
+        # transformers and vLLM read is_causal, TEI use_bidirectional_attention.
+        config |= {"is_causal": False, "use_bidirectional_attention": True}
     if config.get("model_type") == "llama" and contract.attention == "bidirectional":
-        # transformers reads is_causal, vLLM the architecture and its pooling, TEI use_bidirectional_attention.
-        config |= {
-            "is_causal": False,
-            "use_bidirectional_attention": True,
-            "architectures": ["LlamaBidirectionalModel"],
-        }
+        config["architectures"] = ["LlamaBidirectionalModel"]  # vLLM then reads the pooling here
         if contract.pooling == "mean":
             config["pooling"] = "avg"
     _write(path, config)
-
-
-def derive_contract(folder: Path) -> PromptContract:
-    """Contract of a foreign sentence-transformers folder: its pooling and length, plain template.
-
-    Raises:
-        DataError: no sentence-transformers files to derive it from.
-    """
-    pooling_file, length_file = folder / "1_Pooling" / "config.json", folder / "sentence_bert_config.json"
-    if not pooling_file.is_file():
-        raise DataError(
-            f"{folder}: neither contract.json nor 1_Pooling/config.json, so how to pool is unknown; "
-            "use it as encoder.base, which states the pooling, or give a sentence-transformers folder"
-        )
-    pooling = json.loads(pooling_file.read_text())
-    mode = pooling.get("pooling_mode") or next(
-        (m for m, key in _POOLING_MODES.items() if pooling.get(key)), "mean"
-    )
-    if mode not in ("mean", "cls", "last_token"):
-        raise DataError(f"{pooling_file}: pooling {mode!r} is not supported; allowed: mean, cls, last_token")
-    config = AutoConfig.from_pretrained(folder)
-    limit = config.max_position_embeddings
-    if length_file.is_file():
-        limit = json.loads(length_file.read_text()).get("max_seq_length") or limit
-    add_bos, add_eos = special_habits(load_tokenizer(folder))
-    causal = is_decoder(config) and getattr(config, "is_causal", True)
-    return PromptContract(
-        template=PLAIN_TEMPLATE,
-        add_bos=add_bos,
-        add_eos=add_eos,
-        max_query_tokens=limit,
-        max_document_tokens=limit,
-        pooling=cast(Any, mode),
-        attention="causal" if causal else "bidirectional",
-    )
 
 
 def _write(path: Path, content: Any) -> None:

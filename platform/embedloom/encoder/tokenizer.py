@@ -1,13 +1,16 @@
 """The tokenizer of a model folder, made to agree with the prompt contract for every reader."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from tokenizers import normalizers
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from embedloom.encoder.architecture import read_config
 from embedloom.errors import ConfigError, DataError
 from embedloom.instructions import PromptContract, Side
 
@@ -65,11 +68,13 @@ def load_tokenizer(folder: Path) -> Any:
         DataError: no tokenizer, or none in the fast form every engine shares.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **_config_for(folder))
     except (OSError, ValueError, KeyError) as error:
         raise DataError(f"{folder}: no usable tokenizer: {str(error).splitlines()[0]}") from error
     if not tokenizer.is_fast:
         raise DataError(f"{folder}: no tokenizer.json; only fast tokenizers behave alike in every engine")
+    if _lower_cases(folder):
+        _lower_case(tokenizer.backend_tokenizer)
     return tokenizer
 
 
@@ -84,6 +89,34 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, rows: int, where: str) 
             f"{where}: its tokenizer gives ids up to {largest} (token {token!r}), its embedding has {rows} rows; allowed: "
             "the model's own tokenizer, or a model whose embedding was resized to it"
         )
+
+
+def _config_for(folder: Path) -> dict[str, Any]:
+    """The config to choose a tokenizer by, where transformers alone could not read the folder's."""
+    path = folder / "config.json"
+    if not path.is_file() or not json.loads(path.read_text()).get("auto_map"):
+        return {}
+    return {"config": read_config(folder)}
+
+
+def length_file(folder: Path) -> Path:
+    """Where sentence-transformers keeps the settings of a Transformer module; older releases named it by the model."""
+    names = ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
+    found = [path for name in names if (path := folder / f"sentence_{name}_config.json").is_file()]
+    return found[0] if found else folder / f"sentence_{names[0]}_config.json"
+
+
+def _lower_cases(folder: Path) -> bool:
+    path = length_file(folder)
+    return path.is_file() and bool(json.loads(path.read_text()).get("do_lower_case"))
+
+
+def _lower_case(backend: Any) -> None:
+    """Lower-case texts before anything else, as sentence-transformers does on ``do_lower_case``."""
+    own = backend.normalizer
+    if own is not None and own.normalize_str("A") == "a":
+        return
+    backend.normalizer = normalizers.Sequence([normalizers.Lowercase(), *([own] if own is not None else [])])
 
 
 def special_habits(tokenizer: PreTrainedTokenizerBase) -> tuple[bool, bool]:

@@ -66,7 +66,8 @@ def role_of(
         # A search names no task, as the README's own call does not.
         return Role(side, contract.task_type_of() if task_type == USUAL_TASK else task_type, None)
     if side == "document" and task_type not in contract.symmetric_task_types:
-        if metadata.name not in _table()["symmetric"]:
+        # A foreign model's files say what stands before a document, in every task.
+        if metadata.name not in _table()["symmetric"] or contract.document_template is not None:
             return Role("document", task_type, None)
         side = "query"
     return Role(side, task_type, task_instruction(metadata, task_type))

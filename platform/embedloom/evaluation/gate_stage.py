@@ -10,7 +10,6 @@ from embedloom import __version__
 from embedloom.config.gate import GateConfig
 from embedloom.config.resources import PoolConfig
 from embedloom.encoder.device import DTypeName
-from embedloom.encoder.sidecars import derive_contract
 from embedloom.errors import DataError
 from embedloom.evaluation.benchmark_instructions import TASK_TYPES
 from embedloom.evaluation.evaluator import Evaluator
@@ -18,10 +17,10 @@ from embedloom.evaluation.gate import Evidence, decide
 from embedloom.evaluation.jobs import Scorer, Unit
 from embedloom.evaluation.pinned import load_pool
 from embedloom.evaluation.results import SCORES_FILE
-from embedloom.evaluation.scorers import make_scorers
+from embedloom.evaluation.scorers import make_scorers, scored_contract
 from embedloom.evaluation.specs import TaskSpec
 from embedloom.evaluation.standings import OWN, ranked_among, read_strata
-from embedloom.instructions import CONTRACT_FILE, USUAL_TASK, PromptContract
+from embedloom.instructions import USUAL_TASK
 from embedloom.storage import Place
 from embedloom.verdict import GATE_FILE, VERDICTS_FOLDER, keeps_verdict, weights_fingerprint
 
@@ -120,9 +119,7 @@ def check_prompts(table: Mapping[str, Any], candidate: Contender) -> dict[str, s
     Raises:
         DataError: other prompts, with both texts.
     """
-    folder = candidate.folder
-    has_contract = (folder / CONTRACT_FILE).exists()
-    contract = PromptContract.load(folder) if has_contract else derive_contract(folder)
+    contract = scored_contract(candidate.folder)
     found = {}
     for task in table["models"][candidate.name]:
         entry = table.get("prompts", {}).get(task, {}).get(candidate.name)

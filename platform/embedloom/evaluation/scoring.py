@@ -24,12 +24,14 @@ from embedloom.errors import StageError
 from embedloom.evaluation.bm25 import load_bm25
 from embedloom.evaluation.items import ItemLog, log_clustering, watched
 from embedloom.evaluation.jobs import EmbedJob, Job, Outcome, ScoreJob, Scorer, Survey, SurveyJob, TimeJob
+from embedloom.evaluation.scorers import runs_in_library
 from embedloom.evaluation.specs import TaskSpec
 from embedloom.evaluation.tasks import build_task, task_size
 from embedloom.evaluation.texts import TextList, list_texts, scoring_subsets, sent_prompts
 from embedloom.evaluation.vector_store import VectorStore
 from embedloom.evaluation.wrapper import EncoderModel
 from embedloom.instructions import PromptContract
+from embedloom.retrieval.sentence_teacher import SentenceEncoder
 from embedloom.storage import Place
 
 _LOADER_ROWS = 256  # texts per step of mteb's data loader; our batches follow the token budget
@@ -169,7 +171,11 @@ class EvaluationActor:
         if scorer.folder is None:
             self._model = load_bm25()
         else:
-            encoder = Encoder.load(scorer.folder, threads=self._threads, dtype=self._dtype)
+            encoder: Encoder | SentenceEncoder
+            if runs_in_library(scorer.folder):
+                encoder = SentenceEncoder(scorer.folder, self._dtype, self._threads)
+            else:
+                encoder = Encoder.load(scorer.folder, threads=self._threads, dtype=self._dtype)
             self._model = EncoderModel(encoder, scorer.mteb_name, scorer.revision)
         self._scorer = scorer
         return self._model

@@ -13,13 +13,18 @@ from embedloom.encoder.model import DEFAULT_BATCH_TOKENS, Encoder, Vectors
 from embedloom.evaluation.benchmark_instructions import Role, role_of
 from embedloom.evaluation.retrieval_task import INSTRUCTION_COLUMN
 from embedloom.evaluation.vector_store import VectorTable, text_keys
+from embedloom.retrieval.sentence_teacher import SentenceEncoder
 
 
 class EncoderModel(AbsEncoder):
     """mteb's encoder protocol around an ``Encoder``; takes vectors from ``known`` where they are there."""
 
     def __init__(
-        self, encoder: Encoder, name: str, revision: str, max_batch_tokens: int = DEFAULT_BATCH_TOKENS
+        self,
+        encoder: Encoder | SentenceEncoder,
+        name: str,
+        revision: str,
+        max_batch_tokens: int = DEFAULT_BATCH_TOKENS,
     ) -> None:
         self.encoder = encoder
         self.max_batch_tokens = max_batch_tokens
@@ -80,7 +85,7 @@ class EncoderModel(AbsEncoder):
         return result
 
 
-def model_meta(encoder: Encoder, name: str, revision: str) -> ModelMeta:
+def model_meta(encoder: Encoder | SentenceEncoder, name: str, revision: str) -> ModelMeta:
     """What mteb stores beside the results (``model_meta.json``).
 
     Args:

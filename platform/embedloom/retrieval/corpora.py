@@ -6,10 +6,10 @@ from typing import Any
 from embedloom.artefacts import MANIFEST_FILE, Artefact, ArtefactWriter
 from embedloom.config.resources import PoolConfig
 from embedloom.config.use import EmbeddingConfig
-from embedloom.encoder.sidecars import derive_contract
+from embedloom.encoder.foreign import contract_of
 from embedloom.encoder.tokenizer import InstructionTooLong, check_room, load_tokenizer
 from embedloom.errors import ConfigError, DataError
-from embedloom.instructions import CONTRACT_FILE, PromptContract
+from embedloom.instructions import PromptContract
 from embedloom.progress import note
 from embedloom.retrieval.embed_rows import embed_rows
 from embedloom.retrieval.embedder import EncoderSource
@@ -18,7 +18,6 @@ from embedloom.retrieval.index import build_index, require_faiss
 from embedloom.retrieval.inputs import DOCUMENTS_FOLDER, SPLITS, check_instruction, open_input
 from embedloom.retrieval.ledger import open_ledger
 from embedloom.retrieval.previous import aside_of
-from embedloom.retrieval.teachers import beyond_encoder
 from embedloom.retrieval.vector_files import cut_line
 from embedloom.storage import Place, absolute
 
@@ -44,7 +43,7 @@ def embed_artefact(
         MissingDependency: an index is wanted and FAISS is not installed.
     """
     out.place.sweep()
-    contract = _contract(model)
+    contract = contract_of(model)
     config = _with_task(config, contract)
     _check(config, contract)
     try:
@@ -82,18 +81,6 @@ def embed_artefact(
     if out.place.is_local:
         aside_of(out.place).remove()
     return done
-
-
-def _contract(model: Path) -> PromptContract:
-    """The model's own contract, or one derived from its sentence-transformers files if it can say all they say."""
-    if (model / CONTRACT_FILE).exists():
-        return PromptContract.load(model)
-    reason = beyond_encoder(model)
-    if reason:
-        raise DataError(
-            f"embedding.model: {model}: our encoder would compute other vectors than its authors': {reason}"
-        )
-    return derive_contract(model)
 
 
 def _with_task(config: EmbeddingConfig, contract: PromptContract) -> EmbeddingConfig:

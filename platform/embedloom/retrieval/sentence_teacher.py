@@ -9,15 +9,17 @@ import numpy as np
 import torch
 
 from embedloom.artefacts import fingerprint
+from embedloom.encoder.batching import TokenCount
 from embedloom.encoder.device import DTypeName, pick_device, pick_dtype
+from embedloom.encoder.foreign import layout_templates, read_layout
 from embedloom.encoder.model import Vectors
 from embedloom.errors import DataError
-from embedloom.instructions import Side
+from embedloom.instructions import PLAIN_TEMPLATE, PromptContract, Side
+from embedloom.progress import note
 from embedloom.retrieval.fingerprints import folder_fingerprint
 from embedloom.retrieval.templates import Templates
 from embedloom.retrieval.unit import unit_vectors
 
-_DOCUMENT_PROMPTS = ("document", "passage", "corpus")  # the names sentence-transformers looks for
 _UNIT_TOLERANCE = 1e-2  # of a length; bfloat16 keeps three digits
 
 
@@ -53,11 +55,11 @@ class SentenceTransformerEmbedder:
     def __init__(self, source: SentenceTransformerSource) -> None:
         device = pick_device()
         self._dtype = pick_dtype(source.dtype, device)
-        self._model = load_offline("SentenceTransformer", source.folder, device, self._dtype)
+        self.model = load_offline("SentenceTransformer", source.folder, device, self._dtype)
         self._batch_size = source.batch_size
         self._name = source.name
-        self._templates = _templates(source, self._model.prompts)
-        own = getattr(self._model, "max_seq_length", None)
+        self._templates = _templates(source)
+        own = getattr(self.model, "max_seq_length", None)
         self._limits: dict[Side, int | None] = {
             "query": source.max_query_tokens or own,
             "document": source.max_document_tokens or own,
@@ -97,7 +99,7 @@ class SentenceTransformerEmbedder:
             for row, vector, count in zip(rows, found, counts, strict=True):
                 vectors[row], tokens[row] = vector, count
         if not vectors:
-            return np.empty((0, int(self._model.get_embedding_dimension() or 0)), dtype=np.float32), []
+            return np.empty((0, int(self.model.get_embedding_dimension() or 0)), dtype=np.float32), []
         raw: Vectors = np.stack(vectors)
         self._check_lengths(raw)
         return unit_vectors(raw, f"teacher {self._name!r}"), tokens
@@ -117,30 +119,30 @@ class SentenceTransformerEmbedder:
     @torch.inference_mode()
     def _forward(self, texts: list[str], prompt: str, side: Side) -> tuple[Vectors, list[int]]:
         """Vectors [len(texts), d] as the model gives them, and tokens a text."""
-        device = self._model.device
-        features = self._model.preprocess(texts, prompt=prompt, task=side)
+        device = self.model.device
+        features = self.model.preprocess(texts, prompt=prompt, task=side)
         tokens = _token_counts(features, self._name)
         moved = {
             key: value.to(device) if isinstance(value, torch.Tensor) else value
             for key, value in features.items()
         }
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=self._dtype == torch.bfloat16):
-            vectors = self._model(moved, task=side)["sentence_embedding"]
+            vectors = self.model(moved, task=side)["sentence_embedding"]
         # The model's own Matryoshka cut, from config_sentence_transformers.json; None keeps every value.
-        return vectors[:, : self._model.truncate_dim].float().cpu().numpy(), tokens
+        return vectors[:, : self.model.truncate_dim].float().cpu().numpy(), tokens
 
     def _limit(self, side: Side) -> None:
         """Have the tokenizer cut texts at this side's limit."""
-        limit, tokenizer = self._limits[side], self._model.tokenizer
+        limit, tokenizer = self._limits[side], self.model.tokenizer
         if hasattr(tokenizer, "enable_truncation"):  # static embeddings have no limit of their own
             if limit is not None and np.isfinite(limit):
                 tokenizer.enable_truncation(limit)
         elif limit is not None:
-            self._model.max_seq_length = limit
+            self.model.max_seq_length = limit
 
     def _check_lengths(self, vectors: Vectors) -> None:
         """Refuse a model whose lengths carry meaning: the cosine would order its documents otherwise."""
-        measure = self._model.similarity_fn_name
+        measure = self.model.similarity_fn_name
         if measure == "cosine":
             return
         off = float(np.abs(np.linalg.norm(vectors, axis=1) - 1.0).max())
@@ -149,6 +151,56 @@ class SentenceTransformerEmbedder:
                 f"teacher {self._name!r}: similarity_fn_name is {measure!r} and its vectors are not of length 1 "
                 f"(off by {off:.3g}); mining compares cosines, allowed: a model trained for cosine"
             )
+
+
+class SentenceEncoder:
+    """A model that our encoder cannot compute, behind the part of ``Encoder`` that evaluation asks for."""
+
+    def __init__(self, folder: Path, dtype: DTypeName = "auto", threads: int | None = None) -> None:
+        """Load the model.
+
+        Raises:
+            DataError: sentence-transformers cannot load the folder, or only by running its own code.
+        """
+        if threads is not None:
+            torch.set_num_threads(threads)
+        self._embedder = SentenceTransformerSource(folder.name, folder, dtype=dtype).open()
+        self.contract = sentence_contract(folder)
+        self.tokens = TokenCount()
+
+    @property
+    def backbone(self) -> Any:
+        """The whole model, for its parameters."""
+        return self._embedder.model
+
+    @property
+    def dimension(self) -> int:
+        """Length of a vector."""
+        return int(self._embedder.model.truncate_dim or self._embedder.model.get_embedding_dimension())
+
+    def embed(
+        self,
+        texts: Sequence[str],
+        side: Side,
+        task_type: str = "retrieval",
+        instruction: str | Sequence[str | None] | None = None,
+        max_batch_tokens: int = 0,
+    ) -> Vectors:
+        """As ``Encoder.embed``: float32 [len(texts), dimension]; the library's batches have rows, not tokens."""
+        given = (
+            [instruction] * len(texts) if instruction is None or isinstance(instruction, str) else instruction
+        )
+        vectors, tokens = self._embedder.embed(texts, side, [task_type] * len(texts), given)
+        self.tokens.add(tokens)
+        return vectors
+
+
+def sentence_contract(folder: Path) -> PromptContract:
+    """What can be said as a contract of a model that sentence-transformers runs: its prompts.
+
+    Pooling, lengths and attention are the library's; the fields of that name say nothing here.
+    """
+    return PromptContract(**layout_templates(read_layout(folder)))
 
 
 def load_offline(
@@ -192,16 +244,23 @@ def load_offline(
     return model.eval()
 
 
-def _templates(source: SentenceTransformerSource, prompts: Mapping[str, str]) -> Templates:
-    """The given templates; where none is given, the model's prompt and the text."""
-    document = next((prompts[name] for name in _DOCUMENT_PROMPTS if prompts.get(name)), "")
-    found = Templates(
-        query=(prompts.get("query") or "") + "{text}"
-        if source.query_template is None
-        else source.query_template,
-        document=document + "{text}" if source.document_template is None else source.document_template,
+def _templates(source: SentenceTransformerSource) -> Templates:
+    """The given templates; where none is given, the model's prompt and the text, as the library's encode does."""
+    layout = read_layout(source.folder)
+    if layout.left_out:
+        note("model", f"{source.name}: {layout.left_out}")
+    own = Templates(
+        query=layout.query_prompt + PLAIN_TEMPLATE,
+        document=layout.document_prompt + PLAIN_TEMPLATE,
+        symmetric=layout.default_prompt + PLAIN_TEMPLATE
+        if layout.default_prompt != layout.query_prompt
+        else None,
     )
-    return found if source.instructions is None else replace(found, instructions=dict(source.instructions))
+    if source.query_template is not None:
+        own = replace(own, query=source.query_template, symmetric=None)
+    if source.document_template is not None:
+        own = replace(own, document=source.document_template)
+    return own if source.instructions is None else replace(own, instructions=dict(source.instructions))
 
 
 def _token_counts(features: Mapping[str, Any], name: str) -> list[int]:

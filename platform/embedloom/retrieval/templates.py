@@ -16,13 +16,15 @@ class Templates:
     """Model text of queries and documents: templates with ``{text}`` once and, optionally, ``{instruction}``.
 
     In symmetric task types (STS, classification, ...) both texts play the same part, so documents take the query
-    template too, as E5, e5-mistral and Qwen3-Embedding ask for in their model cards.
+    template too, as E5, e5-mistral and Qwen3-Embedding ask for in their model cards; both take ``symmetric`` where that
+    is stated.
     """
 
     query: str = PLAIN_TEMPLATE
     document: str = PLAIN_TEMPLATE
     instructions: Mapping[str, str] = field(default_factory=lambda: dict(DEFAULT_INSTRUCTIONS))
     symmetric_task_types: tuple[str, ...] = SYMMETRIC_TASK_TYPES
+    symmetric: str | None = None
 
     def around(self, side: Side, task_type: str, instruction: str | None) -> tuple[str, str]:
         """What stands before and after the text.
@@ -35,8 +37,10 @@ class Templates:
         Raises:
             DataError: no instruction, and none known for the task type.
         """
-        as_query = side == "query" or task_type in self.symmetric_task_types
-        before, _, after = (self.query if as_query else self.document).partition(_TEXT)
+        template = self.query if side == "query" else self.document
+        if task_type in self.symmetric_task_types:
+            template = self.query if self.symmetric is None else self.symmetric
+        before, _, after = template.partition(_TEXT)
         if _INSTRUCTION not in before + after:
             return before, after
         if not instruction and task_type not in self.instructions:
@@ -51,4 +55,5 @@ class Templates:
             "document": self.document,
             "instructions": dict(self.instructions),
             "symmetric_task_types": list(self.symmetric_task_types),
+            **({} if self.symmetric is None else {"symmetric": self.symmetric}),
         }

@@ -11,6 +11,7 @@ from embedloom.config.application import ApplicationArgs
 from embedloom.config.base import validate
 from embedloom.config.resources import ServeScaling
 from embedloom.config.serving import ServingConfig
+from embedloom.encoder.foreign import checked_layout, contract_of
 from embedloom.errors import ConfigError, DataError
 from embedloom.instructions import CONTRACT_FILE, PromptContract
 from embedloom.retrieval.model_id import model_id
@@ -22,7 +23,7 @@ from embedloom.serving.gateway import Gateway
 from embedloom.serving.handles import ENCODERS
 from embedloom.serving.keys import read_keys
 from embedloom.serving.loading import ModelSpec
-from embedloom.serving.model_facts import contract_of, read_gate, read_lineage
+from embedloom.serving.model_facts import read_gate, read_lineage
 from embedloom.serving.replica import EncoderEndpoint, EncoderReplica
 from embedloom.serving.service import BatchSettings
 from embedloom.serving.weights import shares_weights, weights_actor
@@ -74,7 +75,7 @@ def build_application(args: ApplicationArgs, encoders: str | None = None) -> App
         truncate=serving.truncate,
         token_ids=serving.token_ids,
         fingerprint=args.fingerprint,
-        created=int((folder / "config.json").stat().st_mtime),
+        created=int(_weights_of(folder)[0].stat().st_mtime),
         max_items=serving.max_items,
         min_replicas=scaling.min_replicas,
         max_requests=scaling.max_replicas * serving.max_ongoing_requests + serving.max_queued_requests,
@@ -211,13 +212,21 @@ def check_model_folder(folder: Path) -> Path:
     """The absolute path of a model folder.
 
     Raises:
-        DataError: it is none, has no weights, or a broken prompt contract.
+        DataError: it is none, has no weights, a broken prompt contract, or is a foreign model that our encoder cannot
+            compute.
     """
     folder = folder.expanduser().absolute()
-    if not (folder / "config.json").is_file():
-        raise DataError(f"{folder}: no config.json, so this is not a model folder")
-    if not any(folder.glob("*.safetensors")):
-        raise DataError(f"{folder}: no weights (*.safetensors) in this model folder")
     if (folder / CONTRACT_FILE).exists():
         PromptContract.load(folder)
+        root = folder
+    else:
+        root = checked_layout(folder).transformer
+    if not (root / "config.json").is_file():
+        raise DataError(f"{root}: no config.json, so this is not a model folder")
+    if not _weights_of(root):
+        raise DataError(f"{root}: no weights (*.safetensors) in this model folder")
     return folder
+
+
+def _weights_of(folder: Path) -> list[Path]:
+    return [*folder.rglob("*.safetensors"), *folder.rglob("pytorch_model*.bin")]

@@ -15,6 +15,7 @@ from ray import serve
 
 from embedloom.config.application import ApplicationArgs
 from embedloom.config.base import validate
+from embedloom.encoder.foreign import contract_of
 from embedloom.errors import ConfigError, ServeError
 from embedloom.instructions import PromptContract
 from embedloom.progress import note
@@ -30,7 +31,6 @@ from embedloom.serving.applications import (
 from embedloom.serving.golden import check_golden, expected_vectors
 from embedloom.serving.handles import ENCODERS
 from embedloom.serving.messages import ModelInfo
-from embedloom.serving.model_facts import contract_of
 from embedloom.serving.trial import Decision, TrialRules, Window, decide
 from embedloom.serving.versions import TrialOrders
 

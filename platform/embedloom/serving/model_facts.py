@@ -3,20 +3,9 @@
 from pathlib import Path
 
 from embedloom.artefacts import MANIFEST_FILE, Artefact
-from embedloom.encoder.sidecars import derive_contract
-from embedloom.instructions import CONTRACT_FILE, PromptContract
 from embedloom.serving.replies import GateVerdict, Lineage
 from embedloom.storage import Place
 from embedloom.verdict import read_verdict
-
-
-def contract_of(folder: Path) -> PromptContract:
-    """A model folder's prompt contract; of a foreign model, the one its files describe.
-
-    Raises:
-        DataError: a broken one.
-    """
-    return PromptContract.load(folder) if (folder / CONTRACT_FILE).exists() else derive_contract(folder)
 
 
 def read_lineage(folder: Path) -> Lineage | None:

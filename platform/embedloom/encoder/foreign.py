@@ -1,0 +1,310 @@
+"""Model folders that others made, read as sentence-transformers (2 to 6) reads them.
+
+There is one reading for everything that opens a model: the base of a training, a mining teacher, evaluation, the gate,
+``embed`` and the endpoint. What our encoder cannot compute has a reason by name (``Layout.beyond``); evaluation, mining
+and ``embed`` then run sentence-transformers itself, the rest refuses with that reason.
+"""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from embedloom.encoder.architecture import attends_causally, position_limit, read_config, text_config
+from embedloom.encoder.head import HeadModule
+from embedloom.encoder.tokenizer import length_file, load_tokenizer, special_habits
+from embedloom.errors import ConfigError, DataError
+from embedloom.instructions import CONTRACT_FILE, PLAIN_TEMPLATE, PromptContract
+from embedloom.progress import note
+
+_POOLING_FLAGS = {  # in the order in which sentence-transformers puts several behind one another
+    "pooling_mode_cls_token": "cls",
+    "pooling_mode_max_tokens": "max",
+    "pooling_mode_mean_tokens": "mean",
+    "pooling_mode_mean_sqrt_len_tokens": "mean_sqrt_len",
+    "pooling_mode_weightedmean_tokens": "weighted_mean",
+    "pooling_mode_lasttoken": "last_token",
+}
+_POOLING_NAMES = {
+    "mean_sqrt_len_tokens": "mean_sqrt_len", "weightedmean": "weighted_mean", "lasttoken": "last_token",
+}  # fmt: skip
+_SIDE_NAMES = ("query", "document")  # what encode_query and encode_document look for
+_SETTINGS_FILE = "config_sentence_transformers.json"
+_LEAST_TOKENS = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """What the files of a foreign model say."""
+
+    transformer: Path  # folder of config.json, weights and tokenizer
+    pooling: str = "mean"
+    head: tuple[HeadModule, ...] = ()
+    prompts: Mapping[str, str] = field(default_factory=dict)
+    default_prompt: str = ""
+    is_transformer: bool = True  # with a pooling behind it
+    beyond: str | None = None  # why our encoder would compute something else; None: it would not
+
+    @property
+    def left_out(self) -> str | None:
+        """Prompts that the library applies to neither side by itself, in words; None where there is none."""
+        names = sorted(set(self.prompts) - set(_SIDE_NAMES))
+        if not names:
+            return None
+        return (
+            f"its prompts {names} are applied by name only, as in sentence-transformers, whose encode_query and "
+            "encode_document take 'query' and 'document'"
+        )
+
+    @property
+    def query_prompt(self) -> str:
+        """What encode_query puts before a text."""
+        return self.prompts.get("query") or ""
+
+    @property
+    def document_prompt(self) -> str:
+        """What encode_document puts before a text."""
+        return self.prompts.get("document") or ""
+
+
+def contract_of(folder: Path) -> PromptContract:
+    """A model folder's prompt contract; of a foreign model, the one its files describe.
+
+    Raises:
+        DataError: a broken one, or a foreign model that our encoder cannot compute.
+    """
+    return PromptContract.load(folder) if (folder / CONTRACT_FILE).exists() else derive_contract(folder)
+
+
+def beyond_encoder(folder: Path) -> str | None:
+    """Why our encoder would compute something else than sentence-transformers does; None if it would not."""
+    return read_layout(folder).beyond
+
+
+def derive_contract(folder: Path) -> PromptContract:
+    """Contract of a foreign sentence-transformers folder: pooling, prompts, lengths and attention of its files.
+
+    Raises:
+        DataError: the files do not say how to pool, or something that our encoder cannot compute.
+    """
+    return layout_contract(checked_layout(folder))
+
+
+def checked_layout(folder: Path) -> Layout:
+    """What a foreign model folder consists of, where our encoder can compute all of it.
+
+    Raises:
+        DataError: it cannot; the message says why.
+    """
+    layout = read_layout(folder)
+    if layout.beyond is not None:
+        raise DataError(
+            f"{folder}: our encoder would compute other vectors than its authors': {layout.beyond}"
+        )
+    return layout
+
+
+def base_transformer(folder: Path, pooling: str) -> Path:
+    """Where the transformer of an ``encoder.base`` lies; what a training would drop of the folder is refused.
+
+    Args:
+        folder: any model folder.
+        pooling: what ``encoder.pooling`` says.
+
+    Raises:
+        ConfigError: the folder has layers after the pooling, or is no transformer.
+    """
+    if (folder / CONTRACT_FILE).exists() or not (folder / "modules.json").is_file():
+        return folder
+    layout = read_layout(folder)
+    if not layout.is_transformer or layout.head:
+        what = ", ".join(module.kind for module in layout.head) or "no Transformer and Pooling"
+        raise ConfigError(
+            f"encoder.base: {str(folder)!r} has {what} in its modules.json, which training would drop; allowed: a base of a "
+            "transformer and a pooling, or a copy of this folder without modules.json, to train its transformer alone"
+        )
+    if layout.pooling != pooling:
+        note("encoder", f"{folder.name} was pooled by {layout.pooling} so far; encoder.pooling is {pooling}")
+    return layout.transformer
+
+
+def layout_contract(layout: Layout) -> PromptContract:
+    """The contract that a layout describes.
+
+    Raises:
+        DataError: no tokenizer, or an architecture that cannot be read.
+    """
+    config = text_config(read_config(layout.transformer))
+    tokenizer = load_tokenizer(layout.transformer)
+    limit = max(_LEAST_TOKENS, token_limit(layout.transformer, config, tokenizer))
+    add_bos, add_eos = special_habits(tokenizer)
+    if layout.left_out:
+        note("model", f"{layout.transformer.name}: {layout.left_out}")
+    return PromptContract(
+        **layout_templates(layout),
+        add_bos=add_bos,
+        add_eos=add_eos,
+        max_query_tokens=limit,
+        max_document_tokens=limit,
+        pooling=layout.pooling,
+        attention="causal" if attends_causally(config) else "bidirectional",
+    )
+
+
+def layout_templates(layout: Layout) -> dict[str, Any]:
+    """The fields of a contract that say what stands around a text; a model without prompts has one plain template."""
+    if not (layout.query_prompt or layout.document_prompt or layout.default_prompt):
+        return {"template": PLAIN_TEMPLATE}
+    return {
+        "template": layout.query_prompt + PLAIN_TEMPLATE,
+        "document_template": layout.document_prompt + PLAIN_TEMPLATE,
+        "symmetric_template": layout.default_prompt + PLAIN_TEMPLATE,
+    }
+
+
+def token_limit(folder: Path, config: Any, tokenizer: Any) -> int:
+    """Most tokens of a text: the least of what the model's files and its position table say.
+
+    sentence-transformers up to 5.3 stores ``max_seq_length`` beside the weights, later ones as the tokenizer's
+    ``model_max_length``; the first, where it is stated, replaces the second.
+    """
+    stated = _read(length_file(folder), {}).get("max_seq_length")
+    limits = [stated or tokenizer.model_max_length, position_limit(config)]
+    known = [int(limit) for limit in limits if limit is not None and limit < 2**31 and not math.isinf(limit)]
+    if not known:
+        raise DataError(
+            f"{folder}: no file says how long a text may be; allowed: max_seq_length in sentence_bert_config.json"
+        )
+    return min(known)
+
+
+def read_layout(folder: Path) -> Layout:
+    """What a foreign model folder consists of.
+
+    Raises:
+        DataError: a config that cannot be read.
+    """
+    modules = _read(folder / "modules.json", None)
+    if modules is None:
+        return _without_modules(folder)
+    kinds = [str(module.get("type", "")).rsplit(".", 1)[-1] for module in modules]
+    root = folder / str(modules[0].get("path") or "") if modules else folder
+    own = [
+        module["type"] for module in modules if not str(module["type"]).startswith("sentence_transformers.")
+    ]
+    reason = f"it brings module classes of its own ({', '.join(own)})" if own else None
+    if reason is None and kinds[:2] != ["Transformer", "Pooling"]:
+        reason = f"its modules are {kinds}, where our encoder computes Transformer, Pooling and what follows"
+    if reason is not None:
+        prompts, default = _prompts(folder)
+        return Layout(root, prompts=prompts, default_prompt=default, is_transformer=False, beyond=reason)
+    later = [
+        HeadModule(
+            kind, _read(folder / str(module["path"]) / "config.json", {}), folder / str(module["path"])
+        )
+        for kind, module in zip(kinds[2:], modules[2:], strict=True)
+        if kind != "Dropout"  # nothing outside training
+    ]
+    return _with_settings(folder, root, folder / str(modules[1]["path"]) / "config.json", later)
+
+
+def _without_modules(folder: Path) -> Layout:
+    """No files of the library: known only where the model's own config says how to pool, as NVIDIA's recipe writes it."""
+    if read_config(folder).to_dict().get("pooling") == "avg":
+        return Layout(folder)
+    return Layout(folder, beyond="it has no modules.json, so how to pool is unknown")
+
+
+def _with_settings(folder: Path, root: Path, pooling_file: Path, later: Sequence[HeadModule]) -> Layout:
+    settings = _read(folder / _SETTINGS_FILE, {})
+    prompts, default = _prompts(folder)
+    head = list(later)
+    if settings.get("truncate_dim"):
+        head.append(HeadModule("Truncate", {"dimensions": settings["truncate_dim"]}, folder))
+    pooling = _read(pooling_file, {})
+    # A final Normalize is what every contract ends with.
+    while head and head[-1].kind == "Normalize" and head[-1].problem() is None:
+        head.pop()
+    modes = pooling_of(pooling)
+    reasons = [
+        *_head_problems(head),
+        None if modes else f"its pooling is {pooling.get('pooling_mode')!r}",
+        "its pooling leaves the prompt's tokens out (include_prompt)"
+        if pooling.get("include_prompt") is False and (prompts or default) else None,
+        _odd_settings(root),
+        _chat(root),
+        _measure(settings, bool(later) and later[-1].kind == "Normalize"),
+    ]  # fmt: skip
+    beyond = next((reason for reason in reasons if reason), None)
+    return Layout(root, modes or "mean", tuple(head), prompts, default, beyond=beyond)
+
+
+def _prompts(folder: Path) -> tuple[dict[str, str], str]:
+    """Prompts by name, empty ones left out, and the one that ``encode`` takes without a name."""
+    settings = _read(folder / _SETTINGS_FILE, {})
+    prompts = settings.get("prompts") or {}
+    default = prompts.get(settings.get("default_prompt_name")) or ""
+    return {name: text for name, text in prompts.items() if text}, default
+
+
+def _head_problems(head: Sequence[HeadModule]) -> list[str | None]:
+    unknown = [
+        module.kind for module in head if module.kind not in ("Dense", "LayerNorm", "Normalize", "Truncate")
+    ]
+    if unknown:
+        return [f"it has {', '.join(unknown)} after the pooling, which our encoder does not compute"]
+    return [module.problem() for module in head]
+
+
+def pooling_of(content: Mapping[str, Any]) -> str | None:
+    """The pooling of a Pooling module's config, in any of its layouts, in a contract's words; None if unknown."""
+    stated = content.get("pooling_mode")
+    if stated is None:
+        found = [mode for flag, mode in _POOLING_FLAGS.items() if content.get(flag)] or ["mean"]
+    else:
+        found = [_POOLING_NAMES.get(mode, mode) for mode in ([stated] if isinstance(stated, str) else stated)]
+    known = set(_POOLING_FLAGS.values())
+    return "+".join(found) if found and all(mode in known for mode in found) else None
+
+
+def _odd_settings(root: Path) -> str | None:
+    """Settings of a Transformer module that neither contract nor tokenizer can say, such as chat messages."""
+    path = length_file(root)
+    config = _read(path, {})
+    plain = {
+        "max_seq_length": config.get("max_seq_length"),
+        "do_lower_case": config.get("do_lower_case"),
+        "transformer_task": "feature-extraction",
+        "module_output_name": "token_embeddings",
+        "modality_config": {"text": {"method": "forward", "method_output_name": "last_hidden_state"}},
+    }
+    odd = sorted(key for key, value in config.items() if value and value != plain.get(key))
+    return f"{path.name} sets {odd}" if odd else None
+
+
+def _chat(root: Path) -> str | None:
+    """sentence-transformers writes texts as chat messages where the tokenizer has a template for them."""
+    if _read(length_file(root), {}).get("modality_config") is not None:
+        return None  # stated, and looked at above
+    chatty = any(root.glob("chat_template*")) or _read(root / "tokenizer_config.json", {}).get(
+        "chat_template"
+    )
+    return (
+        "its tokenizer has a chat template, through which sentence-transformers >= 5.4 puts every text"
+        if chatty
+        else None
+    )
+
+
+def _measure(settings: Mapping[str, Any], unit: bool) -> str | None:
+    measure = settings.get("similarity_fn_name") or "cosine"
+    if measure == "cosine" or (unit and measure in ("dot", "euclidean")):
+        return None
+    return f"it is made for the similarity {measure!r} of vectors that are not of length 1, where everything here compares cosines"
+
+
+def _read(path: Path, default: Any) -> Any:
+    """JSON of a model file, or the default where the model has no such file."""
+    return json.loads(path.read_text()) if path.is_file() else default

@@ -1,0 +1,365 @@
+"""Foreign model folders against sentence-transformers' own encode_query and encode_document, layout by layout."""
+
+import io
+import json
+import shutil
+import sys
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from embedloom.encoder.foreign import beyond_encoder, contract_of, derive_contract, read_layout
+from embedloom.encoder.model import Encoder
+from embedloom.errors import DataError
+from embedloom.retrieval.sentence_teacher import SentenceEncoder
+from fakes_foreign import make_transformer, save_library_model, write, write_old_layout
+
+TEXTS = ["cats", "sort two lists", "How do I merge Two sorted lists", "of " * 700 + "dogs"]
+E5 = {"query": "query : ", "passage": "passage : "}
+FLAGS = dict.fromkeys(("pooling_mode_cls_token", "pooling_mode_mean_tokens", "pooling_mode_max_tokens", "pooling_mode_mean_sqrt_len_tokens", "pooling_mode_weightedmean_tokens", "pooling_mode_lasttoken"), False)  # fmt: skip
+
+
+def dense(out=12, **options):
+    from sentence_transformers.base.modules import Dense
+
+    return Dense(32, out, **options)
+
+
+def with_dense():
+    return [dense()]
+
+
+def two_dense_then_normalize():
+    """EmbeddingGemma's: wider, back, unit length."""
+    from sentence_transformers.base.modules import Dense, Normalize
+
+    identity = torch.nn.Identity()
+    return [
+        dense(64, bias=False, activation_function=identity),
+        Dense(64, 32, bias=False, activation_function=identity),
+        Normalize(),
+    ]
+
+
+def residual_dense():
+    return [dense(12, activation_function=torch.nn.GELU(), use_residual=True)]
+
+
+def normalize_then_dense():
+    from sentence_transformers.base.modules import Normalize
+
+    return [Normalize(), dense(8)]
+
+
+def layer_norm():
+    from sentence_transformers.sentence_transformer.modules import Dropout, LayerNorm
+
+    layer = LayerNorm(32)
+    torch.nn.init.normal_(layer.norm.weight)
+    return [Dropout(0.3), layer]
+
+
+LIBRARY = {
+    "mean": {},
+    "cls": {"pooling": "cls"},
+    "compact lasttoken": {"pooling": "lasttoken"},
+    "max": {"pooling": "max"},
+    "mean_sqrt_len": {"pooling": "mean_sqrt_len_tokens"},
+    "weighted mean": {"pooling": "weightedmean"},
+    "a list of poolings": {
+        "pooling": ["mean", "cls", "weightedmean", "max", "lasttoken", "mean_sqrt_len_tokens"]
+    },
+    "dense": {"later": with_dense},
+    "dense behind two poolings": {"pooling": ["cls", "mean"], "later": lambda: [dense_of_64()]},
+    "two dense, normalize": {"later": two_dense_then_normalize},
+    "residual dense": {"later": residual_dense},
+    "normalize before dense": {"later": normalize_then_dense},
+    "layer norm and dropout": {"later": layer_norm},
+    "query and passage prompts": {"prompts": E5},
+    "query and document prompts": {"prompts": {"query": "search : ", "document": "list : "}},
+    "default prompt": {"prompts": {"own": "big "}, "default_prompt_name": "own"},
+    "lower case": {"do_lower_case": True},
+    "max_seq_length": {"max_seq_length": 20},
+    "cut": {"truncate_dim": 7},
+    "dot of unit vectors": {"similarity_fn_name": "dot", "later": two_dense_then_normalize},
+}
+
+
+def dense_of_64():
+    from sentence_transformers.base.modules import Dense
+
+    return Dense(64, 12)
+
+
+@pytest.fixture(scope="module")
+def transformers_made(tmp_path_factory):
+    """Folders of bare transformers by kind, made once."""
+    made = {}
+
+    def get(kind="Bert", **changes):
+        key = (kind, str(changes))
+        if key not in made:
+            made[key] = make_transformer(tmp_path_factory.mktemp(kind), kind, **changes)
+        return made[key]
+
+    return get
+
+
+def lowest_cosines(folder):
+    """Ours against the library's, query and document side."""
+    from sentence_transformers import SentenceTransformer
+
+    library = SentenceTransformer(str(folder), device="cpu")
+    ours = Encoder.load(folder, dtype="float32", device="cpu")
+    found = []
+    for side, encode in (("query", library.encode_query), ("document", library.encode_document)):
+        theirs, own = encode(TEXTS), ours.embed(TEXTS, side)
+        assert own.shape == theirs.shape
+        norms = np.linalg.norm(theirs, axis=1) * np.linalg.norm(own, axis=1)
+        found.append(float(((theirs * own).sum(axis=1) / norms).min()))
+    return min(found)
+
+
+@pytest.mark.parametrize("name", LIBRARY)
+def test_what_the_library_saves_is_read_as_it_reads_it(name, transformers_made, tmp_path):
+    folder = save_library_model(tmp_path / "model", transformers_made(limit=300), **LIBRARY[name])
+    assert lowest_cosines(folder) > 0.9999
+
+
+OLD = {
+    "verbose flags": {"pooling": {**FLAGS, "pooling_mode_cls_token": True}, "normalize": True},
+    "several flags": {"pooling": {**FLAGS, "pooling_mode_mean_tokens": True, "pooling_mode_cls_token": True}},
+    "no flag": {"pooling": dict(FLAGS)},
+    "embedding_dimension and a one-item list": {"pooling": {"embedding_dimension": 32, "pooling_mode": ["lasttoken"]}},
+    "limit beside the weights": {"pooling": {"pooling_mode_mean_tokens": True}, "settings": {"max_seq_length": 30, "do_lower_case": False}},
+    "no limit stated": {"pooling": {"pooling_mode_mean_tokens": True}, "settings": {"max_seq_length": None}},
+    "sentence_roberta_config": {
+        "pooling": {"pooling_mode_mean_tokens": True}, "settings": {"max_seq_length": 25}, "length_file": "sentence_roberta_config.json",
+    },
+    "0_Transformer": {"pooling": {"pooling_mode_mean_tokens": True}, "settings": {"max_seq_length": 40}, "transformer_path": "0_Transformer"},
+    "prompts that start anew": {
+        "pooling": {"pooling_mode_mean_tokens": True},
+        "prompts": {"prompts": {"query": "search : ", "document": ""}, "default_prompt_name": "query"},
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OLD)
+def test_older_layouts_are_read_as_the_library_reads_them(name, transformers_made, tmp_path):
+    folder = write_old_layout(tmp_path / "model", transformers_made(), **OLD[name])
+    assert lowest_cosines(folder) > 0.9999
+
+
+KINDS = {
+    "MPNet": {}, "XLMRoberta": {}, "Roberta": {}, "Camembert": {}, "Electra": {"embedding_size": 32},
+    "DistilBert": {"dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 64}, "DebertaV2": {"relative_attention": True, "pos_att_type": ["p2c", "c2p"]},
+    "Qwen3": {"head_dim": 8, "num_key_value_heads": 2}, "Gemma2": {"head_dim": 8, "num_key_value_heads": 2, "attn_logit_softcapping": 1.0},
+    "ModernBert": {"global_attn_every_n_layers": 2, "local_attention": 16}, "SmolLM3": {"num_key_value_heads": 2, "pad_token_id": 1},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_architectures_are_computed_as_the_library_computes_them(kind, transformers_made, tmp_path):
+    """MPNet and DeBERTa have no sdpa, XLM-R begins its positions at 2, sdpa drops Gemma 2's soft cap."""
+    bare = transformers_made(kind, limit=512, **KINDS[kind])
+    if kind in ("Gemma2",):  # as trained: with the cap, which the library's default attention drops
+        assert (
+            Encoder.load(
+                save_library_model(tmp_path / "model", bare), dtype="float32"
+            ).backbone.config._attn_implementation
+            == "eager"
+        )
+        return
+    assert lowest_cosines(save_library_model(tmp_path / "model", bare)) > 0.9999
+
+
+def test_limits_come_from_wherever_they_are_stated(transformers_made, tmp_path):
+    bert, xlmr = transformers_made(limit=300), transformers_made("XLMRoberta")
+    saved = save_library_model(tmp_path / "saved", bert, max_seq_length=256)
+    assert "max_seq_length" not in json.loads(
+        (saved / "sentence_bert_config.json").read_text()
+    )  # 6.2 keeps it elsewhere
+    mean = {"pooling_mode_mean_tokens": True}
+    old = write_old_layout(tmp_path / "old", bert, mean, settings={"max_seq_length": 128})
+    long = write_old_layout(tmp_path / "long", bert, mean, settings={"max_seq_length": 100_000})
+    positions = write_old_layout(tmp_path / "positions", xlmr, mean, settings={"max_seq_length": 514})
+    limits = [contract_of(folder).max_document_tokens for folder in (saved, old, long, positions)]
+    # The table has 514 rows: 514 for BERT, but XLM-R's first token takes row 2.
+    assert limits == [256, 128, 514, 512]
+    vectors = Encoder.load(positions, dtype="float32", device="cpu").embed(["cats " * 2000], "document")
+    assert np.isfinite(vectors).all()
+
+
+def test_bare_roberta_counts_positions_from_two(transformers_made, tmp_path):
+    from embedloom.encoder.architecture import position_limit, read_config
+
+    kinds = {"XLMRoberta": 512, "MPNet": 512, "Roberta": 512, "Bert": 514}
+    found = {kind: position_limit(read_config(transformers_made(kind))) for kind in kinds}
+    assert found == kinds
+
+
+def static_model(folder):
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.modules import StaticEmbedding
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = Tokenizer(models.WordLevel({"[UNK]": 0, "cats": 1, "dogs": 2}, unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    weights = np.random.default_rng(0).normal(size=(3, 6)).astype(np.float32)
+    model = SentenceTransformer(modules=[StaticEmbedding(words, embedding_weights=weights)], device="cpu")
+    model.save(str(folder), create_model_card=False)
+    return folder
+
+
+def routed_model(folder, bert):
+    """Queries and documents through different layers."""
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.base.modules import Router, Transformer
+    from sentence_transformers.sentence_transformer.modules import Pooling
+
+    query, document = (
+        [Transformer(str(bert)), Pooling(32), dense()],
+        [Transformer(str(bert)), Pooling(32, "cls"), dense()],
+    )
+    router = Router.for_query_document(query_modules=query, document_modules=document)
+    SentenceTransformer(modules=[router], device="cpu").save(str(folder), create_model_card=False)
+    return folder
+
+
+def test_what_our_encoder_cannot_compute_goes_through_the_library_or_is_refused_by_name(
+    transformers_made, tmp_path
+):
+    from sentence_transformers import SentenceTransformer
+
+    bert = transformers_made(limit=300)
+    chat = shutil.copytree(bert, tmp_path / "bare-chat")
+    (chat / "chat_template.jinja").write_text("{% for m in messages %}list {{ m['content'] }} of{% endfor %}")
+    mean = {"pooling_mode_mean_tokens": True}
+    apart = {"prompts": {"query": "query : "}, "default_prompt_name": None}
+    models = {
+        "Router": routed_model(tmp_path / "routed", bert),
+        "StaticEmbedding": static_model(tmp_path / "static"),
+        "chat template": write_old_layout(tmp_path / "chat", chat, mean),
+        "include_prompt": write_old_layout(
+            tmp_path / "apart", bert, {**mean, "include_prompt": False}, prompts=apart
+        ),
+    }
+    for word, folder in models.items():
+        assert word in str(beyond_encoder(folder))
+        with pytest.raises(
+            DataError, match=f"our encoder would compute other vectors than its authors'.*{word}"
+        ):
+            Encoder.load(folder)
+        library, ours = SentenceTransformer(str(folder), device="cpu"), SentenceEncoder(folder, "float32")
+        for side, encode in (("query", library.encode_query), ("document", library.encode_document)):
+            theirs = encode(TEXTS, normalize_embeddings=True)
+            np.testing.assert_allclose(ours.embed(TEXTS, side), theirs, atol=1e-5)
+        assert ours.dimension == theirs.shape[1]
+        assert ours.tokens.real > 0
+
+
+def test_without_files_of_the_library_pooling_is_not_guessed(transformers_made):
+    with pytest.raises(DataError, match=r"it has no modules\.json, so how to pool is unknown"):
+        derive_contract(transformers_made())
+
+
+def test_vectors_made_for_dot_products_are_refused_by_name(transformers_made, tmp_path):
+    folder = save_library_model(tmp_path / "dot", transformers_made(), similarity_fn_name="dot")
+    assert "similarity 'dot' of vectors that are not of length 1" in beyond_encoder(folder)
+
+
+def test_texts_that_play_the_same_part_take_what_encode_without_a_name_takes(transformers_made, tmp_path):
+    from sentence_transformers import SentenceTransformer
+
+    folder = save_library_model(
+        tmp_path / "model",
+        transformers_made(),
+        prompts={"query": "query : ", "own": "big "},
+        default_prompt_name="own",
+    )
+    theirs = SentenceTransformer(str(folder), device="cpu").encode(TEXTS, normalize_embeddings=True)
+    ours = Encoder.load(folder, dtype="float32", device="cpu")
+    for side in ("query", "document"):
+        np.testing.assert_allclose(ours.embed(TEXTS, side, "sts"), theirs, atol=1e-5)
+
+
+def test_a_head_is_shared_with_other_processes_and_counts_in_a_contract_s_vectors(
+    transformers_made, tmp_path
+):
+    folder = save_library_model(tmp_path / "model", transformers_made(), later=with_dense)
+    loaded = Encoder.load(folder, dtype="float32", device="cpu")
+    shared = Encoder.load(folder, weights=loaded.share_weights())
+    np.testing.assert_array_equal(shared.embed(TEXTS, "query"), loaded.embed(TEXTS, "query"))
+    assert loaded.dimension == 12
+    (folder / "2_Dense" / "model.safetensors").unlink()
+    with pytest.raises(DataError, match=r"2_Dense: no weights .* of the Dense layer"):
+        Encoder.load(folder)
+
+
+@pytest.fixture
+def no_terminal(monkeypatch):
+    """Reading from the terminal fails, as it would hang a run."""
+    monkeypatch.setattr(sys, "stdin", io.StringIO())
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked on the terminal"))
+
+
+def test_code_beside_the_weights_is_neither_run_nor_asked_about(transformers_made, tmp_path, no_terminal):
+    folder = write_old_layout(tmp_path / "model", transformers_made(), {"pooling_mode_mean_tokens": True})
+    config = json.loads((folder / "config.json").read_text())
+    auto_map = {"AutoConfig": "modeling_own.OwnConfig", "AutoModel": "modeling_own.OwnModel"}
+    write(folder / "config.json", {**config, "model_type": "own_model", "auto_map": auto_map})
+    (folder / "modeling_own.py").write_text("raise SystemExit('ran')\n")
+    with pytest.raises(
+        DataError, match=r"model_type 'own_model' .*trust_remote_code=True; embedloom never does"
+    ):
+        Encoder.load(folder)
+    write(folder / "config.json", {**config, "model_type": "not_yet_known"})
+    with pytest.raises(DataError, match="cannot read model_type 'not_yet_known'"):
+        Encoder.load(folder)
+
+
+def test_the_recipe_s_own_model_is_read_as_a_llama_without_causal_mask(tiny_llama, tmp_path, no_terminal):
+    """nvidia/llama-embed-nemotron-8b: model_type llama_bidirec, auto_map, keys of LlamaModel, pooling avg."""
+    from transformers import AutoTokenizer, LlamaModel
+
+    folder = tmp_path / "nemotron"
+    shutil.copytree(tiny_llama, folder, ignore=shutil.ignore_patterns("chat_template*"))
+    config = json.loads((folder / "config.json").read_text())
+    auto_map = {
+        "AutoConfig": "llama_bidirectional_model.LlamaBidirectionalConfig",
+        "AutoModel": "llama_bidirectional_model.LlamaBidirectionalModel",
+    }
+    own = {
+        "model_type": "llama_bidirec",
+        "architectures": ["LlamaBidirectionalModel"],
+        "auto_map": auto_map,
+        "pooling": "avg",
+    }
+    write(folder / "config.json", {**config, **own})
+    (folder / "llama_bidirectional_model.py").write_text("raise SystemExit('ran')\n")
+    weights = load_file(folder / "model.safetensors")
+    save_file(
+        {name.removeprefix("model."): tensor for name, tensor in weights.items()},
+        folder / "model.safetensors",
+        {"format": "pt"},
+    )
+    encoder = Encoder.load(folder, dtype="float32", device="cpu")
+    assert (encoder.contract.pooling, encoder.contract.attention) == ("mean", "bidirectional")
+    model = LlamaModel.from_pretrained(tiny_llama, dtype=torch.float32).eval()
+    model.config.is_causal = False
+    batch = AutoTokenizer.from_pretrained(tiny_llama)(["cats"], return_tensors="pt")
+    with torch.no_grad():
+        expected = torch.nn.functional.normalize(model(**batch).last_hidden_state.mean(dim=1)).numpy()
+    np.testing.assert_allclose(encoder.embed(["cats"], "document"), expected, atol=1e-5)
+
+
+def test_layouts_are_read_without_opening_weights(transformers_made, tmp_path):
+    folder = save_library_model(
+        tmp_path / "model", transformers_made(), later=two_dense_then_normalize, prompts=E5
+    )
+    layout = read_layout(folder)
+    assert [module.kind for module in layout.head] == ["Dense", "Dense"]  # every contract ends at length 1
+    assert (layout.query_prompt, layout.document_prompt) == ("query : ", "")
+    assert "['passage'] are applied by name only" in str(layout.left_out)
