@@ -14,83 +14,22 @@ from embedloom.encoder.foreign import beyond_encoder, contract_of, derive_contra
 from embedloom.encoder.model import Encoder
 from embedloom.errors import DataError
 from embedloom.retrieval.sentence_teacher import SentenceEncoder
-from fakes_foreign import make_transformer, save_library_model, write, write_old_layout
-
-TEXTS = ["cats", "sort two lists", "How do I merge Two sorted lists", "of " * 700 + "dogs"]
-E5 = {"query": "query : ", "passage": "passage : "}
-FLAGS = dict.fromkeys(("pooling_mode_cls_token", "pooling_mode_mean_tokens", "pooling_mode_max_tokens", "pooling_mode_mean_sqrt_len_tokens", "pooling_mode_weightedmean_tokens", "pooling_mode_lasttoken"), False)  # fmt: skip
-
-
-def dense(out=12, **options):
-    from sentence_transformers.base.modules import Dense
-
-    return Dense(32, out, **options)
-
-
-def with_dense():
-    return [dense()]
-
-
-def two_dense_then_normalize():
-    """EmbeddingGemma's: wider, back, unit length."""
-    from sentence_transformers.base.modules import Dense, Normalize
-
-    identity = torch.nn.Identity()
-    return [
-        dense(64, bias=False, activation_function=identity),
-        Dense(64, 32, bias=False, activation_function=identity),
-        Normalize(),
-    ]
-
-
-def residual_dense():
-    return [dense(12, activation_function=torch.nn.GELU(), use_residual=True)]
-
-
-def normalize_then_dense():
-    from sentence_transformers.base.modules import Normalize
-
-    return [Normalize(), dense(8)]
-
-
-def layer_norm():
-    from sentence_transformers.sentence_transformer.modules import Dropout, LayerNorm
-
-    layer = LayerNorm(32)
-    torch.nn.init.normal_(layer.norm.weight)
-    return [Dropout(0.3), layer]
-
-
-LIBRARY = {
-    "mean": {},
-    "cls": {"pooling": "cls"},
-    "compact lasttoken": {"pooling": "lasttoken"},
-    "max": {"pooling": "max"},
-    "mean_sqrt_len": {"pooling": "mean_sqrt_len_tokens"},
-    "weighted mean": {"pooling": "weightedmean"},
-    "a list of poolings": {
-        "pooling": ["mean", "cls", "weightedmean", "max", "lasttoken", "mean_sqrt_len_tokens"]
-    },
-    "dense": {"later": with_dense},
-    "dense behind two poolings": {"pooling": ["cls", "mean"], "later": lambda: [dense_of_64()]},
-    "two dense, normalize": {"later": two_dense_then_normalize},
-    "residual dense": {"later": residual_dense},
-    "normalize before dense": {"later": normalize_then_dense},
-    "layer norm and dropout": {"later": layer_norm},
-    "query and passage prompts": {"prompts": E5},
-    "query and document prompts": {"prompts": {"query": "search : ", "document": "list : "}},
-    "default prompt": {"prompts": {"own": "big "}, "default_prompt_name": "own"},
-    "lower case": {"do_lower_case": True},
-    "max_seq_length": {"max_seq_length": 20},
-    "cut": {"truncate_dim": 7},
-    "dot of unit vectors": {"similarity_fn_name": "dot", "later": two_dense_then_normalize},
-}
-
-
-def dense_of_64():
-    from sentence_transformers.base.modules import Dense
-
-    return Dense(64, 12)
+from fakes_foreign import (
+    E5,
+    KINDS,
+    LIBRARY,
+    OLD,
+    TEXTS,
+    lowest_cosines,
+    make_transformer,
+    routed_model,
+    save_library_model,
+    static_model,
+    two_dense_then_normalize,
+    with_dense,
+    write,
+    write_old_layout,
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -107,57 +46,16 @@ def transformers_made(tmp_path_factory):
     return get
 
 
-def lowest_cosines(folder):
-    """Ours against the library's, query and document side."""
-    from sentence_transformers import SentenceTransformer
-
-    library = SentenceTransformer(str(folder), device="cpu")
-    ours = Encoder.load(folder, dtype="float32", device="cpu")
-    found = []
-    for side, encode in (("query", library.encode_query), ("document", library.encode_document)):
-        theirs, own = encode(TEXTS), ours.embed(TEXTS, side)
-        assert own.shape == theirs.shape
-        norms = np.linalg.norm(theirs, axis=1) * np.linalg.norm(own, axis=1)
-        found.append(float(((theirs * own).sum(axis=1) / norms).min()))
-    return min(found)
-
-
 @pytest.mark.parametrize("name", LIBRARY)
 def test_what_the_library_saves_is_read_as_it_reads_it(name, transformers_made, tmp_path):
     folder = save_library_model(tmp_path / "model", transformers_made(limit=300), **LIBRARY[name])
     assert lowest_cosines(folder) > 0.9999
 
 
-OLD = {
-    "verbose flags": {"pooling": {**FLAGS, "pooling_mode_cls_token": True}, "normalize": True},
-    "several flags": {"pooling": {**FLAGS, "pooling_mode_mean_tokens": True, "pooling_mode_cls_token": True}},
-    "no flag": {"pooling": dict(FLAGS)},
-    "embedding_dimension and a one-item list": {"pooling": {"embedding_dimension": 32, "pooling_mode": ["lasttoken"]}},
-    "limit beside the weights": {"pooling": {"pooling_mode_mean_tokens": True}, "settings": {"max_seq_length": 30, "do_lower_case": False}},
-    "no limit stated": {"pooling": {"pooling_mode_mean_tokens": True}, "settings": {"max_seq_length": None}},
-    "sentence_roberta_config": {
-        "pooling": {"pooling_mode_mean_tokens": True}, "settings": {"max_seq_length": 25}, "length_file": "sentence_roberta_config.json",
-    },
-    "0_Transformer": {"pooling": {"pooling_mode_mean_tokens": True}, "settings": {"max_seq_length": 40}, "transformer_path": "0_Transformer"},
-    "prompts that start anew": {
-        "pooling": {"pooling_mode_mean_tokens": True},
-        "prompts": {"prompts": {"query": "search : ", "document": ""}, "default_prompt_name": "query"},
-    },
-}  # fmt: skip
-
-
 @pytest.mark.parametrize("name", OLD)
 def test_older_layouts_are_read_as_the_library_reads_them(name, transformers_made, tmp_path):
     folder = write_old_layout(tmp_path / "model", transformers_made(), **OLD[name])
     assert lowest_cosines(folder) > 0.9999
-
-
-KINDS = {
-    "MPNet": {}, "XLMRoberta": {}, "Roberta": {}, "Camembert": {}, "Electra": {"embedding_size": 32},
-    "DistilBert": {"dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 64}, "DebertaV2": {"relative_attention": True, "pos_att_type": ["p2c", "c2p"]},
-    "Qwen3": {"head_dim": 8, "num_key_value_heads": 2}, "Gemma2": {"head_dim": 8, "num_key_value_heads": 2, "attn_logit_softcapping": 1.0},
-    "ModernBert": {"global_attn_every_n_layers": 2, "local_attention": 16}, "SmolLM3": {"num_key_value_heads": 2, "pad_token_id": 1},
-}  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -198,34 +96,6 @@ def test_bare_roberta_counts_positions_from_two(transformers_made, tmp_path):
     kinds = {"XLMRoberta": 512, "MPNet": 512, "Roberta": 512, "Bert": 514}
     found = {kind: position_limit(read_config(transformers_made(kind))) for kind in kinds}
     assert found == kinds
-
-
-def static_model(folder):
-    from sentence_transformers import SentenceTransformer
-    from sentence_transformers.sentence_transformer.modules import StaticEmbedding
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
-    words = Tokenizer(models.WordLevel({"[UNK]": 0, "cats": 1, "dogs": 2}, unk_token="[UNK]"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    weights = np.random.default_rng(0).normal(size=(3, 6)).astype(np.float32)
-    model = SentenceTransformer(modules=[StaticEmbedding(words, embedding_weights=weights)], device="cpu")
-    model.save(str(folder), create_model_card=False)
-    return folder
-
-
-def routed_model(folder, bert):
-    """Queries and documents through different layers."""
-    from sentence_transformers import SentenceTransformer
-    from sentence_transformers.base.modules import Router, Transformer
-    from sentence_transformers.sentence_transformer.modules import Pooling
-
-    query, document = (
-        [Transformer(str(bert)), Pooling(32), dense()],
-        [Transformer(str(bert)), Pooling(32, "cls"), dense()],
-    )
-    router = Router.for_query_document(query_modules=query, document_modules=document)
-    SentenceTransformer(modules=[router], device="cpu").save(str(folder), create_model_card=False)
-    return folder
 
 
 def test_what_our_encoder_cannot_compute_goes_through_the_library_or_is_refused_by_name(

@@ -74,7 +74,7 @@ def load_backbone(
 def _text_model(model: PreTrainedModel, config: Any, folder: Path) -> PreTrainedModel:
     """The language model inside a multimodal one."""
     for module in model.modules():
-        if isinstance(module, PreTrainedModel) and module.config is config:
+        if isinstance(module, PreTrainedModel) and type(module.config) is type(config):
             note(
                 "model",
                 f"{folder.name}: {model.config.model_type} is multimodal; its text model ({config.model_type}) is taken",

@@ -14,6 +14,7 @@ import yaml
 from embedloom.artefacts import MANIFEST_FILE, Artefact
 from embedloom.config.training import Candidate, TrainingConfig, TrainingStage
 from embedloom.config.training_data import TrainingSource
+from embedloom.encoder.readers import Verdict, reader_lines
 from embedloom.instructions import CONTRACT_FILE, PromptContract
 from embedloom.storage import Place
 from embedloom.trained_prompts import MAX_TASKS, TrainedPrompt, prompt_lines, trained_contract
@@ -134,6 +135,20 @@ def _unnamed(contract: PromptContract) -> list[str]:
         f"{100 * share:.3g} % of the queries had other instructions; of each task type the {MAX_TASKS} of most queries are "
         "named.", "",
     ]  # fmt: skip
+
+
+def add_readers(folder: Path, verdicts: Sequence[Verdict]) -> None:
+    """Append to the model card which readers give the trained vectors."""
+    lines = [
+        "",
+        "## Readers",
+        "",
+        "Which programs give the trained vectors of this folder.",
+        "",
+        *reader_lines(verdicts),
+    ]
+    with (folder / MODEL_CARD).open("a") as card:
+        card.write("\n".join(lines) + "\n")
 
 
 def _stage_lines(stage: Mapping[str, Any]) -> list[str]:

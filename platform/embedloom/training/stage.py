@@ -12,12 +12,13 @@ from embedloom.config.training import Candidate, TrainingConfig, TrainingStage
 from embedloom.config.training_data import TrainingSource
 from embedloom.encoder.device import DTypeName
 from embedloom.encoder.parity import check_export
+from embedloom.encoder.readers import reader_verdicts
 from embedloom.errors import ConfigError, StageError
 from embedloom.instructions import PromptContract
 from embedloom.progress import note
 from embedloom.storage import Place
 from embedloom.training.build import shares_of, steps_of
-from embedloom.training.cards import Lineage, stage_facts, write_cards
+from embedloom.training.cards import Lineage, add_readers, stage_facts, write_cards
 from embedloom.training.checkpoints import check_resumable
 from embedloom.training.dev import DevTasks, read_dev
 from embedloom.training.loop import train_worker
@@ -123,10 +124,14 @@ def _commit(
         parity = check_export(folder, config.parity) if stage.name == config.stages[-1].name else None
         facts |= {"steps": len(records), "dev": read_dev(folder)}
         write_cards(folder, lineage)
+        readers = [] if parity is None else reader_verdicts(folder, parity)
+        if readers:
+            add_readers(folder, readers)
     for name in (CHECKPOINT_FOLDER, DATA_FOLDER):
         out.place.child(name).remove()
     details = {
         "loss_curve": _curve(records), "stage": stage.name, "candidate": candidate.name, "parity": parity,
+        "readers": [verdict.as_json() for verdict in readers] or None,
         "dev": facts["dev"], "base": lineage.base, "stages": lineage.stages,
     }  # fmt: skip
     return out.commit({**_counts(records), **preparation_counts(prepared)}, details)

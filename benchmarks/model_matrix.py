@@ -1,0 +1,212 @@
+"""Which models are read as their own library reads them, and which bases become embedding models that who reads.
+
+    python benchmarks/model_matrix.py [--vllm] [--only NAME ...] [--out docs/models.md]
+
+Two tables, from tiny random models made here from config objects (the same that the tests use): layouts of
+sentence-transformers folders against its own encode_query and encode_document, and families of bases, each prepared
+bidirectional, with LoRA where packed or padded attention trains it, and read again by four readers. --vllm asks vLLM
+too, which takes a minute a family; without it its column says "not run". Cosines are the lowest over the texts.
+"""
+
+import argparse
+import contextlib
+import io
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import torch
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "tests"))
+
+import fakes_bases as bases  # noqa: E402
+import fakes_foreign as foreign  # noqa: E402
+from embedloom.config.model import EncoderConfig  # noqa: E402
+from embedloom.encoder.export import prepare_base  # noqa: E402
+from embedloom.encoder.foreign import beyond_encoder  # noqa: E402
+from embedloom.encoder.model import Encoder  # noqa: E402
+from embedloom.encoder.parity import check_export, embed_golden, save_golden  # noqa: E402
+from embedloom.encoder.readers import reader_verdicts  # noqa: E402
+from embedloom.errors import EmbedloomError  # noqa: E402
+from embedloom.retrieval.sentence_teacher import SentenceEncoder  # noqa: E402
+
+Cells = tuple[str, ...]
+
+
+def layout_rows(scratch: Path, wanted: Callable[[str], bool]) -> Iterator[Cells]:
+    """(layout, computed by, lowest cosine) of every layout and architecture that the tests know."""
+    bert = foreign.make_transformer(scratch / "bert", limit=300)
+    makers: dict[str, Callable[[Path], Path]] = {}
+    for name, options in foreign.LIBRARY.items():
+        makers[f"6.2: {name}"] = lambda out, o=options: foreign.save_library_model(out, bert, **o)
+    for name, options in foreign.OLD.items():
+        makers[f"2 to 5: {name}"] = lambda out, o=options: foreign.write_old_layout(out, bert, **o)
+    for kind, changes in foreign.KINDS.items():
+        makers[f"architecture: {kind}"] = lambda out, k=kind, c=changes: foreign.save_library_model(
+            out, foreign.make_transformer(out.with_name(out.name + "-bare"), k, 512, **c)
+        )
+    makers["Router: two towers"] = lambda out: foreign.routed_model(out, bert)
+    makers["StaticEmbedding"] = foreign.static_model
+    for number, (name, make) in enumerate(makers.items()):
+        if wanted(name):
+            yield (name, *_layout_cells(make(scratch / f"layout-{number}")))
+
+
+def _layout_cells(folder: Path) -> Cells:
+    reason = beyond_encoder(folder)
+    opened = (lambda path: SentenceEncoder(path, "float32")) if reason else foreign.open_ours
+    by = "sentence-transformers (evaluation, mining); elsewhere refused" if reason else "our encoder"
+    return by, f"{foreign.lowest_cosines(folder, opened):.6f}"
+
+
+def base_rows(scratch: Path, ask_vllm: bool, wanted: Callable[[str], bool]) -> Iterator[Cells]:
+    """(family, bidirectional, rows, LoRA, then a cell a reader) of every family that the tests know."""
+    families = {**bases.FAMILIES, **bases.HYBRIDS}
+    for name, changes in families.items():
+        if wanted(name):
+            yield (name, *_base_cells(bases.make_base(scratch / name, name, **changes), ask_vllm))
+    for kind in ("Bert", "XLMRoberta", "MPNet", "ModernBert"):
+        if wanted(kind):
+            yield (
+                kind,
+                *_base_cells(
+                    foreign.make_transformer(scratch / kind, kind, **foreign.KINDS.get(kind, {})), ask_vllm
+                ),
+            )
+    for kind in ("Gemma3", "Mistral3", "Qwen2_5_VL"):
+        if wanted(kind):
+            bases.multimodal(scratch / kind, kind)
+            yield (f"{kind} (text model inside)", *_base_cells(scratch / kind, ask_vllm))
+
+
+def _base_cells(base: Path, ask_vllm: bool) -> Cells:
+    out = base.with_name(base.name + "-model")
+    out.mkdir()
+    config = EncoderConfig(base=str(base), max_query_tokens=64, max_document_tokens=64)
+    try:
+        prepare_base(config, base, out)
+    except EmbedloomError as error:
+        causal = str(error).split("layers, ")[-1].split(" do not")[0]
+        return (f"refused: layers {causal} stay causal", *["-"] * 6)
+    encoder = Encoder.load(out, dtype="float32", device="cpu")
+    save_golden(embed_golden(encoder), torch.float32, out)
+    rows = "packed" if encoder.packed else "padded"
+    measured = check_export(out)
+    return ("yes", rows, _lora(out), *_reader_cells(out, measured, ask_vllm))
+
+
+def _reader_cells(folder: Path, measured: dict[str, float], ask_vllm: bool) -> Cells:
+    verdicts = {one.reader: one for one in reader_verdicts(folder, measured)}
+    vllm = f"not run ({verdicts['vllm'].vectors})"
+    if ask_vllm:
+        try:
+            vllm = f"{check_export(folder, ('vllm',))['vllm']:.6f}"
+        except EmbedloomError as error:
+            vllm = " ".join(str(error).split("vllm", 1)[-1].split())[:120]
+    own, hub, library = (
+        f"{measured[name]:.6f}" for name in ("embedloom", "transformers", "sentence-transformers")
+    )
+    return own, hub, library, vllm
+
+
+def _lora(folder: Path) -> str:
+    """Whether adapters on the attention's projections get a gradient through our forward, and merge to the same vectors."""
+    from peft import LoraConfig, get_peft_model
+
+    encoder = Encoder.load(folder, dtype="float32", device="cpu", trainable=True)
+    linear = {
+        name.rsplit(".", 1)[-1]
+        for name, module in encoder.backbone.named_modules()
+        if isinstance(module, torch.nn.Linear)
+    }
+    torch.manual_seed(0)
+    adapted = get_peft_model(
+        encoder.backbone, LoraConfig(r=2, target_modules=sorted(linear), init_lora_weights=False)
+    )
+    ids = [[9, 8, 7, 6], [5, 4]]
+    encoder.forward(ids).sum().backward()
+    moved = all(
+        float(p.grad.abs().max()) > 0
+        for n, p in adapted.named_parameters()
+        if "lora_B" in n and p.grad is not None
+    )
+    before = encoder.embed_tokens(ids)
+    encoder.backbone = adapted.merge_and_unload()
+    difference = float(np.abs(before - encoder.embed_tokens(ids)).max())
+    return "yes" if moved and difference < 1e-4 else f"no (merged vectors differ by {difference:.2g})"
+
+
+def table(header: Cells, rows: list[Cells]) -> str:
+    """Markdown."""
+    lines = [header, tuple("---" for _ in header), *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def document(layouts: list[Cells], families: list[Cells], command: str) -> str:
+    """``docs/models.md``."""
+    packages = ", ".join(
+        f"{name} {version(name)}" for name in ("torch", "transformers", "sentence-transformers")
+    )
+    return f"""# Models that can be brought
+
+Made on {date.today()} by `{command}` with {packages} on CPU in float32, from tiny random models: the tables say that the
+same numbers are computed, not how good a model is. The tests hold the same cases to 0.9999.
+
+## Folders of sentence-transformers, read as it reads them
+
+Lowest cosine over four texts, queries against its `encode_query` and documents against its `encode_document`; the longest
+text is cut at the model's own limit. What our encoder cannot compute is scored through the library in `evaluate`, `gate`
+and mining, and refused with the reason as a base, in `embed` and by the endpoint. Prompts other than `query` and
+`document` (such as `passage`) are left out by the library's two functions, and so here; a note says it.
+
+{table(("layout", "computed by", "lowest cosine"), layouts)}
+
+## Bases
+
+Prepared by `encoder.attention: bidirectional`, limit 64 tokens, windows of 8 tokens where the family has them (they are
+widened to the limit, so that every layer sees whole texts). Packed: texts lie behind one another without padding. LoRA:
+adapters on every linear layer get gradients and merge to the same vectors. The readers' cells are the lowest cosine to
+our own vectors over the golden texts; vLLM is slow to start, and where it was not run its cell gives what the rules of the
+export say.
+
+{table(("base", "bidirectional", "rows", "LoRA", "ours", "transformers", "sentence-transformers", "vLLM"), families)}
+
+Encoder-decoders (T5, BART) are refused as bases. Models whose code lies beside the weights (`auto_map`) are never run:
+an error names `trust_remote_code`; `llama_bidirec` (nvidia/llama-embed-nemotron-8b) is read as Llama without causal mask.
+"""
+
+
+def main() -> None:
+    """Print the document, or write it."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--vllm", action="store_true", help="ask vLLM too")
+    parser.add_argument("--only", nargs="*", default=None, help="rows whose name holds one of these")
+    parser.add_argument("--out", type=Path, default=None, help="write here instead of printing")
+    options = parser.parse_args()
+
+    def wanted(name: str) -> bool:
+        return options.only is None or any(word in name for word in options.only)
+
+    with tempfile.TemporaryDirectory(prefix="embedloom-models-") as folder:
+        scratch = Path(folder)
+        with contextlib.redirect_stdout(io.StringIO()):
+            layouts = list(layout_rows(scratch, wanted))
+            families = list(base_rows(scratch / "bases", options.vllm, wanted))
+    command = "python benchmarks/model_matrix.py" + (" --vllm" if options.vllm else "")
+    text = document(layouts, families, command)
+    if options.out is None:
+        print(text)
+    else:
+        options.out.parent.mkdir(exist_ok=True)
+        options.out.write_text(text)
+
+
+if __name__ == "__main__":
+    main()
