@@ -11,6 +11,7 @@ too, which takes a minute a family; without it its column says "not run". Cosine
 import argparse
 import contextlib
 import io
+import os
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -23,6 +24,7 @@ import torch
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
+os.environ.update(HF_HUB_OFFLINE="1", HF_HUB_DISABLE_PROGRESS_BARS="1", TRANSFORMERS_VERBOSITY="error")
 
 import fakes_bases as bases  # noqa: E402
 import fakes_foreign as foreign  # noqa: E402
@@ -87,7 +89,7 @@ def base_rows(scratch: Path, ask_vllm: bool, wanted: Callable[[str], bool]) -> I
 def _base_cells(base: Path, ask_vllm: bool) -> Cells:
     out = base.with_name(base.name + "-model")
     out.mkdir()
-    config = EncoderConfig(base=str(base), max_query_tokens=64, max_document_tokens=64)
+    config = EncoderConfig(base=str(base), template="{text}", max_query_tokens=64, max_document_tokens=64)
     try:
         prepare_base(config, base, out)
     except EmbedloomError as error:

@@ -91,6 +91,10 @@ def prepare(base: Path, out: Path, **options: Any) -> Path:
     """An embedding model folder of a base, with limits of 64 tokens."""
     out.mkdir()
     prepare_base(
-        EncoderConfig(base=str(base), max_query_tokens=64, max_document_tokens=64, **options), base, out
+        EncoderConfig(
+            base=str(base), template="{text}", max_query_tokens=64, max_document_tokens=64, **options
+        ),
+        base,
+        out,
     )
     return out

@@ -13,6 +13,7 @@ from embedloom.encoder.batching import TokenCount
 from embedloom.encoder.device import DTypeName, pick_device, pick_dtype
 from embedloom.encoder.foreign import layout_templates, read_layout
 from embedloom.encoder.model import Vectors
+from embedloom.encoder.tokenizer import CutTexts
 from embedloom.errors import DataError
 from embedloom.instructions import PLAIN_TEMPLATE, PromptContract, Side
 from embedloom.progress import note
@@ -167,6 +168,7 @@ class SentenceEncoder:
         self._embedder = SentenceTransformerSource(folder.name, folder, dtype=dtype).open()
         self.contract = sentence_contract(folder)
         self.tokens = TokenCount()
+        self.cuts = CutTexts()  # stays at nothing: what the library cuts cannot be seen
 
     @property
     def backbone(self) -> Any:
