@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "platform" / "embedloom"
 TOP_LEVEL = {
     ".ci", ".gitignore", ".pre-commit-config.yaml", "CHANGELOG.md", "LICENSE", "Makefile", "README.md", "benchmarks",
-    "cluster", "jobs", "platform", "pyproject.toml", "serve", "tests",
+    "cluster", "docs", "jobs", "platform", "pyproject.toml", "serve", "tests",
 }  # fmt: skip
 LEFT_BY_RUNNING = set((ROOT / ".gitignore").read_text().replace("/\n", "\n").split()) | {".git"}
 MAX_FUNCTION_LINES = 60

@@ -216,15 +216,14 @@ def check_model_folder(folder: Path) -> Path:
             compute.
     """
     folder = folder.expanduser().absolute()
+    if not any((folder / name).is_file() for name in ("config.json", "modules.json")):
+        raise DataError(f"{folder}: no config.json, so this is not a model folder")
+    if not _weights_of(folder):
+        raise DataError(f"{folder}: no weights (*.safetensors) in this model folder")
     if (folder / CONTRACT_FILE).exists():
         PromptContract.load(folder)
-        root = folder
     else:
-        root = checked_layout(folder).transformer
-    if not (root / "config.json").is_file():
-        raise DataError(f"{root}: no config.json, so this is not a model folder")
-    if not _weights_of(root):
-        raise DataError(f"{root}: no weights (*.safetensors) in this model folder")
+        checked_layout(folder)
     return folder
 
 
