@@ -41,9 +41,9 @@ class Server:
 
 
 def ours(model: Path, folder: Path, threads: int, dtype: str = "float32") -> Server:
-    """`embedloom serve` with one replica on all cores, behind HAProxy as the cluster profiles have it."""
+    """`embedloom serve` with one replica on all cores, as on any single machine: the replica answers itself."""
     cluster = folder / "cluster.yaml"
-    scaling = {"threads": threads, "haproxy": True}
+    scaling = {"threads": threads}
     profile = {"backend": "local", "logical_cpus": 8, "object_store_mib": 200, "serve": scaling}
     token = {"mode": "token", "token_path": str(folder / "token")}
     content = {

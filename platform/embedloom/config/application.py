@@ -16,6 +16,8 @@ class ApplicationArgs(FrozenConfig):
         None  # what identifies the weights, e.g. their artefact's fingerprint; null: the served name
     )
     on_loopback: bool = False  # whether only this machine can connect; where it is known
+    # Unix socket through which the command that started the endpoint lends its listening socket; null: Serve listens.
+    door: str | None = None
     serving: ServingConfig = ServingConfig()
     scaling: ServeScaling = ServeScaling()
 

@@ -45,4 +45,4 @@ class Gateway(Ingress):
         log_to_stderr()
         metrics = EndpointMetrics()
         metrics.watch_queue(self.backend.queued_tokens)
-        return create_api(self.router, self.settings, metrics, self.corpus, self.stopping)
+        return self.listening(create_api(self.router, self.settings, metrics, self.corpus, self.stopping))

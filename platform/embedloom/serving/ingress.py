@@ -2,9 +2,13 @@
 
 from typing import Any
 
+from fastapi import FastAPI
+
+from embedloom.config.application import ApplicationArgs
 from embedloom.config.base import validate
 from embedloom.serving.calls import Backend, EndpointSettings
 from embedloom.serving.corpus_source import CorpusSource
+from embedloom.serving.door import Tenant
 from embedloom.serving.front import Drain
 from embedloom.serving.handles import encoders_of
 from embedloom.serving.messages import ModelInfo
@@ -34,6 +38,7 @@ class Ingress:
         """
         self.settings = settings
         self.stopping = Drain()
+        self._tenant: Tenant | None = None
         self.router = VersionRouter(live, settings.request_timeout_seconds)
         self.corpus = corpus.open() if corpus is not None else None
         self._blueprint = blueprint
@@ -41,6 +46,19 @@ class Ingress:
         self._tried: tuple[str, Backend] | None = (
             None  # application and its handle: one a trial, not one a call
         )
+
+    def listening(self, app: FastAPI) -> FastAPI:
+        """The application, which also answers by itself where a door was lent; called in the replica's event loop."""
+        args = validate(ApplicationArgs, self._blueprint, "endpoint")
+        if args.door is not None:
+            self._tenant = Tenant(app, args.door, args.serving.route_prefix)
+        return app
+
+    async def __del__(self) -> None:
+        """Serve awaits this when it stops the replica, with its grace period as limit."""
+        tenant, self._tenant = self._tenant, None
+        if tenant is not None:
+            await tenant.leave()
 
     async def drain(self, seconds: float) -> int:
         """Take no more requests, and wait for those in hand; returns how many were not done in time (503)."""

@@ -252,7 +252,7 @@ class ServeAnswers:
         await self._app(scope, receive, reply.send)
         # None: Serve leaves it to uvicorn to say 500, of a replica that died.
         if reply.status is None or reply.said_by_serve:
-            await _send_error(send, scope, await self._error(scope, reply.status))
+            await send_error(send, scope, await self._error(scope, reply.status))
 
     async def _error(self, scope: Scope, status: int | None) -> ApiError:
         if status == 404:
@@ -312,7 +312,8 @@ class _Reply:
             await self._send(message)
 
 
-async def _send_error(send: Send, scope: Scope, error: ApiError) -> None:
+async def send_error(send: Send, scope: Scope, error: ApiError) -> None:
+    """Answer a request, none of which was handled, with an error in the endpoint's shape."""
     body = to_json(error.body())
     headers = {"content-type": "application/json", "content-length": str(len(body)), **error.headers}
     given = dict(scope["headers"]).get(b"x-request-id")

@@ -69,4 +69,4 @@ class EncoderEndpoint(Ingress):
         log_to_stderr()
         metrics = EndpointMetrics()
         metrics.watch_queue(self._service.queued_tokens)
-        return create_api(self.router, self.settings, metrics, self.corpus, self.stopping)
+        return self.listening(create_api(self.router, self.settings, metrics, self.corpus, self.stopping))

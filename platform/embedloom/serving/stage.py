@@ -1,11 +1,9 @@
 """Starting the endpoint in the connected Ray, waiting until it answers, and stopping it after a drain."""
 
-import errno
 import ipaddress
 import json
 import logging
 import signal
-import socket
 import threading
 import time
 import urllib.error
@@ -25,7 +23,7 @@ from embedloom.config.base import validate
 from embedloom.config.resources import ServeScaling
 from embedloom.config.serving import ServingConfig
 from embedloom.encoder.device import DTypeName
-from embedloom.errors import ConfigError, ServeError
+from embedloom.errors import ServeError
 from embedloom.progress import note
 from embedloom.serving.address import remember
 from embedloom.serving.app import build_application, build_encoders
@@ -43,6 +41,7 @@ from embedloom.serving.applications import (
     version_name,
     version_names,
 )
+from embedloom.serving.door import Door, bound_socket
 
 _CALL_SECONDS = 5.0  # that the controller may take to answer
 
@@ -56,6 +55,7 @@ class Endpoint:
     owns_serve: bool
     drain_seconds: float
     own_ray: bool = False  # whether its Ray ends when it does
+    door: Door | None = None
     address_file: Path | None = None
 
     def wait(self) -> None:
@@ -75,8 +75,12 @@ class Endpoint:
         """Let running requests finish for ``drain_seconds``, then take everything down; safe to call twice."""
         if self.address_file is not None:
             self.address_file.unlink(missing_ok=True)
-        if not ray.is_initialized():
-            return
+        if ray.is_initialized():
+            self._take_down()
+        if self.door is not None:
+            self.door.close()
+
+    def _take_down(self) -> None:
         try:
             self._drain()
             if self.own_ray:
@@ -150,17 +154,21 @@ def start_endpoint(
     }
     arguments = validate(ApplicationArgs, {**content, "serving": config, "scaling": scaling}, "serving")
     encoders = None if arguments.single else version_name(arguments.fingerprint)
-    application = build_application(arguments, encoders)
+    build_application(arguments, encoders)  # checked before anything is opened
     owns_serve = not _serve_is_running()
-    if owns_serve:
+    door = None
+    if owns_serve and not scaling.haproxy and _is_alone():
+        door = Door(config.host, config.port)
+        arguments = arguments.model_copy(update={"door": door.path})
+    elif owns_serve:
         check_port_free(config.host, config.port)
     host = "127.0.0.1" if config.host in ("0.0.0.0", "::") else config.host
     url = f"http://{host}:{config.port}{config.route_prefix.rstrip('/')}"
-    endpoint = Endpoint(url, served_name, owns_serve, scaling.drain_seconds, own_ray)
+    endpoint = Endpoint(url, served_name, owns_serve, scaling.drain_seconds, own_ray, door)
     if warning := scaling.cut_off(config.request_timeout_seconds):
         note("serve", warning)
     try:
-        _start(arguments, application, encoders)
+        _start(arguments, build_application(arguments, encoders), encoders)
         _wait_until_ready(endpoint, START_SECONDS)
         gcs = ray.get_runtime_context().gcs_address
         endpoint.address_file = remember(config.port, endpoint.url, gcs)
@@ -178,7 +186,7 @@ def _start(arguments: ApplicationArgs, application: Application, encoders: str |
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     serving = arguments.serving
     serve.start(
-        proxy_location="HeadOnly",
+        proxy_location="HeadOnly" if arguments.door is None else "Disabled",
         http_options={"host": serving.host, "port": serving.port},
         logging_config=QUIET,
     )
@@ -196,20 +204,13 @@ def _on_loopback(host: str) -> bool:
 
 def check_port_free(host: str, port: int) -> None:
     """Raise ConfigError if nothing could listen on the address now."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            if error.errno == errno.EADDRINUSE:
-                raise ConfigError(
-                    f"serving.port: {port} is in use on {host}; choose a free port, "
-                    f"e.g. --set serving.port={port + 1}"
-                ) from error
-            raise ConfigError(
-                f"serving.host: cannot listen on {host!r}, port {port}: {error.strerror or error}"
-            ) from error
+    bound_socket(host, port).close()
+
+
+def _is_alone() -> bool:
+    """Whether this machine is all of the cluster, so that every replica can be lent a socket."""
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    return len(nodes) == 1 and nodes[0]["NodeID"] == ray.get_runtime_context().get_node_id()
 
 
 def _serve_is_running() -> bool:

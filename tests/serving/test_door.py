@@ -1,0 +1,147 @@
+"""The socket that the command keeps and the replica borrows: nobody is lost between two replicas, or told nothing."""
+
+import asyncio
+import contextlib
+import socket
+import threading
+
+import httpx
+import pytest
+
+from embedloom.errors import ConfigError
+from embedloom.serving.door import Door, Tenant
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture
+def door():
+    port = free_port()
+    found = Door("127.0.0.1", port)
+    found.url = f"http://127.0.0.1:{port}"
+    yield found
+    found.close()
+
+
+def named(name: str, slow: asyncio.Event | None = None):
+    async def app(scope, receive, send):
+        if slow is not None and scope["path"].endswith("/slow"):
+            await slow.wait()
+        body = f"{name} {scope.get('root_path', '')} {scope['path']}".encode()
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": body})
+
+    return app
+
+
+async def until(client: httpx.AsyncClient, url: str, wanted) -> httpx.Response:
+    """The first answer like the wanted one; each attempt on a new connection."""
+    while True:
+        reply = await client.get(url, headers={"connection": "close"})
+        if wanted(reply):
+            return reply
+
+
+def run(work) -> None:
+    asyncio.run(asyncio.wait_for(work, 60))
+
+
+def test_nobody_there_is_503_with_a_time_to_try_again(door):
+    reply = httpx.get(f"{door.url}/v1/models", trust_env=False)
+    assert reply.status_code == 503
+    assert int(reply.headers["retry-after"]) >= 1
+    assert reply.json()["error"]["code"] == "unavailable"
+    assert reply.headers["connection"] == "close"
+
+
+def test_a_tenant_answers_below_its_prefix_and_the_porter_is_back_when_it_has_left(door):
+    async def work():
+        async with httpx.AsyncClient(trust_env=False) as client:
+            tenant = Tenant(named("one"), door.path, "/embed")
+            reply = await until(client, f"{door.url}/embed/v1", lambda reply: reply.status_code == 200)
+            assert reply.text == "one /embed /embed/v1"
+            elsewhere = await client.get(f"{door.url}/embedded")
+            assert elsewhere.status_code == 404
+            assert "served here: /embed" in elsewhere.json()["error"]["message"]
+            marked = await client.get(f"{door.url}/embed/v1", headers={"x-request-id": "mine"})
+            assert marked.headers.get_list("x-request-id") == ["mine"]
+            await tenant.leave()
+            await until(client, f"{door.url}/embed/v1", lambda reply: reply.status_code == 503)
+
+    run(work())
+
+
+def test_no_request_is_lost_when_one_tenant_takes_over_from_another(door):
+    async def work():
+        answers: list[str] = []
+        over = asyncio.Event()
+
+        async def ask(keeps: bool) -> None:
+            async with httpx.AsyncClient(trust_env=False) as client:
+                while not over.is_set():
+                    reply = await client.get(
+                        f"{door.url}/x", headers={} if keeps else {"connection": "close"}
+                    )
+                    reply.raise_for_status()
+                    answers.append(reply.text.split()[0])
+
+        async with httpx.AsyncClient(trust_env=False) as client:
+            first = Tenant(named("first"), door.path, "/")
+            await until(client, f"{door.url}/x", lambda reply: reply.status_code == 200)
+            clients = [asyncio.create_task(ask(keeps)) for keeps in (True, True, False, False)]
+            await until(client, f"{door.url}/x", lambda _: len(answers) > 50)
+            second = Tenant(named("second"), door.path, "/")
+            await until(client, f"{door.url}/x", lambda reply: reply.text.startswith("second"))
+            await first.leave()
+            seen = len(answers)
+            await until(client, f"{door.url}/x", lambda _: len(answers) > seen + 50)
+            over.set()
+            await asyncio.gather(*clients)
+            assert set(answers[seen + 8 :]) == {"second"}
+            await second.leave()
+
+    run(work())
+
+
+def test_a_request_in_hand_is_answered_before_its_tenant_leaves(door):
+    async def work():
+        slow = asyncio.Event()
+        async with httpx.AsyncClient(trust_env=False) as client:
+            tenant = Tenant(named("one", slow), door.path, "/")
+            await until(client, f"{door.url}/x", lambda reply: reply.status_code == 200)
+            asked = asyncio.create_task(client.get(f"{door.url}/slow"))
+            await until(client, f"{door.url}/x", lambda _: tenant._server.server_state.total_requests > 2)
+            leaving = asyncio.create_task(tenant.leave())
+            await until(client, f"{door.url}/x", lambda reply: reply.status_code == 503)
+            slow.set()
+            assert (await asked).text.startswith("one")
+            await leaving
+
+    run(work())
+
+
+def test_a_port_in_use_is_refused(door):
+    port = int(door.url.rpartition(":")[2])
+    with pytest.raises(ConfigError, match=f"serving.port: {port} is in use"):
+        Door("127.0.0.1", port)
+
+
+def test_a_closed_door_frees_its_port_and_ends_its_threads():
+    port = free_port()
+    before = threading.active_count()
+    door = Door("127.0.0.1", port)
+    door.close()
+    door.close()
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        probe.bind(("127.0.0.1", port))
+    for thread in threading.enumerate():
+        if thread.name.startswith("door"):
+            thread.join(30)
+    assert threading.active_count() <= before
+    with contextlib.suppress(OSError):
+        socket.socket(socket.AF_UNIX).connect(door.path)
