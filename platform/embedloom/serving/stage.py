@@ -156,12 +156,9 @@ def start_endpoint(
     encoders = None if arguments.single else version_name(arguments.fingerprint)
     build_application(arguments, encoders)  # checked before anything is opened
     owns_serve = not _serve_is_running()
-    door = None
-    if owns_serve and not scaling.haproxy and _is_alone():
-        door = Door(config.host, config.port)
+    door = _opened(config, scaling) if owns_serve else None
+    if door is not None:
         arguments = arguments.model_copy(update={"door": door.path})
-    elif owns_serve:
-        check_port_free(config.host, config.port)
     host = "127.0.0.1" if config.host in ("0.0.0.0", "::") else config.host
     url = f"http://{host}:{config.port}{config.route_prefix.rstrip('/')}"
     endpoint = Endpoint(url, served_name, owns_serve, scaling.drain_seconds, own_ray, door)
@@ -179,6 +176,18 @@ def start_endpoint(
         endpoint.stop()
         raise
     return endpoint
+
+
+def _opened(config: ServingConfig, scaling: ServeScaling) -> Door | None:
+    """The socket to lend, or None where Serve's proxy is to listen; either way the address is free.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    if not scaling.haproxy and _is_alone():
+        return Door(config.host, config.port)
+    check_port_free(config.host, config.port)
+    return None
 
 
 def _start(arguments: ApplicationArgs, application: Application, encoders: str | None) -> None:
