@@ -276,6 +276,7 @@ def test_a_local_session_says_to_serve_how_it_listens():
     haproxy = serve_environment(Profile(serve={"haproxy": True, "listener": {"max_header_kib": 8}}))
     assert haproxy["RAY_SERVE_ENABLE_HA_PROXY"] == "1"
     assert haproxy["RAY_SERVE_HAPROXY_TUNE_BUFSIZE"] == str(9 * 1024)
+    assert haproxy["RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S"] == "10"
 
 
 def test_a_launchers_shell_hands_the_bounds_on_whole():

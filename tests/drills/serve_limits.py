@@ -12,6 +12,7 @@ when it is ready, and from SIGTERM to when the port is closed, it is asked too: 
 import argparse
 import concurrent.futures
 import contextlib
+import math
 import signal
 import tempfile
 import threading
@@ -83,15 +84,24 @@ def told(reply: httpx.Response, when: str, problems: list[str]) -> None:
 def stopped(running: Running, log: Path, statuses: Counter[int], problems: list[str]) -> float:
     """SIGTERM while requests run, and questions until the port is closed; seconds to the end."""
     started = time.monotonic()
+    ended: list[float] = []
+
+    def wait() -> None:
+        running.process.wait()
+        ended.append(time.monotonic() - started)
+
+    waiting = threading.Thread(target=wait, daemon=True)
+    waiting.start()
     running.process.send_signal(signal.SIGTERM)
     time.sleep(0.5)  # until the signal was seen
-    while running.process.poll() is None and time.monotonic() - started < 3 * GRACE_SECONDS:
+    while not ended and time.monotonic() - started < 3 * GRACE_SECONDS:
         with contextlib.suppress(httpx.HTTPError):
             reply = httpx.post(f"{running.url}/v1/embeddings", json=body(0, 230), trust_env=False, timeout=30)
             statuses[reply.status_code] += 1
-            told(reply, "while stopping", problems)
+            if reply.status_code != 200 or statuses[503]:  # it may have come before the signal
+                told(reply, "while stopping", problems)
         time.sleep(0.2)
-    seconds = time.monotonic() - started
+    seconds = ended[0] if ended else math.inf
     if running.process.poll() != 0:
         problems.append(f"exit code {running.process.poll()}")
     if "Traceback" in log.read_text():

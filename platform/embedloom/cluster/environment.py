@@ -1,5 +1,7 @@
 """What every node of a cluster has in its environment, whoever starts it."""
 
+import math
+
 from embedloom.cluster.config import ClusterConfig, NodePool, Profile
 from embedloom.config.resources import LISTENER_VARIABLE
 from embedloom.errors import ConfigError
@@ -25,8 +27,10 @@ def serve_environment(profile: Profile) -> dict[str, str]:
     found[LISTENER_VARIABLE] = profile.serve.listener.model_dump_json()
     if profile.serve.haproxy:
         found["RAY_SERVE_ENABLE_HA_PROXY"] = "1"
-        # HAProxy's own bound on the size of a request's headers, of which it keeps a kibibyte for itself.
+        # HAProxy's own bounds: on the size of a request's headers, of which it keeps a kibibyte for itself, and on the
+        # silence of a client that has not sent them all.
         found["RAY_SERVE_HAPROXY_TUNE_BUFSIZE"] = str(profile.serve.listener.max_header_bytes + 1024)
+        found["RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S"] = str(math.ceil(profile.serve.listener.header_seconds))
     return found
 
 
