@@ -66,9 +66,9 @@ def write_config(folder: Path, base: Path, teacher: Path) -> Path:
             "teachers": [str(teacher)],
             "top_k": 20,
             "selection": {"negatives": 2, "margin_ratio": 1.0},
-            "max_query_tokens": 32,
+            "max_query_tokens": 128,
         },
-        "encoder": {"base": str(base), "max_query_tokens": 64, "max_document_tokens": 64},
+        "encoder": {"base": str(base), "max_query_tokens": 128, "max_document_tokens": 64},
         "training": {
             "mix": {"public": 1},
             "candidates": [

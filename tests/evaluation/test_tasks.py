@@ -3,10 +3,12 @@
 import pytest
 
 from embedloom.errors import DataError
+from embedloom.evaluation.jobs import Scorer, Unit
 from embedloom.evaluation.languages import language_code
 from embedloom.evaluation.retrieval_task import INSTRUCTION_COLUMN
 from embedloom.evaluation.specs import TaskSpec
-from embedloom.evaluation.tasks import build_task, check_task, task_size
+from embedloom.evaluation.tasks import build_task, check_rooms, check_task, task_size
+from embedloom.instructions import PromptContract
 from fakes_evaluation import INSTRUCTION, TOPICS, make_beir, make_corpus, pair
 
 HELDOUT = TaskSpec("heldout")
@@ -169,3 +171,17 @@ def test_mteb_task_by_name_is_found_and_its_missing_dataset_is_named(tmp_path):
 )
 def test_languages_get_the_codes_mteb_uses(lang, code):
     assert language_code(lang) == code
+
+
+def test_an_mteb_task_whose_instruction_fills_the_limit_is_named_before_anything_starts(tiny_model):
+    """PAC's instruction is the longest of the benchmark's; a byte a token, it and the template pass 128."""
+    contract = PromptContract.load(tiny_model)
+    scorer = Scorer("base", "models", "embedloom/base", "r", tiny_model, contract.hash)
+    units = [Unit(scorer, TaskSpec(name, "mteb")) for name in ("STS12", "PAC")]
+    contracts = {contract.hash: contract}
+    check_rooms(units[:1], contracts)
+    message = r"evaluation.tasks: 'PAC', model 'base': the instruction takes \d+ tokens .* the limit of 128 for a query"
+    with pytest.raises(DataError, match=message):
+        check_rooms(units, contracts)
+    wide = contract.model_copy(update={"max_query_tokens": 512})
+    check_rooms(units, {contract.hash: wide})

@@ -3,7 +3,10 @@
 import pytest
 
 from embedloom.errors import DataError
+from embedloom.instructions import PromptContract
 from embedloom.mining.queries import inline_id, pair_files, write_queries
+from embedloom.mining.teachers import room_check
+from embedloom.retrieval.embedder import EncoderSource
 from embedloom.storage import Place
 from fakes_mining import document_row, make_corpus, make_synthesis, pair_row
 
@@ -162,3 +165,24 @@ def test_no_pairs_at_all_is_refused(tmp_path):
         write_queries(
             pair_files(corpus, [empty]), (corpus.place, "documents/train"), Place(str(tmp_path / "o")), 2
         )
+
+
+def test_pairs_whose_instruction_leaves_a_teacher_nothing_of_a_cut_query_are_rejected_with_the_numbers(
+    tmp_path, tiny_model
+):
+    """Three bytes of query fit beside 18 + 105 and BOS in 128; forty do not, and beside a short instruction all do."""
+    long = {"instruction": "y" * 105}
+    pairs = [
+        pair_row("n0", "abc", "d0", **long), pair_row("n1", "q" * 40, "d1", **long), pair_row("n2", "q" * 40, "d2"),
+    ]  # fmt: skip
+    corpus = make_corpus(tmp_path / "corpus", DOCUMENTS, pairs)
+    teacher = EncoderSource("tiny", tiny_model, PromptContract.load(tiny_model))
+    out = Place(str(tmp_path / "out"))
+    counts = write_queries(
+        pair_files(corpus, []), (corpus.place, "documents/train"), out, 9, room_check([teacher])
+    )
+    assert (counts["rows"], counts["rejects"]) == (2, {"instruction_too_long": 1})
+    (reject,) = out.read_tables("rejects", "rejects").to_pylist()
+    assert reject["id"] == "n1"
+    assert "teacher 'tiny': the instruction takes 124 tokens" in reject["detail"]
+    assert "leaves 4 of the limit of 128 for a query" in reject["detail"]

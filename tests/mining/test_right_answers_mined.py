@@ -16,7 +16,7 @@ from fakes_mining import document_row, make_corpus, make_synthesis, pair_row
 NAIVE = SelectionConfig(method="naive", negatives=4)
 
 
-def examples(folder, documents, pairs, ranked, selection=NAIVE, others=(), given=0.2):
+def examples(folder, documents, pairs, ranked, selection=NAIVE, others=(), chunks=()):
     """Examples, rejects and audit rows of pairs whose candidates are ``ranked`` (best first, scores 0.9, 0.8, ...)."""
     corpus = make_corpus(folder / "corpus", documents, pairs)
     more = [make_synthesis(folder / "synthesis", others)] if others else []
@@ -34,15 +34,17 @@ def examples(folder, documents, pairs, ranked, selection=NAIVE, others=(), given
     scores = [
         {
             "query_id": row["id"], "teacher": "t", "positive_score": 0.85, "lowest_score": 0.85,
-            "given_scores": [given] * len(row["negatives"] or ()),
+            "given_scores": [0.2] * len(row["negatives"] or ()),
         }
         for row in rows
     ]  # fmt: skip
     assert all(len(given_texts(row)) >= len(row["negatives"] or ()) for row in rows)
     out.write_table("candidates/part-000000.parquet", table_from_rows("candidates", candidates))
     out.write_table("positive_scores/part-000000.parquet", pa.Table.from_pylist(scores, schema=SCORES_SCHEMA))
+    if chunks:
+        corpus.place.write_table("chunks/part-000000.parquet", table_from_rows("chunks", chunks))
     texts = [(corpus.place, "documents/train"), *((out, f"given/{group}") for group in counts["given"])]
-    mined = Mined(out, ("part-000000.parquet",), 1, tuple(texts))
+    mined = Mined(out, ("part-000000.parquet",), 1, tuple(texts), corpus.place)
     worker = ExampleWorker(ExampleRules(selection, SYMMETRIC_TASK_TYPES), mined)
     tables = worker(out.read_table(name))
     found = {row["id"]: row["negatives"] for row in tables["examples"].to_pylist()}
@@ -113,3 +115,15 @@ def test_a_label_that_is_right_under_one_task_is_wrong_under_another(tmp_path):
     ]  # fmt: skip
     found, _, _, _ = examples(tmp_path, DOCUMENTS, pairs, ["d1"])
     assert found == {"a1": ["no"], "b1": ["yes"], "c1": ["no"]}
+
+
+def test_the_pieces_of_a_judged_document_are_no_negatives_of_its_question(tmp_path):
+    """d1 was cut into d1, d2 and d3, of which the first is judged; a piece that lies in another split is not searched."""
+    chunks = [
+        {"id": name, "document_id": "whole", "chunk": n, "chunks": 4}
+        for n, name in enumerate(["d1", "d2", "d3", "in-dev"], start=1)
+    ]
+    pairs = [pair_row("n1", "what?", "d1"), pair_row("n2", "else?", "d5")]
+    found, _, audit, _ = examples(tmp_path, DOCUMENTS, pairs, ["d2", "d3", "d1", "d5"], chunks=chunks)
+    assert found == {"n1": ["far off"], "n2": ["zweite Antwort", "wrong one", "first answer"]}
+    assert audit["n1"]["removed_as_positive"] == 3

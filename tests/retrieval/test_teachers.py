@@ -83,6 +83,31 @@ def test_minilm_is_the_same_in_our_encoder_and_in_sentence_transformers():
         assert tokens == [len(ids) for ids in ours.tokenize(texts, side)]
 
 
+def test_both_engines_count_the_same_texts_as_cut_by_the_same_tokens():
+    folder = resolve_model("minilm-l6")
+    texts = [*TEXTS, " ".join(["a long text about threads and sockets"] * 12)]
+    theirs = source(folder, max_query_tokens=64, max_document_tokens=32).open()
+    contract = teacher_source(
+        Teacher(model="minilm-l6"), max_query_tokens=64, max_document_tokens=32
+    ).contract
+    ours = Encoder.load(folder, dtype="float32", contract=contract)
+    for side in ("query", "document"):
+        embed(theirs, texts, side)
+        ours.tokenize(texts, side)
+        counted = theirs.cuts.take()
+        assert counted == ours.cuts.take()
+        # Seven words, twelve times, and two special tokens, less the limit.
+        assert counted.cut == 1 and counted.left_out == 7 * 12 + 2 - contract.max_tokens(side)
+
+
+def test_a_prompt_that_fills_the_limit_is_refused_where_a_text_is_cut(dense_model):
+    template = "Instruct: {instruction}\nQuery: {text}"
+    embedder = source(dense_model, max_query_tokens=40, query_template=template).open()
+    embedder.embed(["ab"], "query", ["retrieval"], ["y" * 19])
+    with pytest.raises(DataError, match=r"takes 37 tokens of the limit of 40 for a query, which leaves 3"):
+        embedder.embed(["abcdefgh"], "query", ["retrieval"], ["y" * 19])
+
+
 def test_dense_layers_and_prompts_count(dense_model, library):
     embedder = source(dense_model, batch_size=2).open()
     queries, tokens = embed(embedder, TEXTS, "query")

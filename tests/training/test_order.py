@@ -141,3 +141,27 @@ def test_what_is_drawn_is_counted_as_the_windows_hand_it_out(shares):
     for examples in (0, 1, order.epoch_size, 2 * order.epoch_size + 5, 3 * order.epoch_size - 1):
         seen = names_of(order.window(0, examples)) if examples else Counter()
         assert order.drawn(examples) == {name: seen[name] for name in ("public", "synthetic")}
+
+
+@pytest.mark.parametrize(("rows", "batch"), [(50, 16), (33, 16), (7, 3), (100, 7)])
+def test_a_batch_over_two_epochs_holds_no_row_twice_and_nothing_else_moves(rows, batch):
+    plain, parted = ExampleOrder([Share("a", 0, rows)], seed=5), ExampleOrder([Share("a", 0, rows)], 5, batch)
+    moved = 0
+    for step in range(40 * rows // batch):
+        window = parted.window(step * batch, (step + 1) * batch)
+        assert len(set(window.tolist())) == batch
+    for epoch in range(40):
+        before, after = plain.epoch(epoch), parted.epoch(epoch)
+        assert sorted(after.tolist()) == list(range(rows))
+        changed = before != after
+        first = -epoch * rows % batch  # rows of the batch that began in the epoch before
+        assert changed[:first].sum() == changed[first:].sum()
+        moved += int(changed.sum())
+    assert moved > 0, "no epoch began with a row of the tail before it"
+    # Resumed in the middle, without the epochs before, the order is the same.
+    assert np.array_equal(ExampleOrder([Share("a", 0, rows)], 5, batch).epoch(39), parted.epoch(39))
+
+
+def test_a_batch_larger_than_half_an_epoch_leaves_the_order_alone():
+    plain, parted = ExampleOrder([Share("a", 0, 5)], seed=5), ExampleOrder([Share("a", 0, 5)], 5, 8)
+    assert np.array_equal(plain.window(0, 80), parted.window(0, 80))

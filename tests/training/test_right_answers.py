@@ -256,20 +256,27 @@ def test_right_answers_equal_a_look_at_all_pairs_of_rows(sources):
         assert answers.touches(table) is wrong
 
 
-def test_an_instruction_that_fills_the_limit_is_refused_or_counted_with_its_length(prepare, tmp_path):
+def test_rows_whose_instruction_fills_the_limit_are_counted_and_a_source_of_such_rows_is_refused(
+    prepare, tmp_path, capsys
+):
     """64 rows of one instruction of 110 bytes, of a limit of 128: with its template nothing is left to the text."""
     rows = [(f"question number {n} of many", ["p"], ["n"]) for n in range(64)]
-    long = flag(tmp_path, rows, instruction="y" * 110)
+    numbers = r"the instruction takes 129 tokens .* leaves 0 of the limit of 128 for a query"
     with pytest.raises(
-        DataError, match=r"row 'a0': the instruction takes 129 tokens .* leaves 0 of the limit of 128"
+        DataError, match=rf"source 'a': no usable row; rejects: {{'instruction_too_long': 64}}; {numbers}"
     ):
-        prepare(long)
-    fine = flag(tmp_path, [("q", ["p"], ["n"])], "b")
-    with pytest.raises(DataError, match=r"source 'a': no usable row; rejects: {'instruction_too_long': 64}"):
-        prepare(long, fine, bad_rows="skip")
+        prepare(flag(tmp_path, rows, instruction="y" * 110))
     # 100 bytes leave 9, one more than must be.
     _, store = prepare(flag(tmp_path, rows, "c", instruction="y" * 100))
     assert len(store.groups(range(64))) == 64
+    lines = [
+        {"query": "question number one", "pos": ["p"], "neg": ["n"], "prompt": prompt}
+        for prompt in ("Find", "y" * 110)
+    ]
+    path = write_jsonl(tmp_path / "own.jsonl", lines)
+    found, _ = prepare(TrainingSource(name="o", format="flagembedding", path=str(path)), negatives=1)
+    assert found["o"]["rejects"] == {"instruction_too_long": 1} and found["o"]["parts"] == [1]
+    assert "takes 129 tokens" in capsys.readouterr().err
 
 
 def test_the_instruction_of_a_document_may_fill_its_limit_too(prepare, tmp_path):

@@ -80,9 +80,11 @@ def check_rooms(units: Sequence[Unit], contracts: Mapping[str, PromptContract]) 
             continue
         if folder not in tokenizers:
             tokenizers[folder] = load_tokenizer(folder)
-        metadata = _mteb_task(unit.task).metadata
-        for kind in (PromptType.query, PromptType.document):
-            role = role_of(metadata, kind, contract, unit.task.instructed)
+        task = _mteb_task(unit.task)
+        ranks = isinstance(task, AbsTaskRetrieval)  # elsewhere all texts play the same part
+        kinds = (PromptType.query, PromptType.document) if ranks else (None,)
+        for kind in kinds:
+            role = role_of(task.metadata, kind, contract, unit.task.instructed)
             try:
                 check_room(tokenizers[folder], contract, role.side, role.task_type, role.instruction)
             except InstructionTooLong as error:

@@ -92,6 +92,28 @@ class DocumentTexts:
         return found
 
 
+class ChunkedDocuments:
+    """Which documents are pieces of one: a source judged them together, so none is a negative of what another answers."""
+
+    def __init__(self, texts: DocumentTexts, place: Place) -> None:
+        """Read the ``chunks`` table of a corpus; corpora without one have whole documents only."""
+        tables = [place.read_table(name, ["id", "document_id"]) for name in place.names("chunks", ".parquet")]
+        ids = [name for table in tables for name in table.column("id").to_pylist()]
+        owners = [name for table in tables for name in table.column("document_id").to_pylist()]
+        positions = texts.find(ids).tolist()
+        self._pieces: dict[str, list[int]] = {}
+        self._owner: dict[int, str] = {}
+        for position, owner in zip(positions, owners, strict=True):
+            if position >= 0:  # a piece of another split
+                self._pieces.setdefault(owner, []).append(position)
+                self._owner[position] = owner
+
+    def pieces(self, positions: Iterable[int]) -> set[int]:
+        """Positions of all pieces of the documents that these are pieces of."""
+        owners = {self._owner[position] for position in positions if position in self._owner}
+        return {position for owner in owners for position in self._pieces[owner]}
+
+
 def text_digest(text: str) -> int:
     """Signed 64-bit hash of a text, the same in every process."""
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)

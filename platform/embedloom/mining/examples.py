@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
 from embedloom.config.mining import SelectionConfig
@@ -69,6 +70,7 @@ class ExampleWorker:
         self._rules = rules
         self._mined = mined
         self._texts = mined.open_texts()
+        self._chunks = mined.open_chunks(self._texts)
 
     def __call__(self, rows: pa.Table) -> dict[str, pa.Table]:
         """Build one part; the examples are named last, so their file marks it done."""
@@ -143,9 +145,12 @@ class ExampleWorker:
                 [score for _, score in kept],
                 removed_as_positive=len(scored) - len(negatives),
             )
+        places = known[known >= 0]
+        if self._chunks is not None:
+            places = np.array([*places, *self._chunks.pieces(places.tolist())], dtype=np.int64)
         excluded = {
             *(self._texts.position_of(text) for text in right),
-            *self._texts.same_text(known[known >= 0]).tolist(),
+            *self._texts.same_text(places).tolist(),
         }
         seed = query_seed(row["id"], "negatives")
         selections = [

@@ -6,7 +6,7 @@ from typing import Any
 
 from embedloom.artefacts import Artefact
 from embedloom.engines.shards import PART_PATTERN
-from embedloom.mining.documents import DocumentTexts
+from embedloom.mining.documents import ChunkedDocuments, DocumentTexts
 from embedloom.mining.given import CORPUS, GIVEN_FOLDER, LABEL_TASK_TYPES
 from embedloom.mining.teacher_pass import CANDIDATES_FOLDER, DOCUMENTS_FOLDER, SCORES_FOLDER, part_names
 from embedloom.storage import Place
@@ -32,6 +32,7 @@ class Mined:
     parts: tuple[str, ...]  # of the queries
     teachers: int
     texts: tuple[tuple[Place, str], ...]  # folders of documents and of texts that came with pairs
+    corpus: Place | None = None  # whose ``chunks`` say which documents are pieces of one
 
     @classmethod
     def of(cls, mined: Artefact, corpus: Artefact) -> "Mined":
@@ -40,7 +41,7 @@ class Mined:
         documents = [(corpus.place, DOCUMENTS_FOLDER)] if CORPUS in details["parts"] else []
         given = [(mined.place, f"{GIVEN_FOLDER}/{name}") for name in details["given"]]
         parts = tuple(part_names(details))
-        return cls(mined.place, parts, len(details["teachers"]), (*documents, *given))
+        return cls(mined.place, parts, len(details["teachers"]), (*documents, *given), corpus.place)
 
     def rescored(self, artefact: Artefact) -> "Mined":
         """The same queries and texts with the scores of a rescoring artefact."""
@@ -56,6 +57,10 @@ class Mined:
     def open_texts(self) -> DocumentTexts:
         """The texts by id; reads all ids."""
         return DocumentTexts(list(self.texts))
+
+    def open_chunks(self, texts: DocumentTexts) -> ChunkedDocuments | None:
+        """Which of the texts are pieces of one document; None where nothing says."""
+        return None if self.corpus is None else ChunkedDocuments(texts, self.corpus)
 
     def _read(self, name: str) -> list[Found]:
         candidates = self.scored.read_table(f"{CANDIDATES_FOLDER}/{name}").to_pylist()

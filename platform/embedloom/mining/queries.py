@@ -20,6 +20,7 @@ from embedloom.instructions import SYMMETRIC_TASK_TYPES, check_task_type
 from embedloom.mining.documents import text_digest
 from embedloom.mining.given import CORPUS, LABEL_TASK_TYPES, GivenTexts, wrong_labels
 from embedloom.ngrams import folded
+from embedloom.progress import note
 from embedloom.records import check_table, content_id, table_from_rows
 from embedloom.storage import Place
 
@@ -47,6 +48,7 @@ QUERY_SCHEMA = pa.schema(
     ]
 )
 _Source = tuple[Place, str]
+TooLong = Callable[[str, str, str], str | None]
 
 
 def pair_files(corpus: Artefact, others: list[Artefact]) -> list[_Source]:
@@ -64,7 +66,9 @@ def pair_files(corpus: Artefact, others: list[Artefact]) -> list[_Source]:
     return files
 
 
-def write_queries(files: list[_Source], corpus: _Source, out: Place, shard_rows: int) -> dict[str, Any]:
+def write_queries(
+    files: list[_Source], corpus: _Source, out: Place, shard_rows: int, too_long: TooLong | None = None
+) -> dict[str, Any]:
     """Write ``queries/``, the texts that come with pairs (``given/<collection>/``) and ``rejects/``, once.
 
     Args:
@@ -72,6 +76,7 @@ def write_queries(files: list[_Source], corpus: _Source, out: Place, shard_rows:
         corpus: place and folder of the documents.
         out: the artefact's place.
         shard_rows: rows per part.
+        too_long: says why a teacher would see next to nothing of a query (text, task type, instruction), if so.
 
     Returns:
         ``{"rows", "pairs": {origin: n}, "rejects": {reason: n}, "cleaned": {reason: n}, "parts": {collection: [names]},
@@ -83,13 +88,17 @@ def write_queries(files: list[_Source], corpus: _Source, out: Place, shard_rows:
     if out.exists(COUNTS_FILE):
         return out.read_json(COUNTS_FILE)
     _check_ids(files)
-    writer = _Writer(files, corpus, out, shard_rows)
+    writer = _Writer(files, corpus, out, shard_rows, too_long)
     for table in _in_parts(files, shard_rows):
         writer.add(table.to_pylist())
     counts = writer.finish()
+    if writer.swallowed_by:
+        count = counts["rejects"]["instruction_too_long"]
+        note("mine", f"{count:,} pairs left out, instruction_too_long: {writer.swallowed_by}")
     if not counts["rows"]:
         raise DataError(
             f"mining: no usable pair in {files[0][0].uri}/{files[0][1]} or the {len(files) - 1} files after it; rejects: {counts['rejects']}"
+            + (f"; {writer.swallowed_by}" if writer.swallowed_by else "")
         )
     out.write_json(COUNTS_FILE, counts)
     return counts
@@ -117,8 +126,12 @@ class _Answers:
 class _Writer:
     """Sorts pairs into collections and writes a part whenever one is full."""
 
-    def __init__(self, files: list[_Source], corpus: _Source, out: Place, shard_rows: int) -> None:
+    def __init__(
+        self, files: list[_Source], corpus: _Source, out: Place, shard_rows: int, too_long: TooLong | None
+    ) -> None:
         self._out = out
+        self._too_long = too_long
+        self.swallowed_by = ""  # the first instruction that is too long, with its numbers
         self._shard_rows = shard_rows
         self._answers = _shared_answers(files)
         self._labels = _label_sets(files)
@@ -140,9 +153,14 @@ class _Writer:
         )
         for pair, in_corpus in zip(pairs, known.to_pylist(), strict=True):
             check_task_type(pair["task_type"], f"pair {pair['id']!r}")
-            reason = _reject_reason(pair, in_corpus)
+            reason, detail = _reject_reason(pair, in_corpus), pair["document_id"]
+            if reason is None and self._too_long is not None:
+                problem = self._too_long(pair["query"], pair["task_type"], pair["instruction"])
+                if problem:
+                    reason, detail = "instruction_too_long", problem
+                    self.swallowed_by = self.swallowed_by or problem
             if reason:
-                self._rejects.append({"id": pair["id"], "reason": reason, "detail": pair["document_id"]})
+                self._rejects.append({"id": pair["id"], "reason": reason, "detail": detail})
                 continue
             row = self._row(pair, in_corpus)
             self._origins[row["dataset"]] += 1

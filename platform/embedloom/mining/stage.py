@@ -27,6 +27,7 @@ from embedloom.mining.judge import judge_sample
 from embedloom.mining.mined import Mined
 from embedloom.mining.queries import QUERIES_FOLDER, pair_files, write_queries
 from embedloom.mining.teacher_pass import DOCUMENTS_FOLDER, TeacherPass, part_names
+from embedloom.mining.teachers import room_check
 from embedloom.retrieval.embedder import EmbedderSource
 from embedloom.retrieval.vector_files import CUT_COUNTS
 from embedloom.storage import Place
@@ -60,7 +61,8 @@ def mine(
         StageError: a worker failed.
     """
     files = pair_files(corpus, pair_artefacts)
-    queries = write_queries(files, (corpus.place, DOCUMENTS_FOLDER), out.place, config.shard_rows)
+    documents = (corpus.place, DOCUMENTS_FOLDER)
+    queries = write_queries(files, documents, out.place, config.shard_rows, room_check(teachers))
     parts = part_names(queries)
     tokens: Counter[str] = Counter()
     hashes = []

@@ -1,12 +1,16 @@
 """The teachers a mining section names, ready to be opened in actors."""
 
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+
 from embedloom.config.mining import MiningConfig
 from embedloom.config.teacher import Teacher
 from embedloom.encoder.registry import resolve_model
+from embedloom.encoder.tokenizer import load_tokenizer, prompt_ids, room_problem
 from embedloom.errors import ConfigError
 from embedloom.instructions import DEFAULT_INSTRUCTIONS
 from embedloom.retrieval.cross_encoder import CrossEncoderSource, PairScorerSource, check_cross_encoder
-from embedloom.retrieval.embedder import EmbedderSource
+from embedloom.retrieval.embedder import EmbedderSource, EncoderSource
 from embedloom.retrieval.teachers import check_positions, teacher_source
 from embedloom.retrieval.templates import Templates
 
@@ -64,3 +68,35 @@ def _source(config: MiningConfig, teacher: Teacher, where: str) -> EmbedderSourc
         )
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from error
+
+
+def room_check(teachers: Sequence[EmbedderSource]) -> Callable[[str, str, str], str | None]:
+    """What says why one of the teachers would see next to nothing of a query (text, task type, instruction), if so.
+
+    Known of teachers that our encoder runs; sentence-transformers' refuse such a text when they meet it.
+    """
+    encoders = [
+        (source.name, load_tokenizer(source.folder), source.contract)
+        for source in teachers
+        if isinstance(source, EncoderSource) and source.contract is not None
+    ]
+
+    @lru_cache(maxsize=4096)
+    def problems(task_type: str, instruction: str) -> list[tuple[int, str]]:
+        found = []
+        for number, (name, tokenizer, contract) in enumerate(encoders):
+            prompt = contract.format("", "query", task_type, instruction)
+            problem = room_problem(tokenizer, contract, "query", prompt)
+            if problem is not None:
+                found.append((number, f"teacher {name!r}: {problem}"))
+        return found
+
+    def too_long(query: str, task_type: str, instruction: str) -> str | None:
+        for number, problem in problems(task_type, instruction):
+            _, tokenizer, contract = encoders[number]
+            whole = prompt_ids(tokenizer, contract.format(query, "query", task_type, instruction))
+            if len(whole) > contract.max_query_tokens:
+                return problem
+        return None
+
+    return too_long

@@ -13,7 +13,7 @@ from embedloom.encoder.batching import TokenCount
 from embedloom.encoder.device import DTypeName, pick_device, pick_dtype
 from embedloom.encoder.foreign import layout_templates, read_layout
 from embedloom.encoder.model import Vectors
-from embedloom.encoder.tokenizer import CutTexts
+from embedloom.encoder.tokenizer import MIN_TEXT_TOKENS, CutTexts, InstructionTooLong
 from embedloom.errors import DataError
 from embedloom.instructions import PLAIN_TEMPLATE, PromptContract, Side
 from embedloom.progress import note
@@ -65,6 +65,7 @@ class SentenceTransformerEmbedder:
             "query": source.max_query_tokens or own,
             "document": source.max_document_tokens or own,
         }
+        self.cuts = CutTexts()
         # The limits as given: "the model's own" is part of the folder's fingerprint already.
         asked = [source.max_query_tokens, source.max_document_tokens]
         self._contract_hash = fingerprint(
@@ -86,6 +87,7 @@ class SentenceTransformerEmbedder:
         """See ``Embedder.embed``; unit vectors.
 
         Raises:
+            InstructionTooLong: a text is cut, and what stands before it leaves next to nothing of the limit.
             DataError: a zero or non-finite vector, or a model that is not made for cosines.
         """
         self._limit(side)
@@ -96,7 +98,10 @@ class SentenceTransformerEmbedder:
         vectors: list[Any] = [None] * len(texts)
         tokens = [0] * len(texts)
         for rows, prompt in self._batches(texts, around):
-            found, counts = self._forward([texts[row] + around[row][1] for row in rows], prompt, side)
+            given = [texts[row] + around[row][1] for row in rows]
+            found, counts = self._forward(given, prompt, side)
+            self._count_cuts([prompt + text for text in given], prompt, counts, side)
+            self._limit(side)
             for row, vector, count in zip(rows, found, counts, strict=True):
                 vectors[row], tokens[row] = vector, count
         if not vectors:
@@ -140,6 +145,35 @@ class SentenceTransformerEmbedder:
                 tokenizer.enable_truncation(limit)
         elif limit is not None:
             self.model.max_seq_length = limit
+
+    def _count_cuts(self, texts: Sequence[str], prompt: str, counts: Sequence[int], side: Side) -> None:
+        """Take note of what the limit left out; texts that fill it are tokenized once more, whole."""
+        limit = self._limits[side]
+        full = [row for row, count in enumerate(counts) if limit is not None and count >= limit]
+        whole = self._token_lengths([texts[row] for row in full])
+        beyond = [
+            length - counts[row] for row, length in zip(full, whole, strict=True) if length > counts[row]
+        ]
+        self.cuts.add(CutTexts(len(texts), len(beyond), sum(counts), sum(beyond)))
+        if limit is None or not beyond or not prompt:
+            return
+        length = self._token_lengths([prompt])[0]
+        if limit - length < MIN_TEXT_TOKENS:
+            raise InstructionTooLong(
+                f"teacher {self._name!r}: the prompt {prompt[:60]!r} takes {length} tokens of the limit of {limit} for a "
+                f"{side}, which leaves {max(0, limit - length)} to the text; allowed: max_{side}_tokens of "
+                f"{length + MIN_TEXT_TOKENS} or more, or a shorter prompt"
+            )
+
+    def _token_lengths(self, texts: list[str]) -> list[int]:
+        """Tokens of whole texts, special tokens included."""
+        tokenizer = self.model.tokenizer
+        if not texts:
+            return []
+        if hasattr(tokenizer, "no_truncation"):  # static embeddings; ``_limit`` sets it again
+            tokenizer.no_truncation()
+            return [len(one) for one in tokenizer.encode_batch(texts, add_special_tokens=False)]
+        return [len(ids) for ids in tokenizer(texts, truncation=False)["input_ids"]]
 
     def _check_lengths(self, vectors: Vectors) -> None:
         """Refuse a model whose lengths carry meaning: the cosine would order its documents otherwise."""

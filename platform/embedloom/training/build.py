@@ -37,3 +37,15 @@ def steps_of(stage: TrainingStage, order: ExampleOrder) -> int:
 def shares_of(sources: tuple[TrainingSource, ...], store: ExampleStore) -> list[Share]:
     """The sources' parts of an epoch, with the rows they turned out to have."""
     return [Share(s.name, store.first_row(s.name), store.sizes[s.name], s.weight, s.cap) for s in sources]
+
+
+def order_of(
+    config: TrainingConfig,
+    stage: TrainingStage,
+    sources: tuple[TrainingSource, ...],
+    store: ExampleStore,
+    seed: int,
+) -> ExampleOrder:
+    """The order of a stage's examples; where a loss looks at the whole batch, no batch holds a row twice if it need not."""
+    batch = None if config.loss == "infonce" else stage.global_batch
+    return ExampleOrder(shares_of(sources, store), seed, batch)

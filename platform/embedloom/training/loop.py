@@ -11,7 +11,7 @@ import torch.distributed as dist
 from embedloom.encoder.model import Encoder
 from embedloom.encoder.parity import embed_golden
 from embedloom.training.batches import BatchPlan, plan_batch
-from embedloom.training.build import matrix_weights, prepare_backbone, shares_of, steps_of
+from embedloom.training.build import matrix_weights, order_of, prepare_backbone, steps_of
 from embedloom.training.checkpoints import (
     MODEL_CHECKPOINT,
     is_model,
@@ -35,7 +35,6 @@ from embedloom.training.metrics import (
     training_flops,
 )
 from embedloom.training.module import ContrastiveModule
-from embedloom.training.order import ExampleOrder
 from embedloom.training.schedule import learning_rate
 from embedloom.training.store import ExampleStore
 from embedloom.training.watch import LossWatch
@@ -76,7 +75,7 @@ class StageTrainer:
         )
         prepare_backbone(self.encoder.backbone, training)
         self.store = ExampleStore(config.data, config.folders, stage.negatives)
-        self.order = ExampleOrder(shares_of(config.sources, self.store), config.seed)
+        self.order = order_of(training, stage, config.sources, self.store, config.seed)
         self.total_steps = steps_of(stage, self.order)
         objective = Objective.of(training, self.encoder.dimension, self.encoder.contract.normalize)
         self.matrix_weights = matrix_weights(self.encoder.backbone)  # before ZeRO-3 takes them apart

@@ -174,6 +174,7 @@ class RowRules:
         self.rejects: Counter[str] = Counter()
         self.cleaned: Counter[str] = Counter()  # negatives taken from rows that stay
         self.repeated = 0
+        self.swallowed_by = ""  # the first of the instructions that are too long, with its numbers
 
     @property
     def least(self) -> int:
@@ -214,6 +215,12 @@ class RowRules:
             )
         self.rejects[reason] += 1
         return False
+
+    def swallowed(self, problem: str) -> None:
+        """Count a row whose instruction leaves no room for its text, whatever ``bad_rows`` says: one long instruction
+        among thousands should not end a run, and one for all rows leaves the source without any, which does."""
+        self.rejects["instruction_too_long"] += 1
+        self.swallowed_by = self.swallowed_by or problem
 
     def without_wrong(self, example: SourceExample) -> bool:
         """Take the negatives that are none from a row; whether enough are left.
@@ -295,11 +302,12 @@ def prepare_source(
             rules.repeated += sum(rules.negatives - len(row.negatives) for row in batch)
     rejects = dict(rules.rejects)
     if not parts:
-        raise DataError(f"source {source.name!r}: no usable row; rejects: {rejects}")
+        why = f"; {rules.swallowed_by}" if rules.swallowed_by else ""
+        raise DataError(f"source {source.name!r}: no usable row; rejects: {rejects}{why}")
     index = {
         "parts": parts, "rejects": rejects, "repeated_negatives": rules.repeated, "tokens": total,
         "prompts": prompts.as_json(),
-        "cleaned": dict(rules.cleaned), "cut": asdict(tokenizing.cuts),
+        "cleaned": dict(rules.cleaned), "cut": asdict(tokenizing.cuts), "swallowed_by": rules.swallowed_by,
     }  # fmt: skip
     out.write_json(INDEX_FILE, index)
     return index
@@ -343,7 +351,7 @@ class _Tokenizing:
     def _kept(self, example: SourceExample, row: TokenRow) -> TokenRow | None:
         problem = self._tokens.swallowed(row)
         if problem is not None:
-            self._rules.reject(self._source, row.id, "instruction_too_long", problem)
+            self._rules.swallowed(problem)
             return None
         if self._known is not None:
             # Also for the batch: what another row knows is right is no negative there either.

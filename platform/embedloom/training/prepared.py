@@ -122,6 +122,8 @@ class _Reader:
             if index[what]:
                 reasons = ", ".join(f"{reason} {count:,}" for reason, count in sorted(index[what].items()))
                 note(self._label, f"{source.name}: {_LEFT_OUT[what]}: {reasons}")
+        if index["swallowed_by"]:
+            note(self._label, f"{source.name}: instruction_too_long: {index['swallowed_by']}")
         if source.cap is not None and source.cap > rows:
             raise DataError(
                 f"source {source.name!r}: cap is {source.cap:,}, but it has {rows:,} usable rows; rejects: {index['rejects']}"

@@ -17,14 +17,13 @@ from embedloom.errors import ConfigError, StageError
 from embedloom.instructions import PromptContract
 from embedloom.progress import note
 from embedloom.storage import Place
-from embedloom.training.build import shares_of, steps_of
+from embedloom.training.build import order_of, steps_of
 from embedloom.training.cards import Lineage, add_readers, stage_facts, write_cards
 from embedloom.training.checkpoints import check_resumable
 from embedloom.training.dev import DevTasks, read_dev
 from embedloom.training.loop import train_worker
 from embedloom.training.loop_config import LoopConfig
 from embedloom.training.metrics import METRICS_FILE
-from embedloom.training.order import ExampleOrder
 from embedloom.training.prepared import Prepared, drawn_prompts, preparation_counts, prepare_sources
 from embedloom.training.schedule import schedule_warnings
 from embedloom.training.store import ExampleStore
@@ -98,7 +97,7 @@ def _check(config: TrainingConfig, stage: TrainingStage, start_model: Path, grou
 def _prompt_facts(loop: LoopConfig, prepared: Prepared) -> dict[str, Any]:
     """How many queries the stage draws, and by which prompts they go; says what is odd about their number."""
     store = ExampleStore(loop.data, loop.folders, loop.stage.negatives)
-    order = ExampleOrder(shares_of(loop.sources, store), loop.seed)
+    order = order_of(loop.training, loop.stage, loop.sources, store, loop.seed)
     steps = steps_of(loop.stage, order)
     for warning in schedule_warnings(loop.stage, steps, order.epoch_size):
         note(loop.label, f"warning: {warning}")
