@@ -439,9 +439,9 @@ def check(answers: Answers, encoder: Any) -> tuple[dict[str, float], list[str]]:
 
 def prompted_model(model: str, folder: Path) -> Path:
     """A copy of a model with an instruction before its queries, so that the two sides differ."""
+    from embedloom.encoder.foreign import contract_of
     from embedloom.encoder.registry import resolve_model
     from embedloom.instructions import DEFAULT_INSTRUCTIONS, NEMOTRON_TEMPLATE
-    from embedloom.serving.model_facts import contract_of
 
     source = resolve_model(model)
     copy = Path(shutil.copytree(source, folder / "model"))
