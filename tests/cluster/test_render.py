@@ -71,7 +71,7 @@ def test_every_shipped_profile_renders_and_checks(cluster, tmp_path):
             assert content == documents(cluster, name)[path.name]
         lines = check(cluster, name, project=ROOT)
         assert len(lines) == len(paths) + 3
-        assert any("a stop waits 20 s for requests" in line for line in lines)
+        assert any("a stop waits 18 s for requests" in line for line in lines)
 
 
 GOLDEN = Path(__file__).parent / "golden"  # embedloom cluster render --profile P --out tests/cluster/golden/P
@@ -299,4 +299,4 @@ def test_the_grace_of_a_stop_reaches_the_pods_and_is_held_against_the_time_of_a_
             assert group["template"]["spec"]["terminationGracePeriodSeconds"] == 90
     scaling = cluster.profile("small").serve
     assert scaling.cut_off(60.0) is None
-    assert "a stop waits 80 s" in scaling.cut_off(81.0) and "may take 81 s" in scaling.cut_off(81.0)
+    assert "a stop waits 78 s" in scaling.cut_off(81.0) and "may take 81 s" in scaling.cut_off(81.0)
