@@ -17,7 +17,7 @@ class ApplicationArgs(FrozenConfig):
     )
     on_loopback: bool = False  # whether only this machine can connect; where it is known
     # Unix socket through which the command that started the endpoint lends its listening socket; null: Serve listens.
-    door: str | None = Field(default=None, exclude_if=lambda value: value is None)
+    listener: str | None = Field(default=None, exclude_if=lambda value: value is None)
     serving: ServingConfig = ServingConfig()
     scaling: ServeScaling = ServeScaling()
 

@@ -1,7 +1,7 @@
 """Which programs give the trained vectors of a model folder: measured where a reader was asked, else by its rules.
 
-vLLM's rules are those of its 0.32 sources, measured on tiny models of each family (``docs/models.md``);
-text-embeddings-inference (TEI) is written in Rust and was not run: its rules are read from its sources.
+The rules of vLLM (0.32) and text-embeddings-inference (TEI) are read from their sources. vLLM is run where
+``training.parity`` names it; TEI, written in Rust, never was. ``docs/models.md`` tells for each cell which it is.
 """
 
 import json

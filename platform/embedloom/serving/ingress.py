@@ -8,9 +8,9 @@ from embedloom.config.application import ApplicationArgs
 from embedloom.config.base import validate
 from embedloom.serving.calls import Backend, EndpointSettings
 from embedloom.serving.corpus_source import CorpusSource
-from embedloom.serving.door import Tenant
 from embedloom.serving.front import Drain
 from embedloom.serving.handles import encoders_of
+from embedloom.serving.listener_handoff import ReplicaServer
 from embedloom.serving.messages import ModelInfo
 from embedloom.serving.trial import Window
 from embedloom.serving.versions import TrialOrders, VersionRouter
@@ -38,7 +38,7 @@ class Ingress:
         """
         self.settings = settings
         self.stopping = Drain()
-        self._tenant: Tenant | None = None
+        self._server: ReplicaServer | None = None
         self.router = VersionRouter(live, settings.request_timeout_seconds)
         self.corpus = corpus.open() if corpus is not None else None
         self._blueprint = blueprint
@@ -48,17 +48,17 @@ class Ingress:
         )
 
     def listening(self, app: FastAPI) -> FastAPI:
-        """The application, which also answers by itself where a door was lent; called in the replica's event loop."""
+        """The application, which also answers by itself where a listening socket is lent; called in the replica's event loop."""
         args = validate(ApplicationArgs, self._blueprint, "endpoint")
-        if args.door is not None:
-            self._tenant = Tenant(app, args.door, args.serving.route_prefix)
+        if args.listener is not None:
+            self._server = ReplicaServer(app, args.listener, args.serving.route_prefix)
         return app
 
     async def __del__(self) -> None:
         """Serve awaits this when it stops the replica, with its grace period as limit."""
-        tenant, self._tenant = self._tenant, None
-        if tenant is not None:
-            await tenant.leave()
+        server, self._server = self._server, None
+        if server is not None:
+            await server.leave()
 
     async def drain(self, seconds: float) -> int:
         """Take no more requests, and wait for those in hand; returns how many were not done in time (503)."""

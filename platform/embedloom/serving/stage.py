@@ -41,7 +41,7 @@ from embedloom.serving.applications import (
     version_name,
     version_names,
 )
-from embedloom.serving.door import Door, bound_socket
+from embedloom.serving.listener_handoff import ListenerOwner, bound_socket
 
 _CALL_SECONDS = 5.0  # that the controller may take to answer
 
@@ -55,7 +55,7 @@ class Endpoint:
     owns_serve: bool
     drain_seconds: float
     own_ray: bool = False  # whether its Ray ends when it does
-    door: Door | None = None
+    listener: ListenerOwner | None = None
     address_file: Path | None = None
 
     def wait(self) -> None:
@@ -77,8 +77,8 @@ class Endpoint:
             self.address_file.unlink(missing_ok=True)
         if ray.is_initialized():
             self._take_down()
-        if self.door is not None:
-            self.door.close()
+        if self.listener is not None:
+            self.listener.close()
 
     def _take_down(self) -> None:
         try:
@@ -156,12 +156,12 @@ def start_endpoint(
     encoders = None if arguments.single else version_name(arguments.fingerprint)
     build_application(arguments, encoders)  # checked before anything is opened
     owns_serve = not _serve_is_running()
-    door = _opened(config, scaling) if owns_serve else None
-    if door is not None:
-        arguments = arguments.model_copy(update={"door": door.path})
+    listener = _opened(config, scaling) if owns_serve else None
+    if listener is not None:
+        arguments = arguments.model_copy(update={"listener": listener.path})
     host = "127.0.0.1" if config.host in ("0.0.0.0", "::") else config.host
     url = f"http://{host}:{config.port}{config.route_prefix.rstrip('/')}"
-    endpoint = Endpoint(url, served_name, owns_serve, scaling.drain_seconds, own_ray, door)
+    endpoint = Endpoint(url, served_name, owns_serve, scaling.drain_seconds, own_ray, listener)
     if warning := scaling.cut_off(config.request_timeout_seconds):
         note("serve", warning)
     try:
@@ -178,14 +178,14 @@ def start_endpoint(
     return endpoint
 
 
-def _opened(config: ServingConfig, scaling: ServeScaling) -> Door | None:
+def _opened(config: ServingConfig, scaling: ServeScaling) -> ListenerOwner | None:
     """The socket to lend, or None where Serve's proxy is to listen; either way the address is free.
 
     Raises:
         ConfigError: it is not.
     """
     if not scaling.haproxy and _is_alone():
-        return Door(config.host, config.port)
+        return ListenerOwner(config.host, config.port)
     check_port_free(config.host, config.port)
     return None
 
@@ -195,7 +195,7 @@ def _start(arguments: ApplicationArgs, application: Application, encoders: str |
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     serving = arguments.serving
     serve.start(
-        proxy_location="HeadOnly" if arguments.door is None else "Disabled",
+        proxy_location="HeadOnly" if arguments.listener is None else "Disabled",
         http_options={"host": serving.host, "port": serving.port},
         logging_config=QUIET,
     )

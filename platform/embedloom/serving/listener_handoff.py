@@ -2,7 +2,7 @@
 
 Serve's own way from a socket to a replica is a proxy process, or HAProxy and Serve's ASGI wrapper inside the replica. For a
 short query they cost more than the model. Here the replica's event loop accepts connections itself, from a socket
-that ``embedloom serve`` has opened (``Door``) and hands over through a Unix socket (``Tenant``). As the socket is the same
+that ``embedloom serve`` has opened (``ListenerOwner``) and hands over through a Unix socket (``ReplicaServer``). As the socket is the same
 for an old and a new replica, a replacement loses no connection, and while there is no replica (start, crash) the command
 answers 503 itself. No Ray here: Serve goes on starting, watching and replacing the replica.
 """
@@ -24,9 +24,7 @@ from embedloom.serving.listener import SERVE_RETRY_SECONDS, BoundedProtocol, sen
 from embedloom.serving.refusals import ApiError
 
 _BACKLOG = 2048
-_FAREWELL_SECONDS = (
-    2.0  # for which idle connections of a leaving replica may still ask, and are told to close
-)
+_CLOSING_SECONDS = 2.0  # for which idle connections of a leaving replica may still ask, and are told to close
 _REQUEST_ID = b"x-request-id"
 
 
@@ -54,7 +52,7 @@ def bound_socket(host: str, port: int) -> socket.socket:
     return found
 
 
-class Door:
+class ListenerOwner:
     """The command's side: lends the socket, and answers 503 while nobody has it."""
 
     def __init__(self, host: str, port: int) -> None:
@@ -67,69 +65,71 @@ class Door:
         self._listener.listen(_BACKLOG)
         # A folder of its own, as nobody else may enter it.
         self._folder = tempfile.TemporaryDirectory(prefix="embedloom-")
-        self.path = str(Path(self._folder.name) / "door")
-        self._room = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self._room.bind(self.path)
-        self._room.listen()
+        self.path = str(Path(self._folder.name) / "listener")
+        self._handoff = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._handoff.bind(self.path)
+        self._handoff.listen()
         self._lock = threading.Lock()
-        self._tenants = 0
-        self._porter: _Porter | None = _Porter(self._listener)
+        self._replicas = 0
+        self._unavailable_server: _UnavailableServer | None = _UnavailableServer(self._listener)
         self._closed = False
-        threading.Thread(target=self._lend, daemon=True, name="door").start()
+        threading.Thread(target=self._lend, daemon=True, name="listener-handoff").start()
 
     def close(self) -> None:
         """Listen no more; safe to call twice."""
         with self._lock:
             self._closed = True
-            porter, self._porter = self._porter, None
-        if porter is not None:
-            porter.stop()
+            responder, self._unavailable_server = self._unavailable_server, None
+        if responder is not None:
+            responder.stop()
         # Wakes the thread that waits in accept, which closing alone would not.
         with contextlib.suppress(OSError):
-            self._room.shutdown(socket.SHUT_RDWR)
-        self._room.close()
+            self._handoff.shutdown(socket.SHUT_RDWR)
+        self._handoff.close()
         self._listener.close()
         self._folder.cleanup()
 
     def _lend(self) -> None:
         while True:
             try:
-                tenant, _ = self._room.accept()
+                replica, _ = self._handoff.accept()
             except OSError:
                 return
-            threading.Thread(target=self._attend, args=(tenant,), daemon=True, name="door-tenant").start()
+            threading.Thread(
+                target=self._lend_to, args=(replica,), daemon=True, name="listener-replica"
+            ).start()
 
-    def _attend(self, tenant: socket.socket) -> None:
+    def _lend_to(self, replica: socket.socket) -> None:
         """One replica, until it closes its connection or dies."""
-        with tenant, contextlib.suppress(OSError):
+        with replica, contextlib.suppress(OSError):
             # First, so that nobody is told 503 any more once the replica answers; till then connections wait.
-            self._moved(1)
+            self._replicas_changed(1)
             try:
-                socket.send_fds(tenant, [b"+"], [self._listener.fileno()])
-                tenant.recv(1)
+                socket.send_fds(replica, [b"+"], [self._listener.fileno()])
+                replica.recv(1)
             finally:
-                self._moved(-1)
+                self._replicas_changed(-1)
 
-    def _moved(self, change: int) -> None:
+    def _replicas_changed(self, change: int) -> None:
         with self._lock:
-            self._tenants += change
+            self._replicas += change
             leaving = None
-            if self._tenants:
-                leaving, self._porter = self._porter, None
-            elif self._porter is None and not self._closed:
-                self._porter = _Porter(self._listener)
+            if self._replicas:
+                leaving, self._unavailable_server = self._unavailable_server, None
+            elif self._unavailable_server is None and not self._closed:
+                self._unavailable_server = _UnavailableServer(self._listener)
         if leaving is not None:
             leaving.stop()
 
 
-class _Porter:
+class _UnavailableServer:
     """Answers 503 to everybody, in a thread of its own."""
 
     def __init__(self, listener: socket.socket) -> None:
         self._server = uvicorn.Server(_settings(_unavailable))
         # A copy: uvicorn closes what it was given.
         self._thread = threading.Thread(
-            target=self._server.run, args=([listener.dup()],), daemon=True, name="door-porter"
+            target=self._server.run, args=([listener.dup()],), daemon=True, name="listener-unavailable"
         )
         self._thread.start()
 
@@ -151,7 +151,7 @@ async def _unavailable(scope: Scope, receive: Receive, send: Send) -> None:
     await send_error(_stamping(send, [(b"connection", b"close")]), scope, error)
 
 
-class Tenant:
+class ReplicaServer:
     """The replica's side: answers on the borrowed socket, by the event loop that it is made in."""
 
     def __init__(self, app: ASGIApp, path: str, prefix: str) -> None:
@@ -159,16 +159,16 @@ class Tenant:
 
         Args:
             app: what answers.
-            path: of the door.
+            path: of the owner's Unix socket.
             prefix: of all routes, such as ``/`` or ``/embed``.
 
         Raises:
-            OSError: nobody keeps the door.
+            OSError: no owner listens at that path.
         """
         self._mounted = _Mounted(app, prefix.rstrip("/"))
-        self._door = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self._door.connect(path)
-        _, descriptors, _, _ = socket.recv_fds(self._door, 1, 1)
+        self._owner = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._owner.connect(path)
+        _, descriptors, _, _ = socket.recv_fds(self._owner, 1, 1)
         self._server = uvicorn.Server(_settings(self._mounted))
         # Not `serve`, which takes over the process's signals.
         listener = socket.socket(fileno=descriptors[0])
@@ -179,8 +179,8 @@ class Tenant:
         self._mounted.leaving = True
         for server in self._server.servers:
             server.close()
-        self._door.close()
-        deadline = asyncio.get_running_loop().time() + _FAREWELL_SECONDS
+        self._owner.close()
+        deadline = asyncio.get_running_loop().time() + _CLOSING_SECONDS
         while self._server.server_state.connections and asyncio.get_running_loop().time() < deadline:
             await asyncio.sleep(0.05)
         self._server.should_exit = True

@@ -9,7 +9,7 @@ import httpx
 import pytest
 
 from embedloom.errors import ConfigError
-from embedloom.serving.door import Door, Tenant
+from embedloom.serving.listener_handoff import ListenerOwner, ReplicaServer
 
 
 def free_port() -> int:
@@ -19,9 +19,9 @@ def free_port() -> int:
 
 
 @pytest.fixture
-def door():
+def listener():
     port = free_port()
-    found = Door("127.0.0.1", port)
+    found = ListenerOwner("127.0.0.1", port)
     found.url = f"http://127.0.0.1:{port}"
     yield found
     found.close()
@@ -50,32 +50,32 @@ def run(work) -> None:
     asyncio.run(asyncio.wait_for(work, 60))
 
 
-def test_nobody_there_is_503_with_a_time_to_try_again(door):
-    reply = httpx.get(f"{door.url}/v1/models", trust_env=False)
+def test_nobody_there_is_503_with_a_time_to_try_again(listener):
+    reply = httpx.get(f"{listener.url}/v1/models", trust_env=False)
     assert reply.status_code == 503
     assert int(reply.headers["retry-after"]) >= 1
     assert reply.json()["error"]["code"] == "unavailable"
     assert reply.headers["connection"] == "close"
 
 
-def test_a_tenant_answers_below_its_prefix_and_the_porter_is_back_when_it_has_left(door):
+def test_a_replica_answers_below_its_prefix_and_the_owner_answers_503_when_it_has_left(listener):
     async def work():
         async with httpx.AsyncClient(trust_env=False) as client:
-            tenant = Tenant(named("one"), door.path, "/embed")
-            reply = await until(client, f"{door.url}/embed/v1", lambda reply: reply.status_code == 200)
+            replica = ReplicaServer(named("one"), listener.path, "/embed")
+            reply = await until(client, f"{listener.url}/embed/v1", lambda reply: reply.status_code == 200)
             assert reply.text == "one /embed /embed/v1"
-            elsewhere = await client.get(f"{door.url}/embedded")
+            elsewhere = await client.get(f"{listener.url}/embedded")
             assert elsewhere.status_code == 404
             assert "served here: /embed" in elsewhere.json()["error"]["message"]
-            marked = await client.get(f"{door.url}/embed/v1", headers={"x-request-id": "mine"})
+            marked = await client.get(f"{listener.url}/embed/v1", headers={"x-request-id": "mine"})
             assert marked.headers.get_list("x-request-id") == ["mine"]
-            await tenant.leave()
-            await until(client, f"{door.url}/embed/v1", lambda reply: reply.status_code == 503)
+            await replica.leave()
+            await until(client, f"{listener.url}/embed/v1", lambda reply: reply.status_code == 503)
 
     run(work())
 
 
-def test_no_request_is_lost_when_one_tenant_takes_over_from_another(door):
+def test_no_request_is_lost_when_one_replica_takes_over_from_another(listener):
     async def work():
         answers: list[str] = []
         over = asyncio.Event()
@@ -84,21 +84,21 @@ def test_no_request_is_lost_when_one_tenant_takes_over_from_another(door):
             async with httpx.AsyncClient(trust_env=False) as client:
                 while not over.is_set():
                     reply = await client.get(
-                        f"{door.url}/x", headers={} if keeps else {"connection": "close"}
+                        f"{listener.url}/x", headers={} if keeps else {"connection": "close"}
                     )
                     reply.raise_for_status()
                     answers.append(reply.text.split()[0])
 
         async with httpx.AsyncClient(trust_env=False) as client:
-            first = Tenant(named("first"), door.path, "/")
-            await until(client, f"{door.url}/x", lambda reply: reply.status_code == 200)
+            first = ReplicaServer(named("first"), listener.path, "/")
+            await until(client, f"{listener.url}/x", lambda reply: reply.status_code == 200)
             clients = [asyncio.create_task(ask(keeps)) for keeps in (True, True, False, False)]
-            await until(client, f"{door.url}/x", lambda _: len(answers) > 50)
-            second = Tenant(named("second"), door.path, "/")
-            await until(client, f"{door.url}/x", lambda reply: reply.text.startswith("second"))
+            await until(client, f"{listener.url}/x", lambda _: len(answers) > 50)
+            second = ReplicaServer(named("second"), listener.path, "/")
+            await until(client, f"{listener.url}/x", lambda reply: reply.text.startswith("second"))
             await first.leave()
             seen = len(answers)
-            await until(client, f"{door.url}/x", lambda _: len(answers) > seen + 50)
+            await until(client, f"{listener.url}/x", lambda _: len(answers) > seen + 50)
             over.set()
             await asyncio.gather(*clients)
             assert set(answers[seen + 8 :]) == {"second"}
@@ -107,16 +107,18 @@ def test_no_request_is_lost_when_one_tenant_takes_over_from_another(door):
     run(work())
 
 
-def test_a_request_in_hand_is_answered_before_its_tenant_leaves(door):
+def test_a_request_in_hand_is_answered_before_its_replica_leaves(listener):
     async def work():
         slow = asyncio.Event()
         async with httpx.AsyncClient(trust_env=False) as client:
-            tenant = Tenant(named("one", slow), door.path, "/")
-            await until(client, f"{door.url}/x", lambda reply: reply.status_code == 200)
-            asked = asyncio.create_task(client.get(f"{door.url}/slow"))
-            await until(client, f"{door.url}/x", lambda _: tenant._server.server_state.total_requests > 2)
-            leaving = asyncio.create_task(tenant.leave())
-            await until(client, f"{door.url}/x", lambda reply: reply.status_code == 503)
+            replica = ReplicaServer(named("one", slow), listener.path, "/")
+            await until(client, f"{listener.url}/x", lambda reply: reply.status_code == 200)
+            asked = asyncio.create_task(client.get(f"{listener.url}/slow"))
+            await until(
+                client, f"{listener.url}/x", lambda _: replica._server.server_state.total_requests > 2
+            )
+            leaving = asyncio.create_task(replica.leave())
+            await until(client, f"{listener.url}/x", lambda reply: reply.status_code == 503)
             slow.set()
             assert (await asked).text.startswith("one")
             await leaving
@@ -124,24 +126,24 @@ def test_a_request_in_hand_is_answered_before_its_tenant_leaves(door):
     run(work())
 
 
-def test_a_port_in_use_is_refused(door):
-    port = int(door.url.rpartition(":")[2])
+def test_a_port_in_use_is_refused(listener):
+    port = int(listener.url.rpartition(":")[2])
     with pytest.raises(ConfigError, match=f"serving.port: {port} is in use"):
-        Door("127.0.0.1", port)
+        ListenerOwner("127.0.0.1", port)
 
 
-def test_a_closed_door_frees_its_port_and_ends_its_threads():
+def test_a_closed_listener_frees_its_port_and_ends_its_threads():
     port = free_port()
     before = threading.active_count()
-    door = Door("127.0.0.1", port)
-    door.close()
-    door.close()
+    listener = ListenerOwner("127.0.0.1", port)
+    listener.close()
+    listener.close()
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         probe.bind(("127.0.0.1", port))
     for thread in threading.enumerate():
-        if thread.name.startswith("door"):
+        if thread.name.startswith("listener"):
             thread.join(30)
     assert threading.active_count() <= before
     with contextlib.suppress(OSError):
-        socket.socket(socket.AF_UNIX).connect(door.path)
+        socket.socket(socket.AF_UNIX).connect(listener.path)
