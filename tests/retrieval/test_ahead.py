@@ -5,6 +5,7 @@ import pyarrow as pa
 import pytest
 
 from embedloom.config.resources import PoolConfig
+from embedloom.encoder.tokenizer import InstructionTooLong
 from embedloom.retrieval.ahead import Ahead, AheadVectors, AheadWorker
 from embedloom.retrieval.embed import EmbeddingWorker, TextColumns
 from embedloom.storage import Place
@@ -35,6 +36,28 @@ class Source:
 
     def open(self) -> CountingEmbedder:
         return self.embedder
+
+
+class Cramped(CountingEmbedder):
+    """Refuses a batch that holds an instruction of more than ten characters, as encoders do."""
+
+    def embed(self, texts, side, task_types, instructions):
+        if max(map(len, instructions)) > 10:
+            raise InstructionTooLong("the instruction leaves nothing")
+        return super().embed(texts, side, task_types, instructions)
+
+
+def test_queries_that_mining_rejects_for_their_instruction_are_left_out(tmp_path):
+    rows, out = Place(str(tmp_path / "rows")), Place(str(tmp_path / "ahead"))
+    columns = {"query": ["red", "blue"], "task_type": ["retrieval"] * 2, "instruction": ["Find", "Find " * 9]}
+    rows.write_table("part-000000.parquet", pa.table(columns))
+    rows.write_table("part-000001.parquet", pa.table(columns).slice(1))
+    worker = AheadWorker(Source(Cramped()), rows, out)
+    worker("part-000000.parquet")
+    worker("part-000001.parquet")
+    known = [("red", "retrieval", "Find"), ("blue", "retrieval", "Find " * 9)]
+    assert list(AheadVectors(out).find(known, "c1", "teacher")) == [0]
+    assert out.files() == ["part-000000.parquet"]
 
 
 @pytest.fixture

@@ -160,8 +160,9 @@ class Traffic:
 @pytest.mark.ray
 @pytest.mark.slow
 def test_a_drifted_version_is_taken_away_and_a_sound_one_takes_over_without_a_failed_request(
-    ray_local, tiny_model, tmp_path, monkeypatch
+    ray_local, tiny_model, tmp_path, monkeypatch, request
 ):
+    from ray import serve
 
     from embedloom.serving.deploy import deploy
     from embedloom.serving.stage import start_endpoint
@@ -171,7 +172,11 @@ def test_a_drifted_version_is_taken_away_and_a_sound_one_takes_over_without_a_fa
     llama = make_tiny_llama(tmp_path / "llama", seed=1)
     drifted = make_tiny_encoder(llama, tmp_path / "drifted")
     config = ServingConfig(port=free_port(), require_gate=False, request_log="none")
-    with start_endpoint(config, tiny_model, "old", "tiny", ServeScaling(threads=1)) as endpoint:
+    # As in a Ray of its own, where the replica answers on the command's socket; that Ray then ends, and Serve with it.
+    endpoint = start_endpoint(config, tiny_model, "old", "tiny", ServeScaling(threads=1), own_ray=True)
+    request.addfinalizer(serve.shutdown)
+    with endpoint:
+        assert endpoint.listener is not None
         with Traffic(endpoint.url) as traffic:
             refused = deploy(request_of(drifted))
             assert not refused.promoted and refused.reason.startswith("drift: "), refused

@@ -242,7 +242,33 @@ def test_teis_auto_truncate_is_the_operators_setting():
         reply = client.post("/embed", json={"inputs": "x" * 500})
         assert (reply.status_code, reply.headers["x-truncated-items"]) == (200, "1")
         assert client.get("/info").json()["auto_truncate"] is True
+        # Counted whole: clients chunk by it.
+        assert len(answer(client, "/tokenize", {"inputs": "x" * 500})[0]) == 501
         refused(client.post("/embed", json={"inputs": "x" * 500, "truncate": False}), 400)
+
+
+def test_the_end_that_a_tei_client_names_is_cut_where_the_operator_says_that_it_is_cut():
+    encoder = FakeEncoder(limit=LIMIT)
+    with client_of(encoder, truncate="end") as client:
+        asked = {"inputs": "a" * LIMIT + "b" * LIMIT, "truncation_direction": "left"}
+        vectors = np.array(answer(client, "/embed", asked), dtype=np.float32)
+        assert np.array_equal(vectors, encoder.embed(["b" * (LIMIT - 1)], "document"))
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/rerank", {"model": "tiny", "query": "a", "documents": ["b"], "texts": None}),
+        ("/", {"inputs": "a", "texts": None}),
+        ("/tokenize", {"input": "a", "inputs": None}),
+    ],
+)
+def test_a_null_field_of_another_dialect_is_as_if_it_were_absent(client, path, body):
+    given = {key: value for key, value in body.items() if value is not None}
+    seen, expected = answer(client, path, body), answer(client, path, given)
+    if isinstance(seen, dict):  # a reply's own id is new each time
+        seen, expected = ({**reply, "id": None} for reply in (seen, expected))
+    assert seen == expected
 
 
 def test_teis_rerank(client, encoder):

@@ -9,7 +9,7 @@ import httpx
 import pytest
 
 from embedloom.errors import ConfigError
-from embedloom.serving.listener_handoff import ListenerOwner, ReplicaServer
+from embedloom.serving.listener_handoff import ListenerOwner, ReplicaServer, _settings
 
 
 def free_port() -> int:
@@ -73,6 +73,11 @@ def test_a_replica_answers_below_its_prefix_and_the_owner_answers_503_when_it_ha
             await until(client, f"{listener.url}/embed/v1", lambda reply: reply.status_code == 503)
 
     run(work())
+
+
+def test_idle_connections_outlive_those_of_load_balancers():
+    # nginx's upstreams and AWS' balancers keep one for 60 s: whoever closes first must be they.
+    assert _settings(named("one")).timeout_keep_alive > 60
 
 
 def test_no_request_is_lost_when_one_replica_takes_over_from_another(listener):

@@ -1,6 +1,7 @@
 """Two versions behind one endpoint: who answers, what is counted, and that a bad version fails no request."""
 
 import asyncio
+import time
 
 import numpy as np
 import pytest
@@ -92,6 +93,37 @@ def test_what_the_new_version_fails_at_the_live_one_answers(failure):
     router.order(orders(share=0.5), Version("new", failure=failure))
     assert ask(router, 10) == ["live"] * 10
     assert (router.window().candidate.requests, router.window().candidate.errors) == (5, 5)
+
+
+@pytest.mark.parametrize("shadow", [False, True])
+def test_versions_that_are_both_full_say_nothing_of_the_new_one(shadow):
+    full = Refusal("full", "overloaded")
+    router = VersionRouter(Version("live", failure=full), 10)
+    router.order(orders(share=0.5, shadow=shadow), Version("new", failure=full))
+    for number in range(10):
+        assert asyncio.run(router.encode(job(number))) is full
+    window = router.window()
+    assert (window.live.requests, window.live.seconds) == (0, [])
+    assert (window.candidate.requests, window.candidate.errors) == (0, 0)
+
+
+def test_a_request_that_needs_more_than_the_new_version_has_is_the_live_ones_and_no_error():
+    new = Version("new", failure=Refusal("too long", "overloaded"))
+    router = VersionRouter(Version("live", seconds=0.2), 0.3)  # half of it is the new version's
+    router.order(orders(share=1.0), new)
+    before = time.time()
+    assert ask(router, 1, deadline=before + 0.3) == ["live"]
+    assert router.window().candidate.errors == 0
+    # It is told its own half, so that it refuses what it could not do within it.
+    assert new.jobs[0].deadline < before + 0.3
+
+
+def test_a_copy_has_time_of_its_own_whatever_the_live_answer_took():
+    new = Version("new")
+    router = VersionRouter(Version("live"), 10)
+    router.order(orders(share=0.0, shadow=True), new)
+    ask(router, 1, deadline=time.time() - 1)
+    assert new.jobs[0].deadline > time.time() + 4
 
 
 def test_a_new_version_that_hangs_is_given_up_in_half_the_time_of_a_request():

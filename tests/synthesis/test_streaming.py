@@ -33,7 +33,7 @@ def corpus(tmp_path_factory) -> Artefact:
 
 
 def mined(folder, corpus, synthesis, teacher, ahead=None) -> Artefact:
-    settings = MiningConfig(teachers=[teacher], top_k=5, shard_rows=16)
+    settings = MiningConfig(teachers=[teacher], top_k=5, shard_rows=16, max_query_tokens=128)
     writer = ArtefactWriter(Place(str(folder / "mining")), "mining", "c", {}, "local")
     return mine(settings, corpus, [synthesis], teacher_sources(settings), POOL, writer, ahead)
 
@@ -43,7 +43,8 @@ def test_streamed_artefacts_are_those_of_stage_after_stage(corpus, tiny_model, t
     # One generator: every round of every generator starts the teacher's actors anew.
     settings = config(generators=[{"model": "first", "weight": 1}], families=FAMILIES)
     staged = run(corpus, tmp_path / "staged", settings)
-    teacher = MiningConfig(teachers=[str(tiny_model)])
+    # 128 bytes: the instructions of the families alone take up to 80.
+    teacher = MiningConfig(teachers=[str(tiny_model)], max_query_tokens=128)
     ahead = Ahead(Place(str(tmp_path / "ahead")), tuple(teacher_sources(teacher)), POOL)
     streamed = run(corpus, tmp_path / "streamed", settings, ahead=ahead)
     assert everything(streamed) == everything(staged)

@@ -17,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 
 from embedloom.config.resources import PoolConfig
+from embedloom.encoder.tokenizer import InstructionTooLong
 from embedloom.engines.actors import Link
 from embedloom.retrieval.embedder import EmbedderSource
 from embedloom.retrieval.exact import Matrix
@@ -75,10 +76,14 @@ class AheadWorker:
             return
         table = self._rows.read_table(name, _COLUMNS)
         asked = list(dict.fromkeys(zip(*(table.column(c).to_pylist() for c in _COLUMNS), strict=True)))
+        try:
+            vectors, tokens = self._embed(asked)
+        except InstructionTooLong:
+            # Mining counts such queries among its rejects; here they are left out.
+            asked = [one for one in asked if self._has_room(one)]
+            vectors, tokens = self._embed(asked)
         if not asked:
             return
-        texts, task_types, instructions = zip(*asked, strict=True)
-        vectors, tokens = self._embedder.embed(texts, "query", task_types, instructions)
         columns = {
             "digest": pa.array([asked_digest(one) for one in asked], pa.binary(16)),
             **vector_columns(np.ascontiguousarray(vectors, dtype=np.float32), "float32"),
@@ -86,6 +91,19 @@ class AheadWorker:
         }
         metadata = {CONTRACT_KEY: self._embedder.contract_hash.encode(), MODEL_KEY: self._model_id.encode()}
         self._out.write_table(name, final_table(pa.table(columns), metadata))
+
+    def _embed(self, asked: Sequence[Asked]) -> tuple[Matrix, Sequence[int]]:
+        if not asked:
+            return np.empty((0, 0), np.float32), []
+        texts, task_types, instructions = zip(*asked, strict=True)
+        return self._embedder.embed(texts, "query", task_types, instructions)
+
+    def _has_room(self, one: Asked) -> bool:
+        try:
+            self._embed([one])
+        except InstructionTooLong:
+            return False
+        return True
 
 
 def asked_digest(asked: Asked) -> bytes:

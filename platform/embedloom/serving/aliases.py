@@ -57,15 +57,15 @@ def terms_of(request: TextOptions, settings: EndpointSettings) -> Terms:
     alias = alias_of(name, settings)
     own_side, own_task = request.prompt_said
     side, task = JINA_TASKS.get(alias.task or "", (None, alias.task))
+    truncate = (
+        request.truncation_said or alias.truncate or settings.truncate or type(request).usual_truncation
+    )
     return Terms(
         model=name,
         side=own_side or alias.side or side or "document",
         task=own_task or task,
         instruction=request.instruction or (None if own_task else alias.instruction),
-        truncate=request.truncation_said
-        or alias.truncate
-        or settings.truncate
-        or type(request).usual_truncation,
+        truncate="start" if truncate == "end" and request.cuts_start else truncate,
         own_ids_only=settings.token_ids == "refuse",
     )
 

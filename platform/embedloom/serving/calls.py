@@ -106,7 +106,9 @@ class Calls:
             ) from error
         value = read_json(body.removeprefix(codecs.BOM_UTF8))
         if other is not None and isinstance(value, dict) and other.mark in value:
-            return read_into(other, value, self.settings.tasks)
+            if value[other.mark] is not None:
+                return read_into(other, value, self.settings.tasks)
+            del value[other.mark]  # a null is as if it were absent
         return read_into(model, value, self.settings.tasks)
 
     async def encode(self, http: Request, job: EncodeJob) -> EncodeResult:

@@ -25,6 +25,9 @@ from embedloom.serving.refusals import ApiError
 
 _BACKLOG = 2048
 _CLOSING_SECONDS = 2.0  # for which idle connections of a leaving replica may still ask, and are told to close
+# As Serve's proxy has it: longer than load balancers and pools of clients keep an idle connection (60 s), so that they
+# close it first and no request meets a closing one.
+_KEEP_ALIVE_SECONDS = 90
 _REQUEST_ID = b"x-request-id"
 
 
@@ -220,5 +223,5 @@ def _stamping(send: Send, stamps: list[tuple[bytes, bytes]]) -> Send:
 def _settings(app: Any) -> uvicorn.Config:
     return uvicorn.Config(
         app, http=BoundedProtocol, ws="none", lifespan="off", log_config=None, log_level=None, access_log=False,
-        proxy_headers=False, server_header=False,
+        proxy_headers=False, server_header=False, timeout_keep_alive=_KEEP_ALIVE_SECONDS,
     )  # fmt: skip

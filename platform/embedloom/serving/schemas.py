@@ -63,6 +63,11 @@ class TextOptions(ClosedRequest):
             return "end" if other else "none"
         return said
 
+    @property
+    def cuts_start(self) -> bool:
+        """Whether the request wants the beginning cut where a text is cut at all, whoever says that it is."""
+        return False
+
 
 class _Input(TextOptions):
     input: Input = Field(

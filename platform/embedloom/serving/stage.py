@@ -156,7 +156,7 @@ def start_endpoint(
     encoders = None if arguments.single else version_name(arguments.fingerprint)
     build_application(arguments, encoders)  # checked before anything is opened
     owns_serve = not _serve_is_running()
-    listener = _opened(config, scaling) if owns_serve else None
+    listener = _opened(config, scaling, own_ray) if owns_serve else None
     if listener is not None:
         arguments = arguments.model_copy(update={"listener": listener.path})
     host = "127.0.0.1" if config.host in ("0.0.0.0", "::") else config.host
@@ -178,13 +178,16 @@ def start_endpoint(
     return endpoint
 
 
-def _opened(config: ServingConfig, scaling: ServeScaling) -> ListenerOwner | None:
+def _opened(config: ServingConfig, scaling: ServeScaling, own_ray: bool) -> ListenerOwner | None:
     """The socket to lend, or None where Serve's proxy is to listen; either way the address is free.
+
+    Lent only in a Ray that this command started for itself: there no node joins later, which could not be lent it, and
+    no Serve without a proxy outlives a killed command.
 
     Raises:
         ConfigError: it is not.
     """
-    if not scaling.haproxy and _is_alone():
+    if own_ray and not scaling.haproxy and _is_alone():
         return ListenerOwner(config.host, config.port)
     check_port_free(config.host, config.port)
     return None

@@ -97,10 +97,9 @@ class _TeiOptions(TextOptions):
     prompt_name: _PromptName | None = Field(default=None, description=_PROMPT)
 
     @property
-    def truncation_said(self) -> Literal["none", "start", "end"] | None:
-        """What the request itself says of too long texts; None: nothing."""
-        said = super().truncation_said
-        return "start" if said == "end" and self.truncation_direction.lower() == "left" else said
+    def cuts_start(self) -> bool:
+        """Whether the request wants the beginning cut where a text is cut at all, whoever says that it is."""
+        return self.truncation_direction.lower() == "left"
 
     @property
     def prompt_said(self) -> tuple[Side | None, str | None]:
@@ -294,7 +293,9 @@ class TeiRoutes:
         calls.check_sizes(request.inputs, "inputs")
         part = terms.texts(request.inputs, terms.side, "inputs")
         job = terms.job(part, contract_hash=pinned(http, request.contract_hash))
-        result = await calls.tokenize(http, replace(job, pieces=True))
+        # Its clients count and chunk by it, so an operator's default does not cut here, as TEI's --auto-truncate does not.
+        cut = request.truncation_said or "none"
+        result = await calls.tokenize(http, replace(job, pieces=True, truncate=cut))
         body = [
             [asdict(piece) for piece in pieces if request.add_special_tokens or not piece.special]
             for pieces in result.pieces or ()

@@ -93,19 +93,30 @@ class VersionRouter:
             # Pinned to the live version's weights: a search of vectors that it made.
             return await self._live.encode(job)
         if not trial.orders.shadow and trial.draws():
-            answer = await self._ask(trial, trial.backend.encode(job))
-            if answer is not None:
-                self._copy(trial, self._compare_with_live(trial, job, answer))
-                return answer
-            return await self._live.encode(job)
+            return await self._by_candidate(trial, job)
         started = self._clock()
         result = await self._live.encode(job)
-        self._seen(trial.window.live, started)
+        if not _is_full(result):
+            self._seen(trial.window.live, started)
         if isinstance(result, EncodeResult):
             if trial.orders.shadow:
                 self._copy(trial, self._compare_with_candidate(trial, job, result))
             else:
                 trial.store.add(result.vectors)
+        return result
+
+    async def _by_candidate(self, trial: _Trial, job: EncodeJob) -> EncodeResult | Refusal:
+        """The new version's answer, or, where it has none, the live one's."""
+        answer = await self._ask(trial, job)
+        if answer is not None and not _is_full(answer):
+            self._copy(trial, self._compare_with_live(trial, job, answer))
+            return answer
+        started = self._clock()
+        result = await self._live.encode(job)
+        # That both are full says nothing about the new version, nor does a request that takes the live one longer than
+        # the new one had.
+        if isinstance(answer, Refusal) and not _is_full(result) and self._clock() - started <= self._timeout:
+            self._failed(trial.window, answer.message)
         return result
 
     async def tokenize(self, job: EncodeJob) -> TokenizeResult | Refusal:
@@ -131,27 +142,25 @@ class VersionRouter:
             del side.seconds[: _MOST_SECONDS // 2]
         side.seconds.append(self._clock() - started)
 
-    async def _ask(
-        self, trial: _Trial, work: Coroutine[Any, Any, EncodeResult | Refusal]
-    ) -> EncodeResult | Refusal | None:
-        """The new version's answer, or None where it has none."""
+    def _failed(self, window: Window, why: str) -> None:
+        window.last_error = why
+        window.candidate.requests += 1
+        window.candidate.errors += 1
+
+    async def _ask(self, trial: _Trial, job: EncodeJob) -> EncodeResult | Refusal | None:
+        """The new version's answer, or None where it failed; that it is full is for the caller to judge."""
         started = self._clock()
-        window = trial.window
+        # It is told its own half of the time, so that it refuses at once what it could not do within it.
+        own = replace(job, deadline=time.time() + self._timeout)
         try:
-            answer = await asyncio.wait_for(work, self._timeout)
+            answer = await asyncio.wait_for(trial.backend.encode(own), self._timeout)
         except (
             Exception
         ) as error:  # whatever is wrong with the new version, it is what a trial is there to find
-            window.last_error = f"{type(error).__name__}: {error}"[:300]
-            window.candidate.requests += 1
-            window.candidate.errors += 1
+            self._failed(trial.window, f"{type(error).__name__}: {error}"[:300])
             return None
-        if isinstance(answer, Refusal) and answer.code in _NO_ROOM:
-            window.last_error = answer.message
-            window.candidate.requests += 1
-            window.candidate.errors += 1
-            return None
-        self._seen(window.candidate, started)
+        if not _is_full(answer):
+            self._seen(trial.window.candidate, started)
         return answer
 
     def _copy(self, trial: _Trial, work: Coroutine[Any, Any, None]) -> None:
@@ -174,10 +183,11 @@ class VersionRouter:
 
     async def _compare_with_candidate(self, trial: _Trial, job: EncodeJob, live: EncodeResult) -> None:
         # A pin says what the client's index is of; this answer meets no index.
-        copy = replace(job, contract_hash=None, fingerprint=None)
-        answer = await self._ask(trial, trial.backend.encode(copy))
+        answer = await self._ask(trial, replace(job, contract_hash=None, fingerprint=None))
         if isinstance(answer, EncodeResult):
             self._compare(trial, live, answer)
+        elif isinstance(answer, Refusal) and _is_full(answer):  # the live one had room
+            self._failed(trial.window, answer.message)
 
     def _compare(self, trial: _Trial, live: EncodeResult, candidate: EncodeResult) -> None:
         if trial.orders.same_space and live.vectors.shape != candidate.vectors.shape:
@@ -193,3 +203,8 @@ class VersionRouter:
         window.cosines += found.cosines
         window.cosine_sum += found.cosine_sum
         trial.store.add(live.vectors, candidate.vectors)
+
+
+def _is_full(answer: EncodeResult | Refusal) -> bool:
+    """Whether a version had no room for a request, whatever it asks for."""
+    return isinstance(answer, Refusal) and answer.code in _NO_ROOM
