@@ -297,7 +297,7 @@ def test_other_rules_need_no_other_mining(mined, tiny_model, tmp_path):
 def test_two_teachers(mined, tiny_model, tmp_path):
     """The same model twice under two limits: both keep their candidates, and blended lists draw on both."""
     _, _, artefacts = mined
-    short = {"model": str(tiny_model) + "/", "max_query_tokens": 90, "max_document_tokens": 24}
+    short = {"model": str(tiny_model) + "/", "max_query_tokens": 90, "max_document_tokens": 64}
     selection = {"negatives": 3, "margin_ratio": 0.99, "blend": "intra_sample"}
     config = MiningConfig(teachers=[str(tiny_model), short], **{**CONFIG, "selection": selection})
     both, examples = run(tmp_path, artefacts, tiny_model, config=config)

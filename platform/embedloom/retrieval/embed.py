@@ -12,7 +12,7 @@ from embedloom.engines.shards import run_sharded
 from embedloom.errors import DataError
 from embedloom.instructions import Side, document_text
 from embedloom.retrieval.ahead import AheadVectors, Asked
-from embedloom.retrieval.embedder import EmbedderSource, taken_cuts
+from embedloom.retrieval.embedder import EmbedderSource, count_prefetched, taken_cuts
 from embedloom.retrieval.search import check_vectors
 from embedloom.retrieval.shared_weights import share_weights
 from embedloom.retrieval.stored import StoredType, final_table, stored_vectors, vector_columns
@@ -108,6 +108,7 @@ class EmbeddingWorker:
     def _vectors(self, asked: list[Asked]) -> tuple[np.ndarray[Any, Any], list[int]]:
         contract_hash = self.embedder.contract_hash
         known = {} if self.known is None else self.known.find(asked, contract_hash, self.model_id)
+        count_prefetched(self.embedder, [asked[number] for number in known], self.side)
         new = [number for number in range(len(asked)) if number not in known]
         if new:
             texts, task_types, instructions = zip(*(asked[number] for number in new), strict=True)

@@ -104,3 +104,18 @@ class EncoderEmbedder:
         except InstructionTooLong as error:
             raise InstructionTooLong(f"model {self._name!r}: {error}") from error
         return self.encoder.embed_tokens(token_ids), [len(ids) for ids in token_ids]
+
+
+def count_prefetched(embedder: Embedder, asked: Sequence[tuple[str, str, str | None]], side: Side) -> None:
+    """Count what the limits leave out of texts that are not embedded here, as their vectors were prefetched.
+
+    Tokenizes them once more. Known of our own encoder alone: other teachers' prefetched texts are not counted.
+
+    Args:
+        embedder: whose ``cuts`` count.
+        asked: text, task type and instruction of each.
+        side: whether they are queries or documents.
+    """
+    if asked and isinstance(embedder, EncoderEmbedder):
+        texts, task_types, instructions = zip(*asked, strict=True)
+        embedder.encoder.tokenize(texts, side, task_types, instructions)
