@@ -9,8 +9,17 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from embedloom.encoder.model import Encoder
-from embedloom.encoder.parity import check_export, embed_golden, lowest_cosine, save_golden
+from embedloom.encoder.parity import (
+    GOLDEN_TEXTS,
+    check_export,
+    embed_golden,
+    golden_texts,
+    lowest_cosine,
+    save_golden,
+)
+from embedloom.encoder.tokenizer import InstructionTooLong
 from embedloom.errors import StageError
+from embedloom.instructions import PromptContract
 
 
 @pytest.fixture
@@ -73,3 +82,20 @@ def test_lowest_cosine_is_that_of_the_worst_row():
     one = np.array([[1.0, 0.0], [1.0, 1.0]], dtype=np.float32)
     other = np.array([[2.0, 0.0], [1.0, 0.0]], dtype=np.float32)
     assert lowest_cosine(one, other) == pytest.approx(np.sqrt(0.5))
+
+
+@pytest.mark.parametrize("limit", [8, 16])
+def test_an_instruction_that_fills_the_limit_stops_no_export(tiny_model, tmp_path, limit):
+    """Rows may bring shorter ones, or none; the golden texts are cut like any reader cuts them."""
+    folder = tmp_path / "export"
+    shutil.copytree(tiny_model, folder)
+    contract = PromptContract.load(folder).model_copy(update={"max_query_tokens": limit})
+    (folder / "contract.json").write_bytes(contract.as_file())
+    encoder = Encoder.load(folder, dtype="float32")
+    golden = embed_golden(encoder)
+    whole = encoder.tokenizer([golden_texts(encoder.contract)[0]])["input_ids"][0]
+    assert golden[0][0] == whole[:limit]
+    with pytest.raises(InstructionTooLong):
+        encoder.embed([GOLDEN_TEXTS[0][0]], "query")
+    save_golden(golden, torch.float32, folder)
+    assert min(check_export(folder).values()) > 0.9999

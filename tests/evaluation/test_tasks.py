@@ -6,10 +6,12 @@ from embedloom.errors import DataError
 from embedloom.evaluation.jobs import Scorer, Unit
 from embedloom.evaluation.languages import language_code
 from embedloom.evaluation.retrieval_task import INSTRUCTION_COLUMN
+from embedloom.evaluation.scorers import make_scorers
 from embedloom.evaluation.specs import TaskSpec
 from embedloom.evaluation.tasks import build_task, check_rooms, check_task, task_size
 from embedloom.instructions import PromptContract
 from fakes_evaluation import INSTRUCTION, TOPICS, make_beir, make_corpus, pair
+from fakes_foreign import OLD, make_transformer, static_model, write_old_layout
 
 HELDOUT = TaskSpec("heldout")
 
@@ -185,3 +187,20 @@ def test_an_mteb_task_whose_instruction_fills_the_limit_is_named_before_anything
         check_rooms(units, contracts)
     wide = contract.model_copy(update={"max_query_tokens": 512})
     check_rooms(units, {contract.hash: wide})
+
+
+def test_rooms_of_foreign_models_are_checked_where_our_encoder_runs_them(tmp_path):
+    """A transformer may lie in a folder of its own; what sentence-transformers runs may have none, and no such limits."""
+    bert = make_transformer(tmp_path / "bert", limit=300)
+    prompts = {"prompts": {"query": "query " * 35}}
+    full = write_old_layout(tmp_path / "full", bert, **OLD["0_Transformer"], prompts=prompts)
+    short = write_old_layout(tmp_path / "short", bert, **OLD["0_Transformer"])
+    scorers, contracts = make_scorers(
+        {"short": short, "static": static_model(tmp_path / "static"), "full": full}, (), None
+    )
+    units = [Unit(scorer, TaskSpec("NFCorpus", "mteb")) for scorer in scorers]
+    check_rooms(units[:2], contracts)
+    with pytest.raises(
+        DataError, match=r"model 'full': the instruction takes 37 tokens .* leaves 3 of the limit of 40"
+    ):
+        check_rooms(units, contracts)

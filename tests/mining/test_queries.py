@@ -2,12 +2,14 @@
 
 import pytest
 
+from embedloom.encoder.foreign import contract_of
 from embedloom.errors import DataError
 from embedloom.instructions import PromptContract
 from embedloom.mining.queries import inline_id, pair_files, write_queries
 from embedloom.mining.teachers import room_check
 from embedloom.retrieval.embedder import EncoderSource
 from embedloom.storage import Place
+from fakes_foreign import OLD, make_transformer, write_old_layout
 from fakes_mining import document_row, make_corpus, make_synthesis, pair_row
 
 DOCUMENTS = [document_row(f"d{n}", f"text {n}") for n in range(4)]
@@ -186,3 +188,19 @@ def test_pairs_whose_instruction_leaves_a_teacher_nothing_of_a_cut_query_are_rej
     assert reject["id"] == "n1"
     assert "teacher 'tiny': the instruction takes 124 tokens" in reject["detail"]
     assert "leaves 4 of the limit of 128 for a query" in reject["detail"]
+
+
+def test_the_room_of_a_foreign_teacher_is_known_wherever_its_transformer_lies(tmp_path):
+    """The prompt's 35 words and two special tokens leave three of 40: two words fit, four are cut."""
+    bert = make_transformer(tmp_path / "bert", limit=300)
+    folder = write_old_layout(
+        tmp_path / "model", bert, **OLD["0_Transformer"], prompts={"prompts": {"query": "query " * 35}}
+    )
+    too_long = room_check([EncoderSource("old", folder, contract_of(folder))])
+    assert too_long("cats dogs", "retrieval", "") is None
+    problem = too_long("cats dogs sort list", "retrieval", "")
+    assert problem is not None
+    assert (
+        "teacher 'old': the instruction takes 37 tokens" in problem
+        and "leaves 3 of the limit of 40" in problem
+    )

@@ -8,16 +8,20 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from embedloom.artefacts import Artefact
+from embedloom.artefacts import Artefact, ArtefactWriter
 from embedloom.cli import app
 from embedloom.cluster.config import load_cluster
+from embedloom.config.resources import PoolConfig
 from embedloom.config.use import EmbeddingConfig
 from embedloom.encoder.model import Encoder
+from embedloom.encoder.tokenizer import InstructionTooLong
 from embedloom.errors import ConfigError, DataError, UserError
 from embedloom.instructions import PromptContract
 from embedloom.launch_embed import embed_texts
+from embedloom.retrieval.corpora import embed_artefact
 from embedloom.retrieval.embed import read_vectors
 from embedloom.storage import Place
+from fakes_foreign import OLD, make_transformer, write_old_layout
 
 CLUSTER = Path(__file__).parents[2] / "cluster" / "cluster.yaml"
 TEXTS = [f"text number {n % 40} of the corpus" for n in range(50)]  # the last ten repeat the first ten
@@ -181,3 +185,16 @@ def test_dry_run_writes_nothing_and_ends_with_the_path(tiny_model, tmp_path):
     result = CliRunner().invoke(app, [*arguments, "--cluster", str(CLUSTER)])
     assert result.exit_code == 0 and result.stdout.splitlines()[-1] == str(tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_the_prompt_of_a_model_whose_transformer_lies_in_a_folder_of_its_own_is_measured(tmp_path):
+    bert = make_transformer(tmp_path / "bert", limit=300)
+    folder = write_old_layout(
+        tmp_path / "m", bert, **OLD["0_Transformer"], prompts={"prompts": {"query": "query " * 35}}
+    )
+    config = EmbeddingConfig(corpus="nowhere", model=str(folder), side="query")
+    out = ArtefactWriter(Place(str(tmp_path / "out")), "vectors", "config", {}, "local")
+    with pytest.raises(
+        InstructionTooLong, match=r"the instruction takes 37 tokens .* leaves 3 of the limit of 40"
+    ):
+        embed_artefact(config, "nowhere", folder, "m", PoolConfig(), out)

@@ -78,6 +78,15 @@ def contract_of(folder: Path) -> PromptContract:
     return PromptContract.load(folder) if (folder / CONTRACT_FILE).exists() else derive_contract(folder)
 
 
+def tokenizer_folder(folder: Path) -> Path:
+    """Where a model folder's tokenizer lies; of a foreign model, beside its transformer (``0_Transformer``).
+
+    Raises:
+        DataError: a config that cannot be read.
+    """
+    return folder if (folder / CONTRACT_FILE).exists() else read_layout(folder).transformer
+
+
 def beyond_encoder(folder: Path) -> str | None:
     """Why our encoder would compute something else than sentence-transformers does; None if it would not."""
     return read_layout(folder).beyond

@@ -19,7 +19,7 @@ from embedloom.encoder.linear import cast_for_inference, has_fast_linear
 from embedloom.encoder.packing import PackedLayout, filler_tokens, use_packing
 from embedloom.encoder.pooling import pool, pool_packed
 from embedloom.encoder.shared import SharedWeights, export_weights, shared_backbone
-from embedloom.encoder.tokenizer import CutTexts, contract_ids, load_tokenizer
+from embedloom.encoder.tokenizer import CutTexts, contract_ids, formatted_ids, load_tokenizer
 from embedloom.errors import ConfigError, DataError
 from embedloom.instructions import CONTRACT_FILE, PromptContract, Side, pooling_modes
 
@@ -143,6 +143,11 @@ class Encoder:
     ) -> list[list[int]]:
         """Token ids of each text, formatted by the contract and cut to the side's limit; see ``contract_ids``."""
         return contract_ids(self.tokenizer, self.contract, texts, side, task_type, instruction, self.cuts)
+
+    def tokenize_probe(self, text: str, side: Side, task_type: str | None = None) -> list[int]:
+        """Token ids of a fixed text that probes the model: cut without a word, even where its instruction fills the limit."""
+        formatted = self.contract.format(text, side, task_type)
+        return formatted_ids(self.tokenizer, self.contract, [formatted], side)[0]
 
     def forward(self, token_ids: Sequence[Sequence[int]]) -> Tensor:
         """Vectors of one batch, with gradients if enabled: [len(token_ids), dimension], float32."""

@@ -45,7 +45,8 @@ def golden_texts(contract: PromptContract) -> list[str]:
 
 def embed_golden(encoder: Encoder) -> Embedded:
     """Token ids and vectors of the golden texts; under ZeRO-3, all workers must call it together."""
-    ids = [encoder.tokenize([text], side, task_type)[0] for text, side, task_type in GOLDEN_TEXTS]
+    # Readers are compared by them, so it does not matter what the limit leaves of a text.
+    ids = [encoder.tokenize_probe(text, side, task_type) for text, side, task_type in GOLDEN_TEXTS]
     training = encoder.backbone.training
     encoder.backbone.eval()
     with torch.no_grad():

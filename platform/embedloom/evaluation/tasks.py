@@ -10,6 +10,7 @@ from mteb.abstasks import AbsTask, AbsTaskRetrieval
 from mteb.types import PromptType
 
 from embedloom.artefacts import Artefact
+from embedloom.encoder.foreign import tokenizer_folder
 from embedloom.encoder.tokenizer import InstructionTooLong, check_room, load_tokenizer
 from embedloom.errors import DataError
 from embedloom.evaluation.beir import check_beir, read_beir
@@ -20,6 +21,7 @@ from embedloom.evaluation.local_labelled import make_labelled_task
 from embedloom.evaluation.local_layout import RANKED_TYPES
 from embedloom.evaluation.local_retrieval import make_ranked_task
 from embedloom.evaluation.retrieval_task import make_retrieval_task
+from embedloom.evaluation.scorers import runs_in_library
 from embedloom.evaluation.specs import TaskSpec
 from embedloom.instructions import PromptContract
 
@@ -68,7 +70,7 @@ def check_rooms(units: Sequence[Unit], contracts: Mapping[str, PromptContract]) 
     """Refuse a task whose instruction leaves a model's limit no room for a text, before anything is embedded.
 
     Known here are the instructions of mteb tasks and the contracts' own; one that stands with a query is met when its
-    text is embedded.
+    text is embedded, as are all of a model that sentence-transformers runs, whose limits no contract says.
 
     Raises:
         InstructionTooLong: names task and model, the limit and the length.
@@ -76,10 +78,10 @@ def check_rooms(units: Sequence[Unit], contracts: Mapping[str, PromptContract]) 
     tokenizers: dict[Path, Any] = {}
     for unit in units:
         folder, contract = unit.scorer.folder, contracts.get(unit.scorer.contract_hash)
-        if folder is None or contract is None or unit.task.kind != "mteb":
+        if folder is None or contract is None or unit.task.kind != "mteb" or runs_in_library(folder):
             continue
         if folder not in tokenizers:
-            tokenizers[folder] = load_tokenizer(folder)
+            tokenizers[folder] = load_tokenizer(tokenizer_folder(folder))
         task = _mteb_task(unit.task)
         ranks = isinstance(task, AbsTaskRetrieval)  # elsewhere all texts play the same part
         kinds = (PromptType.query, PromptType.document) if ranks else (None,)

@@ -5,6 +5,7 @@ from functools import lru_cache
 
 from embedloom.config.mining import MiningConfig
 from embedloom.config.teacher import Teacher
+from embedloom.encoder.foreign import tokenizer_folder
 from embedloom.encoder.registry import resolve_model
 from embedloom.encoder.tokenizer import load_tokenizer, prompt_ids, room_problem
 from embedloom.errors import ConfigError
@@ -76,7 +77,7 @@ def room_check(teachers: Sequence[EmbedderSource]) -> Callable[[str, str, str], 
     Known of teachers that our encoder runs; sentence-transformers' refuse such a text when they meet it.
     """
     encoders = [
-        (source.name, load_tokenizer(source.folder), source.contract)
+        (source.name, load_tokenizer(tokenizer_folder(source.folder)), source.contract)
         for source in teachers
         if isinstance(source, EncoderSource) and source.contract is not None
     ]

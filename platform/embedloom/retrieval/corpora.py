@@ -6,7 +6,7 @@ from typing import Any
 from embedloom.artefacts import MANIFEST_FILE, Artefact, ArtefactWriter
 from embedloom.config.resources import PoolConfig
 from embedloom.config.use import EmbeddingConfig
-from embedloom.encoder.foreign import contract_of
+from embedloom.encoder.foreign import contract_of, tokenizer_folder
 from embedloom.encoder.tokenizer import InstructionTooLong, check_room, load_tokenizer
 from embedloom.errors import ConfigError, DataError
 from embedloom.instructions import PromptContract
@@ -46,8 +46,9 @@ def embed_artefact(
     contract = contract_of(model)
     config = _with_task(config, contract)
     _check(config, contract)
+    tokenizer = load_tokenizer(tokenizer_folder(model))
     try:
-        check_room(load_tokenizer(model), contract, config.side, config.task_type, config.instruction)
+        check_room(tokenizer, contract, config.side, config.task_type, config.instruction)
     except InstructionTooLong as error:
         raise InstructionTooLong(f"embedding.instruction: {error}") from error
     recipe = {**config.recipe, "model_id": model_id, "contract_hash": contract.hash}
