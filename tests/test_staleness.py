@@ -279,7 +279,12 @@ def test_a_middle_layer_tells_two_models_apart(tmp_path, tiny_model):
     assert (left / "model.safetensors").stat().st_size == (right / "model.safetensors").stat().st_size
     assert folder_fingerprint(left) != folder_fingerprint(right) and model_id(left) != model_id(right)
     identity = folder_fingerprint(left), model_id(left)
-    for name in ("gate.json", "lineage.json", "README.md"):  # what others write beside the weights
+    for name in (
+        "gate.json",
+        "int8.json",
+        "lineage.json",
+        "README.md",
+    ):  # what others write beside the weights
         (left / name).write_text("{}")
     assert (folder_fingerprint(left), model_id(left)) == identity
 

@@ -29,7 +29,7 @@ _READERS = 4
 _MODEL_ENDINGS = (".json", ".safetensors", ".txt", ".model", ".jinja")
 _OLD_WEIGHTS = (".bin",)  # read only where there are no safetensors
 # Written beside weights by whoever judged, trained or merged them: they change nothing that is computed.
-_NOT_READ = {"manifest.json", "_building.json", "gate.json", "lineage.json", "search.json"}
+_NOT_READ = {"manifest.json", "_building.json", "gate.json", "int8.json", "lineage.json", "search.json"}
 _OTHER_ENGINES = ("onnx", "openvino")
 _TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.txt",

@@ -11,6 +11,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from embedloom.contents import digest, model_contents
 from embedloom.errors import DataError
 from embedloom.instructions import CONTRACT_FILE
 
@@ -21,27 +22,40 @@ _SHARED_FOLDERS = re.compile(r"site-packages|dist-packages|models--.+")  # of Py
 INT8_FILE = "int8.json"  # the same of serving with 8-bit linear layers
 INT8_MOST_LOST = 0.005  # nDCG@10
 PASSED, REFUSED = "passed", "refused"
+_DIGITS = 16
 _BLOCK_BYTES = 16 * 2**20
 
 
 def weights_fingerprint(folder: Path) -> str:
     """Sixteen hex digits over all weights, the contract and the model's config, read whole (about 1 s per 1-2 GB).
 
+    Of a foreign model, which has no contract, over every file that it is read from: modules, layers after the pooling,
+    prompts and tokenizer too.
+
     Raises:
         DataError: no weights.
     """
+    if not (folder / CONTRACT_FILE).is_file():
+        return _foreign_fingerprint(folder)
     weights = sorted(folder.glob("*.safetensors"))
     if not weights:
         raise DataError(f"{folder}: no *.safetensors, so this is not a model folder with weights")
-    digest = hashlib.blake2b(digest_size=8)
+    found = hashlib.blake2b(digest_size=_DIGITS // 2)
     for path in [folder / "config.json", folder / CONTRACT_FILE, *weights]:
-        digest.update(path.name.encode())
+        found.update(path.name.encode())
         if not path.is_file():
             continue
         with path.open("rb") as stream:
             while block := stream.read(_BLOCK_BYTES):
-                digest.update(block)
-    return digest.hexdigest()
+                found.update(block)
+    return found.hexdigest()
+
+
+def _foreign_fingerprint(folder: Path) -> str:
+    contents = model_contents(folder)
+    if not any(name.endswith((".safetensors", ".bin")) for name in contents):
+        raise DataError(f"{folder}: no *.safetensors or *.bin, so this is not a model folder with weights")
+    return digest(contents)[:_DIGITS]
 
 
 def keeps_verdict(folder: Path) -> bool:

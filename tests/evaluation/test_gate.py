@@ -4,12 +4,13 @@ import json
 
 import numpy as np
 import pytest
+from safetensors.torch import load_file, save_file
 
 from embedloom.config.gate import GateConfig, Tolerance
 from embedloom.config.resources import PoolConfig
 from embedloom.errors import DataError
 from embedloom.evaluation.gate import Evidence, decide
-from embedloom.evaluation.gate_stage import Contender, judge, store_verdict, verdict_text
+from embedloom.evaluation.gate_stage import Contender, _weight_bytes, judge, store_verdict, verdict_text
 from embedloom.evaluation.items import SCHEMA
 from embedloom.evaluation.ranking import rank_models
 from embedloom.evaluation.scorers import model_revision
@@ -19,6 +20,7 @@ from embedloom.retrieval.model_id import model_id
 from embedloom.serving.model_facts import read_gate
 from embedloom.storage import Place
 from embedloom.verdict import check_gated, weights_fingerprint
+from fakes_foreign import OLD, make_transformer, save_library_model, with_dense, write_old_layout
 
 RULES = GateConfig(resamples=500)
 
@@ -220,6 +222,7 @@ def test_a_foreign_models_folder_is_left_as_it_is(tiny_model, tmp_path, where):
     with pytest.raises(DataError, match=r"serving\.verdict: '.*gone' does not exist"):
         check_gated(folder, str(tmp_path / "gone"))
     (folder / "gate.json").write_text("{}")  # as an earlier version left it
+    (folder / "int8.json").write_text("{}")  # as `embedloom serve` leaves it
     assert (model_id(folder), model_revision(folder)) == identity
 
 
@@ -229,3 +232,34 @@ def test_a_verdict_that_is_named_is_asked_for(tiny_model, tmp_path):
     folder = shutil.copytree(tiny_model, tmp_path / "m")
     stated = serving_config({"model": str(folder)}, ["verdict=out/verdicts/m.json"])
     assert gate_rule(stated, folder).require_gate
+
+
+def test_a_verdict_covers_all_that_a_foreign_model_is_read_from(tmp_path):
+    bert = make_transformer(tmp_path / "bert", limit=300)
+    folder = save_library_model(tmp_path / "model", bert, later=with_dense, prompts={"query": "query : "})
+    seen = {weights_fingerprint(folder)}
+    dense = folder / "2_Dense/model.safetensors"
+    save_file({name: tensor * 2 for name, tensor in load_file(dense).items()}, dense)
+    seen.add(weights_fingerprint(folder))
+    settings = folder / "config_sentence_transformers.json"
+    settings.write_text(settings.read_text().replace("query : ", "search : "))
+    seen.add(weights_fingerprint(folder))
+    modules = folder / "modules.json"
+    modules.write_text(json.dumps(json.loads(modules.read_text())[:2]))
+    seen.add(weights_fingerprint(folder))
+    assert len(seen) == 4 and {len(found) for found in seen} == {16}
+    for name in ("gate.json", "int8.json", "README.md"):
+        (folder / name).write_text("{}")
+    assert weights_fingerprint(folder) in seen
+
+
+def test_a_foreign_transformer_in_a_folder_of_its_own_has_weights(tmp_path):
+    folder = write_old_layout(tmp_path / "model", make_transformer(tmp_path / "bert"), **OLD["0_Transformer"])
+    weights = folder / "0_Transformer/model.safetensors"
+    before = weights_fingerprint(folder)
+    assert _weight_bytes(folder) == weights.stat().st_size
+    save_file({name: tensor + 1 for name, tensor in load_file(weights).items()}, weights)
+    assert weights_fingerprint(folder) != before
+    weights.unlink()
+    with pytest.raises(DataError, match="not a model folder with weights"):
+        weights_fingerprint(folder)

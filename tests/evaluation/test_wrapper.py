@@ -17,6 +17,7 @@ from embedloom.encoder.registry import resolve_model
 from embedloom.errors import DataError
 from embedloom.evaluation.benchmark_instructions import TASK_TYPES, task_type_of
 from embedloom.evaluation.bm25 import load_bm25
+from embedloom.evaluation.int8_check import measure_int8
 from embedloom.evaluation.retrieval_task import Query, RetrievalData, make_retrieval_task
 from embedloom.evaluation.scoring import run_mteb
 from embedloom.evaluation.specs import TaskSpec
@@ -173,3 +174,19 @@ def test_vectors_are_float32_in_the_order_of_the_texts(tiny_model):
     assert vectors.dtype == np.float32
     alone = [encoder.embed([text], "document")[0] for text in ("a long first text", "b", "c")]
     np.testing.assert_allclose(vectors, alone, atol=1e-5)
+
+
+def test_int8_is_measured_with_what_the_endpoint_sends_not_the_pairs_own_instructions(
+    tmp_path, tiny_model, monkeypatch
+):
+    corpus = make_corpus(tmp_path)
+    data = build_task(TaskSpec("heldout"), corpus).dataset["default"]["test"]
+    texts = {text: [1.0] for part in ("queries", "corpus") for text in data[part]["text"]}
+    opened = {}
+    monkeypatch.setattr(
+        Encoder, "load", lambda folder, threads, dtype: opened.setdefault(dtype, FixedEncoder(texts))
+    )
+    verdict = measure_int8(tiny_model, corpus, 1)
+    for dtype in ("int8", "float32"):
+        assert opened[dtype].calls == [("query", "retrieval", None), ("document", "retrieval", None)]
+    assert verdict["lost"] == 0 and verdict["queries"] == 6

@@ -268,14 +268,14 @@ def test_weights_of_other_formats_are_not_carried_over(candidates, tmp_path):
         (folder / "onnx").mkdir()
         (folder / "openvino").mkdir()
         for name in ("onnx/model.onnx", "openvino/openvino_model.bin", "openvino/openvino_model.xml", "tf_model.h5",
-                     "pytorch_model.bin.index.json", "search.json", "gate.json"):  # fmt: skip
+                     "pytorch_model.bin.index.json", "search.json", "gate.json", "int8.json"):  # fmt: skip
             (folder / name).write_text("of one model only")
     merge(MergingConfig(), candidates, writer(tmp_path / "out"))
     carried = {str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*")}
     assert not {
         name for name in carried if "onnx" in name or "openvino" in name or name.startswith(("tf", "pytorch"))
     }
-    assert not carried & {"search.json", "gate.json"}
+    assert not carried & {"search.json", "gate.json", "int8.json"}
 
 
 def test_a_value_too_large_for_the_written_type_is_named(candidates, tmp_path):

@@ -202,4 +202,5 @@ def _latency(
 
 
 def _weight_bytes(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    """Of all modules: a foreign transformer may lie in a folder of its own, with layers after the pooling beside it."""
+    return sum(path.stat().st_size for path in folder.rglob("*.safetensors"))

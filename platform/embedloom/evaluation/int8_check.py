@@ -17,6 +17,8 @@ from embedloom.verdict import int8_verdict
 def measure_int8(folder: Path, corpus: Artefact, threads: int, split: str = "test") -> dict[str, Any]:
     """Rank the held-out queries' documents with float32 and with int8 layers, queries and documents alike.
 
+    Texts get the instructions that the endpoint sends by default.
+
     Args:
         folder: the model.
         corpus: of the run that made it.
@@ -30,7 +32,8 @@ def measure_int8(folder: Path, corpus: Artefact, threads: int, split: str = "tes
         DataError: the corpus has no such queries.
         ConfigError: this CPU has no kernel for int8.
     """
-    task = build_task(TaskSpec("heldout", split=split), corpus)
+    spec = TaskSpec("heldout", split=split)
+    task = build_task(spec, corpus)
     scores = {}
     types: tuple[DTypeName, ...] = (
         "int8",
@@ -38,6 +41,7 @@ def measure_int8(folder: Path, corpus: Artefact, threads: int, split: str = "tes
     )  # int8 first: where it is not to be had, that is known at once
     for dtype in types:
         model = EncoderModel(Encoder.load(folder, threads=threads, dtype=dtype), f"embedloom/{dtype}", "1")
+        model.instructed = spec.instructed
         scores[dtype] = _ndcg(run_mteb(model, task)[f"{task.metadata.name}.json"], split)
     return int8_verdict(folder, scores["float32"], scores["int8"], task_size(task)["queries"])
 

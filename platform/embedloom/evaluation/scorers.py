@@ -11,7 +11,7 @@ from embedloom.evaluation.jobs import Group, Scorer
 from embedloom.instructions import CONTRACT_FILE, PromptContract
 from embedloom.retrieval.sentence_teacher import sentence_contract
 from embedloom.storage import Place
-from embedloom.verdict import GATE_FILE
+from embedloom.verdict import GATE_FILE, INT8_FILE
 
 _BLOCK_BYTES = 16 * 2**20
 _MODULE_WEIGHTS = {"model.safetensors", "pytorch_model.bin"}
@@ -87,7 +87,8 @@ def model_revision(folder: Path) -> str:
     if not weights:
         raise DataError(f"{folder}: no *.safetensors, so this is not a model folder with weights")
     digest = hashlib.blake2b(digest_size=8)
-    configs = [path for path in sorted(folder.glob("*.json")) if path.name != GATE_FILE]  # written afterwards
+    written_afterwards = (GATE_FILE, INT8_FILE)
+    configs = [path for path in sorted(folder.glob("*.json")) if path.name not in written_afterwards]
     for path in [*configs, *weights]:
         digest.update(path.relative_to(folder).as_posix().encode())
         with path.open("rb") as stream:

@@ -33,6 +33,7 @@ _OWN_FILES = {
     CARD_FILE,
     DATA_CARD_FILE,
     "gate.json",
+    "int8.json",
     "metrics.jsonl",
 }
 _METHOD_PAPERS = {
