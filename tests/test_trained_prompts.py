@@ -194,6 +194,31 @@ def test_a_model_that_counts_nothing_gives_no_task():
     assert set(merged_contract({"one": one, "two": two}, [1, 0]).tasks) == {"docs"}
 
 
+def test_a_first_model_that_counts_nothing_decides_no_untrained_prompt():
+    """Lengths stay the first model's, as a merge says of them."""
+    odd = {**DEFAULT_INSTRUCTIONS, "sts": "Odd"}
+    zero = PromptContract(
+        instructions=odd, document_instructions={"bitext": "Odd"}, default_task="sts", max_query_tokens=99
+    )
+    trained_one = after(("retrieval", FIND, "", "docs", 1))
+    merged = merged_contract({"zero": zero, "one": trained_one}, [0, 1])
+    assert merged == trained_one.model_copy(update={"max_query_tokens": 99})
+    assert merged_contract({"zero": zero, "one": PromptContract()}, [0, 1]) == PromptContract(
+        max_query_tokens=99
+    )
+
+
+@pytest.mark.parametrize(("weight", "default"), [(0.7, FIND), (0.5, FIND), (0.4, FAQ)])
+def test_a_model_that_names_no_tasks_counts_whole_for_its_prompt_of_retrieval(weight, default):
+    """Exported by a version that named none. Of the newer model four fifths are FAQ: 0.8 x 0.6 = 0.48 against 0.4."""
+    older = PromptContract(instructions={**DEFAULT_INSTRUCTIONS, "retrieval": FIND})
+    newer = after(("retrieval", FAQ, "", "faq", 8), ("sts", "Alike?", "Alike?", "pairs", 2))
+    merged = merged_contract({"older": older, "newer": newer}, [weight, 1 - weight])
+    shares = {name: task.share for name, task in merged.tasks.items()}
+    assert merged.instructions["retrieval"] == default and merged.instructions["sts"] == "Alike?"
+    assert shares == pytest.approx({"older": weight, "faq": 0.8 * (1 - weight), "pairs": 0.2 * (1 - weight)})
+
+
 def test_the_config_may_choose_the_default_and_nothing_unknown():
     contract = after(("retrieval", FIND, "", "docs", 7), ("retrieval", FAQ, "", "faq", 3))
     chosen = with_default(contract, "faq")

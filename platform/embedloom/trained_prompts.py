@@ -21,6 +21,7 @@ _MAX_STORED = 1_000  # of one source, in its index and the manifest
 _MAX_COUNTED = (
     65_536  # of one source, in memory; a prompt first seen beyond it is counted as one of the others
 )
+_PROMPT_FIELDS = ("instructions", "document_instructions", "tasks", "default_task")  # of a contract
 _DECIMALS = 6  # of a share
 Json = dict[str, Any]
 
@@ -212,8 +213,9 @@ def merged_contract(
 ) -> PromptContract:
     """The contract of a merged model: all named tasks, and of each task type the prompt with the largest share.
 
-    A model's share of a prompt counts by the model's weight. Where nothing was trained for a task type, the models'
-    own defaults count, called after the model; of equals the first by name wins.
+    A model's share of a prompt counts by the model's weight; one that names no tasks counts whole for its prompt of
+    retrieval. Where nothing was trained for a task type, the models' own defaults count, called after the model; of
+    equals the first by name wins. What else a contract says is the first model's.
 
     Args:
         contracts: of the models, by name; alike in all but their prompts.
@@ -229,7 +231,15 @@ def merged_contract(
     parts = {name: weight / sum(positive) for name, weight in zip(contracts, positive, strict=True)}
     first = next(iter(contracts.values()))
     contracts = {name: own for name, own in contracts.items() if parts[name] > 0}
+    spoken = next(iter(contracts.values()))
+    first = first.model_copy(update={name: getattr(spoken, name) for name in _PROMPT_FIELDS})
     trained = [one for name, own in contracts.items() for one in _own_prompts(own, parts[name])]
+    if trained:
+        trained += [
+            TrainedPrompt(_default_prompt(own, USUAL_TASK), name, parts[name])
+            for name, own in contracts.items()
+            if not own.tasks
+        ]
     kinds = {one.prompt.task_type for one in trained}
     for kind in sorted(set(first.instructions) - kinds):
         own = {
