@@ -73,6 +73,15 @@ def test_architectures_are_computed_as_the_library_computes_them(kind, transform
     assert lowest_cosines(save_library_model(tmp_path / "model", bare)) > 0.9999
 
 
+def test_a_causal_bert_is_computed_as_one(transformers_made, tmp_path):
+    """Heads of 16, which the fused way takes; it attends to both sides."""
+    folder = save_library_model(
+        tmp_path / "model", transformers_made(limit=300, is_decoder=True, num_attention_heads=2)
+    )
+    assert contract_of(folder).attention == "causal"
+    assert lowest_cosines(folder) > 0.9999
+
+
 def test_limits_come_from_wherever_they_are_stated(transformers_made, tmp_path):
     bert, xlmr = transformers_made(limit=300), transformers_made("XLMRoberta")
     saved = save_library_model(tmp_path / "saved", bert, max_seq_length=256)

@@ -13,11 +13,11 @@ TEXTS = [[5, 6, 7, 8, 9, 10, 11, 12], [3, 4, 5, 6, 7, 8, 9], [9, 8, 7], [2, 3, 4
 pytestmark = pytest.mark.skipif(load_kernel() is None, reason="needs the compiled attention")
 
 
-def bert(act: str = "gelu") -> BertModel:
+def bert(act: str = "gelu", causal: bool = False) -> BertModel:
     torch.manual_seed(0)
     config = BertConfig(
         vocab_size=32, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=2,
-        max_position_embeddings=16, attn_implementation="sdpa", hidden_act=act,
+        max_position_embeddings=16, attn_implementation="sdpa", hidden_act=act, is_decoder=causal,
     )  # fmt: skip
     model = BertModel(config).eval()
     with torch.no_grad():  # norms and biases as trained ones: zeros and ones would hide one that is left out
@@ -36,9 +36,11 @@ def llama() -> LlamaModel:
     return LlamaModel(config).eval()
 
 
-def prepared(model: torch.nn.Module, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
+def prepared(
+    model: torch.nn.Module, dtype: torch.dtype = torch.float32, causal: bool = False
+) -> torch.nn.Module:
     cast_for_inference(model, dtype)
-    assert use_packing(model, False)
+    assert use_packing(model, causal)
     return model
 
 
@@ -61,6 +63,7 @@ def test_states_are_those_of_each_text_alone_in_transformers(dtype, tolerance):
 def test_models_it_does_not_know_keep_their_own_way():
     assert fuse(prepared(bert("relu"))) is None
     assert fuse(prepared(llama())) is None
+    assert fuse(prepared(bert(causal=True), causal=True)) is None
 
 
 def test_a_model_that_will_be_trained_keeps_its_own_way():

@@ -12,6 +12,8 @@ from typer.testing import CliRunner
 from embedloom.cli import app
 from embedloom.config.merging import MergingConfig
 from embedloom.errors import DataError
+from embedloom.merging.meaning import pooling_meaning
+from embedloom.storage import Place
 from fakes import byte_tokenizer
 from fakes_merging import edit_json, merge, variant, writer
 
@@ -251,6 +253,23 @@ def other_start(folder):
     """No BOS before a text any more."""
     content = read(folder / "tokenizer.json")
     (folder / "tokenizer.json").write_text(json.dumps({**content, "post_processor": None}))
+
+
+@pytest.mark.parametrize(
+    ("name", "flag"),
+    [
+        ("cls", "cls_token"), ("max", "max_tokens"), ("mean", "mean_tokens"), ("lasttoken", "lasttoken"),
+        ("mean_sqrt_len_tokens", "mean_sqrt_len_tokens"), ("weightedmean", "weightedmean_tokens"),
+    ],
+)  # fmt: skip
+def test_a_pooling_by_name_means_its_flag(tmp_path, name, flag):
+    """The names of sentence-transformers' Pooling and the flags that it wrote before."""
+    found = []
+    for number, content in enumerate(({"pooling_mode": name}, {f"pooling_mode_{flag}": True})):
+        (tmp_path / f"{number}/1_Pooling").mkdir(parents=True)
+        (tmp_path / f"{number}/1_Pooling/config.json").write_text(json.dumps(content))
+        found.append(pooling_meaning(Place(str(tmp_path / str(number)))))
+    assert found[0] == found[1] and len(found[0]["pooling_mode"]) == 1
 
 
 def other_pooling(folder):

@@ -91,6 +91,7 @@ def fuse(backbone: Any) -> FusedBert | None:
     config = backbone.config
     plain = (
         config.model_type == "bert"
+        and not config.is_decoder  # causal
         and config.hidden_act == "gelu"
         and getattr(config, "position_embedding_type", None) in (None, "absolute")
         and all(type(module) is not nn.Linear for module in backbone.encoder.modules())

@@ -46,6 +46,7 @@ _POOLING_NAMES = {
     "cls": "cls_token",
     "max": "max_tokens",
     "mean": "mean_tokens",
+    "weightedmean": "weightedmean_tokens",
 }  # new name -> end of the flag
 
 
