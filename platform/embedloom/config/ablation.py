@@ -16,8 +16,12 @@ NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 class Variant(FrozenConfig):
     """One way to set the keys."""
 
-    name: str = Field(pattern=NAME_PATTERN)
-    set: dict[str, Any] = Field(default_factory=dict)  # section.key → value
+    name: str = Field(
+        pattern=NAME_PATTERN, description="Name of the variant in the table and of its runs' folders."
+    )
+    set: dict[str, Any] = Field(
+        default_factory=dict, description="Key of the run config (training.stages.0.negatives) -> value."
+    )
 
 
 class AblationConfig(FrozenConfig):
@@ -26,17 +30,45 @@ class AblationConfig(FrozenConfig):
     Keys are paths as ``--set`` has them (``training.stages.0.negatives``).
     """
 
-    name: str = Field(pattern=NAME_PATTERN)
-    description: str = ""
-    base: str  # a run config, relative to this file's folder
-    profile: str = "local"  # of the cluster config, where the command names none
-    set: dict[str, Any] = Field(default_factory=dict)  # for all variants
-    grid: dict[str, list[Any]] = Field(default_factory=dict)  # key → values; every combination is a variant
-    variants: tuple[Variant, ...] = ()  # in place of a grid
-    seeds: tuple[int, ...] = Field(default=(1, 2, 3), min_length=1)  # of the training runs
-    model: str = "merged"  # "merged", "base" or the name of a training run
-    task: str | None = None  # null: the mean over all tasks
-    metric: str = "main_score"
+    name: str = Field(
+        pattern=NAME_PATTERN, description="Name of the ablation: its runs lie below OUTPUT_DIR/NAME."
+    )
+    description: str = Field(default="", description="Free text for people; shown above the table.")
+    base: str = Field(description="Run config that all variants start from, relative to this file's folder.")
+    profile: str = Field(
+        default="local", description="Profile of the cluster config, where the command names none."
+    )
+    set: dict[str, Any] = Field(
+        default_factory=dict, description="Key of the run config -> value, for all variants."
+    )
+    grid: dict[str, list[Any]] = Field(
+        default_factory=dict,
+        description=(
+            "Key of the run config -> list of values; every combination is a variant. In place of variants."
+        ),
+    )
+    variants: tuple[Variant, ...] = Field(
+        default=(), description="The variants one by one. In place of a grid."
+    )
+    seeds: tuple[int, ...] = Field(
+        default=(1, 2, 3),
+        min_length=1,
+        description=(
+            "Seeds of the training runs: every variant is trained with each. Three is the fewest that "
+            "give an interval."
+        ),
+    )
+    model: str = Field(
+        default="merged",
+        description="Which model is compared: 'merged', 'base' or the name of a training run.",
+    )
+    task: str | None = Field(
+        default=None, description="Evaluation task whose score is compared. Null: the mean over all tasks."
+    )
+    metric: str = Field(
+        default="main_score",
+        description="Score of the task: main_score, or one it reports, such as ndcg_at_10.",
+    )
 
     @field_validator("seeds")
     @classmethod

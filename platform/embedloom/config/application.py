@@ -10,16 +10,25 @@ from embedloom.config.serving import ServingConfig
 class ApplicationArgs(FrozenConfig):
     """Arguments of ``build``; also the ``args`` of serve/config.yaml."""
 
-    model_folder: str
-    served_name: str = Field(min_length=1)
-    model_id: str | None = (
-        None  # what identifies the weights, e.g. their artefact's fingerprint; null: the served name
+    model_folder: str = Field(description="Folder of the model that is served.")
+    served_name: str = Field(min_length=1, description="What clients put into `model`.")
+    model_id: str | None = Field(
+        default=None,
+        description="What identifies the weights, such as their artefact's fingerprint. Null: the served name.",
     )
-    on_loopback: bool = False  # whether only this machine can connect; where it is known
-    # Unix socket through which the command that started the endpoint lends its listening socket; null: Serve listens.
-    listener: str | None = Field(default=None, exclude_if=lambda value: value is None)
-    serving: ServingConfig = ServingConfig()
-    scaling: ServeScaling = ServeScaling()
+    on_loopback: bool = Field(
+        default=False, description="Whether only this machine can connect, where that is known."
+    )
+    listener: str | None = Field(
+        default=None,
+        exclude_if=lambda value: value is None,
+        description=(
+            "Unix socket through which the command that started the endpoint lends its listening socket. "
+            "Null: Serve listens."
+        ),
+    )
+    serving: ServingConfig = Field(default=ServingConfig(), description="As the section of a run config.")
+    scaling: ServeScaling = Field(default=ServeScaling(), description="As `serve` of a cluster profile.")
 
     @property
     def fingerprint(self) -> str:

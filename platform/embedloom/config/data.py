@@ -10,29 +10,98 @@ SourceFormat = Literal["python_docs", "parquet", "jsonl", "csv", "text", "beir",
 
 
 class CorpusSource(FrozenConfig):
-    """One place documents come from.
+    """One place documents come from; with ``query_column`` its rows are pairs."""
 
-    ``path`` is a file, glob or folder (``text``, ``beir``, ``parquet``, ``jsonl``, ``csv``) or a dataset name
-    (``huggingface``); ``packages`` are installed Python packages (``python_docs``).
-
-    With ``query_column`` the rows are pairs: the text answers the query. A text that answers several is one document.
-    """
-
-    format: SourceFormat
-    path: str | None = None
-    packages: tuple[str, ...] = ()
-    name: str | None = None  # what the documents' ``source`` column starts with; default: the path or package
-    text_column: str = "text"
-    title_column: str | None = None
-    id_column: str | None = None
-    # Where a row comes from, such as a column of URLs; null: the file and the row.
-    source_column: str | None = Field(default=None, min_length=1, exclude_if=lambda value: value is None)
-    query_column: str | None = None  # null: the rows are documents alone
-    instruction: str | None = Field(default=None, min_length=1)  # of the queries; null: that of retrieval
-    dataset: str | None = Field(default=None, min_length=1)  # what training calls the pairs; null: "public"
-    where: dict[str, str] = Field(default_factory=dict)  # column → value: only these rows
-    lang: str | None = None
-    limit: int | None = Field(default=None, ge=1)  # rows read
+    format: SourceFormat = Field(
+        description=(
+            "Form of the data: parquet, jsonl (.jsonl, .jsonl.gz), csv, text (.txt and Markdown files, "
+            "one document each), beir (a folder with corpus.jsonl, queries and judgements), huggingface "
+            "(a dataset by name, needs the network), or python_docs (docstrings of installed packages)."
+        )
+    )
+    path: str | None = Field(
+        default=None,
+        description=(
+            "A file, a folder or a glob; for huggingface a dataset as NAME, NAME:CONFIG or "
+            "NAME:CONFIG:SPLIT. Relative paths start at the working directory. Null: only for "
+            "python_docs, which takes packages."
+        ),
+    )
+    packages: tuple[str, ...] = Field(
+        default=(),
+        description="python_docs only: names of installed Python packages whose docstrings are the documents.",
+    )
+    name: str | None = Field(
+        default=None,
+        description=(
+            "What the documents' source column starts with, and so what search hits and reports call this "
+            "source. Null: the path or the package."
+        ),
+    )
+    text_column: str = Field(
+        default="text",
+        description="Column of the document's text. Its rows without text are counted rejects.",
+    )
+    title_column: str | None = Field(
+        default=None,
+        description=(
+            "Column of a title, which is put before the text. Null: no title. Text files need none: "
+            "theirs is the first heading or the file's name."
+        ),
+    )
+    id_column: str | None = Field(
+        default=None,
+        description=(
+            "Column of ids, which must be unique over all sources. Null: ids are hashes of the content, "
+            "so equal documents are one."
+        ),
+    )
+    source_column: str | None = Field(
+        default=None,
+        min_length=1,
+        exclude_if=lambda value: value is None,
+        description=(
+            "Column that says where a row comes from, such as its URL; search hits link to it. Null: the "
+            "file and the row number."
+        ),
+    )
+    query_column: str | None = Field(
+        default=None,
+        description=(
+            "Column of queries; each row is then a training pair: the text answers the query. A text that "
+            "answers several queries is one document. Null: rows are documents alone."
+        ),
+    )
+    instruction: str | None = Field(
+        default=None,
+        min_length=1,
+        description=(
+            "Instruction of this source's queries, for example 'Given a question, retrieve the answer'; "
+            "needs query_column. Null: the default of task type retrieval."
+        ),
+    )
+    dataset: str | None = Field(
+        default=None,
+        min_length=1,
+        description=(
+            "Name of this source's pairs, by which a training source (format mined, dataset NAME) asks "
+            "for them. Null: 'public'."
+        ),
+    )
+    where: dict[str, str] = Field(
+        default_factory=dict,
+        description="Column -> value, as text: only rows in which every named column has this value are read.",
+    )
+    lang: str | None = Field(
+        default=None,
+        description=(
+            "Language of the documents, as ISO 639-3 code such as eng or deu. Null: undetermined ('und'); "
+            "for python_docs eng."
+        ),
+    )
+    limit: int | None = Field(
+        default=None, ge=1, description="Most rows that are read, from the first on. Null: all."
+    )
 
     @model_validator(mode="after")
     def _has_its_place(self) -> "CorpusSource":
@@ -63,8 +132,25 @@ class CorpusSource(FrozenConfig):
 class SplitConfig(FrozenConfig):
     """Held-out shares, drawn by group (a module, a file) before anything is generated."""
 
-    dev: float = Field(default=0.05, ge=0, lt=1)
-    test: float = Field(default=0.15, ge=0, lt=1)
+    dev: float = Field(
+        default=0.05,
+        ge=0,
+        lt=1,
+        description=(
+            "Share of the groups (a module, a file; 0-1) that becomes the development split: "
+            "training.dev, merge search."
+        ),
+    )
+    test: float = Field(
+        default=0.15,
+        ge=0,
+        lt=1,
+        description=(
+            "Share of the groups (0-1) that becomes the test split, on which the final scores are "
+            "measured. The default leaves 80 % for training. Enlarging one share never moves documents "
+            "between the others."
+        ),
+    )
 
     @model_validator(mode="after")
     def _leaves_training_data(self) -> "SplitConfig":
@@ -76,14 +162,45 @@ class SplitConfig(FrozenConfig):
 class CorpusConfig(FrozenConfig):
     """Reading, cleaning, deduplicating, chunking and splitting documents."""
 
-    sources: tuple[CorpusSource, ...] = Field(min_length=1)
-    min_characters: int = Field(default=50, ge=1)
+    sources: tuple[CorpusSource, ...] = Field(
+        min_length=1,
+        description=(
+            "Where documents come from; one or more, of any mix of formats. Pairs (query_column) and "
+            "plain documents may stand side by side."
+        ),
+    )
+    min_characters: int = Field(
+        default=50,
+        ge=1,
+        description=(
+            "Documents with fewer characters after cleaning are counted rejects. The default keeps a "
+            "sentence and drops headings; lower it for short texts such as commands or questions."
+        ),
+    )
     near_duplicate_threshold: float | None = Field(
-        default=0.8, gt=0, le=1
-    )  # Jaccard of word 5-grams; null: off
-    chunk_tokens: int | None = Field(default=512, ge=16)  # null: documents stay whole
-    chunk_overlap_tokens: int = Field(default=0, ge=0)
-    split: SplitConfig = SplitConfig()
+        default=0.8,
+        gt=0,
+        le=1,
+        description=(
+            "Jaccard similarity of word 5-grams (0-1) from which a document is dropped as a "
+            "near-duplicate of an earlier one. Null: only exact duplicates are dropped."
+        ),
+    )
+    chunk_tokens: int | None = Field(
+        default=512,
+        ge=16,
+        description=(
+            "Longest chunk, in tokens of the encoder's tokenizer; longer documents are cut. Set it to "
+            "what the encoder reads (encoder.max_document_tokens). Null: documents stay whole. Of a cut "
+            "document only the first chunk counts as right in held-out scores."
+        ),
+    )
+    chunk_overlap_tokens: int = Field(
+        default=0,
+        ge=0,
+        description="Tokens that a chunk repeats of the one before it; must be below chunk_tokens.",
+    )
+    split: SplitConfig = Field(default=SplitConfig(), description="Held-out shares.")
 
     @model_validator(mode="after")
     def _overlap_is_smaller(self) -> "CorpusConfig":

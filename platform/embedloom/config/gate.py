@@ -12,25 +12,98 @@ ALL_TASKS = "*"
 class Tolerance(FrozenConfig):
     """One entry of the no-regression list."""
 
-    task: str = ALL_TASKS  # a task's name, or "*" for every task without an entry of its own
-    drop: float = Field(default=0.01, ge=0)  # of the main score, 0-1; a larger drop refuses the candidate
+    task: str = Field(
+        default=ALL_TASKS, description="Name of a task, or '*' for every task without an entry of its own."
+    )
+    drop: float = Field(
+        default=0.01,
+        ge=0,
+        description=(
+            "Largest allowed loss of the task's main score (0-1); a larger one refuses the candidate. "
+            "0.01 is one point of nDCG@10 in percent."
+        ),
+    )
 
 
 class GateConfig(FrozenConfig):
     """Rules of ``embedloom gate``; a limit that is null is not checked."""
 
-    candidate: str = "merged"  # in a run: "merged", "base" or a candidate's name
-    against: str = "base"
-    require: Literal["better", "not_worse"] = "better"  # of the mean over tasks, by its confidence interval
-    significance: float = Field(default=0.05, gt=0, lt=0.5)  # of a task's loss, after Holm's correction
-    no_regression: tuple[Tolerance, ...] = (Tolerance(),)
-    min_borda_gain: float | None = 0.0  # votes over the current model, within the pool
-    max_latency_ratio: float | None = Field(default=None, gt=0)  # candidate / current, median of one query
-    max_latency_milliseconds: float | None = Field(default=None, gt=0)
-    max_size_ratio: float | None = Field(default=None, gt=0)  # bytes of weights, candidate / current
-    max_size_mib: float | None = Field(default=None, gt=0)
-    resamples: int = Field(default=2000, ge=200)
-    seed: int = 0
+    candidate: str = Field(
+        default="merged",
+        description=(
+            "Model under test: 'merged', 'base' or the name of a training run. Only inside a run; "
+            "`embedloom gate MODEL` names it itself."
+        ),
+    )
+    against: str = Field(
+        default="base",
+        description="Model that the candidate is compared with: 'base', 'merged' or the name of a training run.",
+    )
+    require: Literal["better", "not_worse"] = Field(
+        default="better",
+        description=(
+            "What the 95 % confidence interval of the mean difference over all tasks must show. better: "
+            "it lies above 0. not_worse: it does not reach further below 0 than no_regression tolerates "
+            "for '*'."
+        ),
+    )
+    significance: float = Field(
+        default=0.05,
+        gt=0,
+        lt=0.5,
+        description=(
+            "Level at which a task's loss counts as real, after Holm's correction for the number of tasks."
+        ),
+    )
+    no_regression: tuple[Tolerance, ...] = Field(
+        default=(Tolerance(),),
+        description=(
+            "Tasks that must not get worse, each with its tolerance; by default no task may lose more "
+            "than 0.01."
+        ),
+    )
+    min_borda_gain: float | None = Field(
+        default=0.0,
+        description=(
+            "Borda votes (rank points within evaluation.pool) that the candidate must gain over the "
+            "current model. Null: not checked."
+        ),
+    )
+    max_latency_ratio: float | None = Field(
+        default=None,
+        gt=0,
+        description=(
+            "Largest allowed latency of the candidate as a multiple of the current model's, median of one "
+            "query. Null: not measured."
+        ),
+    )
+    max_latency_milliseconds: float | None = Field(
+        default=None,
+        gt=0,
+        description="Largest allowed median latency of one query, in milliseconds. Null: not measured.",
+    )
+    max_size_ratio: float | None = Field(
+        default=None,
+        gt=0,
+        description=(
+            "Largest allowed size of the candidate's weights as a multiple of the current model's. Null: "
+            "not checked."
+        ),
+    )
+    max_size_mib: float | None = Field(
+        default=None,
+        gt=0,
+        description="Largest allowed size of the candidate's weights, in MiB. Null: not checked.",
+    )
+    resamples: int = Field(
+        default=2000,
+        ge=200,
+        description=(
+            "Bootstrap resamples behind the confidence intervals. More make the bounds steadier and cost "
+            "time in proportion."
+        ),
+    )
+    seed: int = Field(default=0, description="Seed of the bootstrap, so that a verdict can be repeated.")
 
     @model_validator(mode="after")
     def _one_entry_a_task(self) -> "GateConfig":

@@ -28,9 +28,22 @@ _OWN_KEYS: dict[str, tuple[MergeMethod, ...]] = {
 class LayerWeights(FrozenConfig):
     """Other weights for some tensors: those of a range of layers, or those whose names match a pattern."""
 
-    layers: tuple[int, int] | None = None  # first and last layer, counted from 0, both included
-    tensors: str | None = Field(default=None, min_length=1)  # a shell pattern, such as "*.self_attn.*"
-    weights: tuple[float, ...]
+    layers: tuple[int, int] | None = Field(
+        default=None,
+        description=(
+            "First and last transformer layer that the rule covers, counted from 0, both included. Null: "
+            "the rule names tensors instead."
+        ),
+    )
+    tensors: str | None = Field(
+        default=None,
+        min_length=1,
+        description=(
+            "Shell pattern of tensor names that the rule covers, such as '*.self_attn.*'. Null: the rule "
+            "names layers instead."
+        ),
+    )
+    weights: tuple[float, ...] = Field(description="One weight per model, in the order of training.runs.")
 
     @model_validator(mode="after")
     def _one_of_both(self) -> "LayerWeights":
@@ -46,16 +59,46 @@ class LayerWeights(FrozenConfig):
 class MergeSearch(FrozenConfig):
     """Weights found by scoring merges on dev tasks, checked on queries the search never saw."""
 
-    kind: Literal["greedy_soup", "weights"] = "greedy_soup"
-    tasks: tuple[EvaluationTask, ...] = (EvaluationTask(name="dev", split="dev"),)
-    # Tasks of the check; empty: of each dev task, the half of the queries whose hash is odd.
-    check_tasks: tuple[EvaluationTask, ...] = ()
+    kind: Literal["greedy_soup", "weights"] = Field(
+        default="greedy_soup",
+        description=(
+            "greedy_soup: models are added, best first, while the dev score rises (arXiv 2203.05482). "
+            "weights: each model's weight is moved up and down and kept where the dev score rises."
+        ),
+    )
+    tasks: tuple[EvaluationTask, ...] = Field(
+        default=(EvaluationTask(name="dev", split="dev"),),
+        description="Dev tasks that merges are scored on; none may be a task that the run is judged on.",
+    )
+    check_tasks: tuple[EvaluationTask, ...] = Field(
+        default=(),
+        description=(
+            "Tasks that the found weights are checked on; if they gain nothing there, equal weights stay. "
+            "Empty: of each dev task, the half of the queries whose hash is odd."
+        ),
+    )
     step: float = Field(
-        default=0.5, gt=0, lt=1
-    )  # weights: first change of one model's weight, halved each round
-    rounds: int = Field(default=3, ge=1)  # weights: passes over the models
-    max_merges: int = Field(default=40, ge=3)  # scored merges altogether, leave-one-out included
-    leave_one_out: bool = True  # also score the chosen merge without each of its models
+        default=0.5,
+        gt=0,
+        lt=1,
+        description="kind weights: first change of one model's weight; halved each round.",
+    )
+    rounds: int = Field(default=3, ge=1, description="kind weights: passes over all models.")
+    max_merges: int = Field(
+        default=40,
+        ge=3,
+        description=(
+            "Most merges that are scored altogether, leave-one-out included; each costs one evaluation of "
+            "the dev tasks."
+        ),
+    )
+    leave_one_out: bool = Field(
+        default=True,
+        description=(
+            "Whether the chosen merge is also scored without each of its models, which shows what each "
+            "one brings."
+        ),
+    )
 
     @field_validator("tasks")
     @classmethod
@@ -75,20 +118,62 @@ class MergeSearch(FrozenConfig):
 class MergingConfig(FrozenConfig):
     """How the candidates become one model; the paper averages six with equal weights (§3.3)."""
 
-    method: MergeMethod = "linear"
-    weights: tuple[float, ...] | None = None  # one per model; null: equal
-    layers: tuple[LayerWeights, ...] = ()  # the first rule that matches a tensor decides its weights
+    method: MergeMethod = Field(
+        default="linear",
+        description=(
+            "linear (weighted average, the default: arXiv 2511.07025 §3.3 averages six models), slerp, "
+            "multislerp, karcher (on the sphere), task_arithmetic, ties, dare_linear, dare_ties (on "
+            "differences from the base), or model_stock."
+        ),
+    )
+    weights: tuple[float, ...] | None = Field(
+        default=None, description="One weight per model, in the order of training.runs. Null: equal weights."
+    )
+    layers: tuple[LayerWeights, ...] = Field(
+        default=(),
+        description="Other weights for some tensors; the first rule that matches a tensor decides its weights.",
+    )
     density: float = Field(
-        default=0.5, gt=0, le=1
-    )  # ties: largest share kept; dare: probability of being kept
-    scale: float = 1.0  # factor of the combined task vector (mergekit's lambda)
-    seed: int = 0  # dare
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of the written tensors; sums are float32
-    file_mib: int = Field(default=1024, ge=1)  # most bytes of one weight file; files are written in parallel
-    search: MergeSearch | None = None
-    # Differences between models that a person knows to change nothing, as the refusal names them ("config.json:vocab_size",
-    # a whole file, "base" for stated origins); the first model's counts, and the lineage lists them.
-    allow: tuple[str, ...] = Field(default=(), exclude_if=lambda value: not value)
+        default=0.5,
+        gt=0,
+        le=1,
+        description=(
+            "ties: share of each difference's largest values that is kept. dare_linear, dare_ties: "
+            "probability that a value is kept."
+        ),
+    )
+    scale: float = Field(
+        default=1.0,
+        description=(
+            "Factor of the combined difference before it is added to the base (mergekit's lambda). Only "
+            "for task_arithmetic, ties and dare."
+        ),
+    )
+    seed: int = Field(default=0, description="Seed of the values that dare_linear and dare_ties drop.")
+    dtype: Literal["float32", "bfloat16", "float16"] = Field(
+        default="float32",
+        description="Number type of the written tensors; sums are computed in float32 whatever it is.",
+    )
+    file_mib: int = Field(
+        default=1024,
+        ge=1,
+        description=(
+            "Largest weight file, in MiB; a larger model is written as several files, in parallel by the "
+            "actors of the profile."
+        ),
+    )
+    search: MergeSearch | None = Field(
+        default=None, description="Search for the weights on dev tasks. Null: weights as given."
+    )
+    allow: tuple[str, ...] = Field(
+        default=(),
+        exclude_if=lambda value: not value,
+        description=(
+            "Differences between the models that a person knows to change nothing, as the refusal names "
+            "them: 'config.json:vocab_size', a whole file, or 'base' for stated origins. The first "
+            "model's value counts, and the lineage lists them."
+        ),
+    )
 
     @property
     def needs_base(self) -> bool:

@@ -15,20 +15,81 @@ class SelectionConfig(FrozenConfig):
     Methods and best settings: NV-Retriever (arXiv 2407.15831, §3 and §4.3). Scores are the teacher's.
     """
 
-    method: Literal["perc_pos", "margin_pos", "abs", "shift", "naive"] = "perc_pos"
-    negatives: int = Field(default=4, ge=1)  # wanted per example
-    min_negatives: int = Field(default=1, ge=1)  # an example with fewer is rejected, and counted
-    margin_ratio: float = Field(default=0.95, gt=0, le=1)  # perc_pos: below ratio x the positive's score
-    margin: float = Field(default=0.05, ge=0)  # margin_pos: below the positive's score - margin
-    max_score: float = 0.7  # abs: below this
-    shift: int = Field(default=10, ge=0)  # shift: without the best so many
-    min_score: float | None = None  # any method: not below this
+    method: Literal["perc_pos", "margin_pos", "abs", "shift", "naive"] = Field(
+        default="perc_pos",
+        description=(
+            "Rule that keeps likely right answers out of the negatives (NV-Retriever, arXiv 2407.15831 "
+            "§3): perc_pos, score below margin_ratio x the positive's; margin_pos, below the positive's "
+            "score - margin; abs, below max_score; shift, without the best candidates; naive, the best "
+            "candidates whatever they score."
+        ),
+    )
+    negatives: int = Field(
+        default=4,
+        ge=1,
+        description=(
+            "Negatives wanted per example. Training stages cannot use more; 4 is what the recipe's second "
+            "stage uses (arXiv 2511.07025 Table 8)."
+        ),
+    )
+    min_negatives: int = Field(
+        default=1, ge=1, description="An example with fewer negatives is a counted reject."
+    )
+    margin_ratio: float = Field(
+        default=0.95,
+        gt=0,
+        le=1,
+        description=(
+            "perc_pos: a negative's score must stay below this share of the positive's score. 0.95 is the "
+            "best setting of arXiv 2407.15831 §4.3; lower is safer and easier, 1 keeps whatever scores "
+            "below the positive."
+        ),
+    )
+    margin: float = Field(
+        default=0.05,
+        ge=0,
+        description=(
+            "margin_pos: how far below the positive's score a negative's must stay, in units of the "
+            "teacher's score. 0.05 is the best setting of arXiv 2407.15831 §4.3."
+        ),
+    )
+    max_score: float = Field(default=0.7, description="abs: the score that a negative must stay below.")
+    shift: int = Field(
+        default=10, ge=0, description="shift: how many of the best candidates are passed over."
+    )
+    min_score: float | None = Field(
+        default=None,
+        description="Any method: candidates that score lower are too easy and passed over. Null: none is.",
+    )
     sample_from: int | None = Field(
-        default=None, ge=1
-    )  # draw from the best so many that survive; null: the best
-    sample_temperature: float = Field(default=0.05, gt=0)  # of the softmax over their scores
-    keep_best: bool = False  # with sample_from: the best survivor always, the others drawn
-    blend: Literal["first", "cross_sample", "intra_sample", "intra_sample_duplicates"] = "first"
+        default=None,
+        ge=1,
+        description=(
+            "Negatives are drawn from this many best candidates that the rule leaves, by a softmax of "
+            "their scores. Null: the best are taken."
+        ),
+    )
+    sample_temperature: float = Field(
+        default=0.05,
+        gt=0,
+        description=(
+            "Temperature of that softmax; lower prefers the best more strongly. In units of the teacher's "
+            "score."
+        ),
+    )
+    keep_best: bool = Field(
+        default=False,
+        description="With sample_from: the best remaining candidate is always taken, only the others are drawn.",
+    )
+    blend: Literal["first", "cross_sample", "intra_sample", "intra_sample_duplicates"] = Field(
+        default="first",
+        description=(
+            "With several teachers (arXiv 2407.15831 §4.4): first, the first teacher's negatives; "
+            "cross_sample, one teacher's, drawn per query; intra_sample, the next best of each teacher in "
+            "turn, every document once; intra_sample_duplicates, the same but a document may stand as "
+            "often as teachers chose it."
+        ),
+    )
 
     @model_validator(mode="after")
     def _counts_fit(self) -> "SelectionConfig":
@@ -46,12 +107,34 @@ class RescoringConfig(FrozenConfig):
     cosines) are to be chosen anew. A reranking LLM saved by sentence-transformers' CrossEncoder works the same way.
     """
 
-    model: str = Field(min_length=1)  # a folder or Hugging Face id, one label
-    top: int = Field(default=50, ge=1)  # candidates per query: each teacher's best in turn
-    max_tokens: int = Field(default=512, ge=8)  # query and document together
-    query_template: str = "{text}"  # {instruction} and {text}; documents are read as they are
-    batch_size: int = Field(default=32, ge=1)  # pairs
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    model: str = Field(
+        min_length=1, description="Cross-encoder: a model folder or Hugging Face id with one label."
+    )
+    top: int = Field(
+        default=50,
+        ge=1,
+        description="Candidates scored again per query: each teacher's best in turn. Cost grows in proportion.",
+    )
+    max_tokens: int = Field(
+        default=512,
+        ge=8,
+        description="Longest query and document together, in tokens of the cross-encoder; longer pairs are cut.",
+    )
+    query_template: str = Field(
+        default="{text}",
+        description=(
+            "How a query is written for the cross-encoder: {text} once and perhaps {instruction}. "
+            "Documents are read as they are."
+        ),
+    )
+    batch_size: int = Field(default=32, ge=1, description="Pairs per forward pass.")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        default="auto",
+        description=(
+            "Number type of the computation. auto: bfloat16 where the hardware computes it fast, else "
+            "float32."
+        ),
+    )
 
     @field_validator("query_template")
     @classmethod
@@ -62,25 +145,92 @@ class RescoringConfig(FrozenConfig):
 class AuditConfig(FrozenConfig):
     """A second opinion on the selected negatives."""
 
-    judge: Teacher | None = None  # null: no second teacher looks
-    sample: int = Field(default=300, ge=10)  # queries, of each the first negative with and without the rules
+    judge: Teacher | None = Field(
+        default=None,
+        description=(
+            "Second teacher that looks at the selected negatives and estimates how many are right "
+            "answers. Null: no audit by a second teacher."
+        ),
+    )
+    sample: int = Field(
+        default=300,
+        ge=10,
+        description=(
+            "Queries looked at; of each, the first negative with and without the rule. 300 give an "
+            "interval of about +-5 points."
+        ),
+    )
 
 
 class MiningConfig(FrozenConfig):
     """Candidates by teachers, positive-aware hard negatives among them."""
 
-    teachers: tuple[Teacher, ...] = Field(min_length=1)
+    teachers: tuple[Teacher, ...] = Field(
+        min_length=1,
+        description=(
+            "Embedding models that score documents for every query. A plain string stands for {model: "
+            "STRING}."
+        ),
+    )
     top_k: int = Field(
-        default=50, ge=1, le=2048
-    )  # candidates kept per query and teacher, all with their scores
-    max_query_tokens: int = Field(default=64, ge=8)
-    max_document_tokens: int = Field(default=256, ge=8)
-    shard_rows: int = Field(default=2048, ge=1)
-    memory_gib: float = Field(default=4.0, gt=0)  # vectors one search actor keeps; the rest streams from disk
-    instructions: dict[str, str] = Field(default_factory=lambda: dict(DEFAULT_INSTRUCTIONS))
-    rescoring: RescoringConfig | None = None  # null: the rules read the teachers' scores
-    selection: SelectionConfig = SelectionConfig()
-    audit: AuditConfig = AuditConfig()
+        default=50,
+        ge=1,
+        le=2048,
+        description=(
+            "Candidates kept per query and teacher, best first, all with their scores. Must be above "
+            "selection.negatives; more leaves the rule more to choose from where near-copies fill the "
+            "first ranks."
+        ),
+    )
+    max_query_tokens: int = Field(
+        default=64,
+        ge=8,
+        description=(
+            "Longest query that a teacher reads, in its tokens; longer ones are cut. A teacher may state "
+            "its own."
+        ),
+    )
+    max_document_tokens: int = Field(
+        default=256,
+        ge=8,
+        description=(
+            "Longest document that a teacher reads, in its tokens; longer ones are cut. A teacher may "
+            "state its own."
+        ),
+    )
+    shard_rows: int = Field(
+        default=2048,
+        ge=1,
+        description="Texts per shard, the unit that is embedded, written and resumed as one.",
+    )
+    memory_gib: float = Field(
+        default=4.0,
+        gt=0,
+        description=(
+            "Document vectors that one search actor keeps in memory, in GiB; the rest streams from disk "
+            "at each pass. Changes speed only."
+        ),
+    )
+    instructions: dict[str, str] = Field(
+        default_factory=lambda: dict(DEFAULT_INSTRUCTIONS),
+        description=(
+            "Task type -> instruction that teachers get before queries which have none of their own. "
+            "Defaults: those of llama-embed-nemotron-8b (arXiv 2511.07025 §2)."
+        ),
+    )
+    rescoring: RescoringConfig | None = Field(
+        default=None,
+        description=(
+            "Cross-encoder that scores the best candidates again. Null: the rule reads the teachers' scores."
+        ),
+    )
+    selection: SelectionConfig = Field(
+        default=SelectionConfig(),
+        description="Which candidates become negatives. Changing it rebuilds the examples without mining again.",
+    )
+    audit: AuditConfig = Field(
+        default=AuditConfig(), description="Second opinion on the selected negatives, in the report."
+    )
 
     @field_validator("teachers")
     @classmethod

@@ -17,39 +17,83 @@ Unit = Literal["rows", "tokens", "bytes", "flops", "scores"]
 class Sourced(FrozenConfig):
     """A number and where it is from."""
 
-    value: float = Field(gt=0)
-    source: str = Field(min_length=8)
+    value: float = Field(gt=0, description="The number itself, in the unit that its key names.")
+    source: str = Field(
+        min_length=8,
+        description="Where the number is from: a document, or the command that measured it, and when.",
+    )
 
 
 class Device(FrozenConfig):
     """One kind of GPU, or one CPU core."""
 
-    accelerator: str | None = None  # as `accelerator` of a node pool says it; null: a CPU core
-    peak_bf16_tflops: Sourced | None = None  # dense
-    price_per_hour: Sourced | None = None  # of one, in the file's currency
+    accelerator: str | None = Field(
+        default=None, description="As `accelerator` of a node pool names it. Null: a CPU core."
+    )
+    peak_bf16_tflops: Sourced | None = Field(
+        default=None,
+        description=(
+            "Dense bfloat16 peak of the device, in TFLOP/s; MFU is counted against it. Null: unknown, so "
+            "rates of the device cannot state an MFU."
+        ),
+    )
+    price_per_hour: Sourced | None = Field(
+        default=None,
+        description=(
+            "Price of one device for an hour, in the file's currency. Null: unknown, so no costs are "
+            "predicted."
+        ),
+    )
 
 
 class ModelShape(FrozenConfig):
     """What FLOPs are counted from."""
 
-    layers: int = Field(ge=1)
-    hidden_size: int = Field(ge=1)
-    layer_weights: int = Field(ge=1)  # of the matrices of one layer
-    embedding_weights: int = Field(ge=0)
-    source: str = Field(min_length=8)
+    layers: int = Field(ge=1, description="Number of transformer layers of the model.")
+    hidden_size: int = Field(
+        ge=1, description="Width of the hidden states, from which the FLOPs of attention are counted."
+    )
+    layer_weights: int = Field(
+        ge=1, description="Number of weights in the matrices of one layer, from which FLOPs are counted."
+    )
+    embedding_weights: int = Field(
+        ge=0,
+        description="Number of weights of the token embeddings, which are read by lookup and cost no FLOPs.",
+    )
+    source: str = Field(min_length=8, description="Where the numbers are from.")
 
 
 class WorkRate(FrozenConfig):
     """How fast one device does one kind of work: by its MFU, or so many units a second."""
 
-    work: WorkKind
-    device: str
-    base: str | None = None  # only for this model; null: any
-    mfu: float | None = Field(default=None, gt=0, le=1)
-    per_second: float | None = Field(default=None, gt=0)
-    unit: Unit = "flops"
-    start_seconds: float = Field(default=0.0, ge=0)  # before the first unit, however much work there is
-    source: str = Field(min_length=8)
+    work: WorkKind = Field(description="Kind of work that is timed.")
+    device: str = Field(description="Name of an entry of `devices`.")
+    base: str | None = Field(default=None, description="Only for this model. Null: for any.")
+    mfu: float | None = Field(
+        default=None,
+        gt=0,
+        le=1,
+        description=(
+            "Share of the device's peak that the work reaches (model FLOPs utilisation, 0-1); needs "
+            "peak_bf16_tflops. Null: see per_second."
+        ),
+    )
+    per_second: float | None = Field(
+        default=None,
+        gt=0,
+        description=(
+            "Units per second and device, instead of mfu. Null, with mfu null too: only start_seconds is "
+            "known."
+        ),
+    )
+    unit: Unit = Field(default="flops", description="What per_second counts.")
+    start_seconds: float = Field(
+        default=0.0, ge=0, description="Seconds before the first unit, however much work there is."
+    )
+    source: str = Field(
+        min_length=8,
+        description="Where the number is from: a document, or the command that measured it, and when.",
+    )
 
     @model_validator(mode="after")
     def _says_how_fast(self) -> "WorkRate":
@@ -67,24 +111,34 @@ class WorkRate(FrozenConfig):
 class Published(FrozenConfig):
     """What somebody else's training took, to print beside the plan."""
 
-    base: str
-    device: str
-    gpus: int = Field(ge=1)
-    stage_hours: dict[str, float] = Field(min_length=1)  # training stage -> hours
-    source: str = Field(min_length=8)
+    base: str = Field(description="Model that was trained.")
+    device: str = Field(description="Name of an entry of `devices`.")
+    gpus: int = Field(ge=1, description="GPUs that took part.")
+    stage_hours: dict[str, float] = Field(min_length=1, description="Training stage -> hours it took.")
+    source: str = Field(min_length=8, description="Where the hours are published.")
 
 
 class RatesConfig(FrozenConfig):
     """The whole file."""
 
-    version: Literal[1]
-    currency: str = "USD"
-    # Share of the token limits that texts fill where nothing has been measured: 1 makes every estimate a bound.
-    text_fill: Sourced
-    devices: dict[str, Device] = Field(min_length=1)
-    models: dict[str, ModelShape] = Field(default_factory=dict)
-    rates: tuple[WorkRate, ...] = Field(min_length=1)
-    published: tuple[Published, ...] = ()
+    version: Literal[1] = Field(description="Version of the file's form.")
+    currency: str = Field(default="USD", description="Currency of all prices.")
+    text_fill: Sourced = Field(
+        description=(
+            "Share of the token limits that texts fill where nothing has been measured (0-1); 1 makes "
+            "every estimate an upper bound."
+        )
+    )
+    devices: dict[str, Device] = Field(min_length=1, description="Device name -> its peak and price.")
+    models: dict[str, ModelShape] = Field(
+        default_factory=dict, description="Model name -> the shape that FLOPs are counted from."
+    )
+    rates: tuple[WorkRate, ...] = Field(
+        min_length=1, description="How fast each device does each kind of work."
+    )
+    published: tuple[Published, ...] = Field(
+        default=(), description="What other people's trainings took, printed beside the plan."
+    )
 
     @model_validator(mode="after")
     def _devices_are_there(self) -> "RatesConfig":

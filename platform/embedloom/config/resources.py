@@ -8,13 +8,25 @@ from embedloom.config.base import FrozenConfig
 class PoolConfig(FrozenConfig):
     """An actor pool of one stage: how many actors, and what each reserves."""
 
-    min_actors: int = Field(default=1, ge=1)
-    max_actors: int = Field(default=1, ge=1)
-    cpus: float = Field(default=1.0, ge=0)
-    gpus: float = Field(default=0.0, ge=0)
-    memory_gib: float = Field(default=0.0, ge=0)  # 0: not reserved
-    threads: int | None = Field(default=None, ge=1)  # compute threads per actor; null: one per reserved CPU
-    tensor_parallel: int = Field(default=1, ge=1)  # GPUs one LLM engine spans
+    min_actors: int = Field(default=1, ge=1, description="Actors that the stage needs at least.")
+    max_actors: int = Field(
+        default=1, ge=1, description="Actors that the stage starts at most, as resources allow."
+    )
+    cpus: float = Field(
+        default=1.0, ge=0, description="Logical CPUs that one actor reserves; Ray only counts them."
+    )
+    gpus: float = Field(
+        default=0.0, ge=0, description="GPUs that one actor reserves; below 1, several share one."
+    )
+    memory_gib: float = Field(
+        default=0.0, ge=0, description="Memory that one actor reserves, in GiB; 0: none is reserved."
+    )
+    threads: int | None = Field(
+        default=None, ge=1, description="Compute threads per actor. Null: one per reserved CPU."
+    )
+    tensor_parallel: int = Field(
+        default=1, ge=1, description="GPUs that one LLM engine spans; gpus must be the same number."
+    )
 
     @model_validator(mode="after")
     def _bounds_are_ordered(self) -> "PoolConfig":
@@ -35,11 +47,17 @@ class PoolConfig(FrozenConfig):
 class TrainingGroup(FrozenConfig):
     """The Ray Train worker group."""
 
-    groups: int = Field(default=1, ge=1)  # runs trained side by side, a group each
-    workers: int = Field(default=1, ge=1)  # of one group
-    cpus: float = Field(default=1.0, ge=0)
-    gpus: float = Field(default=0.0, ge=0, le=1)
-    threads: int | None = Field(default=None, ge=1)
+    groups: int = Field(
+        default=1, ge=1, description="Training runs that are trained side by side, a worker group each."
+    )
+    workers: int = Field(
+        default=1, ge=1, description="Workers of one group; the global batch is split over them."
+    )
+    cpus: float = Field(default=1.0, ge=0, description="Logical CPUs that one worker reserves.")
+    gpus: float = Field(default=0.0, ge=0, le=1, description="GPUs that one worker reserves, 0 to 1.")
+    threads: int | None = Field(
+        default=None, ge=1, description="Compute threads per worker. Null: one per reserved CPU."
+    )
 
     @property
     def compute_threads(self) -> int:
@@ -53,11 +71,29 @@ LISTENER_VARIABLE = "EMBEDLOOM_LISTENER"  # holds a node's ListenerConfig as JSO
 class ListenerConfig(FrozenConfig):
     """What a connection may cost before it is a request; of every process of a node that listens for HTTP."""
 
-    max_header_kib: int = Field(default=32, ge=1)  # of the request line and all headers; beyond it 431
-    max_headers: int = Field(default=100, ge=1)
-    header_seconds: float = Field(default=10.0, gt=0)  # from the first byte to the last header
-    # Open at once, by address: a load balancer in front is one client. Null: not bounded.
-    max_client_connections: int | None = Field(default=512, ge=1)
+    max_header_kib: int = Field(
+        default=32,
+        ge=1,
+        description="Largest request line and headers together, in KiB; beyond it the answer is 431.",
+    )
+    max_headers: int = Field(
+        default=100, ge=1, description="Most headers of a request; beyond it the answer is 431."
+    )
+    header_seconds: float = Field(
+        default=10.0,
+        gt=0,
+        description=(
+            "Seconds from the first byte of a request to the end of its headers; beyond it the answer is 408."
+        ),
+    )
+    max_client_connections: int | None = Field(
+        default=512,
+        ge=1,
+        description=(
+            "Most open connections by address; beyond it the answer is 429. A load balancer in front is "
+            "one address. Null: not bounded."
+        ),
+    )
 
     @property
     def max_header_bytes(self) -> int:
@@ -72,25 +108,76 @@ _SHUTDOWN_SECONDS = 12
 class ServeScaling(FrozenConfig):
     """Replicas of the endpoint."""
 
-    min_replicas: int = Field(default=1, ge=0)
-    max_replicas: int = Field(default=1, ge=1)
-    target_ongoing_requests: float = Field(default=16, gt=0)
-    cpus: float = Field(default=1.0, ge=0)
-    gpus: float = Field(default=0.0, ge=0)
-    threads: int | None = Field(default=None, ge=1)
-    # Batches computed at once, each by its share of the threads, in a replica without GPU whose engine is torch; null: two,
-    # or one where there is but one thread.
-    streams: int | None = Field(default=None, ge=1)
-    # Both null: those of the run config's `serving`, whose defaults suit up to four replicas.
-    max_ongoing_requests: int | None = Field(default=None, ge=1)  # of one replica
-    max_queued_requests: int | None = Field(default=None, ge=1)
+    min_replicas: int = Field(
+        default=1,
+        ge=0,
+        description="Fewest replicas that stay up; 0 lets the endpoint sleep without traffic.",
+    )
+    max_replicas: int = Field(default=1, ge=1, description="Most replicas that the endpoint scales up to.")
+    target_ongoing_requests: float = Field(
+        default=16,
+        gt=0,
+        description="Requests per replica that Ray Serve scales towards; more than it add replicas.",
+    )
+    cpus: float = Field(default=1.0, ge=0, description="Logical CPUs that one replica reserves.")
+    gpus: float = Field(
+        default=0.0,
+        ge=0,
+        description=(
+            "GPUs that one replica reserves; below 1, replicas share one and must fit its memory together."
+        ),
+    )
+    threads: int | None = Field(
+        default=None, ge=1, description="Compute threads per replica. Null: one per reserved CPU."
+    )
+    streams: int | None = Field(
+        default=None,
+        ge=1,
+        description=(
+            "Batches computed at once, each by its share of the threads, in a replica without GPU whose "
+            "engine is torch. Null: two, or one where there is but one thread."
+        ),
+    )
+    max_ongoing_requests: int | None = Field(
+        default=None,
+        ge=1,
+        description=(
+            "Most requests in one replica at a time. Null, with max_queued_requests: as the run config's "
+            "`serving` has them, whose defaults suit up to four replicas."
+        ),
+    )
+    max_queued_requests: int | None = Field(
+        default=None,
+        ge=1,
+        description=(
+            "Most requests that wait for a replica, over the whole endpoint; at least max_replicas x "
+            "max_ongoing_requests, because Ray counts a request as queued until a replica accepts it. "
+            "Null, with max_ongoing_requests: as the run config's `serving` has them."
+        ),
+    )
     idle_to_zero_seconds: float | None = Field(
-        default=None, gt=0
-    )  # of min_replicas 0; null: as any downscaling
-    haproxy: bool = False  # Serve's HAProxy in place of its Python proxy, on every node
-    listener: ListenerConfig = ListenerConfig()
-    # What Kubernetes, or whoever stops an endpoint, gives it to end: the pods' terminationGracePeriodSeconds.
-    termination_grace_seconds: int = Field(default=30, ge=20)
+        default=None,
+        gt=0,
+        description=(
+            "With min_replicas 0: seconds without traffic after which the last replica ends. Null: as any "
+            "scaling down."
+        ),
+    )
+    haproxy: bool = Field(
+        default=False, description="HAProxy in place of Serve's Python proxy, on every node."
+    )
+    listener: ListenerConfig = Field(
+        default=ListenerConfig(), description="Bounds of a connection before it is a request."
+    )
+    termination_grace_seconds: int = Field(
+        default=30,
+        ge=20,
+        description=(
+            "Seconds that Kubernetes, or whoever stops the endpoint, gives it to end (the pods' "
+            "terminationGracePeriodSeconds); 12 of them are kept for shutting down, the rest lets "
+            "requests end."
+        ),
+    )
 
     @model_validator(mode="after")
     def _bounds_are_ordered(self) -> "ServeScaling":
@@ -162,9 +249,16 @@ class ServeScaling(FrozenConfig):
 class StageResources(FrozenConfig):
     """What each stage may take; stages run one after another, so each may take everything."""
 
-    synthesis: PoolConfig = PoolConfig()
-    mining: PoolConfig = PoolConfig()
-    embedding: PoolConfig = PoolConfig()
-    merging: PoolConfig = PoolConfig()  # an actor: one task, which writes one weight file at a time
-    evaluation: PoolConfig = PoolConfig()
-    training: TrainingGroup = TrainingGroup()
+    synthesis: PoolConfig = Field(
+        default=PoolConfig(),
+        description="Actors of the LLM engines, for generators without a pool of their own.",
+    )
+    mining: PoolConfig = Field(default=PoolConfig(), description="Actors that embed and search for mining.")
+    embedding: PoolConfig = Field(default=PoolConfig(), description="Actors that embed a corpus.")
+    merging: PoolConfig = Field(
+        default=PoolConfig(), description="Tasks that merge; each writes one weight file at a time."
+    )
+    evaluation: PoolConfig = Field(
+        default=PoolConfig(), description="Actors that embed the texts of evaluation tasks."
+    )
+    training: TrainingGroup = Field(default=TrainingGroup(), description="The worker group of Ray Train.")

@@ -21,26 +21,75 @@ from embedloom.config.use import EmbeddingConfig, EvaluationConfig
 class RunSection(FrozenConfig):
     """Identity of the run and where its artefacts go."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    seed: int = 42
-    output_dir: str = "runs"  # a local path, s3://... or gs://...
-    description: str = ""
+    name: str = Field(
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
+        description=(
+            "Name of the run: its artefacts lie in OUTPUT_DIR/NAME. Letters, digits, '.', '_' and '-'. "
+            "Running a changed config under the same name rebuilds, and replaces, what depends on the "
+            "change."
+        ),
+    )
+    seed: int = Field(
+        default=42,
+        description=(
+            "Seed of everything that is drawn: which documents are held out, which texts are shown to a "
+            "generator, samples. Each training run has a seed of its own."
+        ),
+    )
+    output_dir: str = Field(
+        default="runs",
+        description=(
+            "Folder above the run's own: a local path, s3://... or gs://.... A relative path lies below "
+            "the storage root of the cluster profile, if it has one."
+        ),
+    )
+    description: str = Field(
+        default="", description="Free text for people; shown in the report and changes nothing."
+    )
 
 
 class RunConfig(FrozenConfig):
     """A whole run; every section but ``run``, ``corpus``, ``encoder`` and ``training`` has defaults."""
 
-    run: RunSection
-    corpus: CorpusConfig
-    synthesis: SynthesisConfig | None = None
-    mining: MiningConfig
-    encoder: EncoderConfig
-    training: TrainingConfig
-    merging: MergingConfig = MergingConfig()
-    evaluation: EvaluationConfig = EvaluationConfig()
-    gate: GateConfig = GateConfig()
-    embedding: EmbeddingConfig = EmbeddingConfig()
-    serving: ServingConfig = ServingConfig()
+    run: RunSection = Field(description="The run's name and seed, and the folder of its artefacts.")
+    corpus: CorpusConfig = Field(
+        description="Which documents are read, and how they are cleaned, deduplicated, cut and split."
+    )
+    synthesis: SynthesisConfig | None = Field(
+        default=None,
+        description="Queries and pairs written by LLMs. Null: the run trains on the pairs its sources hold.",
+    )
+    mining: MiningConfig = Field(
+        description="Which teachers score candidates for every query, and which candidates become hard negatives."
+    )
+    encoder: EncoderConfig = Field(
+        description="The pretrained model that is trained, its pooling and its prompts."
+    )
+    training: TrainingConfig = Field(
+        description=(
+            "Stages, sources, loss and optimiser of the contrastive training, and how many runs there are."
+        )
+    )
+    merging: MergingConfig = Field(
+        default=MergingConfig(), description="How the models of all training runs become one."
+    )
+    evaluation: EvaluationConfig = Field(
+        default=EvaluationConfig(),
+        description=(
+            "Which tasks the base, the candidates and the merged model are scored on, and beside which "
+            "baselines."
+        ),
+    )
+    gate: GateConfig = Field(
+        default=GateConfig(), description="What a model must show before it may be served."
+    )
+    embedding: EmbeddingConfig = Field(
+        default=EmbeddingConfig(), description="How a corpus is embedded into stored vectors."
+    )
+    serving: ServingConfig = Field(
+        default=ServingConfig(),
+        description="What the endpoint serves, where it listens and what one request may ask for.",
+    )
 
     @model_validator(mode="after")
     def _mix_has_its_sources(self) -> "RunConfig":

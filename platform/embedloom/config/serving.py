@@ -17,71 +17,201 @@ class ModelAlias(FrozenConfig):
     What it states is the default of requests to that name; what a request says itself holds.
     """
 
-    side: Side | None = None  # null: as without the alias, a document
-    task: str | None = None  # as a request's ``task``
-    instruction: str | None = Field(default=None, min_length=1, max_length=4096)
-    truncate: Truncate | None = None
+    side: Side | None = Field(
+        default=None,
+        description="query or document, for requests that do not state it. Null: document, as without the alias.",
+    )
+    task: str | None = Field(
+        default=None,
+        description="Task type or named task, for requests that state none. Null: the model's default task.",
+    )
+    instruction: str | None = Field(
+        default=None,
+        min_length=1,
+        max_length=4096,
+        description="Instruction, for requests that state none. Null: that of the task.",
+    )
+    truncate: Truncate | None = Field(
+        default=None,
+        description=(
+            "What happens to texts over the limit, for requests that do not state it: none refuses them, "
+            "start and end cut that end off. Null: serving.truncate."
+        ),
+    )
 
 
 class ServingConfig(FrozenConfig):
     """What is served where, how requests are batched, and what one request may ask for."""
 
-    model: str = "merged"
-    require_gate: bool = True  # serve only a model whose gate.json says that these very weights passed
-    # The gate's verdict on a model that embedloom did not make; null: the gate.json beside the weights.
-    verdict: str | None = Field(default=None, exclude_if=lambda value: value is None)
-    served_name: str | None = None  # what clients put into ``model``; null: the run's name
-    # Other names of it, each with defaults of its own; listed in /v1/models.
-    models: dict[str, ModelAlias] = Field(default_factory=dict)
-    # What happens to too long a text where a request does not say; null: as each dialect has it (embeddings are refused,
-    # documents to rerank cut at their end). Whatever is cut is told in a header and in the usage.
-    truncate: Truncate | None = None
-    # Token ids that this model's tokenizer cannot have made: refuse says so, accept takes them for this model's own.
-    token_ids: Literal["accept", "refuse"] = "refuse"
-    # The task type, or name of a trained task, that texts without a task are taken for; the merged model is exported,
-    # evaluated and judged with it. null: what most of the trained queries were.
-    default_task: str | None = Field(default=None, min_length=1)
-    host: str = "127.0.0.1"
-    port: int = Field(default=8000, ge=1, le=65535)
-    route_prefix: str = Field(default="/", pattern=r"^/.*$")
-    # float32, as embedding.compute_dtype, so that vectors agree. int8: linear layers in 8 bits on VNNI, for CPU; with
-    # require_gate only where the run's held-out queries lose at most 0.005 nDCG@10 by it.
-    compute_dtype: Literal["auto", "float32", "bfloat16", "int8"] = "float32"
-    # torch: our encoder. vllm: its pooling runner, for GPUs; a replica whose golden vectors differ does not start.
-    engine: ServingEngine = "torch"
-    # A vectors artefact to search, and the texts it was embedded from (null: those the artefact or its run holds).
-    corpus: str | None = None
-    documents: str | None = None
+    model: str = Field(
+        default="merged", description="'merged', 'base', the name of a training run, or a model folder."
+    )
+    require_gate: bool = Field(
+        default=True, description="Serve only a model whose gate.json says that exactly these weights passed."
+    )
+    verdict: str | None = Field(
+        default=None,
+        exclude_if=lambda value: value is None,
+        description=(
+            "The gate's verdict on a model that embedloom did not make. Null: the gate.json beside the "
+            "weights."
+        ),
+    )
+    served_name: str | None = Field(
+        default=None, description="What clients put into `model`. Null: the run's name."
+    )
+    models: dict[str, ModelAlias] = Field(
+        default_factory=dict,
+        description=(
+            "Other names of the model, each with defaults of its own, for clients that can send nothing "
+            "but a model's name; listed in /v1/models."
+        ),
+    )
+    truncate: Truncate | None = Field(
+        default=None,
+        description=(
+            "What happens to a text over the limit where a request does not state it: none, start or end "
+            "(which end is cut off). Null: as each API dialect does it: embeddings are refused, documents "
+            "to rerank are cut at their end. What is cut is told in a header and in the usage."
+        ),
+    )
+    token_ids: Literal["accept", "refuse"] = Field(
+        default="refuse",
+        description=(
+            "Token ids that this model's tokenizer cannot have made: refuse answers 400, accept takes "
+            "them for this model's own."
+        ),
+    )
+    default_task: str | None = Field(
+        default=None,
+        min_length=1,
+        description=(
+            "Task type, or name of a trained task, that texts without a task are taken for; the merged "
+            "model is exported, evaluated and judged with it. Null: what most of the trained queries "
+            "were."
+        ),
+    )
+    host: str = Field(
+        default="127.0.0.1",
+        description=(
+            "Address to listen on. The default is reachable from this machine only; 0.0.0.0 is every "
+            "interface."
+        ),
+    )
+    port: int = Field(default=8000, ge=1, le=65535, description="TCP port to listen on.")
+    route_prefix: str = Field(default="/", pattern=r"^/.*$", description="Path below which all routes lie.")
+    compute_dtype: Literal["auto", "float32", "bfloat16", "int8"] = Field(
+        default="float32",
+        description=(
+            "Number type of the computation: float32 as embedding.compute_dtype, so that vectors agree. "
+            "int8: linear layers in 8 bits, for CPUs with AVX-512 VNNI; with require_gate only where the "
+            "run's held-out queries lose at most 0.005 nDCG@10 by it."
+        ),
+    )
+    engine: ServingEngine = Field(
+        default="torch",
+        description=(
+            "torch: our encoder. vllm: its pooling runner, for GPUs; a replica whose golden vectors "
+            "differ does not start."
+        ),
+    )
+    corpus: str | None = Field(
+        default=None, description="A vectors artefact that /v1/search searches. Null: no search."
+    )
+    documents: str | None = Field(
+        default=None,
+        description=(
+            "The texts that the corpus was embedded from. Null: those that the vectors, or their run, hold."
+        ),
+    )
 
-    # Limits of one request: OpenAI's own are 2,048 items and 300,000 tokens.
-    max_body_mib: float = Field(default=16.0, gt=0)
-    max_items: int = Field(default=2048, ge=1)
+    max_body_mib: float = Field(
+        default=16.0, gt=0, description="Largest request body, in MiB, also after decompression."
+    )
+    max_items: int = Field(
+        default=2048, ge=1, description="Most texts of one request; 2,048 is OpenAI's own limit."
+    )
     max_item_characters: int = Field(
-        default=262_144, ge=1
-    )  # tokenising a text costs time before it can be refused
-    max_request_tokens: int = Field(default=300_000, ge=64)
-    request_timeout_seconds: float = Field(default=60.0, gt=0)
+        default=262_144,
+        ge=1,
+        description="Most characters of one text: tokenising costs time before a text can be refused by tokens.",
+    )
+    max_request_tokens: int = Field(
+        default=300_000, ge=64, description="Most tokens of one request; 300,000 is OpenAI's own limit."
+    )
+    request_timeout_seconds: float = Field(
+        default=60.0,
+        gt=0,
+        description=(
+            "Seconds after which a request is answered 504. What the encoder could not answer in that "
+            "time is answered 429 at once."
+        ),
+    )
 
-    # Batches and the queue of one replica. A request of at most ``query_lane_tokens`` waits in the query lane, any
-    # other in the bulk lane; while both wait, the query lane gets ``query_lane_share`` of the tokens computed.
-    max_batch_tokens: int = Field(default=4096, ge=64)
-    batch_wait_seconds: float = Field(default=0.005, ge=0)
-    query_lane_tokens: int = Field(default=512, ge=1)
-    query_lane_share: float = Field(default=0.5, gt=0, lt=1)
+    max_batch_tokens: int = Field(
+        default=4096,
+        ge=64,
+        description="Most tokens computed in one batch. More is more throughput and longer waits.",
+    )
+    batch_wait_seconds: float = Field(
+        default=0.005, ge=0, description="Seconds that a batch which is not full waits for more requests."
+    )
+    query_lane_tokens: int = Field(
+        default=512,
+        ge=1,
+        description="Requests of at most this many tokens wait in the query lane, all others in the bulk lane.",
+    )
+    query_lane_share: float = Field(
+        default=0.5,
+        gt=0,
+        lt=1,
+        description=(
+            "Share of the computed tokens that the query lane gets while both lanes have requests waiting."
+        ),
+    )
     max_queued_tokens: int = Field(
-        default=600_000, ge=64
-    )  # of each lane; beyond it a request is answered 429
-    max_ongoing_requests: int = Field(default=64, ge=1)
-    max_queued_requests: int = Field(default=256, ge=1)
+        default=600_000,
+        ge=64,
+        description="Most tokens waiting in each lane of a replica; beyond it a request is answered 429.",
+    )
+    max_ongoing_requests: int = Field(
+        default=64,
+        ge=1,
+        description="Most requests in one replica at a time; see also the profile's serve section.",
+    )
+    max_queued_requests: int = Field(
+        default=256,
+        ge=1,
+        description=(
+            "Most requests that wait for a replica, over the whole endpoint; not below "
+            "max_ongoing_requests, because Ray counts a request as queued until a replica accepts it."
+        ),
+    )
 
-    # API keys as YAML, ``name: {sha256: ..., requests_per_minute: ..., tokens_per_minute: ...}``, in a file or an
-    # environment variable; with neither, every client is served.
-    keys_file: str | None = None
-    keys_variable: str | None = None
-    allowed_origins: tuple[str, ...] = ()  # web pages elsewhere that a browser may call from; none by default
-    # On loopback without keys, the endpoint answers only to names of this machine, and to these (a local proxy's).
-    allowed_hosts: tuple[str, ...] = ()
-    request_log: Literal["none", "facts", "texts"] = "facts"  # facts: one line a request, without its texts
+    keys_file: str | None = Field(
+        default=None,
+        description=(
+            "File of API keys, YAML: NAME: {sha256: ..., requests_per_minute: ..., tokens_per_minute: "
+            "...}. Null, with keys_variable null too: every client is served."
+        ),
+    )
+    keys_variable: str | None = Field(
+        default=None,
+        description="Environment variable that holds API keys as keys_file does. Null: see keys_file.",
+    )
+    allowed_origins: tuple[str, ...] = Field(
+        default=(), description="Web pages elsewhere that a browser may call from, as scheme and host."
+    )
+    allowed_hosts: tuple[str, ...] = Field(
+        default=(),
+        description=(
+            "On loopback without keys, the endpoint answers only to names of this machine and to these "
+            "(for example a local proxy's)."
+        ),
+    )
+    request_log: Literal["none", "facts", "texts"] = Field(
+        default="facts", description="none, facts (one line per request, without its texts), or texts."
+    )
 
     @model_validator(mode="after")
     def _queue_is_deep_enough(self) -> "ServingConfig":

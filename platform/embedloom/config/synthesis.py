@@ -21,61 +21,156 @@ class EngineOptions(FrozenConfig):
     flight keep the batch full through a long tail, and then texts, never ids lost or twice, may differ between runs.
     """
 
-    max_model_tokens: int = Field(default=1024, ge=128)  # prompt and answer together
-    sequences: int | None = Field(default=None, ge=1)  # decoded together; null: 32 on CPU, vLLM's own on GPU
+    max_model_tokens: int = Field(
+        default=1024,
+        ge=128,
+        description="Longest prompt and answer together, in tokens; decides how much cache a sequence may need.",
+    )
+    sequences: int | None = Field(
+        default=None, ge=1, description="Answers decoded together. Null: 32 on CPU, vLLM's own number on GPU."
+    )
     kv_cache_gib: float | None = Field(
-        default=None, gt=0
-    )  # null: 1 on CPU, what gpu_memory_share leaves on GPU
-    gpu_memory_share: float = Field(default=0.9, gt=0, le=1)  # of a GPU, weights and cache together
-    prefix_caching: bool = False  # a cached prefix rounds differently, so a rerun may give other texts
-    shards_in_flight: int | None = Field(default=None, ge=1, le=16)  # null: 1 on CPU, 4 on GPU
-    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"  # auto on CPU: bfloat16 if in hardware
-    # vLLM's own batch-invariant kernels (CUDA only, slower): several shards in flight, yet the same texts again.
-    batch_invariant: bool = False
+        default=None,
+        gt=0,
+        description="Key-value cache, in GiB. Null: 1 on CPU, what gpu_memory_share leaves on GPU.",
+    )
+    gpu_memory_share: float = Field(
+        default=0.9, gt=0, le=1, description="Share of a GPU's memory for weights and cache together (0-1)."
+    )
+    prefix_caching: bool = Field(
+        default=False,
+        description=(
+            "Reuse the cache of equal prompt beginnings. Faster, but a cached prefix rounds differently, "
+            "so a rerun may give other texts."
+        ),
+    )
+    shards_in_flight: int | None = Field(
+        default=None,
+        ge=1,
+        le=16,
+        description=(
+            "Shards decoded at once. One gives the same texts on every rerun; more keep the batch full "
+            "while long answers end, and texts may then differ between runs. Null: 1 on CPU, 4 on GPU."
+        ),
+    )
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
+        default="auto",
+        description=(
+            "Number type of the computation. auto: on CPU bfloat16 if in hardware, on GPU the model's own."
+        ),
+    )
+    batch_invariant: bool = Field(
+        default=False,
+        description=(
+            "vLLM's batch-invariant kernels (CUDA only, slower): the same texts on every rerun with "
+            "several shards in flight."
+        ),
+    )
 
 
 class Generator(FrozenConfig):
     """One LLM of the mix: its share of the rows, its actors, its engine."""
 
-    model: str
-    weight: float = Field(default=1.0, ge=0)
-    pool: PoolConfig | None = None  # null: the profile's pool for synthesis
-    engine: EngineOptions = EngineOptions()
-    # A model below about a billion parameters: shorter prompts, answers bounded by patterns.
-    small: bool = False
+    model: str = Field(
+        description="LLM that writes: a model folder, a Hugging Face id, a .gguf file or a registry name."
+    )
+    weight: float = Field(
+        default=1.0,
+        ge=0,
+        description=(
+            "Share of the accepted rows, relative to the other generators' weights; what is refused is "
+            "asked for again, so the shares hold."
+        ),
+    )
+    pool: PoolConfig | None = Field(
+        default=None,
+        description=(
+            "Actors of this generator and what each reserves. Null: the cluster profile's pool for synthesis."
+        ),
+    )
+    engine: EngineOptions = Field(default=EngineOptions(), description="How vLLM runs this generator.")
+    small: bool = Field(
+        default=False,
+        description=(
+            "For models below about a billion parameters: shorter prompts, and answers bounded by patterns."
+        ),
+    )
 
 
 class Sampling(FrozenConfig):
     """How tokens are drawn; a family may say otherwise."""
 
-    sampling_temperature: float = Field(default=0.7, ge=0)
-    top_p: float = Field(default=0.95, gt=0, le=1)
-    max_new_tokens: int = Field(default=64, ge=8)
+    sampling_temperature: float = Field(
+        default=0.7, ge=0, description="Temperature at which tokens are drawn; 0 is greedy."
+    )
+    top_p: float = Field(
+        default=0.95,
+        gt=0,
+        le=1,
+        description="Nucleus sampling: tokens are drawn from the most likely ones that sum to this probability.",
+    )
+    max_new_tokens: int = Field(default=64, ge=8, description="Longest answer, in tokens of the generator.")
 
 
 class TaskConfig(FrozenConfig):
     """Step one of two: task sentences brainstormed for a family, drawn from in step two (arXiv 2511.07025 §6.2)."""
 
-    count: int = Field(default=20, ge=1)  # task sentences per family that needs them, over all generators
-    # Share of the rows whose task comes from another generator; with one generator it has no effect.
-    cross_model: float = Field(default=1.0, ge=0, le=1)
+    count: int = Field(
+        default=20,
+        ge=1,
+        description="Task sentences brainstormed per family that needs them, over all generators.",
+    )
+    cross_model: float = Field(
+        default=1.0,
+        ge=0,
+        le=1,
+        description=(
+            "Share of the rows whose task comes from another generator than the one that writes the row "
+            "(arXiv 2511.07025 §6.2); no effect with one generator."
+        ),
+    )
 
 
 class SynthesisConfig(FrozenConfig):
     """Rows written by a mix of LLMs (arXiv 2511.07025 §4.3, §6.2)."""
 
-    generators: tuple[Generator, ...] = Field(min_length=1)
-    families: tuple[FamilyUnion, ...] = Field(min_length=1)
-    languages: dict[str, float] = Field(default_factory=lambda: {"eng": 1.0})  # ISO 639-3 -> weight
-    sampling: Sampling = Sampling()
-    tasks: TaskConfig = TaskConfig()
-    quality: QualityConfig = QualityConfig()
-    # Share of the rows asked for that will likely be kept: the first round asks for that much more, and a second
-    # round, with its start of every engine, may not be needed. Rows above the quota are not kept.
-    expected_acceptance: float = Field(default=1.0, gt=0, le=1)
-    # Answers asked for per answer needed, before a generator that is always refused stops the stage.
-    max_attempts_per_row: float = Field(default=4.0, ge=1)
-    shard_rows: int = Field(default=128, ge=1)  # answers per exactly-once shard
+    generators: tuple[Generator, ...] = Field(
+        min_length=1, description="The LLMs that write; their weights decide the shares."
+    )
+    families: tuple[FamilyUnion, ...] = Field(
+        min_length=1, description="What is written: one section per kind of rows."
+    )
+    languages: dict[str, float] = Field(
+        default_factory=lambda: {"eng": 1.0},
+        description="ISO 639-3 code -> weight: languages of the queries, where a family states none.",
+    )
+    sampling: Sampling = Field(
+        default=Sampling(), description="How tokens are drawn, where a family states nothing else."
+    )
+    tasks: TaskConfig = Field(
+        default=TaskConfig(), description="Brainstorming of task sentences, step one of two."
+    )
+    quality: QualityConfig = Field(
+        default=QualityConfig(), description="What a row must pass before it is kept."
+    )
+    expected_acceptance: float = Field(
+        default=1.0,
+        gt=0,
+        le=1,
+        description=(
+            "Share of the answers that will likely be kept (0-1). The first round asks for that much "
+            "more, so that a second round, which starts every engine again, may not be needed. Rows above "
+            "the quota are not kept."
+        ),
+    )
+    max_attempts_per_row: float = Field(
+        default=4.0,
+        ge=1,
+        description="Answers asked for per row needed, before a generator that is always refused stops the stage.",
+    )
+    shard_rows: int = Field(
+        default=128, ge=1, description="Answers per shard, the unit that is written exactly once and resumed."
+    )
 
     @model_validator(mode="after")
     def _mix_is_possible(self) -> "SynthesisConfig":

@@ -15,27 +15,89 @@ _LOCAL_ONLY = ("max_query_tokens", "max_document_tokens", "dtype")
 
 
 class Teacher(FrozenConfig):
-    """One teacher; a plain string stands for ``{model: string}``.
+    """One teacher; a plain string stands for ``{model: string}``."""
 
-    ``auto`` takes our own encoder where it computes exactly what the model's files say, else sentence-transformers.
-    """
-
-    model: str = Field(min_length=1)  # a folder, a Hugging Face id, a registry name; openai: the served name
-    engine: TeacherEngine = "auto"
-    url: str | None = None  # openai: base address up to and with /v1
-    api_key_env: str | None = Field(default=None, pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")  # never the key itself
-    query_template: str | None = None  # {instruction} and {text}; null: the model's own query prompt
-    document_template: str | None = None
-    max_query_tokens: int | None = Field(default=None, ge=8)  # null: the stage's own limit
-    max_document_tokens: int | None = Field(default=None, ge=8)
+    model: str = Field(
+        min_length=1,
+        description=(
+            "A model folder, a Hugging Face id or a registry name; with engine openai, the name of the "
+            "served model."
+        ),
+    )
+    engine: TeacherEngine = Field(
+        default="auto",
+        description=(
+            "What computes: encoder (our own), sentence_transformers, openai (an endpoint), or auto: our "
+            "own where it computes exactly what the model's files say, else sentence_transformers."
+        ),
+    )
+    url: str | None = Field(
+        default=None,
+        description=(
+            "engine openai, which needs it: base address up to and with /v1. Null: the model is computed "
+            "here."
+        ),
+    )
+    api_key_env: str | None = Field(
+        default=None,
+        pattern=r"^[A-Za-z_][A-Za-z0-9_]*$",
+        description=(
+            "engine openai: environment variable that holds the API key; never the key itself. Null: "
+            "requests carry no key."
+        ),
+    )
+    query_template: str | None = Field(
+        default=None,
+        description=(
+            "How a query is written: {text} once and perhaps {instruction}. Null: the model's own query "
+            "prompt."
+        ),
+    )
+    document_template: str | None = Field(
+        default=None,
+        description=(
+            "How a document is written: {text} once and perhaps {instruction}. Null: the model's own "
+            "document prompt."
+        ),
+    )
+    max_query_tokens: int | None = Field(
+        default=None,
+        ge=8,
+        description="Longest query, in tokens; longer ones are cut. Null: mining.max_query_tokens.",
+    )
+    max_document_tokens: int | None = Field(
+        default=None,
+        ge=8,
+        description="Longest document, in tokens; longer ones are cut. Null: mining.max_document_tokens.",
+    )
     max_characters: int | None = Field(
-        default=None, ge=1
-    )  # openai: longer texts are cut before they are sent
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    batch_size: int = Field(default=32, ge=1, le=2048)  # texts a batch or request; 2,048 is OpenAI's limit
-    concurrency: int = Field(default=4, ge=1, le=256)  # openai: requests in flight per actor
-    timeout_seconds: float = Field(default=60.0, gt=0)
-    max_retries: int = Field(default=5, ge=0)  # openai: of 408, 409, 429, 5xx and broken connections
+        default=None,
+        ge=1,
+        description=(
+            "engine openai: characters to which longer texts are cut before they are sent. Null: sent whole."
+        ),
+    )
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        default="auto",
+        description=(
+            "Number type of the computation. auto: bfloat16 where the hardware computes it fast, else "
+            "float32."
+        ),
+    )
+    batch_size: int = Field(
+        default=32, ge=1, le=2048, description="Texts per batch or request; 2,048 is OpenAI's limit."
+    )
+    concurrency: int = Field(
+        default=4, ge=1, le=256, description="engine openai: requests in flight per actor."
+    )
+    timeout_seconds: float = Field(
+        default=60.0, gt=0, description="engine openai: seconds that a request may take."
+    )
+    max_retries: int = Field(
+        default=5,
+        ge=0,
+        description="engine openai: repetitions after status 408, 409, 429, 5xx or a broken connection.",
+    )
 
     @model_validator(mode="before")
     @classmethod

@@ -25,15 +25,47 @@ WATCHING = frozenset({"max_failures", "checkpoints_kept", "trackers", "parity"})
 class TrainingStage(FrozenConfig):
     """One contrastive stage (arXiv 2511.07025 Table 8)."""
 
-    name: str = Field(pattern=r"^[a-z0-9_]+$")
-    negatives: int = Field(ge=0)  # per query; 0 only for losses that compare with the rest of the batch
-    global_batch: int = Field(ge=1)  # queries per optimizer step, over all workers
-    learning_rate: float = Field(gt=0)
-    max_steps: int | None = Field(default=None, ge=1)  # null: one pass over the mix per epoch
-    epochs: float = Field(default=1.0, gt=0)
-    warmup_steps: int = Field(default=100, ge=0)
-    schedule: Schedule = "linear"
-    sources: tuple[TrainingSource, ...] = ()  # none: the run's own mined examples, by training.mix
+    name: str = Field(
+        pattern=r"^[a-z0-9_]+$",
+        description="Name of the stage: the folder below training/RUN/, and the key of runs[].stages.",
+    )
+    negatives: int = Field(
+        ge=0,
+        description=(
+            "Mined negatives per query, at most mining.selection.negatives. The recipe has 1, then 4 "
+            "(arXiv 2511.07025 Table 8). 0 only for losses that compare with the rest of the batch."
+        ),
+    )
+    global_batch: int = Field(ge=1, description="Queries per optimiser step, over all workers.")
+    learning_rate: float = Field(
+        gt=0, description="Highest learning rate, reached after warm-up; runs may scale it."
+    )
+    max_steps: int | None = Field(
+        default=None,
+        ge=1,
+        description="Optimiser steps of the stage. Null: as many as `epochs` passes over the mix need.",
+    )
+    epochs: float = Field(
+        default=1.0, gt=0, description="Passes over the mix, where max_steps is null; fractions are allowed."
+    )
+    warmup_steps: int = Field(
+        default=100,
+        ge=0,
+        description=(
+            "Steps over which the learning rate rises from 0; 100 in the recipe (Table 8). Keep it well "
+            "below the number of steps."
+        ),
+    )
+    schedule: Schedule = Field(
+        default="linear",
+        description="After warm-up: linear (the recipe's) or cosine decay to 0 at the last step, or constant.",
+    )
+    sources: tuple[TrainingSource, ...] = Field(
+        default=(),
+        description=(
+            "What the stage trains on. Empty: the run's own mined examples, in the shares of training.mix."
+        ),
+    )
 
     @field_validator("sources")
     @classmethod
@@ -47,16 +79,37 @@ class TrainingStage(FrozenConfig):
 
 
 class StageChanges(FrozenConfig):
-    """What one run has otherwise in a stage; null: as the stage has it."""
+    """What one run changes in a stage."""
 
-    negatives: int | None = Field(default=None, ge=0)
-    global_batch: int | None = Field(default=None, ge=1)
-    learning_rate: float | None = Field(default=None, gt=0)
-    max_steps: int | None = Field(default=None, ge=1)
-    epochs: float | None = Field(default=None, gt=0)  # alone: in place of the stage's max_steps
-    warmup_steps: int | None = Field(default=None, ge=0)
-    schedule: Schedule | None = None
-    sources: dict[str, SourceChanges] = Field(default_factory=dict)  # by name
+    negatives: int | None = Field(
+        default=None, ge=0, description="Negatives per query in this run. Null: as in the stage."
+    )
+    global_batch: int | None = Field(
+        default=None, ge=1, description="Queries per optimiser step in this run. Null: as in the stage."
+    )
+    learning_rate: float | None = Field(
+        default=None, gt=0, description="Highest learning rate in this run. Null: as in the stage."
+    )
+    max_steps: int | None = Field(
+        default=None, ge=1, description="Optimiser steps in this run. Null: as in the stage."
+    )
+    epochs: float | None = Field(
+        default=None,
+        gt=0,
+        description=(
+            "Passes over the mix in this run; given alone, it replaces the stage's max_steps. Null: as in "
+            "the stage."
+        ),
+    )
+    warmup_steps: int | None = Field(
+        default=None, ge=0, description="Warm-up steps in this run. Null: as in the stage."
+    )
+    schedule: Schedule | None = Field(
+        default=None, description="Course of the learning rate in this run. Null: as in the stage."
+    )
+    sources: dict[str, SourceChanges] = Field(
+        default_factory=dict, description="Source name -> what this run has otherwise of it."
+    )
 
     def of(self, stage: TrainingStage) -> TrainingStage:
         """The stage with the changes.
@@ -77,21 +130,46 @@ class Candidate(FrozenConfig):
     What differs between the paper's six runs (arXiv 2511.07025 §6.4): mixes and hyper-parameters.
     """
 
-    name: str = Field(pattern=r"^[a-z0-9_]+$")
-    seed: int
-    learning_rate_scale: float = Field(default=1.0, gt=0)
-    mix: dict[str, float] | None = None  # replaces training.mix; the next ones replace the key of their name
-    loss: LossName | None = None
-    temperature: float | None = Field(default=None, gt=0)
-    weight_decay: float | None = Field(default=None, ge=0)
-    stages: dict[str, StageChanges] = Field(default_factory=dict)  # by name
+    name: str = Field(
+        pattern=r"^[a-z0-9_]+$",
+        description=(
+            "Name of the run: the folder training/NAME/, and what gate, merging and ablations call its model."
+        ),
+    )
+    seed: int = Field(description="Seed of this run's order of examples and of all it draws.")
+    learning_rate_scale: float = Field(
+        default=1.0, gt=0, description="Factor of every stage's learning rate in this run."
+    )
+    mix: dict[str, float] | None = Field(
+        default=None, description="Replaces training.mix in this run. Null: the section's."
+    )
+    loss: LossName | None = Field(
+        default=None, description="Replaces training.loss in this run. Null: the section's."
+    )
+    temperature: float | None = Field(
+        default=None, gt=0, description="Replaces training.temperature in this run. Null: the section's."
+    )
+    weight_decay: float | None = Field(
+        default=None, ge=0, description="Replaces training.weight_decay in this run. Null: the section's."
+    )
+    stages: dict[str, StageChanges] = Field(
+        default_factory=dict, description="Stage name -> what this run has otherwise in it."
+    )
 
 
 class MatryoshkaConfig(FrozenConfig):
     """Prefixes of the vectors that must work alone (arXiv 2205.13147): the loss is summed over all of them."""
 
-    dimensions: tuple[int, ...] = Field(min_length=1)
-    weights: tuple[float, ...] | None = None  # one per dimension; null: 1 each
+    dimensions: tuple[int, ...] = Field(
+        min_length=1,
+        description=(
+            "Lengths of the prefixes that must work alone, the whole vector among them if it shall keep "
+            "its quality."
+        ),
+    )
+    weights: tuple[float, ...] | None = Field(
+        default=None, description="Weight of each length in the sum of the losses. Null: 1 each."
+    )
 
     @model_validator(mode="after")
     def _dimensions_have_weights(self) -> "MatryoshkaConfig":
@@ -112,35 +190,126 @@ class MatryoshkaConfig(FrozenConfig):
 class TrainingConfig(FrozenConfig):
     """Contrastive training on Ray Train and DeepSpeed."""
 
-    runs: tuple[Candidate, ...] = Field(min_length=1)  # "candidates" is the older name of the key
-    stages: tuple[TrainingStage, ...] = Field(min_length=1)
-    mix: dict[str, float] = Field(default_factory=lambda: {"public": 0.5, "synthetic": 0.5})
-    loss: LossName = "infonce"
-    qwen3_documents: Literal["all", "positives"] = "all"  # of other queries; two readings of one formula
-    temperature: float = Field(default=0.02, gt=0)
-    repeat_negatives: bool = (
-        True  # a query with too few negatives repeats them in turn; false: it is a bad row
+    runs: tuple[Candidate, ...] = Field(
+        min_length=1,
+        description=(
+            "Training runs, each through all stages; each ends in a candidate, and the candidates are "
+            "merged. 'candidates' is the older name of this key."
+        ),
     )
-    bad_rows: Literal["fail", "skip"] = (
-        "fail"  # an example without query, positive or negatives; skipped ones are counted
+    stages: tuple[TrainingStage, ...] = Field(
+        min_length=1,
+        description=(
+            "Stages in order; each starts from the weights of the one before. The recipe has two (arXiv "
+            "2511.07025 Table 8)."
+        ),
     )
-    matryoshka: MatryoshkaConfig | None = None
-    weight_decay: float = Field(default=0.01, ge=0)
-    adam_betas: tuple[float, float] = (0.9, 0.999)
-    gradient_clip_norm: float = Field(default=1.0, gt=0)
-    micro_batch_tokens: int = Field(default=4096, ge=64)  # tokens per forward on one worker
-    zero_stage: Literal[0, 1, 2, 3] = 2
-    gradient_checkpointing: bool = False
-    freeze_token_embeddings: bool = (
-        False  # in a cut-down model they are most of the weights, and of the traffic
+    mix: dict[str, float] = Field(
+        default_factory=lambda: {"public": 0.5, "synthetic": 0.5},
+        description=(
+            "Origin -> share of the queries, for stages without sources: public (the sources' own pairs), "
+            "synthetic (written by LLMs), in_domain. Shares are relative."
+        ),
     )
-    checkpoint_every_steps: int = Field(default=200, ge=1)
-    checkpoints_kept: int = Field(default=2, ge=1)
-    max_failures: int = Field(default=3, ge=0)  # worker-group restarts before the stage fails
-    dev: DevScoring | None = None
-    lora: LoraConfig | None = None
-    trackers: tuple[TrackerName, ...] = ("tensorboard",)
-    parity: tuple[ParityReader, ...] = PARITY_READERS  # readers that must see the exported model as trained
+    loss: LossName = Field(
+        default="infonce",
+        description=(
+            "infonce: a query's own negatives only (the recipe's, arXiv 2511.07025 Eq. 1). gecko, qwen3, "
+            "gemini: also documents, or queries, of the batch (arXiv 2403.20327, 2506.05176, 2503.07891); "
+            "these gain from large batches."
+        ),
+    )
+    qwen3_documents: Literal["all", "positives"] = Field(
+        default="all",
+        description=(
+            "loss qwen3: which documents of other queries it compares with: all, positives and negatives "
+            "(as arXiv 2511.07025 §6.1 reads the formula), or positives only."
+        ),
+    )
+    temperature: float = Field(
+        default=0.02,
+        gt=0,
+        description=(
+            "Temperature of the softmax over cosines; lower weighs the hardest negatives more. 0.02 in "
+            "the recipe (Table 8)."
+        ),
+    )
+    repeat_negatives: bool = Field(
+        default=True,
+        description="true: a query with too few negatives repeats them in turn. false: it is a bad row.",
+    )
+    bad_rows: Literal["fail", "skip"] = Field(
+        default="fail",
+        description=(
+            "What an example without query, positive or enough negatives does: fail stops the stage and "
+            "names it, skip leaves it out and counts it."
+        ),
+    )
+    matryoshka: MatryoshkaConfig | None = Field(
+        default=None, description="Train prefixes of the vectors to work alone (arXiv 2205.13147). Null: off."
+    )
+    weight_decay: float = Field(default=0.01, ge=0, description="AdamW's weight decay.")
+    adam_betas: tuple[float, float] = Field(
+        default=(0.9, 0.999), description="AdamW's two decay rates of the moments; torch's defaults."
+    )
+    gradient_clip_norm: float = Field(
+        default=1.0, gt=0, description="Largest norm of the gradient; a larger one is scaled down."
+    )
+    micro_batch_tokens: int = Field(
+        default=4096,
+        ge=64,
+        description=(
+            "Tokens per forward pass of one worker. Changes memory and speed, not the result: a step's "
+            "batch may take several passes (gradient caching, arXiv 2101.06983)."
+        ),
+    )
+    zero_stage: Literal[0, 1, 2, 3] = Field(
+        default=2,
+        description=(
+            "What DeepSpeed's ZeRO spreads over the workers: 0 nothing, 1 optimiser state, 2 gradients "
+            "too, 3 weights too. Higher needs less memory and more traffic."
+        ),
+    )
+    gradient_checkpointing: bool = Field(
+        default=False,
+        description=(
+            "Compute activations again in the backward pass instead of keeping them: less memory, about a "
+            "third more time."
+        ),
+    )
+    freeze_token_embeddings: bool = Field(
+        default=False,
+        description=(
+            "Do not train the token embeddings. In a cut-down model they are most of the weights, and of "
+            "the traffic between workers."
+        ),
+    )
+    checkpoint_every_steps: int = Field(
+        default=200,
+        ge=1,
+        description="Optimiser steps between checkpoints, from which a killed stage continues.",
+    )
+    checkpoints_kept: int = Field(default=2, ge=1, description="Newest checkpoints that stay on disk.")
+    max_failures: int = Field(
+        default=3, ge=0, description="Restarts of the worker group before the stage fails."
+    )
+    dev: DevScoring | None = Field(
+        default=None, description="Score development tasks while training. Null: off."
+    )
+    lora: LoraConfig | None = Field(
+        default=None, description="Train low-rank adapters instead of all weights. Null: all weights."
+    )
+    trackers: tuple[TrackerName, ...] = Field(
+        default=("tensorboard",),
+        description="Where metrics go beside metrics.jsonl; wandb and mlflow need their extra installed.",
+    )
+    parity: tuple[ParityReader, ...] = Field(
+        default=PARITY_READERS,
+        description=(
+            "Programs that must read the exported model as it was trained, to a cosine of 0.9999 "
+            "(float32) or 0.999 (bfloat16). vllm starts an engine, half a minute on a CPU."
+        ),
+    )
 
     @field_validator("trackers", "parity")
     @classmethod

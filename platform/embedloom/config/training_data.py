@@ -13,33 +13,71 @@ TrainingFormat = Literal[
 
 
 class TrainingSource(FrozenConfig):
-    """One source of a training mix.
+    """One source of a training mix."""
 
-    ``path`` is a folder or file, whose form ``format`` names:
-
-    - ``mined``: the run's own mined examples, no path; ``examples``: those of another run (its ``examples`` folder).
-    - ``embed_nemotron``: one subset of nvidia/embed-nemotron-dataset-v1; where it ships ids only, ``local_texts``
-      says where its original data lies.
-    - ``nemo_json``: a NeMo AutoModel training file with its corpus folders.
-    - ``sentence_transformers``: Parquet or JSON lines with anchor, positive, negative or negative_1 ... n.
-    - ``flagembedding``: JSON lines with query, pos, neg. ``beir``: a folder, its train judgements.
-    """
-
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    format: TrainingFormat
-    path: str | None = None
+    name: str = Field(
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
+        description="Name of the source in metrics, data card and prompts.",
+    )
+    format: TrainingFormat = Field(
+        description=(
+            "mined: the run's own mined examples. examples: those of another run (its examples folder). "
+            "embed_nemotron: a subset of nvidia/embed-nemotron-dataset-v1. nemo_json: a NeMo AutoModel "
+            "training file with its corpus folders. sentence_transformers: Parquet or JSON lines with "
+            "anchor, positive, negative or negative_1 ... n. flagembedding: JSON lines with query, pos, "
+            "neg. beir: a folder, its train judgements."
+        )
+    )
+    path: str | None = Field(
+        default=None, description="Folder or file in that format. Null: only for format mined."
+    )
     weight: float | None = Field(
-        default=None, gt=0
-    )  # share of the mix; all sources of a mix have one, or none
-    cap: int | None = Field(default=None, ge=1)  # rows used, drawn once by the seed; null: all
-    instruction: str | None = None  # null: the source's own, else that of its task type
-    task_type: str = "retrieval"  # of formats that state none
-    negatives: int | None = Field(default=None, ge=0)  # most used of a query's own; null: the stage's number
-    license: str | None = None  # as the source states it; for the data card
-    dataset: str | None = None  # mined, examples: only the rows of this dataset
-    query_column: str = "anchor"
-    positive_column: str = "positive"
-    local_texts: dict[str, str] = Field(default_factory=dict)  # original repository → local folder or file
+        default=None,
+        gt=0,
+        description=(
+            "Share of the mix, relative to the other sources'. All sources of a stage have a weight, or "
+            "none has. Null: all rows count, or cap of them."
+        ),
+    )
+    cap: int | None = Field(
+        default=None, ge=1, description="Most rows used, drawn once by the seed. Null: all."
+    )
+    instruction: str | None = Field(
+        default=None,
+        description="Instruction of the queries. Null: the data's own, else that of the task type.",
+    )
+    task_type: str = Field(
+        default="retrieval",
+        description=(
+            "Task type of the rows, where the format states none; decides the default instruction and "
+            "whether both sides get it."
+        ),
+    )
+    negatives: int | None = Field(
+        default=None, ge=0, description="Most negatives used of a query's own. Null: the stage's number."
+    )
+    license: str | None = Field(
+        default=None,
+        description="Licence as the source states it, for the data card. Null: the card says that none is stated.",
+    )
+    dataset: str | None = Field(
+        default=None,
+        description=(
+            "mined, examples: only rows of this dataset, as corpus.sources[].dataset names it ('public' "
+            "where it names none, 'synthetic' for written rows). Null: all."
+        ),
+    )
+    query_column: str = Field(default="anchor", description="sentence_transformers: column of the query.")
+    positive_column: str = Field(
+        default="positive", description="sentence_transformers: column of the right answer."
+    )
+    local_texts: dict[str, str] = Field(
+        default_factory=dict,
+        description=(
+            "embed_nemotron: original repository -> local folder or file with its texts, where a subset "
+            "ships ids only."
+        ),
+    )
 
     @field_validator("task_type")
     @classmethod
@@ -59,12 +97,18 @@ class TrainingSource(FrozenConfig):
 
 
 class SourceChanges(FrozenConfig):
-    """What one run has otherwise of a source; null: as the stage has it."""
+    """What one run changes of a source."""
 
-    weight: float | None = Field(default=None, gt=0)
-    cap: int | None = Field(default=None, ge=1)
-    negatives: int | None = Field(default=None, ge=0)
-    drop: bool = False  # not in this run's mix
+    weight: float | None = Field(
+        default=None, gt=0, description="Share of the mix in this run. Null: as in the stage."
+    )
+    cap: int | None = Field(
+        default=None, ge=1, description="Most rows used in this run. Null: as in the stage."
+    )
+    negatives: int | None = Field(
+        default=None, ge=0, description="Most negatives of a query in this run. Null: as in the stage."
+    )
+    drop: bool = Field(default=False, description="Whether this run leaves the source out.")
 
 
 def changed_sources(

@@ -14,15 +14,29 @@ PARITY_READERS: tuple[ParityReader, ...] = ("embedloom", "transformers", "senten
 
 
 class DevScoring(FrozenConfig):
-    """Scores on development tasks while a stage trains, by the same code that evaluates the finished models.
+    """Scores on development tasks while a stage trains, by the same code that evaluates the finished models."""
 
-    Tasks are written as in ``evaluation.tasks``; each must rank documents and be no task that the run is judged on.
-    """
-
-    tasks: tuple[EvaluationTask, ...] = (EvaluationTask(name="dev", split="dev"),)
-    every_steps: int = Field(default=200, ge=1)  # and before the first step and after the last
-    metric: Literal["ndcg_at_10", "mrr_at_10", "recall_at_10", "recall_at_100"] = "ndcg_at_10"
-    keep: Literal["best", "last"] = "best"  # which weights the stage hands on
+    tasks: tuple[EvaluationTask, ...] = Field(
+        default=(EvaluationTask(name="dev", split="dev"),),
+        description=(
+            "Development tasks, written as in evaluation.tasks; each must rank documents and be no task "
+            "that the run is judged on."
+        ),
+    )
+    every_steps: int = Field(
+        default=200,
+        ge=1,
+        description=(
+            "Optimiser steps between two scorings; the model is also scored before the first step and "
+            "after the last."
+        ),
+    )
+    metric: Literal["ndcg_at_10", "mrr_at_10", "recall_at_10", "recall_at_100"] = Field(
+        default="ndcg_at_10", description="Score that is watched, mean over the tasks."
+    )
+    keep: Literal["best", "last"] = Field(
+        default="best", description="Which weights the stage hands on: those of the best score, or the last."
+    )
 
     @field_validator("tasks")
     @classmethod
@@ -69,10 +83,20 @@ def _texts_of(task: EvaluationTask) -> tuple[str | None, ...]:
 class LoraConfig(FrozenConfig):
     """Low-rank adapters instead of all weights (arXiv 2106.09685); the exported model is base + alpha / rank x B A."""
 
-    rank: int = Field(default=16, ge=1)
-    alpha: float = Field(default=32.0, gt=0)
-    dropout: float = Field(default=0.0, ge=0, lt=1)
-    target_modules: tuple[str, ...] | None = None  # last parts of module names; null: every linear layer
+    rank: int = Field(default=16, ge=1, description="Rank of the adapters: their inner dimension.")
+    alpha: float = Field(
+        default=32.0, gt=0, description="Scale of the adapters: base + alpha / rank x B A is exported."
+    )
+    dropout: float = Field(
+        default=0.0, ge=0, lt=1, description="Share of the adapters' inputs set to 0 while training."
+    )
+    target_modules: tuple[str, ...] | None = Field(
+        default=None,
+        description=(
+            "Last parts of the names of linear layers that get adapters, such as q_proj. Null: every "
+            "linear layer."
+        ),
+    )
 
     @model_validator(mode="after")
     def _some_target(self) -> "LoraConfig":

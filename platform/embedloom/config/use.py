@@ -9,28 +9,56 @@ from embedloom.records import TASK_TYPES
 
 
 class EvaluationTask(FrozenConfig):
-    """What to score on: the run's own held-out pairs, local task files, an mteb task or a whole mteb benchmark.
+    """What to score on: the run's own held-out pairs, local task files, an mteb task or a whole mteb benchmark."""
 
-    ``path`` is a BEIR folder (``beir``) or, for ``local``, one task or a folder of tasks: ``retrieval/<name>/`` and
-    ``reranking/<name>/`` with corpus, queries and qrels, ``<type>/<name>.parquet`` for the other types.
-    """
-
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9 ,.()_+-]*$")  # mteb's own name for mteb and benchmark
-    kind: Literal["heldout", "beir", "local", "mteb", "benchmark"] = "heldout"
-    path: str | None = None
-    split: Literal["dev", "test"] = "test"  # mteb's tasks have their own
+    name: str = Field(
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9 ,.()_+-]*$",
+        description="Name of the task in tables; for kind mteb and benchmark, mteb's own name.",
+    )
+    kind: Literal["heldout", "beir", "local", "mteb", "benchmark"] = Field(
+        default="heldout",
+        description=(
+            "heldout: the run's own held-out pairs. beir: a BEIR folder. local: a task or a folder of "
+            "tasks on disk. mteb: a task of mteb. benchmark: all tasks of an mteb benchmark."
+        ),
+    )
+    path: str | None = Field(
+        default=None,
+        description=(
+            "beir: the folder. local: one task or a folder of tasks (retrieval/NAME/ and reranking/NAME/ "
+            "with corpus, queries and qrels, TYPE/NAME.parquet for the other types). Null: the other "
+            "kinds have no path."
+        ),
+    )
+    split: Literal["dev", "test"] = Field(
+        default="test",
+        description="Split that is scored, for heldout, beir and local; mteb's tasks have their own.",
+    )
     limit: int | None = Field(
-        default=None, ge=1
-    )  # at most this many queries or rows a subset, chosen by hash
-    languages: tuple[str, ...] | None = None  # ISO 639-3; only subsets of these
-    # beir, local: whether a document of the query's own id is left out of its ranking; null: as BEIR does, unless it is
-    # judged relevant to that query. Tasks of mteb say it themselves.
-    ignore_identical_ids: bool | None = Field(default=None, exclude_if=lambda value: value is None)
-    # Which prompts texts get. default: what the endpoint sends to whoever names at most the task type. own: each held-out
-    # query's own instruction. published: the benchmark's instruction for the task, by which others' scores are made. null:
-    # published for mteb and benchmark, else default. A gate takes published ones only where they are stated.
+        default=None,
+        ge=1,
+        description="Most queries or rows per subset, chosen by hash, for a quicker estimate. Null: all.",
+    )
+    languages: tuple[str, ...] | None = Field(
+        default=None, description="ISO 639-3 codes: only subsets in these languages. Null: all."
+    )
+    ignore_identical_ids: bool | None = Field(
+        default=None,
+        exclude_if=lambda value: value is None,
+        description=(
+            "beir, local: whether a document with the query's own id is left out of its ranking. Null: as "
+            "BEIR does, unless it is judged relevant to that query. mteb's tasks state it themselves."
+        ),
+    )
     prompts: Literal["default", "own", "published"] | None = Field(
-        default=None, exclude_if=lambda value: value is None
+        default=None,
+        exclude_if=lambda value: value is None,
+        description=(
+            "Which prompts texts get. default: what the endpoint gives to clients that name at most a "
+            "task type. own: each held-out query's own instruction. published: the benchmark's "
+            "instruction for the task, with which published scores are made. Null: published for mteb and "
+            "benchmark, else default. A gate uses published prompts only where they are stated."
+        ),
     )
 
     @model_validator(mode="after")
@@ -56,15 +84,42 @@ class EvaluationTask(FrozenConfig):
 class EvaluationConfig(FrozenConfig):
     """What the base, the candidates and the merged model are scored on, and beside which baselines."""
 
-    tasks: tuple[EvaluationTask, ...] = (EvaluationTask(name="heldout"),)
-    baselines: tuple[Literal["bm25", "teacher"], ...] = ("bm25", "teacher")
-    shard_texts: int = Field(default=4096, ge=1)  # texts that one actor embeds at a time; part of the recipe
-    # Parquet file of leaderboard scores or an mteb results folder: models that candidates are ranked among.
-    pool: str | None = None
-    resamples: int = Field(default=1000, ge=100)  # of the bootstrap behind the confidence intervals
-    # Of mteb tasks and benchmarks that do not state their prompts themselves.
+    tasks: tuple[EvaluationTask, ...] = Field(
+        default=(EvaluationTask(name="heldout"),),
+        description=(
+            "What the base, the candidates and the merged model are scored on. Default: the run's "
+            "held-out test split."
+        ),
+    )
+    baselines: tuple[Literal["bm25", "teacher"], ...] = Field(
+        default=("bm25", "teacher"),
+        description="What they are shown beside: bm25 (word matching), teacher (the first mining teacher).",
+    )
+    shard_texts: int = Field(
+        default=4096,
+        ge=1,
+        description=(
+            "Texts that one actor embeds at a time. Batches round differently, so it is part of what "
+            "identifies an evaluation."
+        ),
+    )
+    pool: str | None = Field(
+        default=None,
+        description=(
+            "Models to rank the candidates among: a Parquet file of leaderboard scores, or an mteb "
+            "results folder. Null: the run's own models."
+        ),
+    )
+    resamples: int = Field(
+        default=1000, ge=100, description="Bootstrap resamples behind the confidence intervals."
+    )
     prompts: Literal["default", "published"] | None = Field(
-        default=None, exclude_if=lambda value: value is None
+        default=None,
+        exclude_if=lambda value: value is None,
+        description=(
+            "Which prompts mteb tasks and benchmarks get that state none themselves, as tasks[].prompts "
+            "has them. Null: published."
+        ),
     )
 
     @property
@@ -90,17 +145,35 @@ class EvaluationConfig(FrozenConfig):
 class IndexConfig(FrozenConfig):
     """A FAISS index beside the vectors; keys that the kind does not read are refused."""
 
-    kind: Literal["flat", "ivf", "hnsw"]
-    lists: int | None = Field(default=None, ge=1)  # ivf: cells; null: 4 sqrt(rows), at least 39 rows a cell
-    probes: int = Field(default=16, ge=1)  # ivf: cells searched
-    training_rows: int = Field(default=262_144, ge=1)  # ivf: sample that the cells are learnt from
-    neighbours: int = Field(default=32, ge=2)  # hnsw: links of a node
-    build_width: int = Field(default=200, ge=1)  # hnsw: candidates while building
-    search_width: int = Field(default=128, ge=1)  # hnsw: candidates while searching
-    # FAISS links HNSW nodes in whatever order its threads arrive: with one thread the file is reproducible.
-    threads: int = Field(default=1, ge=1)
-    sample: int = Field(default=1000, ge=1)  # queries that recall@10 is measured on
-    seed: int = 0
+    kind: Literal["flat", "ivf", "hnsw"] = Field(
+        description="flat: exact. ivf: vectors in cells, of which some are searched. hnsw: a graph of neighbours."
+    )
+    lists: int | None = Field(
+        default=None,
+        ge=1,
+        description="ivf: number of cells. Null: 4 x the square root of the rows, with at least 39 rows a cell.",
+    )
+    probes: int = Field(
+        default=16, ge=1, description="ivf: cells searched per query; more finds more and costs more."
+    )
+    training_rows: int = Field(
+        default=262_144, ge=1, description="ivf: rows of the sample that the cells are learnt from."
+    )
+    neighbours: int = Field(default=32, ge=2, description="hnsw: links per node.")
+    build_width: int = Field(default=200, ge=1, description="hnsw: candidates looked at while building.")
+    search_width: int = Field(default=128, ge=1, description="hnsw: candidates looked at while searching.")
+    threads: int = Field(
+        default=1,
+        ge=1,
+        description=(
+            "Threads that build the index. FAISS links HNSW nodes in the order in which its threads "
+            "arrive, so only one thread gives the same file again."
+        ),
+    )
+    sample: int = Field(
+        default=1000, ge=1, description="Queries on which recall@10 against exact search is measured."
+    )
+    seed: int = Field(default=0, description="Seed of that sample and of the cells.")
 
     @model_validator(mode="after")
     def _keys_fit_kind(self) -> "IndexConfig":
@@ -120,27 +193,84 @@ class IndexConfig(FrozenConfig):
 class EmbeddingConfig(FrozenConfig):
     """Batch embedding of a corpus to Parquet vectors."""
 
-    model: str = "merged"  # "merged", "base", a candidate's name, or a model folder
-    # A corpus artefact, a file, folder or glob of Parquet or JSON lines, or a folder of text or Markdown files;
-    # null: the run's own documents.
-    corpus: str | None = None
-    side: Literal["query", "document"] = "document"
-    task_type: str = "retrieval"  # where neither it nor task is stated, the model's own default
-    # A task of the model by name (those of its contract), in place of the task type.
-    task: str | None = Field(default=None, min_length=1, exclude_if=lambda value: value is None)
-    instruction: str | None = Field(default=None, min_length=1)  # of queries; null: the contract's own
-    text_column: str = "text"
-    title_column: str | None = None  # joined before a document's text; null: "title", where there is one
-    id_column: str | None = None  # null: "id" or "_id", where there is one, else ids are content hashes
-    dtype: Literal["float32", "float16", "int8", "binary"] = "float32"  # of the stored vectors
-    dimensions: int | None = Field(default=None, ge=1)  # cut to the first so many (Matryoshka); null: whole
-    allow_truncation: bool = False  # cut vectors of a model that does not say it was trained for it
-    compute_dtype: Literal["auto", "float32", "bfloat16"] = "float32"  # bfloat16 moves a cosine by up to 1e-3
-    shard_rows: int = Field(default=2048, ge=1)
-    previous: str | None = (
-        None  # a vectors artefact of the same recipe: its vectors of unchanged texts are kept
+    model: str = Field(
+        default="merged", description="'merged', 'base', the name of a training run, or a model folder."
     )
-    index: IndexConfig | None = None
+    corpus: str | None = Field(
+        default=None,
+        description=(
+            "Texts to embed: a corpus artefact, a file, folder or glob of Parquet or JSON lines, or a "
+            "folder of text or Markdown files. Null: the run's own documents."
+        ),
+    )
+    side: Literal["query", "document"] = Field(
+        default="document",
+        description="Whether the texts are queries or documents; decides their prompt and length limit.",
+    )
+    task_type: str = Field(
+        default="retrieval",
+        description=(
+            "Task type whose prompt the texts get. Where neither it nor task is given, the model's own "
+            "default."
+        ),
+    )
+    task: str | None = Field(
+        default=None,
+        min_length=1,
+        exclude_if=lambda value: value is None,
+        description=(
+            "A task that the model knows by name (in its contract.json), instead of a task type. Null: by "
+            "task_type."
+        ),
+    )
+    instruction: str | None = Field(
+        default=None, min_length=1, description="Instruction of queries. Null: that of the task or task type."
+    )
+    text_column: str = Field(default="text", description="Column that holds the text to embed.")
+    title_column: str | None = Field(
+        default=None,
+        description="Column of a title, joined before a document's text. Null: 'title' where there is one.",
+    )
+    id_column: str | None = Field(
+        default=None,
+        description="Column of ids. Null: 'id' or '_id' where there is one, else hashes of the content.",
+    )
+    dtype: Literal["float32", "float16", "int8", "binary"] = Field(
+        default="float32",
+        description=(
+            "Number type of the stored vectors. int8 and binary take a quarter and a thirty-second of the "
+            "space and carry a scale."
+        ),
+    )
+    dimensions: int | None = Field(
+        default=None,
+        ge=1,
+        description=(
+            "Cut vectors to their first N dimensions, for models trained for it (Matryoshka). Null: whole "
+            "vectors."
+        ),
+    )
+    allow_truncation: bool = Field(
+        default=False,
+        description="Cut vectors of a model that does not state it was trained for that length.",
+    )
+    compute_dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        default="float32",
+        description="Number type of the computation. bfloat16 moves a cosine by up to 0.001.",
+    )
+    shard_rows: int = Field(
+        default=2048, ge=1, description="Texts per shard, the unit that is written exactly once and resumed."
+    )
+    previous: str | None = Field(
+        default=None,
+        description=(
+            "A vectors artefact of the same model and settings: vectors of unchanged texts are taken from "
+            "it. Null: none."
+        ),
+    )
+    index: IndexConfig | None = Field(
+        default=None, description="A FAISS index beside the vectors. Null: none; exact search needs none."
+    )
 
     @property
     def recipe(self) -> dict[str, Any]:
