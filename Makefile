@@ -9,7 +9,7 @@ QUESTION ?= How do I compute the shortest path between two nodes of a graph?
 TASK ?= $(if $(filter %quickstart.yaml,$(CONFIG)),synthetic)
 COMPILED := $(wildcard platform/embedloom/*/_*.c platform/embedloom/*/_*.h)
 
-.PHONY: demo test drill bench lint install install-dev clean
+.PHONY: demo test drill bench lint docs install install-dev clean
 
 install: $(VENV)/.installed
 install-dev: $(VENV)/.installed-dev
@@ -48,6 +48,12 @@ lint: install-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
 	$(BIN)/mypy
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+# Brings the generated parts up to date and builds the site into build/docs; `mkdocs serve` shows it while it is written.
+docs: install-dev
+	$(BIN)/python docs/generate.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 bench: install-dev
 	$(BIN)/python benchmarks/run_all.py

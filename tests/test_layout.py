@@ -10,8 +10,9 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "platform" / "embedloom"
 TOP_LEVEL = {
-    ".ci", ".gitignore", ".pre-commit-config.yaml", "CHANGELOG.md", "LICENSE", "Makefile", "README.md", "benchmarks",
-    "cluster", "docs", "jobs", "platform", "pyproject.toml", "serve", "tests",
+    ".ci", ".gitignore", ".pre-commit-config.yaml", "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "Makefile",
+    "README.md", "benchmarks", "cluster", "docs", "jobs", "llms.txt", "mkdocs.yml", "platform", "pyproject.toml", "serve",
+    "tests",
 }  # fmt: skip
 LEFT_BY_RUNNING = set((ROOT / ".gitignore").read_text().replace("/\n", "\n").split()) | {".git"}
 MAX_FUNCTION_LINES = 60
