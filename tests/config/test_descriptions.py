@@ -11,9 +11,10 @@ from embedloom.config.rates import RatesConfig
 from embedloom.config.run import RunConfig
 
 CONFIGS = [RunConfig, ClusterConfig, AblationConfig, RatesConfig, ApplicationArgs]
-FILLERS = set(
-    "a an and are as at be by each for from has have in is it its not of on or that the this to what with".split()
-)
+FILLERS = {
+    "a", "an", "and", "are", "as", "at", "be", "by", "each", "for", "from", "has", "have", "in", "is", "it",
+    "its", "not", "of", "on", "or", "that", "the", "this", "to", "what", "with",
+}  # fmt: skip
 
 
 def properties(model):
