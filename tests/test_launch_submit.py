@@ -64,6 +64,26 @@ def test_commands_are_joined_only_by_their_like(submitted):
     assert len({key(), key("run.seed=1"), key(stage="mine"), key("run.name=other")}) == 4
 
 
+def test_a_shipped_config_goes_by_its_name(submitted, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for profile, options in (("local", {}), ("a100x64", {"address": "http://head:8265"})):
+        submit_run(run_on(profile), SubmitOptions(Path("quickstart"), None, **options), dry_run=False)
+        assert submitted[-1].arguments[:4] == ("run", "quickstart", "--profile", profile)
+        assert "--cluster" not in submitted[-1].arguments
+
+
+def test_another_machine_gets_files_below_the_working_folder_only(submitted, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "inside.yaml").write_bytes(QUICKSTART.read_bytes())
+    inside = SubmitOptions(tmp_path / "inside.yaml", None, address="http://head:8265")
+    submit_run(run_on("a100x64"), inside, dry_run=False)
+    assert submitted[-1].arguments[1] == "inside.yaml"  # the copy has another place there
+    outside = SubmitOptions(QUICKSTART, None, address="http://head:8265")
+    with pytest.raises(ConfigError, match=r"quickstart\.yaml: not below the working folder .*--render-job"):
+        submit_run(run_on("a100x64"), outside, dry_run=False)
+    assert len(submitted) == 1
+
+
 def test_unknown_stages_are_named(submitted):
     with pytest.raises(ConfigError, match=r"--stage: 'minne' is not a stage of this run; allowed: .*mine"):
         submit_run(run_on("local"), SubmitOptions(QUICKSTART, CLUSTER, stage="minne"), False)

@@ -17,6 +17,7 @@ from embedloom.cli_cluster import app as cluster_app
 from embedloom.cli_deploy import deploy
 from embedloom.cli_embed import embed
 from embedloom.cli_merge import merge_models
+from embedloom.cli_options import ClusterFile
 from embedloom.cli_rank import gate, leaderboard
 from embedloom.cli_runs import diff, explain, ledger, replay
 from embedloom.cli_serve import serve
@@ -28,10 +29,12 @@ app = typer.Typer(
 app.add_typer(cluster_app, name="cluster")
 
 Config = Annotated[
-    Path, typer.Argument(metavar="CONFIG", help="A run config, such as jobs/configs/quickstart.yaml.")
+    Path,
+    typer.Argument(
+        metavar="CONFIG", help="A run config: a YAML file, or a shipped one by its name, such as quickstart."
+    ),
 ]
 ProfileName = Annotated[str, typer.Option("--profile", help="A profile of the cluster config.")]
-ClusterFile = Annotated[Path, typer.Option("--cluster", help="The cluster config.")]
 Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override a config value; repeatable."),
@@ -47,11 +50,15 @@ class OnInterrupt(StrEnum):
 
 
 LOCAL = "local"
-CLUSTER = Path("cluster/cluster.yaml")
 
 
 def _stage(
-    verb: str | None, config: Path, profile: str, cluster: Path, overrides: list[str] | None, dry_run: bool
+    verb: str | None,
+    config: Path,
+    profile: str,
+    cluster: Path | None,
+    overrides: list[str] | None,
+    dry_run: bool,
 ) -> None:
     """Shared body of the pipeline verbs."""
     from embedloom.launch import execute, load
@@ -76,7 +83,7 @@ def _add_stage_verb(verb: str, help_text: str) -> None:
     def command(
         config: Config,
         profile: ProfileName = LOCAL,
-        cluster: ClusterFile = CLUSTER,
+        cluster: ClusterFile = None,
         overrides: Overrides = None,
         dry_run: DryRun = False,
     ) -> None:
@@ -104,7 +111,7 @@ app.command("deploy")(deploy)
 def plan(
     config: Config,
     profile: ProfileName = LOCAL,
-    cluster: ClusterFile = CLUSTER,
+    cluster: ClusterFile = None,
     overrides: Overrides = None,
     dry_run: DryRun = False,
     calibrate: Annotated[
@@ -127,7 +134,7 @@ def plan(
 def submit(
     config: Config,
     profile: ProfileName = LOCAL,
-    cluster: ClusterFile = CLUSTER,
+    cluster: ClusterFile = None,
     overrides: Overrides = None,
     dry_run: DryRun = False,
     stage: Annotated[str | None, typer.Option("--stage", help="One stage instead of the whole run.")] = None,

@@ -5,14 +5,17 @@ from typing import Annotated
 
 import typer
 
+from embedloom.cli_options import ClusterFile
+
 Ablation = Annotated[
     Path,
-    typer.Argument(metavar="ABLATION", help="A grid file, such as jobs/configs/ablation_losses.yaml."),
+    typer.Argument(
+        metavar="ABLATION", help="A grid: a YAML file, or a shipped one by its name, such as ablation_losses."
+    ),
 ]
 ProfileName = Annotated[
     str | None, typer.Option("--profile", help="A profile of the cluster config; default: the file's own.")
 ]
-ClusterFile = Annotated[Path, typer.Option("--cluster", help="The cluster config.")]
 Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="A key of the file, or of every run; repeatable."),
@@ -23,7 +26,7 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what would be bui
 def ablate(
     ablation: Ablation,
     profile: ProfileName = None,
-    cluster: ClusterFile = Path("cluster/cluster.yaml"),
+    cluster: ClusterFile = None,
     overrides: Overrides = None,
     dry_run: DryRun = False,
 ) -> None:

@@ -5,28 +5,29 @@ from typing import Annotated
 
 import typer
 
+from embedloom.cli_options import ClusterFile
+
 LOCAL = "local"
-CLUSTER = Path("cluster/cluster.yaml")
 
 app = typer.Typer(
     no_args_is_help=True, help="Write or check the files that launchers, KubeRay and Serve read."
 )
 ProfileName = Annotated[str, typer.Option("--profile", help="A profile of the cluster config.")]
-ClusterFile = Annotated[Path, typer.Option("--cluster", help="The cluster config.")]
 
 
 @app.command("render")
 def cluster_render(
     profile: ProfileName = LOCAL,
-    cluster: ClusterFile = CLUSTER,
+    cluster: ClusterFile = None,
     out: Annotated[Path, typer.Option("--out", help="Folder for the files.")] = Path("cluster/rendered"),
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check, and write nothing.")] = False,
 ) -> None:
     """Write launcher, KubeRay and Serve files of a profile."""
     from embedloom.cluster.config import load_cluster
     from embedloom.cluster.render import render
+    from embedloom.config.shipped import cluster_file
 
-    config = load_cluster(cluster)
+    config = load_cluster(cluster_file(cluster))
     config.profile(profile)
     if not dry_run:
         for path in render(config, profile, out):
@@ -37,7 +38,7 @@ def cluster_render(
 @app.command("check")
 def cluster_check(
     profile: ProfileName = LOCAL,
-    cluster: ClusterFile = CLUSTER,
+    cluster: ClusterFile = None,
     crds: Annotated[
         Path | None,
         typer.Option(
@@ -48,16 +49,18 @@ def cluster_check(
     """Validate what render would write with what reads it."""
     from embedloom.cluster.config import load_cluster
     from embedloom.cluster.render import check
+    from embedloom.config.shipped import cluster_file
 
-    for line in check(load_cluster(cluster), profile, crds=crds):
+    path = cluster_file(cluster)
+    for line in check(load_cluster(path), profile, crds=crds):
         print(line)
-    print(cluster)
+    print(path)
 
 
 @app.command("placement")
 def cluster_placement(
     profile: ProfileName = LOCAL,
-    cluster: ClusterFile = CLUSTER,
+    cluster: ClusterFile = None,
     simulate: Annotated[
         bool,
         typer.Option("--simulate", help="Also place it on a Ray of as many nodes with made-up GPUs, here."),
@@ -66,8 +69,10 @@ def cluster_placement(
     """What each stage asks for, on how many nodes it lands, and what stays pending."""
     from embedloom.cluster.config import load_cluster
     from embedloom.cluster.placement import placement_table
+    from embedloom.config.shipped import cluster_file
 
-    config = load_cluster(cluster)
+    path = cluster_file(cluster)
+    config = load_cluster(path)
     machines = config.profile(profile)
     print(placement_table(machines)[0])
     if simulate:
@@ -79,4 +84,4 @@ def cluster_placement(
         from embedloom.cluster.simulation import simulate as run_simulation
 
         print(run_simulation(machines))
-    print(cluster)
+    print(path)

@@ -1,11 +1,10 @@
 """The ``deploy`` verb: a new version of the model into a running endpoint."""
 
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-_CLUSTER = Path("cluster/cluster.yaml")
+from embedloom.cli_options import ClusterFile
 
 
 def _option(name: str, help_text: str, **settings: Any) -> Any:
@@ -38,7 +37,6 @@ Verdict = Annotated[
 ]
 Port = Annotated[int | None, _option("port", "Of the endpoint on this machine; default: the only one.")]
 ProfileName = Annotated[str, _option("profile", "A profile of the cluster config.")]
-ClusterFile = Annotated[Path, _option("cluster", "The cluster config.")]
 Rules = Annotated[
     list[str] | None,
     _option(
@@ -63,7 +61,7 @@ def deploy(
     verdict: Verdict = None,
     port: Port = None,
     profile: ProfileName = "local",
-    cluster: ClusterFile = _CLUSTER,
+    cluster: ClusterFile = None,
     overrides: Rules = None,
     dry_run: DryRun = False,
 ) -> None:
@@ -79,6 +77,6 @@ def deploy(
     command = DeployCommand(
         model, canary, shadow, stay, new_vectors, corpus, documents, port, rules, require_gate, verdict
     )
-    text, code = deploy_model(command, load_machine(cluster, _CLUSTER), profile, dry_run)
+    text, code = deploy_model(command, load_machine(cluster), profile, dry_run)
     print(text)
     raise typer.Exit(code)

@@ -1,14 +1,13 @@
 """The ``embed`` verb: a run config, or any input with a model and a folder."""
 
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from embedloom.cli_options import ClusterFile
+from embedloom.config.shipped import names_config
 from embedloom.errors import ConfigError
 
-_CONFIG_ENDINGS = (".yaml", ".yml")
-_CLUSTER = Path("cluster/cluster.yaml")
 _SET_KEYS = {"out": "run.output_dir", "index": "embedding.index.kind"}  # others: embedding.<option>
 
 
@@ -40,7 +39,6 @@ Previous = Annotated[
     _option("previous", "Earlier vectors; unchanged texts keep theirs. Those of --out itself: automatic."),
 ]
 ProfileName = Annotated[str, _option("profile", "A profile of the cluster config.")]
-ClusterFile = Annotated[Path, _option("cluster", "The cluster config.")]
 Overrides = Annotated[
     list[str] | None,
     _option(
@@ -63,7 +61,7 @@ def embed(
     index: Index = None,
     previous: Previous = None,
     profile: ProfileName = "local",
-    cluster: ClusterFile = _CLUSTER,
+    cluster: ClusterFile = None,
     overrides: Overrides = None,
     dry_run: DryRun = False,
 ) -> None:
@@ -78,11 +76,11 @@ def embed(
         "model": model, "out": out, "dtype": dtype, "dimensions": dimensions, "side": side,
         "instruction": instruction, "index": index, "previous": previous,
     }  # fmt: skip
-    if source.endswith(_CONFIG_ENDINGS):
+    if names_config(source):
         _refuse_options(given)
         from embedloom.launch import execute, load
 
-        print(execute(load(Path(source), profile, cluster, overrides or []), "embed", dry_run))
+        print(execute(load(source, profile, cluster, overrides or []), "embed", dry_run))
         return
     for key in ("model", "out"):
         if given[key] is None:
@@ -91,7 +89,7 @@ def embed(
 
     section = {key: value for key, value in given.items() if key != "out"}
     config = embedding_config({**section, "corpus": source}, overrides or [])
-    print(embed_texts(config, str(out), load_machine(cluster, _CLUSTER), profile, dry_run))
+    print(embed_texts(config, str(out), load_machine(cluster), profile, dry_run))
 
 
 def _refuse_options(given: dict[str, Any]) -> None:

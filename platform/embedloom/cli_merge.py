@@ -1,13 +1,11 @@
 """The ``merge-models`` verb: any model folders, without a run config."""
 
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from embedloom.cli_options import ClusterFile
 from embedloom.errors import ConfigError
-
-_CLUSTER = Path("cluster/cluster.yaml")
 
 
 def _option(name: str, help_text: str, **settings: Any) -> Any:
@@ -36,7 +34,6 @@ StoredType = Annotated[str, _option("dtype", "Of the written tensors: float32, b
 ProfileName = Annotated[
     str | None, _option("profile", "Spread the files over Ray as this profile says; default: threads here.")
 ]
-ClusterFile = Annotated[Path, _option("cluster", "The cluster config.")]
 Allow = Annotated[
     list[str] | None,
     _option(
@@ -63,7 +60,7 @@ def merge_models(
     dtype: StoredType = "float32",
     allow: Allow = None,
     profile: ProfileName = None,
-    cluster: ClusterFile = _CLUSTER,
+    cluster: ClusterFile = None,
     overrides: Overrides = None,
     dry_run: DryRun = False,
 ) -> None:

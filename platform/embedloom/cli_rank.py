@@ -5,10 +5,9 @@ from typing import Annotated, Any
 
 import typer
 
+from embedloom.cli_options import ClusterFile
+from embedloom.config.shipped import names_config
 from embedloom.errors import ConfigError
-
-_CONFIG_ENDINGS = (".yaml", ".yml")
-_CLUSTER = Path("cluster/cluster.yaml")
 
 
 def _option(name: str, help_text: str, **settings: Any) -> Any:
@@ -43,7 +42,6 @@ Pool = Annotated[
 ]
 Out = Annotated[str, _option("out", "With CANDIDATE: where results are kept.")]
 ProfileName = Annotated[str, _option("profile", "A profile of the cluster config.")]
-ClusterFile = Annotated[Path, _option("cluster", "The cluster config.")]
 Overrides = Annotated[
     list[str] | None, _option("set", "Override a config value; repeatable.", metavar="SECTION.KEY=VALUE")
 ]
@@ -61,7 +59,7 @@ def gate(
     pool: Pool = None,
     out: Out = "runs/gate",
     profile: ProfileName = "local",
-    cluster: ClusterFile = _CLUSTER,
+    cluster: ClusterFile = None,
     overrides: Overrides = None,
     dry_run: DryRun = False,
 ) -> None:
@@ -75,17 +73,17 @@ def gate(
     from embedloom.launch_rank import GateRequest, gate_models, gate_run
 
     given = list(overrides or [])
-    if candidate.endswith(_CONFIG_ENDINGS):
+    if names_config(candidate):
         if against is not None or config is not None or task or pool is not None or prompts is not None:
             raise ConfigError(
                 "--against, --config, --task, --prompts and --pool go with a CANDIDATE; a CONFIG says them in gate and evaluation"
             )
-        text, code = gate_run(load(Path(candidate), profile, cluster, given), dry_run)
+        text, code = gate_run(load(candidate, profile, cluster, given), dry_run)
     else:
         if against is None:
             raise ConfigError(f"--against: needed to judge {candidate!r}; or give a run config (.yaml)")
         run = None if config is None else load(config, profile, cluster, [])
-        machine = load_machine(cluster, _CLUSTER) if run is None else run.cluster
+        machine = load_machine(cluster) if run is None else run.cluster
         request = GateRequest(candidate, against, task or [], split, limit, pool, out, given, prompts)
         text, code = gate_models(request, run, machine, profile, dry_run)
     print(text)

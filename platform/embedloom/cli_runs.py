@@ -5,10 +5,9 @@ from typing import Annotated
 
 import typer
 
-_CLUSTER = Path("cluster/cluster.yaml")
+from embedloom.cli_options import ClusterFile
 
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, such as runs/quickstart.")]
-ClusterFile = Annotated[Path, typer.Option("--cluster", help="The cluster config.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="List what is stale and stop.")]
 
 
@@ -47,7 +46,7 @@ def replay(
     profile: Annotated[
         str | None, typer.Option("--profile", help="Default: the one it was executed on.")
     ] = None,
-    cluster: ClusterFile = _CLUSTER,
+    cluster: ClusterFile = None,
     dry_run: DryRun = False,
 ) -> None:
     """Execute a run again by its own run.json; only what is stale or missing is built."""
@@ -59,8 +58,10 @@ def replay(
     print(run.place.uri if dry_run else execute(run, None, dry_run=False))
 
 
-def ledger(run_folder: RunFolder, cluster: ClusterFile = _CLUSTER) -> None:
+def ledger(run_folder: RunFolder, cluster: ClusterFile = None) -> None:
     """What each stage took beside what was planned; writes ledger.json, which `plan --calibrate` reads."""
+    from embedloom.config.rates import RATES_FILE
+    from embedloom.config.shipped import cluster_file
     from embedloom.errors import ConfigError
     from embedloom.launch import reopen
     from embedloom.pipeline import graph
@@ -72,7 +73,7 @@ def ledger(run_folder: RunFolder, cluster: ClusterFile = _CLUSTER) -> None:
     found = keep_ledger(run, graph(run))
     if found is None:
         raise ConfigError(
-            f"{cluster.parent}/rates.yaml: no such file; it says in which units work is counted"
+            f"{cluster_file(cluster).with_name(RATES_FILE)}: no such file; it says in which units work is counted"
         )
     print("\n".join(ledger_lines(found)))
     print(f"{run.place.uri}/{LEDGER_FILE}")

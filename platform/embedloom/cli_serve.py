@@ -1,14 +1,13 @@
 """The ``serve`` verb: a run config, or any model, with a corpus to search if wanted."""
 
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from embedloom.cli_options import ClusterFile
+from embedloom.config.shipped import names_config
 from embedloom.errors import ConfigError
 
-_CONFIG_ENDINGS = (".yaml", ".yml")
-_CLUSTER = Path("cluster/cluster.yaml")
 _SET_KEYS = {"name": "served_name"}  # others: serving.<option>
 
 
@@ -42,7 +41,6 @@ Task = Annotated[
     _option("task", "With --ask: task type, or a task of the model by name; default: the model's own."),
 ]
 ProfileName = Annotated[str, _option("profile", "A profile of the cluster config.")]
-ClusterFile = Annotated[Path, _option("cluster", "The cluster config.")]
 Overrides = Annotated[
     list[str] | None,
     _option(
@@ -63,7 +61,7 @@ def serve(
     ask: Ask = None,
     task: Task = None,
     profile: ProfileName = "local",
-    cluster: ClusterFile = _CLUSTER,
+    cluster: ClusterFile = None,
     overrides: Overrides = None,
     dry_run: DryRun = False,
 ) -> None:
@@ -74,7 +72,7 @@ def serve(
     embedloom serve MODEL [--corpus VECTORS] needs no config.
     """
     given = {"corpus": corpus, "documents": documents, "served_name": name, "port": port}
-    if source.endswith(_CONFIG_ENDINGS):
+    if names_config(source):
         for key, value in given.items():
             if value is not None:
                 option = next((o for o, k in _SET_KEYS.items() if k == key), key)
@@ -85,7 +83,7 @@ def serve(
             raise ConfigError("--task goes with --ask; what every request gets is serving.default_task")
         from embedloom.launch import load, serve_run
 
-        print(serve_run(load(Path(source), profile, cluster, overrides or []), ask or [], dry_run, task))
+        print(serve_run(load(source, profile, cluster, overrides or []), ask or [], dry_run, task))
         return
     if ask or task is not None:
         raise ConfigError("--ask goes with a CONFIG, whose run has documents to rank")
@@ -93,4 +91,4 @@ def serve(
     from embedloom.launch_serve import serve_model, serving_config
 
     config = serving_config({**given, "model": source}, overrides or [])
-    print(serve_model(config, load_machine(cluster, _CLUSTER), profile, dry_run))
+    print(serve_model(config, load_machine(cluster), profile, dry_run))

@@ -9,6 +9,7 @@ from embedloom.cluster.config import load_cluster
 from embedloom.cluster.placement import machines
 from embedloom.config.rates import RATES_FILE, RatesConfig, load_rates
 from embedloom.config.run import load_run
+from embedloom.config.shipped import cluster_file, config_file
 from embedloom.config.training import TrainingConfig
 from embedloom.encoder.registry import check_model_name
 from embedloom.errors import ConfigError, MissingDependency
@@ -29,26 +30,35 @@ _NEEDS = {
 }
 
 
-def load(config: Path, profile: str, cluster: Path, overrides: list[str]) -> Run:
+def load(config: str | Path, profile: str, cluster: Path | None, overrides: list[str]) -> Run:
     """Read run and cluster config and check the profile.
+
+    Args:
+        config: a file, or the name of a shipped run config.
+        profile: of the cluster config.
+        cluster: the cluster config; None: the one that ``cluster_file`` finds.
+        overrides: ``section.key=value`` items.
 
     Raises:
         ConfigError: naming the file, the key, the value seen and what is allowed.
     """
-    run = Run(load_run(config, overrides), load_cluster(cluster), profile, rates_beside(cluster))
+    path = config_file(config)
+    machines_file = cluster_file(cluster, path)
+    run = Run(load_run(path, overrides), load_cluster(machines_file), profile, rates_beside(machines_file))
     run.cluster.profile(profile)
-    _check_generators(run, config)
+    _check_generators(run, path)
     return run
 
 
-def reopen(folder: str, cluster: Path, profile: str | None) -> Run:
+def reopen(folder: str, cluster: Path | None, profile: str | None) -> Run:
     """A run that was executed before, by its ``run.json``.
 
     Raises:
         DataError: no ``run.json`` there.
         ConfigError: a config that this version does not read, or an unknown profile.
     """
-    return open_run(Place(folder), load_cluster(cluster), profile, rates_beside(cluster))
+    path = cluster_file(cluster)
+    return open_run(Place(folder), load_cluster(path), profile, rates_beside(path))
 
 
 def rates_beside(cluster: Path) -> RatesConfig | None:

@@ -18,6 +18,7 @@ from embedloom.ablation import (
 from embedloom.artefacts import Artefact
 from embedloom.cluster.config import load_cluster
 from embedloom.config.ablation import AblationConfig
+from embedloom.config.shipped import cluster_file, config_file
 from embedloom.errors import DataError
 from embedloom.launch import preflight
 from embedloom.pipeline import build_nodes
@@ -28,7 +29,9 @@ RESULT_FILE = "ablation.json"
 PAGE_FILE = "report.html"
 
 
-def ablate(path: Path, profile: str | None, cluster: Path, overrides: Sequence[str], dry_run: bool) -> str:
+def ablate(
+    ablation: str | Path, profile: str | None, cluster: Path | None, overrides: Sequence[str], dry_run: bool
+) -> str:
     """Run an ablation, or plan it; a stopped one goes on with what is missing.
 
     Returns:
@@ -37,9 +40,10 @@ def ablate(path: Path, profile: str | None, cluster: Path, overrides: Sequence[s
     Raises:
         ConfigError: naming the file, the variant, the key, the value seen and what is allowed.
     """
+    path = config_file(ablation)
     config, for_runs = load_ablation(path, overrides)
     chosen = profile or config.profile
-    machines = load_cluster(cluster)
+    machines = load_cluster(cluster_file(cluster, path))
     machines.profile(chosen)
     runs = plan_runs(config, path, machines, chosen, for_runs)
     folder = Place(runs[0].run.config.run.output_dir)

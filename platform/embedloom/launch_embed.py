@@ -5,9 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from embedloom.artefacts import Artefact, ArtefactWriter, fingerprint
-from embedloom.cluster.config import ClusterConfig, Profile, RayVersion, load_cluster
+from embedloom.cluster.config import ClusterConfig, Profile, load_cluster
 from embedloom.config.base import apply_overrides, validate
 from embedloom.config.resources import PoolConfig, StageResources
+from embedloom.config.shipped import SHIPPED_CLUSTER, cluster_file
 from embedloom.config.use import EmbeddingConfig
 from embedloom.encoder.registry import check_model_name
 from embedloom.progress import duration, note
@@ -34,18 +35,23 @@ def embedding_config(given: dict[str, Any], overrides: list[str]) -> EmbeddingCo
     return validate(EmbeddingConfig, apply_overrides(content, items), "embed")
 
 
-def load_machine(cluster: Path, default: Path) -> ClusterConfig:
-    """The cluster config; where the default file is not there, this machine with one actor on all its cores.
+def load_machine(given: Path | None) -> ClusterConfig:
+    """The cluster config of a command without a run config.
+
+    Where only the shipped one is found, its profile ``local`` is this machine with one actor on all its cores: there is
+    no recipe whose timing hangs on two of them.
 
     Raises:
         ConfigError: a file that was named is missing or broken.
     """
-    if cluster != default or cluster.is_file():
-        return load_cluster(cluster)
+    path = cluster_file(given)
+    cluster = load_cluster(path)
+    if path != SHIPPED_CLUSTER:
+        return cluster
     cores = os.cpu_count() or 1
     pool = PoolConfig(threads=cores)
     machine = Profile(logical_cpus=max(4, cores), stages=StageResources(embedding=pool))
-    return ClusterConfig(version=1, ray=RayVersion(version="", python=""), profiles={"local": machine})
+    return cluster.model_copy(update={"profiles": {**cluster.profiles, "local": machine}})
 
 
 def embed_texts(

@@ -9,6 +9,7 @@ from embedloom.artefacts import BUILDING_FILE, MANIFEST_FILE, Artefact, Artefact
 from embedloom.cluster.config import load_cluster
 from embedloom.config.base import apply_overrides, validate
 from embedloom.config.merging import MergingConfig
+from embedloom.config.shipped import cluster_file
 from embedloom.errors import ConfigError, DataError
 from embedloom.progress import duration, note
 from embedloom.storage import Place
@@ -35,7 +36,7 @@ def merge_folders(
     models: Sequence[str],
     base: str | None,
     out: str,
-    cluster: Path,
+    cluster: Path | None,
     profile: str | None,
     dry_run: bool,
 ) -> str:
@@ -70,7 +71,7 @@ def merge_folders(
     if profile is None:
         done = merge(config, places, origin, writer, threads=os.cpu_count() or 1)
     else:
-        machine = load_cluster(cluster)
+        machine = load_cluster(cluster_file(cluster))
         from embedloom.cluster.session import ray_session
 
         with ray_session(machine.profile(profile), machine.auth):

@@ -12,6 +12,7 @@ from embedloom.cluster.documents import check_pools
 from embedloom.cluster.jobs import Submission, submit
 from embedloom.cluster.kuberay import RAY_JOB_CONFIG, RayJobOrder, config_map, ray_job
 from embedloom.config.base import apply_overrides, read_yaml
+from embedloom.config.shipped import cluster_file, config_file, shipped_configs
 from embedloom.errors import ConfigError
 from embedloom.pipeline import graph
 from embedloom.run import Run
@@ -21,8 +22,8 @@ from embedloom.run import Run
 class SubmitOptions:
     """What the command line says beside the run: its files, and where and how the job runs."""
 
-    config: Path
-    cluster: Path
+    config: Path  # a file, or the name of a shipped run config
+    cluster: Path | None  # the option --cluster
     overrides: tuple[str, ...] = ()
     stage: str | None = None
     address: str | None = None
@@ -32,7 +33,11 @@ class SubmitOptions:
 def submit_run(run: Run, options: SubmitOptions, dry_run: bool) -> int:
     """Send the run, or one stage, to a Ray cluster as a job; returns the driver's exit code."""
     verb = _verb(run, options.stage)
-    arguments = [verb, str(options.config), "--profile", run.profile_name, "--cluster", str(options.cluster)]
+    local = options.address is None and run.profile.backend == "local"
+    arguments = [verb, _in_job(options.config, local), "--profile", run.profile_name]
+    # Without the option the job looks for its cluster config as this command did, in a copy of the same folder.
+    if options.cluster is not None:
+        arguments += ["--cluster", _in_job(options.cluster, local)]
     for item in options.overrides:
         arguments += ["--set", item]
     if run.place.is_local and run.profile.storage.root is None:
@@ -45,7 +50,7 @@ def submit_run(run: Run, options: SubmitOptions, dry_run: bool) -> int:
         profile_name=run.profile_name,
         working_dir=Path.cwd(),
         address=options.address,
-        start_head=options.address is None and run.profile.backend == "local",
+        start_head=local,
         on_interrupt=options.on_interrupt,
         key=fingerprint(arguments),
     )
@@ -69,10 +74,11 @@ def render_job(run: Run, options: SubmitOptions, out: Path) -> None:
             f"--render-job: {run.place.uri!r} would be lost with the job's pods; set profiles.{run.profile_name}."
             "storage.root, or run.output_dir to a place that stays"
         )
-    content = apply_overrides(read_yaml(options.config), list(options.overrides))
+    path = config_file(options.config)
+    content = apply_overrides(read_yaml(path), list(options.overrides))
     files = {
         "run.yaml": yaml.safe_dump(content, sort_keys=False, allow_unicode=True),
-        "cluster.yaml": options.cluster.read_text(),
+        "cluster.yaml": cluster_file(options.cluster, path).read_text(),
     }
     arguments = (verb, f"{RAY_JOB_CONFIG}/run.yaml", "--profile", run.profile_name)
     order = RayJobOrder(_resource_name(run.config.run.name, verb), arguments, files)
@@ -80,6 +86,25 @@ def render_job(run: Run, options: SubmitOptions, out: Path) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     header = f"# kubectl apply -f {out.name}; kubectl logs -f -l job-name={order.name} -n {run.profile.namespace}\n"
     out.write_text(header + yaml.safe_dump_all(documents, sort_keys=False, allow_unicode=True))
+
+
+def _in_job(path: Path, local: bool) -> str:
+    """A file as the job's command names it: the job starts in a copy of the working folder.
+
+    Raises:
+        ConfigError: a file outside that folder, which another machine does not have.
+    """
+    if not path.is_file() and str(path) in shipped_configs():
+        return str(path)
+    folder, absolute = Path.cwd(), path.parent.resolve() / path.name
+    if absolute.is_relative_to(folder):
+        return str(path if local else absolute.relative_to(folder))
+    if not local:
+        raise ConfigError(
+            f"{path}: not below the working folder {folder}, of which the cluster gets a copy; copy the file there, or "
+            "use --render-job, which takes it along"
+        )
+    return str(absolute)
 
 
 def _verb(run: Run, stage: str | None) -> str:

@@ -102,13 +102,14 @@ SCRIPT = """
 import json
 from embedloom.cluster.config import AuthConfig, load_cluster
 from embedloom.cluster.session import ensure_token, set_ray_environment
+from embedloom.config.shipped import SHIPPED_CLUSTER
 auth = AuthConfig()
 set_ray_environment(auth)
 ensure_token(auth)
 from embedloom.cluster.placement import Ask, machines, place
 from embedloom.cluster.simulation import observe, release, report, simulated
 
-profile = load_cluster().profile("a100x64")
+profile = load_cluster(SHIPPED_CLUSTER).profile("a100x64")
 nodes = machines(profile)
 alone = [
     Ask("synthesis", "engine", {"CPU": 4, "GPU": 8}, 1, 9, "STRICT_PACK"),

@@ -13,8 +13,6 @@ from embedloom.config.base import FrozenConfig, read_yaml, validate
 from embedloom.config.resources import ServeScaling, StageResources
 from embedloom.errors import ConfigError
 
-DEFAULT_CLUSTER_FILE = Path("cluster/cluster.yaml")
-
 
 class RayVersion(FrozenConfig):
     """What every node runs."""
@@ -230,7 +228,7 @@ class ClusterConfig(FrozenConfig):
         return self.profiles[name]
 
 
-def load_cluster(path: Path = DEFAULT_CLUSTER_FILE) -> ClusterConfig:
+def load_cluster(path: Path) -> ClusterConfig:
     """Read and check the cluster config.
 
     Raises:
