@@ -8,6 +8,7 @@ request makes an object of, so files there are written directly.
 import json
 import os
 import posixpath
+import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,6 +26,24 @@ from embedloom.records import check_table
 def absolute(path: str) -> str:
     """A local path as readers in other folders find it; an object store's address as it is."""
     return path if "://" in path else str(Path(path).expanduser().absolute())
+
+
+def apply_umask(folder: Path) -> None:
+    """Give a folder and all below it the permissions of newly made ones.
+
+    safetensors writes through a temporary file that only its owner may read, ``mkdtemp`` makes such folders, and a
+    rename or copy keeps what they have. The modes are those of a file and a folder made here: asking for the umask
+    itself means setting it, for every thread of the process.
+    """
+    file, inner = folder / f"_tmp-{os.getpid()}-file", folder / f"_tmp-{os.getpid()}-folder"
+    file.touch()
+    inner.mkdir()
+    modes = {False: file.stat().st_mode, True: inner.stat().st_mode}
+    file.unlink()
+    inner.rmdir()
+    for path in (folder, *folder.rglob("*")):
+        if not path.is_symlink():
+            path.chmod(stat.S_IMODE(modes[path.is_dir()]))
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,6 +13,7 @@ from embedloom.encoder.sidecars import write_sidecars
 from embedloom.encoder.tokenizer import check_vocabulary, embedding_tokenizer, load_tokenizer, special_habits
 from embedloom.errors import ConfigError, DataError
 from embedloom.instructions import PromptContract
+from embedloom.storage import apply_umask
 
 SHARD_SIZE = "4GB"
 
@@ -95,6 +96,7 @@ def save_model(backbone: Any, tokenizer: Any, contract: PromptContract, out: Pat
     backbone.save_pretrained(out, max_shard_size=SHARD_SIZE)
     tokenizer.save_pretrained(out)
     write_sidecars(out, contract, int(backbone.config.hidden_size))
+    apply_umask(out)
     sample = "A sample, with Unicode: größer, 日本語."
     if load_tokenizer(out)(sample)["input_ids"] != tokenizer(sample)["input_ids"]:
         raise DataError(f"{out}: the saved tokenizer gives other ids than the one in memory")

@@ -12,6 +12,7 @@ import torch
 
 from embedloom.errors import DataError, MissingDependency
 from embedloom.progress import note
+from embedloom.storage import apply_umask
 
 _DONE = ".converted"  # written last; a folder without it is an interrupted conversion
 
@@ -34,6 +35,7 @@ def convert_once(gguf: Path, folder: Path) -> Path:
     try:
         _convert(gguf, temporary)
         (temporary / _DONE).touch()
+        apply_umask(temporary)
         try:
             temporary.rename(folder)
         except OSError:

@@ -63,7 +63,7 @@ def _write(
     plan: MergePlan, file: WeightFile, path: Path, pool: Executor | None, report: Report | None
 ) -> None:
     scratch = Scratch()
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)  # less the umask
     try:
         offset = _put(descriptor, file.header, 0)
         for info in file.infos:

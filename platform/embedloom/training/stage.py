@@ -16,7 +16,7 @@ from embedloom.encoder.readers import reader_verdicts
 from embedloom.errors import ConfigError, StageError
 from embedloom.instructions import PromptContract
 from embedloom.progress import note
-from embedloom.storage import Place
+from embedloom.storage import Place, apply_umask
 from embedloom.training.build import order_of, steps_of
 from embedloom.training.cards import Lineage, add_readers, stage_facts, write_cards
 from embedloom.training.checkpoints import check_resumable
@@ -118,6 +118,7 @@ def _commit(
     config, stage, facts = loop.training, loop.stage, lineage.stages[-1]
     with out.local_folder() as folder, checkpoint.as_directory() as final:
         shutil.copytree(final, folder, dirs_exist_ok=True)
+        apply_umask(folder)  # the checkpoint of an object store came through a temporary folder
         records = [json.loads(line) for line in (folder / METRICS_FILE).read_text().splitlines()]
         # Between stages only our own code reads the model; the last stage's is an export.
         parity = check_export(folder, config.parity) if stage.name == config.stages[-1].name else None
