@@ -9,6 +9,8 @@ EmbedloomError            exit 1
 └── ServeError            the endpoint could not be started or did not answer
 """
 
+from collections.abc import Iterator
+
 
 class EmbedloomError(Exception):
     """Base of every error this package raises on purpose."""
@@ -53,3 +55,22 @@ class StageError(EmbedloomError):
 
 class ServeError(EmbedloomError):
     """The endpoint could not be started, or did not answer in time."""
+
+
+def one_line(error: object, limit: int | None = None) -> str:
+    """An error's message without line breaks, cut to ``limit`` characters."""
+    return " ".join(str(error).split())[:limit]
+
+
+def first_line(error: object) -> str:
+    """The first line of a message that says anything, else the error's type."""
+    return next(_lines(error), type(error).__name__)
+
+
+def last_line(error: object) -> str:
+    """The last line of a message, which in a traceback is the error's own; else the error's type."""
+    return next(reversed(list(_lines(error))), type(error).__name__)
+
+
+def _lines(error: object) -> Iterator[str]:
+    return (line.strip() for line in str(error).splitlines() if line.strip())

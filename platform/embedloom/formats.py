@@ -12,7 +12,7 @@ from typing import Any
 
 import fsspec
 
-from embedloom.errors import DataError
+from embedloom.errors import DataError, one_line
 
 _PACKED = ("", ".gz", ".bz2", ".xz", ".zst")
 PARQUET_ENDINGS = (".parquet", ".pq")
@@ -68,7 +68,7 @@ def json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: not UTF-8 after line {number}: {error.reason}; allowed: UTF-8") from error
     except (OSError, EOFError) as error:
-        raise DataError(f"{path}: not readable as JSON lines: {' '.join(str(error).split())}") from error
+        raise DataError(f"{path}: not readable as JSON lines: {one_line(error)}") from error
 
 
 def judgements(path: Path) -> Iterator[tuple[str, str, float]]:

@@ -19,7 +19,7 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from embedloom.errors import DataError
+from embedloom.errors import DataError, one_line
 from embedloom.records import check_table
 
 
@@ -185,9 +185,7 @@ class Place:
         except FileNotFoundError as error:
             raise DataError(f"{self.uri}/{name}: no such file") from error
         except (pa.ArrowInvalid, OSError) as error:
-            raise DataError(
-                f"{self.uri}/{name}: not readable as Parquet: {' '.join(str(error).split())}"
-            ) from error
+            raise DataError(f"{self.uri}/{name}: not readable as Parquet: {one_line(error)}") from error
 
     @contextmanager
     def _parquet(self, name: str) -> Iterator[pq.ParquetFile]:
@@ -199,9 +197,7 @@ class Place:
         except FileNotFoundError as error:
             raise DataError(f"{self.uri}/{name}: no such file") from error
         except (pa.ArrowInvalid, OSError) as error:
-            raise DataError(
-                f"{self.uri}/{name}: not readable as Parquet: {' '.join(str(error).split())}"
-            ) from error
+            raise DataError(f"{self.uri}/{name}: not readable as Parquet: {one_line(error)}") from error
 
     def parquet_footer(self, name: str) -> tuple[pa.Schema, int]:
         """Schema and row count of one Parquet file, without reading its rows.

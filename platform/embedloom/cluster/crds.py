@@ -11,7 +11,7 @@ import yaml
 from jsonschema import Draft7Validator
 from jsonschema.exceptions import ValidationError, best_match
 
-from embedloom.errors import ConfigError
+from embedloom.errors import ConfigError, one_line
 
 _DEFINITION = "CustomResourceDefinition"
 _OPEN = "x-kubernetes-preserve-unknown-fields"
@@ -32,7 +32,7 @@ def read_crds(folder: Path) -> Schemas:
         try:
             contents = list(yaml.safe_load_all(path.read_text()))
         except yaml.YAMLError as error:
-            raise ConfigError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from error
+            raise ConfigError(f"{path}: not readable as YAML: {one_line(error)}") from error
         for content in contents:
             if isinstance(content, dict) and content.get("kind") == _DEFINITION:
                 found |= _versions(content["spec"])

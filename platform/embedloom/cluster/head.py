@@ -20,7 +20,7 @@ from pathlib import Path
 import psutil
 
 from embedloom.cluster.config import Profile
-from embedloom.errors import StageError
+from embedloom.errors import StageError, last_line
 
 START_SECONDS = 120.0
 STOP_SECONDS = 20.0
@@ -65,7 +65,7 @@ def local_head(profile: Profile) -> Iterator[str]:
     except StageError as error:
         if head.poll() is None:
             raise
-        raise StageError(f"the local Ray head died: {_last_line(log)}") from error
+        raise StageError(f"the local Ray head died: {_reason(log)}") from error
     finally:
         _stop(head)
         shutil.rmtree(folder, ignore_errors=True)
@@ -104,13 +104,12 @@ def _wait_until_started(head: "subprocess.Popen[bytes]", folder: Path, log: Path
     deadline = time.monotonic() + START_SECONDS
     while not (folder / "ray_current_cluster").exists():
         if head.poll() is not None or time.monotonic() > deadline:
-            raise StageError(f"the local Ray head did not start: {_last_line(log)}")
+            raise StageError(f"the local Ray head did not start: {_reason(log)}")
         time.sleep(0.2)
 
 
-def _last_line(log: Path) -> str:
-    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    return lines[-1] if lines else "it said nothing"
+def _reason(log: Path) -> str:
+    return last_line(log.read_text(errors="replace").strip() or "its log is empty")
 
 
 def _stop(head: "subprocess.Popen[bytes]") -> None:

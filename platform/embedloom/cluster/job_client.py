@@ -15,7 +15,7 @@ from ray.exceptions import AuthenticationError
 from ray.job_submission import JobStatus, JobSubmissionClient
 
 from embedloom.cluster.runtime_env import job_runtime_env
-from embedloom.errors import ConfigError, EmbedloomError, StageError
+from embedloom.errors import ConfigError, EmbedloomError, StageError, first_line
 from embedloom.progress import note
 
 CONNECT_SECONDS = 60.0
@@ -65,7 +65,7 @@ def run_job(order: JobOrder, dashboard: str) -> int:
         asyncio.run(_stream_log(client, job))
         return _exit_code(client, job)
     except (RuntimeError, OSError, aiohttp.ClientError) as error:
-        raise StageError(f"lost the connection to job {job}: {_first_line(error)}") from error
+        raise StageError(f"lost the connection to job {job}: {first_line(error)}") from error
     except KeyboardInterrupt:
         _interrupted(client, job, order.on_interrupt)
         raise
@@ -104,7 +104,7 @@ def _connect(dashboard: str) -> JobSubmissionClient:
         except (OSError, RuntimeError, AuthenticationError) as error:
             if isinstance(error, AuthenticationError) or time.monotonic() > deadline:
                 raise ConfigError(
-                    f"--address: no usable Ray dashboard at {dashboard}: {_first_line(error)}"
+                    f"--address: no usable Ray dashboard at {dashboard}: {first_line(error)}"
                 ) from error
         time.sleep(0.5)
 
@@ -122,7 +122,7 @@ def _submit(client: JobSubmissionClient, order: JobOrder) -> str:
             # The dashboard answers before its agent on the head does.
             waiting = isinstance(error, RuntimeError) and "agent" in str(error)
             if not waiting or time.monotonic() > deadline:
-                raise StageError(f"the job could not be submitted: {_first_line(error)}") from error
+                raise StageError(f"the job could not be submitted: {first_line(error)}") from error
         time.sleep(0.5)
 
 
@@ -144,7 +144,7 @@ def _exit_code(client: JobSubmissionClient, job: str) -> int:
     if code is None and (found := _EXIT_CODE.search(info.message or "")):
         code = int(found.group(1))
     if code is None or code < 0:
-        note("submit", f"job {job} failed: {_first_line(info.message or 'no message')}")
+        note("submit", f"job {job} failed: {first_line(info.message or 'no message')}")
         return EmbedloomError.exit_code
     return int(code)
 
@@ -155,7 +155,3 @@ def _wait_until_over(client: JobSubmissionClient, job: str, seconds: float | Non
         if deadline is not None and time.monotonic() > deadline:
             return
         time.sleep(0.2)
-
-
-def _first_line(error: object) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

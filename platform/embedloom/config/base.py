@@ -8,7 +8,7 @@ from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from embedloom.errors import ConfigError
+from embedloom.errors import ConfigError, one_line
 
 Section = TypeVar("Section", bound="FrozenConfig")
 
@@ -30,7 +30,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     try:
         content = yaml.safe_load(path.read_text())
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from error
+        raise ConfigError(f"{path}: not readable as YAML: {one_line(error)}") from error
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: expected a mapping of sections, found {type(content).__name__}")
     return content
@@ -49,9 +49,7 @@ def apply_overrides(content: dict[str, Any], overrides: list[str]) -> dict[str, 
         try:
             value = yaml.safe_load(raw)
         except yaml.YAMLError as error:
-            raise ConfigError(
-                f"--set {item!r}: the value is not YAML: {' '.join(str(error).split())}"
-            ) from error
+            raise ConfigError(f"--set {item!r}: the value is not YAML: {one_line(error)}") from error
         _assign(content, path.split("."), value, item)
     return content
 

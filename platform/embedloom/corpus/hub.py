@@ -6,7 +6,7 @@ from typing import Any
 from embedloom.config.data import CorpusSource
 from embedloom.corpus.columns import check_columns, rows_of
 from embedloom.corpus.rows import SourceRow
-from embedloom.errors import DataError
+from embedloom.errors import DataError, one_line
 
 _BATCH_ROWS = 1024
 
@@ -33,7 +33,7 @@ def _load(name: str, config: str | None, split: str | None) -> Any:
         found = datasets.load_dataset(name, config)
     # The library raises a dozen types here (hub, HTTP, builder, file); all mean the same to the user.
     except Exception as error:
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        reason = f"{type(error).__name__}: {one_line(error, 300)}"
         raise DataError(
             f"corpus.sources: dataset {name!r} (huggingface, config {config or 'default'}) could not be "
             f"loaded: {reason}; without a network give local files: parquet, jsonl, csv, text or beir"

@@ -11,7 +11,7 @@ import pyarrow.parquet
 from embedloom.config.data import CorpusSource
 from embedloom.corpus.columns import check_columns, files_of, label_of, rows_of, used_columns
 from embedloom.corpus.rows import SourceRow
-from embedloom.errors import DataError
+from embedloom.errors import DataError, one_line
 from embedloom.formats import JSONL_ENDINGS, PARQUET_ENDINGS, json_lines
 
 CSV_ENDINGS = tuple(f"{ending}{packed}" for ending in (".csv", ".tsv") for packed in (".gz", ".bz2", ""))
@@ -78,7 +78,7 @@ def _parquet_records(path: Path, source: CorpusSource) -> Iterator[Mapping[str, 
             for batch in file.iter_batches(batch_size=_BATCH_ROWS, columns=columns):
                 yield from batch.to_pylist()
     except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{path}: not readable as Parquet: {_line(error)}") from error
+        raise DataError(f"{path}: not readable as Parquet: {one_line(error)}") from error
 
 
 def _csv_records(path: Path, source: CorpusSource) -> Iterator[Mapping[str, Any]]:
@@ -98,9 +98,4 @@ def _csv_records(path: Path, source: CorpusSource) -> Iterator[Mapping[str, Any]
             for batch in reader:
                 yield from batch.to_pylist()
     except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{path}: not readable as CSV: {_line(error)}") from error
-
-
-def _line(error: BaseException) -> str:
-    """An error's message on one line."""
-    return " ".join(str(error).split())
+        raise DataError(f"{path}: not readable as CSV: {one_line(error)}") from error

@@ -16,7 +16,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_MAPPING,
 )
 
-from embedloom.errors import DataError
+from embedloom.errors import DataError, first_line
 
 # In transformers' list of causal language models, and yet trained without a causal mask.
 _NOT_CAUSAL = {"xlnet", "bert-generation"}
@@ -67,7 +67,7 @@ def _unreadable(path: Path, content: dict[str, Any], error: Exception) -> str:
             f"runs only with trust_remote_code=True; embedloom never does. Allowed: an architecture that transformers "
             f"{transformers.__version__} has, or {', '.join(sorted(_READ_AS_LLAMA))}"
         )
-    return f"{path}: transformers {transformers.__version__} cannot read model_type {kind!r}: {str(error).splitlines()[0]}"
+    return f"{path}: transformers {transformers.__version__} cannot read model_type {kind!r}: {first_line(error)}"
 
 
 def text_config(config: Any) -> Any:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from embedloom.errors import DataError, MissingDependency
+from embedloom.errors import DataError, MissingDependency, one_line
 from embedloom.progress import note
 from embedloom.storage import apply_umask
 
@@ -58,9 +58,7 @@ def _convert(gguf: Path, out: Path) -> None:
             str(gguf.parent), gguf_file=gguf.name, dtype=torch.float32
         )
     except (ValueError, KeyError, NotImplementedError, struct.error) as error:  # foreign, unknown, cut short
-        raise DataError(
-            f"{gguf}: transformers cannot read this GGUF file: {' '.join(str(error).split())}"
-        ) from error
+        raise DataError(f"{gguf}: transformers cannot read this GGUF file: {one_line(error)}") from error
     # transformers refuses to save a model it loaded from GGUF, so its weights move into a fresh one.
     dense = _fresh_copy(quantised).to(torch.bfloat16)
     config = dense.config

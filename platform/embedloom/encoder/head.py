@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from embedloom.errors import DataError
+from embedloom.errors import DataError, one_line
 
 # Keys of a Dense layer's config that change nothing of what it computes, or that ``_Dense`` reads.
 _DENSE_KEYS = {"in_features", "out_features", "bias", "activation_function", "use_residual"}
@@ -154,5 +154,5 @@ def _load(module: HeadModule) -> nn.Module:
     try:
         layer.load_state_dict({name: tensor.float() for name, tensor in weights.items()})
     except RuntimeError as error:
-        raise DataError(f"{module.folder}: {' '.join(str(error).split())[:300]}") from error
+        raise DataError(f"{module.folder}: {one_line(error, 300)}") from error
     return layer.requires_grad_(False).eval()

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from embedloom.contents import Contents, cache_folder, contents_of, digest, model_contents, tokenizer_contents
-from embedloom.errors import DataError, MissingDependency
+from embedloom.errors import DataError, MissingDependency, first_line
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,5 +155,5 @@ def _from_hub(name: str) -> Path:
     except Exception as error:  # the hub client raises a dozen unrelated types
         raise DataError(
             f"model {name!r}: neither a local folder nor one of {', '.join(sorted(REGISTRY))}, and Hugging Face did not "
-            f"give it ({type(error).__name__}: {str(error).splitlines()[0]})"
+            f"give it ({type(error).__name__}: {first_line(error)})"
         ) from error

@@ -11,7 +11,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from embedloom.encoder.architecture import read_config
-from embedloom.errors import ConfigError, DataError
+from embedloom.errors import ConfigError, DataError, first_line
 from embedloom.instructions import PromptContract, Side
 
 # Prose has 2 to 7 characters a token; 16 leaves room for runs of spaces and rules of dashes. No number is safe for
@@ -70,7 +70,7 @@ def load_tokenizer(folder: Path) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **_config_for(folder))
     except (OSError, ValueError, KeyError) as error:
-        raise DataError(f"{folder}: no usable tokenizer: {str(error).splitlines()[0]}") from error
+        raise DataError(f"{folder}: no usable tokenizer: {first_line(error)}") from error
     if not tokenizer.is_fast:
         raise DataError(f"{folder}: no tokenizer.json; only fast tokenizers behave alike in every engine")
     if _lower_cases(folder):

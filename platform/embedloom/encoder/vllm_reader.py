@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from embedloom.errors import StageError
+from embedloom.errors import StageError, last_line
 
 _PACKAGE_ROOT = Path(__file__).parents[2]
 _TIMEOUT_SECONDS = 1800  # loading 16 GB from a cold disk included
@@ -55,8 +55,9 @@ def read_with_vllm(folder: Path, texts: Sequence[str], max_tokens: Sequence[int]
         except subprocess.TimeoutExpired as error:
             raise StageError(f"{folder}: vllm did not answer in {_TIMEOUT_SECONDS} seconds") from error
         if process.returncode != 0:
-            lines = [line for line in process.stderr.splitlines() if line.strip()] or ["no message"]
-            raise StageError(f"{folder}: vllm cannot read this model: {lines[-1].strip()}")
+            raise StageError(
+                f"{folder}: vllm cannot read this model: {last_line(process.stderr or 'no message')}"
+            )
         found = json.loads(answer.read_text())
     return found["ids"], found["vectors"]
 

@@ -13,7 +13,7 @@ from threading import Lock, Thread
 from typing import Generic, Protocol, TypeVar
 
 from embedloom.engines.protocol import EngineLostError
-from embedloom.errors import EmbedloomError
+from embedloom.errors import EmbedloomError, first_line
 
 Request = TypeVar("Request", contravariant=True)
 Result = TypeVar("Result")
@@ -119,8 +119,9 @@ class ContinuousBatches(Generic[One, Out]):
             batch.answer.set_result([batch.results[number] for number in range(len(batch.requests))])
 
     def _fail(self, error: Exception) -> None:
-        lines = str(error).strip().splitlines() or [""]
-        message = f"the engine died with {len(self._places)} requests: {type(error).__name__}: {lines[0]}"
+        message = (
+            f"the engine died with {len(self._places)} requests: {type(error).__name__}: {first_line(error)}"
+        )
         with self._lock:
             self._lost = EngineLostError(message)
             waiting = {id(batch): batch for batch, _ in self._places.values()}

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
-from embedloom.errors import EmbedloomError, StageError
+from embedloom.errors import EmbedloomError, StageError, one_line
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -49,4 +49,4 @@ def run_tasks(
             raise error.cause from error
         raise StageError(f"{stage}: a task failed: {error.cause!r}") from error
     except ray.exceptions.RayError as error:
-        raise StageError(f"{stage}: {type(error).__name__}: {' '.join(str(error).split())}") from error
+        raise StageError(f"{stage}: {type(error).__name__}: {one_line(error)}") from error

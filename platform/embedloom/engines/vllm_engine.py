@@ -19,7 +19,7 @@ from embedloom.config.synthesis import EngineOptions
 from embedloom.engines.continuous import ContinuousBatches
 from embedloom.engines.protocol import ENGINE_CUT, ENGINE_FINISHED, GenerationRequest, GenerationResult
 from embedloom.engines.requirements import require_engine
-from embedloom.errors import DataError, StageError
+from embedloom.errors import DataError, StageError, first_line
 
 CPU_SEQUENCES = 32  # decoded together; more only lengthens a step on a few cores
 CPU_KV_CACHE_GIB = 1.0
@@ -114,7 +114,7 @@ class _Steps:
         try:
             self._engine.add_request(key, {"prompt_token_ids": tokens}, _sampling(asked))
         except (VLLMClientError, ValueError) as error:
-            raise DataError(f"vLLM refuses these requests: {_first_line(error)}") from error
+            raise DataError(f"vLLM refuses these requests: {first_line(error)}") from error
         self._served[key] = asked
 
     def step(self) -> list[tuple[str, GenerationResult]]:
@@ -144,7 +144,7 @@ def _load(model_folder: Path, options: EngineOptions, gpu: bool, tensor_parallel
             **(_gpu_options(options, tensor_parallel) if gpu else _cpu_options(options)),
         )
     except (ValueError, OSError) as error:
-        raise DataError(f"{model_folder}: vLLM cannot load this model: {_first_line(error)}") from error
+        raise DataError(f"{model_folder}: vLLM cannot load this model: {first_line(error)}") from error
     if not gpu:
         _compile_grammars_in_order(llm)
     return llm
@@ -239,8 +239,3 @@ def _result(request: GenerationRequest, output: Any) -> GenerationResult:
     return GenerationResult(
         request.id, completion.text, completion.finish_reason, prompt_tokens, output_tokens
     )
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

@@ -7,7 +7,7 @@ import ray
 from ray.exceptions import RayActorError
 
 from embedloom.config.resources import PoolConfig
-from embedloom.errors import StageError
+from embedloom.errors import StageError, last_line
 from embedloom.evaluation.jobs import Job, Outcome, Scorer
 from embedloom.progress import note
 
@@ -159,5 +159,4 @@ class ScoringPool:
 
 def _last_line(error: BaseException | None) -> str:
     cause = getattr(error, "cause", None) or error
-    lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
-    return f"{type(cause).__name__}: {lines[-1] if lines else ''}"
+    return f"{type(cause).__name__}: {last_line(cause)}"

@@ -12,7 +12,7 @@ from mteb.types import PromptType
 from embedloom.artefacts import Artefact
 from embedloom.encoder.foreign import tokenizer_folder
 from embedloom.encoder.tokenizer import InstructionTooLong, check_room, load_tokenizer
-from embedloom.errors import DataError
+from embedloom.errors import DataError, first_line
 from embedloom.evaluation.beir import check_beir, read_beir
 from embedloom.evaluation.benchmark_instructions import role_of
 from embedloom.evaluation.heldout import check_heldout, read_heldout
@@ -156,10 +156,9 @@ def _loaded(task: AbsTask, where: str) -> AbsTask:
         if isinstance(task, AbsTaskRetrieval):
             task.convert_v1_dataset_format_to_v2(num_proc=None)
     except Exception as error:  # the hub and dataset clients raise a dozen unrelated types
-        reason = str(error).strip().splitlines() or [type(error).__name__]
         raise DataError(
             f"{where}: the dataset {task.metadata.dataset['path']!r} is neither cached nor reachable "
-            f"({type(error).__name__}: {reason[0][:200]}); run once with network access, or use kind beir or local"
+            f"({type(error).__name__}: {first_line(error)[:200]}); run once with network access, or use kind beir or local"
         ) from error
     return task
 

@@ -6,7 +6,7 @@ import yaml
 
 from embedloom.artefacts import MANIFEST_FILE, Artefact, fingerprint
 from embedloom.contents import model_contents
-from embedloom.errors import DataError
+from embedloom.errors import DataError, one_line
 from embedloom.storage import Place
 
 CARD_FILE = "README.md"
@@ -64,9 +64,7 @@ def card_header(place: Place) -> dict[str, Any]:
     try:
         header = yaml.safe_load(parts[1])
     except yaml.YAMLError as error:
-        raise DataError(
-            f"{place.uri}/{CARD_FILE}: its header is not YAML: {' '.join(str(error).split())}"
-        ) from error
+        raise DataError(f"{place.uri}/{CARD_FILE}: its header is not YAML: {one_line(error)}") from error
     return header if isinstance(header, dict) else {}
 
 

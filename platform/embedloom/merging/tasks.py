@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from embedloom.config.resources import PoolConfig
-from embedloom.errors import EmbedloomError, StageError
+from embedloom.errors import EmbedloomError, StageError, last_line
 from embedloom.merging.layout import WeightFile
 from embedloom.merging.plan import MergePlan
 from embedloom.merging.writer import write_file
@@ -57,7 +57,7 @@ def write_with_ray(
                 raise failure
             progress.advance(sum(info.nbytes for info in file.infos))
     except RayError as error:
-        raise StageError(f"merge: a task failed: {str(error).strip().splitlines()[-1]}") from error
+        raise StageError(f"merge: a task failed: {last_line(error)}") from error
     finally:
         for reference in running:
             ray.cancel(reference, force=True)

@@ -11,7 +11,7 @@ import numpy as np
 
 from embedloom.artefacts import fingerprint
 from embedloom.encoder.model import Vectors
-from embedloom.errors import ConfigError, DataError, MissingDependency, StageError
+from embedloom.errors import ConfigError, DataError, MissingDependency, StageError, one_line
 from embedloom.instructions import Side
 from embedloom.retrieval.templates import Templates
 from embedloom.retrieval.unit import unit_vectors
@@ -163,7 +163,7 @@ class EndpointEmbedder:
 
     def _refusal(self, error: "openai.APIStatusError") -> Exception:
         status = error.status_code
-        said = f"{self._label}: HTTP {status}: {' '.join(str(error.message).split())[:300]}"
+        said = f"{self._label}: HTTP {status}: {one_line(error.message, 300)}"
         if status in (401, 403):
             return ConfigError(f"{said}; the key is taken from api_key_env: {self._source.api_key_env!r}")
         if status == 404:

@@ -14,7 +14,7 @@ from embedloom.encoder.device import DTypeName, pick_device, pick_dtype
 from embedloom.encoder.foreign import layout_templates, read_layout
 from embedloom.encoder.model import Vectors
 from embedloom.encoder.tokenizer import MIN_TEXT_TOKENS, CutTexts, InstructionTooLong
-from embedloom.errors import DataError
+from embedloom.errors import DataError, one_line
 from embedloom.instructions import PLAIN_TEMPLATE, PromptContract, Side
 from embedloom.progress import note
 from embedloom.retrieval.fingerprints import folder_fingerprint
@@ -275,7 +275,7 @@ def load_offline(
     except Exception as error:  # whatever the model's configs lead to: a dozen unrelated types
         raise DataError(
             f"{folder}: sentence-transformers cannot load this model ({type(error).__name__}: "
-            f"{' '.join(str(error).split())[:300]}); code that lies beside the weights is never run"
+            f"{one_line(error, 300)}); code that lies beside the weights is never run"
         ) from error
     return model.eval()
 

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from embedloom.config.resources import PoolConfig
-from embedloom.errors import EmbedloomError, StageError
+from embedloom.errors import EmbedloomError, StageError, one_line
 from embedloom.retrieval.exact import Matrix, Positions
 from embedloom.retrieval.search import TopK, merge_top_k
 from embedloom.retrieval.vectors import MEMORY_BYTES, VectorCatalogue, VectorStore
@@ -128,7 +128,7 @@ def search_sharded(
             raise error.cause from error
         raise StageError(f"{stage}: a search task failed: {error.cause!r}") from error
     except ray.exceptions.RayError as error:
-        raise StageError(f"{stage}: {type(error).__name__}: {' '.join(str(error).split())}") from error
+        raise StageError(f"{stage}: {type(error).__name__}: {one_line(error)}") from error
     finally:
         for each in actors:
             ray.kill(each)

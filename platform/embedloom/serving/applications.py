@@ -10,7 +10,7 @@ from ray.serve import Application, RunTarget
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
-from embedloom.errors import ServeError
+from embedloom.errors import ServeError, last_line
 
 APPLICATION = "embedloom"  # the one that answers HTTP
 SINGLE, GATEWAY = "endpoint", "gateway"  # its deployments that do
@@ -45,6 +45,7 @@ def run(application: Application, name: str, route_prefix: str | None) -> None:
             return
         if found is not None and found.status == "DEPLOY_FAILED":
             reasons = [deployment.message for deployment in found.deployments.values() if deployment.message]
+            # Serve wraps a replica's whole traceback into its message.
             raise ServeError(f"{name} did not start: {last_line(reasons[0] if reasons else found.message)}")
         time.sleep(_POLL_SECONDS)
     raise ServeError(f"{name} did not start within {START_SECONDS:g} s; is there room for another replica?")
@@ -76,12 +77,6 @@ def running_replicas(application: str, deployment: str) -> int:
     state = found.deployments.get(deployment) if found is not None else None
     counts = state.replica_states if state is not None else {}
     return sum(count for name, count in counts.items() if str(getattr(name, "value", name)) == "RUNNING")
-
-
-def last_line(text: Any) -> str:
-    """The sentence that says why: Serve wraps a replica's whole traceback into its message."""
-    lines = [line.strip() for line in str(text).splitlines() if line.strip()]
-    return lines[-1] if lines else type(text).__name__
 
 
 def _settled(deployment: Any) -> bool:

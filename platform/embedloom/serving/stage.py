@@ -23,7 +23,7 @@ from embedloom.config.base import validate
 from embedloom.config.resources import ServeScaling
 from embedloom.config.serving import ServingConfig
 from embedloom.encoder.device import DTypeName
-from embedloom.errors import ServeError
+from embedloom.errors import ServeError, last_line
 from embedloom.progress import note
 from embedloom.serving.address import remember
 from embedloom.serving.app import build_application, build_encoders
@@ -34,7 +34,6 @@ from embedloom.serving.applications import (
     SINGLE,
     START_SECONDS,
     ingress_handle,
-    last_line,
     remove,
     run,
     running_replicas,

@@ -13,7 +13,7 @@ from embedloom.config.training_data import TrainingSource
 from embedloom.encoder.device import DTypeName
 from embedloom.encoder.parity import check_export
 from embedloom.encoder.readers import reader_verdicts
-from embedloom.errors import ConfigError, StageError
+from embedloom.errors import ConfigError, StageError, last_line
 from embedloom.instructions import PromptContract
 from embedloom.progress import note
 from embedloom.storage import Place, apply_umask
@@ -205,17 +205,12 @@ def _fit(loop: LoopConfig, group: TrainingGroup, storage: Place) -> Any:
     try:
         result = trainer.fit()
     except Exception as error:
-        raise StageError(f"{loop.label}: {_last_line(error)}") from error
+        raise StageError(f"{loop.label}: {last_line(error)}") from error
     if result.return_value is not None:
         raise StageError(str(result.return_value))
     if result.checkpoint is None:
         raise StageError(f"{loop.label}: Ray Train ended without a checkpoint")
     return result
-
-
-def _last_line(error: BaseException) -> str:
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return lines[-1].strip() if lines else type(error).__name__
 
 
 def _counts(records: list[dict[str, Any]]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet
 
 from embedloom.config.training_data import TrainingSource
-from embedloom.errors import DataError
+from embedloom.errors import DataError, one_line
 from embedloom.formats import JSONL_ENDINGS, PARQUET_ENDINGS, files_at, json_lines
 
 _BATCH_ROWS = 1024
@@ -53,4 +53,4 @@ def parquet_rows(path: Path, columns: list[str] | None = None) -> Iterator[tuple
                     yield number, record
                     number += 1
     except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{path}: not readable as Parquet: {' '.join(str(error).split())}") from error
+        raise DataError(f"{path}: not readable as Parquet: {one_line(error)}") from error
