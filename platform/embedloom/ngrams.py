@@ -3,6 +3,7 @@
 import hashlib
 import re
 import unicodedata
+from collections.abc import Iterable
 
 import numpy as np
 import numpy.typing as npt
@@ -30,8 +31,14 @@ def words_of(text: str) -> list[str]:
 
 
 def hash64(text: str) -> int:
-    """64-bit hash of a text, the same on every machine."""
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+    """64-bit hash of a text, the same on every machine; half of a surrogate pair, which JSON can state, is text too."""
+    data = text.encode("utf-8", "surrogatepass")
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
+
+
+def hashes64(texts: Iterable[str]) -> Hashes:
+    """``hash64`` of each text: uint64 [n]."""
+    return np.fromiter((hash64(text) for text in texts), dtype=np.uint64)
 
 
 def ngram_hashes(text: str, size: int, vocabulary: dict[str, int]) -> Hashes:

@@ -72,6 +72,10 @@ class Place:
             filesystem, root = fsspec.core.url_to_fs(self.uri, use_listings_cache=False)
         return filesystem, posixpath.join(root, name) if name else root
 
+    def absolute(self) -> "Place":
+        """The same folder for processes with another working directory."""
+        return Place(str(self.local)) if self.is_local else self
+
     def child(self, name: str) -> "Place":
         """A folder below this one."""
         return Place(f"{self.uri.rstrip('/')}/{name}")

@@ -1,26 +1,13 @@
-"""Audit figures against hand-worked tables, Wilson's interval against scipy."""
+"""Audit figures against hand-worked tables."""
 
 import json
 
 import pyarrow as pa
 import pytest
-from scipy.stats import binomtest
 
 from embedloom.errors import DataError
-from embedloom.mining.audit import GAP_EDGES, audit_summary, near_duplicate, wilson_interval
-
-
-@pytest.mark.parametrize(("hits", "rows"), [(0, 1), (1, 1), (0, 50), (7, 50), (49, 50), (50, 50), (123, 400)])
-@pytest.mark.parametrize("confidence", [0.9, 0.95])
-def test_interval_equals_scipys(hits, rows, confidence):
-    expected = binomtest(hits, rows).proportion_ci(confidence, method="wilson")
-    assert wilson_interval(hits, rows, confidence) == pytest.approx((expected.low, expected.high), abs=1e-12)
-
-
-@pytest.mark.parametrize(("hits", "rows"), [(0, 0), (3, 2), (-1, 2)])
-def test_interval_of_nothing_is_refused(hits, rows):
-    with pytest.raises(DataError, match=f"{hits} hits of {rows} rows; allowed: 1 or more rows"):
-        wilson_interval(hits, rows)
+from embedloom.mining.audit import GAP_EDGES, audit_summary, near_duplicate
+from embedloom.ngrams import words_of
 
 
 @pytest.mark.parametrize(
@@ -37,6 +24,8 @@ def test_interval_of_nothing_is_refused(hits, rows):
         ("", "a", 0.0),
         ("東京都港区", "東京都港区", 1.0),
         ("東京都", "東京", 2 / 3),  # each character is a word
+        ("東京、大阪。「京都」", "東京大阪京都", 1.0),  # six words: punctuation is none
+        ("東京、大阪。「京都」", "東京大阪", 4 / 5),  # sets: 東 京 大 阪 都
     ],
 )
 def test_similarity_by_hand(positive, negative, expected):
@@ -124,3 +113,7 @@ def test_odd_tables_are_refused():
         audit_summary([table.drop_columns(["removed_by_floor"])], 4)
     with pytest.raises(DataError, match="audit: 1 of 2 gaps are not finite"):
         audit_summary(tables([[audit_row(gaps=[float("nan"), 0.1])]]), 4)
+
+
+def test_punctuation_between_characters_is_no_word():
+    assert words_of("東京、大阪。「京都」") == list("東京大阪京都")

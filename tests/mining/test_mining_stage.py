@@ -16,7 +16,7 @@ from embedloom.instructions import PromptContract
 from embedloom.mining.stage import build_examples, mine
 from embedloom.mining.teachers import teacher_sources
 from embedloom.records import SCHEMAS
-from embedloom.retrieval.embed import read_vectors
+from embedloom.retrieval.vector_files import read_vectors
 from embedloom.storage import Place
 from fakes_mining import document_row, make_corpus, make_synthesis, pair_row, random_documents
 

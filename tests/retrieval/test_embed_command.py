@@ -19,7 +19,7 @@ from embedloom.errors import ConfigError, DataError, UserError
 from embedloom.instructions import PromptContract
 from embedloom.launch_embed import embed_texts
 from embedloom.retrieval.corpora import embed_artefact
-from embedloom.retrieval.embed import read_vectors
+from embedloom.retrieval.vector_files import read_vectors
 from embedloom.storage import Place
 from fakes_foreign import OLD, make_transformer, write_old_layout
 

@@ -7,9 +7,10 @@ import pytest
 from sentence_transformers.quantization import quantize_embeddings
 
 from embedloom.errors import ConfigError, DataError
-from embedloom.retrieval.embed import read_vectors, vector_table
+from embedloom.retrieval.embed import vector_table
 from embedloom.retrieval.search import top_k
 from embedloom.retrieval.stored import dequantize, quantize, shorten, stored_vectors
+from embedloom.retrieval.vector_files import read_vectors
 from embedloom.retrieval.vectors import VectorCatalogue, VectorStore
 from embedloom.storage import Place
 
@@ -87,12 +88,16 @@ def test_any_type_is_read_back(tmp_path, vectors, dtype, bytes_a_row):
 
 
 @pytest.mark.parametrize("dtype", ["int8", "binary"])
-def test_a_reader_that_does_not_know_the_type_refuses(tmp_path, vectors, dtype):
+def test_any_type_is_searched(tmp_path, vectors, dtype):
     place = Place(str(tmp_path))
     table = vector_table(IDS, vectors, "c", "m", 1, dtype)
     place.write_table("v/part-000000.parquet", table)
-    with pytest.raises(DataError, match="expected fixed_size_list of float32 or float16"):
-        VectorStore(VectorCatalogue.read(place, "v")).search(vectors[:1], 1)
+    catalogue = VectorCatalogue.read(place, "v")
+    assert catalogue.dimension == 64
+    found = VectorStore(catalogue).search(vectors[:5], 3)
+    expected = top_k(vectors[:5], dequantize(*quantize(vectors, dtype)), 3)
+    np.testing.assert_array_equal(found.scores, expected.scores)
+    assert [IDS[row] for row in found.positions[:, 0]] == [IDS[row] for row in expected.positions[:, 0]]
     with pytest.raises(DataError, match="without the column 'scale'"):
         stored_vectors(table.drop_columns(["scale"]), "f")
 

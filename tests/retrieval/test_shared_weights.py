@@ -8,9 +8,10 @@ import pytest
 
 from embedloom.config.resources import PoolConfig
 from embedloom.encoder.model import Encoder
-from embedloom.retrieval.embed import TextColumns, embed_corpus, read_vectors
+from embedloom.retrieval.embed import TextColumns, embed_corpus
 from embedloom.retrieval.embedder import EncoderSource
 from embedloom.retrieval.shared_weights import SharedEncoderSource, share_weights
+from embedloom.retrieval.vector_files import read_vectors
 from embedloom.storage import Place
 
 

@@ -7,9 +7,10 @@ import pytest
 from embedloom.config.resources import PoolConfig
 from embedloom.encoder.registry import resolve_model
 from embedloom.errors import ConfigError
-from embedloom.retrieval.embed import TextColumns, embed_corpus, read_vectors
+from embedloom.retrieval.embed import TextColumns, embed_corpus
 from embedloom.retrieval.endpoint_teacher import EndpointSource
 from embedloom.retrieval.sentence_teacher import SentenceTransformerSource
+from embedloom.retrieval.vector_files import read_vectors
 from embedloom.storage import Place
 from fakes_endpoint import FakeEndpoint, serve, vector_of
 

@@ -14,9 +14,10 @@ from embedloom.config.families import (
     TranslationConfig,
 )
 from embedloom.errors import StageError
+from embedloom.ngrams import hash64
 from embedloom.records import table_from_rows
 from embedloom.storage import Place
-from embedloom.synthesis.attempts import number64, read_attempts, weighted
+from embedloom.synthesis.attempts import read_attempts, weighted
 from embedloom.synthesis.families.base import Attempt
 from embedloom.synthesis.quotas import Cell
 from embedloom.synthesis.round_work import ATTEMPTS_FILE, RoundWork, Stretch, write_attempts
@@ -112,7 +113,7 @@ def test_a_seed_fixes_what_weighted_draws():
         "y",
         "y",
     ]
-    assert number64("a") == number64("a") != number64("b")
+    assert hash64("a") == hash64("a") != hash64("b")
 
 
 def test_extracting_families_read_each_document_once_and_say_when_they_are_through(work: RoundWork):

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from embedloom.cluster.config import Profile
 
 POOL_STAGES = ("synthesis", "mining", "embedding", "merging", "evaluation")
-GATEWAY_CPUS = 0.1  # of the endpoint's front process; see serving/app.py
+GATEWAY_CPUS = 0.1  # of the endpoint's front process, which parses and waits
 _TOLERANCE = 1e-9
 
 Bundle = dict[str, float]  # resource -> amount, in Ray's names; memory in bytes as Ray counts it

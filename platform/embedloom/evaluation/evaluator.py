@@ -65,12 +65,12 @@ class Evaluator:
         """
         self._tasks = list(tasks)
         self._pool_config = pool
-        self._place = _absolute(place)
-        self._vectors = _absolute(vectors)
+        self._place = place.absolute()
+        self._vectors = vectors.absolute()
         self._dtype: DTypeName = dtype
         self._shard_texts = shard_texts
         # An actor may run in another folder, so relative places would point elsewhere there.
-        readable = corpus and Artefact(_absolute(corpus.place), corpus.manifest)
+        readable = corpus and Artefact(corpus.place.absolute(), corpus.manifest)
         self._arguments = (readable, dtype, pool.compute_threads)
         self._pool: ScoringPool | None = None
         self._surveys: dict[TaskSpec, Survey] = {}
@@ -243,7 +243,3 @@ class Evaluator:
         if cuts.cut:
             note("evaluate", f"{unit.label}: {cuts}")
         return {unit.label: read_scores(self._place, unit)["main_score"]}
-
-
-def _absolute(place: Place) -> Place:
-    return Place(str(place.local)) if place.is_local else place

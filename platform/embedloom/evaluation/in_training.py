@@ -24,7 +24,6 @@ from embedloom.evaluation.tasks import build_task, check_task
 from embedloom.evaluation.texts import list_texts
 from embedloom.evaluation.vector_store import VectorTable
 from embedloom.evaluation.wrapper import EncoderModel
-from embedloom.storage import Place
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,9 +128,5 @@ def dev_tasks(config: DevScoring, judged: tuple[EvaluationTask, ...], corpus: Ar
                 f"training.dev.tasks: {spec.name!r} ranks no documents, so it has no {config.metric}; "
                 "allowed: retrieval and reranking tasks"
             )
-    readable = corpus and Artefact(_absolute(corpus.place), corpus.manifest)
+    readable = corpus and Artefact(corpus.place.absolute(), corpus.manifest)
     return DevTasks(tuple(specs), readable, config.metric)
-
-
-def _absolute(place: Place) -> Place:
-    return Place(str(place.local)) if place.is_local else place

@@ -12,6 +12,7 @@ import numpy as np
 
 from embedloom.evaluation.specs import TaskSpec
 from embedloom.evaluation.vector_store import Keys, shard_id
+from embedloom.retrieval.scan import first_of_equals
 
 Rows = np.ndarray[Any, np.dtype[np.int64]]
 Part = tuple[TaskSpec, str | None]  # a task and one of its subsets, or None for all
@@ -46,7 +47,7 @@ def plan_shards(keys: Mapping[Part, Keys], shard_texts: int) -> ShardPlan:
     if not parts:
         return plan
     sizes = [len(keys[part]) for part in parts]
-    owner = _first_owner(np.concatenate([keys[part] for part in parts]))
+    owner = first_of_equals(np.concatenate([keys[part] for part in parts]))
     shard_of = np.full(len(owner), -1, dtype=np.int64)
     starts = np.cumsum([0, *sizes[:-1]])
     for part, start, size in zip(parts, starts, sizes, strict=True):
@@ -59,15 +60,3 @@ def plan_shards(keys: Mapping[Part, Keys], shard_texts: int) -> ShardPlan:
         numbers: Sequence[int] = np.unique(shard_of[owner[start : start + size]]).tolist()
         plan.needs[part] = tuple(plan.shards[number].id for number in numbers)
     return plan
-
-
-def _first_owner(keys: Keys) -> Rows:
-    """Position of the first key equal to each key: int64 [n]."""
-    order = np.lexsort((keys[:, 1], keys[:, 0]))  # stable, so the first of equal ones comes first
-    sorted_keys = keys[order]
-    begins = np.ones(len(keys), dtype=bool)
-    begins[1:] = (sorted_keys[1:] != sorted_keys[:-1]).any(axis=1)
-    first = order[np.flatnonzero(begins)[np.cumsum(begins) - 1]]
-    owner = np.empty(len(keys), dtype=np.int64)
-    owner[order] = first
-    return owner

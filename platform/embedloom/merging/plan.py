@@ -65,7 +65,8 @@ def plan_merge(config: MergingConfig, models: dict[str, Place], base: Place | No
         raise ConfigError("merging: no model to merge")
     if config.needs_base and base is None:
         raise ConfigError(f"merging: method {config.method} needs the base that the models were trained from")
-    every = _absolute(models if base is None else {**models, BASE: base})
+    given = models if base is None else {**models, BASE: base}
+    every = {name: place.absolute() for name, place in given.items()}  # tasks run in other folders
     passed = check_mergeable({name: every[name] for name in models}, every.get(BASE), config.allow)
     read = [*models, *([BASE] if config.needs_base else [])]
     folders, beside = align({name: TensorFolder(every[name]) for name in read})
@@ -84,11 +85,6 @@ def plan_merge(config: MergingConfig, models: dict[str, Place], base: Place | No
     sources = {name: folders[name] for name in models}
     origin = folders.get(BASE) if config.needs_base else None
     return MergePlan(config, sources, origin, weights, tuple(files), tuple(passed), tuple(left_out))
-
-
-def _absolute(places: dict[str, Place]) -> dict[str, Place]:
-    """A task may run in another folder, so relative places would point elsewhere there."""
-    return {name: Place(str(place.local)) if place.is_local else place for name, place in places.items()}
 
 
 def model_names(paths: Sequence[str]) -> list[str]:

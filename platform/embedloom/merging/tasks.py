@@ -37,14 +37,13 @@ def write_with_ray(
     task = ray.remote(_task).options(
         num_cpus=pool.cpus, num_gpus=pool.gpus or None, memory=int(pool.memory_gib * 2**30) or None
     )
-    where = Place(str(place.local)) if place.is_local else place
     shared = ray.put(plan)
     waiting: Iterator[WeightFile] = iter(files)
     running: dict[Any, WeightFile] = {}
     try:
         while True:
             while len(running) < pool.max_actors and (file := next(waiting, None)) is not None:
-                running[task.remote(shared, file, where, pool.compute_threads)] = file
+                running[task.remote(shared, file, place.absolute(), pool.compute_threads)] = file
             if not running:
                 return
             done, _ = ray.wait(list(running), num_returns=1, timeout=_PLACEMENT_SECONDS)

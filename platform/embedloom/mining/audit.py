@@ -1,10 +1,7 @@
 """How trustworthy the mined negatives are: score gaps, what each rule removed, near-duplicates. Pure functions."""
 
-import math
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from statistics import NormalDist
 from typing import Any
 
 import numpy as np
@@ -12,6 +9,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from embedloom.errors import DataError
+from embedloom.ngrams import words_of
 
 GAP_EDGES = tuple(round(0.025 * step, 3) for step in range(25))  # 0 to 0.6: where cosines of near misses lie
 NEAR_DUPLICATE = 0.8  # Jaccard similarity from which two texts count as one, as the corpus stage's default
@@ -23,11 +21,7 @@ _REMOVED_COLUMNS = {
 }
 _SUMMED = ("candidates", "selected", "near_duplicates", "naive", "naive_removed", *_REMOVED_COLUMNS.values())
 _COLUMNS = ("dataset", "given", "gaps", *_SUMMED)
-
 _SHINGLE = 5
-# As corpus.dedup: scripts that set no blanks count each character as a word.
-_SINGLE = r"\u2e80-\u9fff\uac00-\ud7af\uf900-\ufaff\U00020000-\U0003ffff"
-_WORD = re.compile(rf"[{_SINGLE}]|[^\W{_SINGLE}]+")
 
 
 def near_duplicate(positive: str, negative: str) -> float:
@@ -36,7 +30,7 @@ def near_duplicate(positive: str, negative: str) -> float:
     If either has fewer than five words, their sets of words are compared. Two texts without words are equal if
     they are the same string.
     """
-    left, right = (_WORD.findall(text.casefold()) for text in (positive, negative))
+    left, right = (words_of(text) for text in (positive, negative))
     if not left and not right:
         return float(positive == negative)
     size = _SHINGLE if min(len(left), len(right)) >= _SHINGLE else 1
@@ -44,32 +38,6 @@ def near_duplicate(positive: str, negative: str) -> float:
         {tuple(words[n : n + size]) for n in range(len(words) - size + 1)} for words in (left, right)
     )
     return len(first & second) / len(first | second)
-
-
-def wilson_interval(hits: int, rows: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Score interval of a share (Wilson 1927, "Probable inference", JASA 22); stays within 0 and 1 for few rows.
-
-    Args:
-        hits: rows that count, 0 to ``rows``.
-        rows: rows looked at, at least 1, drawn independently.
-        confidence: chance that the interval holds the true share.
-
-    Raises:
-        DataError: no row, or more hits than rows.
-    """
-    if not 0 <= hits <= rows or rows < 1:
-        raise DataError(
-            f"wilson_interval: {hits} hits of {rows} rows; allowed: 1 or more rows, 0 to rows hits"
-        )
-    z = NormalDist().inv_cdf(0.5 + confidence / 2)
-    share = hits / rows
-    centre = share + z * z / (2 * rows)
-    reach = z * math.sqrt(share * (1 - share) / rows + z * z / (4 * rows * rows))
-    scale = 1 + z * z / rows
-    # At 0 and 1 the bound is exact; rounding would put it a hair beside.
-    low = 0.0 if hits == 0 else (centre - reach) / scale
-    high = 1.0 if hits == rows else (centre + reach) / scale
-    return low, high
 
 
 def audit_summary(tables: Iterable[pa.Table], negatives: int) -> dict[str, Any]:

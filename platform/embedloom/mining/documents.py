@@ -1,6 +1,5 @@
 """The texts behind document ids, without holding the corpus in memory."""
 
-import hashlib
 import itertools
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -11,7 +10,7 @@ import pyarrow.compute as pc
 
 from embedloom.errors import DataError
 from embedloom.instructions import document_text
-from embedloom.ngrams import folded
+from embedloom.ngrams import folded, hash64, hashes64
 from embedloom.retrieval.exact import Positions
 from embedloom.retrieval.parts import PartReader
 from embedloom.storage import Place
@@ -37,15 +36,13 @@ class DocumentTexts:
             rows.append(np.arange(table.num_rows, dtype=np.int64))
             # 64 bits of a hash: two texts of ten million share one by accident with a chance of 3 in a million,
             # and then one document is no negative of the other's queries.
-            digests.append(
-                np.fromiter((text_digest(folded(text)) for text in _texts(table)), np.int64, table.num_rows)
-            )
+            digests.append(hashes64(folded(text) for text in _texts(table)))
         unsorted = pa.concat_arrays(ids) if ids else pa.array([], pa.large_string())
         order = pc.sort_indices(unsorted).to_numpy()
         self.ids = unsorted.take(pa.array(order))
         self._file = np.concatenate([np.empty(0, np.int32), *files])[order]
         self._row = np.concatenate([np.empty(0, np.int64), *rows])[order]
-        sorted_digests = np.concatenate([np.empty(0, np.int64), *digests])[order]
+        sorted_digests = np.concatenate([np.empty(0, np.uint64), *digests])[order]
         self._digests, first, inverse = np.unique(sorted_digests, return_index=True, return_inverse=True)
         self._first = first.astype(np.int64)
         self._same = self._first[inverse]
@@ -74,7 +71,7 @@ class DocumentTexts:
 
     def position_of(self, text: str) -> int | None:
         """The smallest position with this text, case and blanks aside; None if no document has it."""
-        digest = text_digest(folded(text))
+        digest = np.uint64(hash64(folded(text)))
         slot = int(np.searchsorted(self._digests, digest))
         found = slot < len(self._digests) and self._digests[slot] == digest
         return int(self._first[slot]) if found else None
@@ -112,11 +109,6 @@ class ChunkedDocuments:
         """Positions of all pieces of the documents that these are pieces of."""
         owners = {self._owner[position] for position in positions if position in self._owner}
         return {position for owner in owners for position in self._pieces[owner]}
-
-
-def text_digest(text: str) -> int:
-    """Signed 64-bit hash of a text, the same in every process."""
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)
 
 
 def _texts(table: pa.Table) -> list[str]:

@@ -1,17 +1,17 @@
 """A second teacher's opinion on a sample of negatives: how many of them it holds to be positives."""
 
-import hashlib
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from scipy.stats import binomtest
 
 from embedloom.config.resources import PoolConfig
 from embedloom.engines.shards import run_sharded
 from embedloom.errors import DataError
 from embedloom.instructions import Side
-from embedloom.mining.audit import wilson_interval
 from embedloom.mining.select import score_limit
+from embedloom.ngrams import hash64
 from embedloom.retrieval.embedder import EmbedderSource
 from embedloom.retrieval.exact import Matrix, pair_scores
 from embedloom.retrieval.unit import unit_vectors
@@ -45,8 +45,7 @@ def in_sample(query_id: str, share: float, seed: int) -> bool:
         share: 0 to 1.
         seed: another seed gives another, independent sample.
     """
-    digest = hashlib.blake2b(f"{seed}\0{query_id}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") < share * 2.0**64
+    return hash64(f"{seed}\0{query_id}") < share * 2.0**64
 
 
 def judge_sample(
@@ -150,11 +149,12 @@ def _figures(false: np.ndarray[Any, np.dtype[np.bool_]]) -> dict[str, Any]:
     rows, hits = len(false), int(false.sum())
     if not rows:
         return {"rows": 0, "false": 0, "share": None, "low": None, "high": None}
-    low, high = wilson_interval(hits, rows, CONFIDENCE)
+    # Wilson's score interval stays within 0 and 1 for few rows (Wilson 1927, "Probable inference", JASA 22).
+    low, high = binomtest(hits, rows).proportion_ci(CONFIDENCE, method="wilson")
     return {
         "rows": rows,
         "false": hits,
         "share": round(hits / rows, 4),
-        "low": round(low, 4),
-        "high": round(high, 4),
+        "low": round(float(low), 4),
+        "high": round(float(high), 4),
     }

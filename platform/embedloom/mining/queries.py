@@ -17,9 +17,8 @@ from embedloom.artefacts import Artefact
 from embedloom.engines.shards import PART_PATTERN
 from embedloom.errors import DataError
 from embedloom.instructions import SYMMETRIC_TASK_TYPES, check_task_type
-from embedloom.mining.documents import text_digest
 from embedloom.mining.given import CORPUS, LABEL_TASK_TYPES, GivenTexts, wrong_labels
-from embedloom.ngrams import folded
+from embedloom.ngrams import folded, hash64, hashes64
 from embedloom.progress import note
 from embedloom.records import check_table, content_id, table_from_rows
 from embedloom.storage import Place
@@ -258,7 +257,7 @@ def _rows(files: list[_Source], names: list[str]) -> Iterator[tuple[Any, ...]]:
 
 def _repeated(values: Callable[[], Iterator[str]]) -> set[int]:
     """Digests that stand more than once; eight bytes a value while counting."""
-    digests = np.fromiter((text_digest(value) for value in values()), dtype=np.int64)
+    digests = hashes64(values())
     digests.sort()
     return {int(digest) for digest in np.unique(digests[1:][digests[1:] == digests[:-1]])}
 
@@ -266,7 +265,7 @@ def _repeated(values: Callable[[], Iterator[str]]) -> set[int]:
 def _check_ids(files: list[_Source]) -> None:
     suspects = _repeated(lambda: (row[0] for row in _rows(files, ["id"])))
     counts = (
-        Counter(row[0] for row in _rows(files, ["id"]) if text_digest(row[0]) in suspects)
+        Counter(row[0] for row in _rows(files, ["id"]) if hash64(row[0]) in suspects)
         if suspects
         else Counter()
     )
@@ -286,7 +285,7 @@ def _shared_answers(files: list[_Source]) -> dict[str, _Answers]:
         _rows(files, [*names, "document_id", "positive"]) if repeated else ()
     ):
         question = question_of(*asked)
-        if text_digest(question) in repeated:
+        if hash64(question) in repeated:
             answers = found.setdefault(question, _Answers())
             answers.documents.add(document_id)
             if positive:

@@ -1,6 +1,5 @@
 """Which candidates become hard negatives: the methods of NV-Retriever (arXiv 2407.15831). Pure functions."""
 
-import hashlib
 import math
 from collections.abc import Collection, Hashable, Iterable
 from dataclasses import dataclass
@@ -9,6 +8,7 @@ from typing import Generic, TypeVar
 import numpy as np
 
 from embedloom.config.mining import SelectionConfig
+from embedloom.ngrams import hash64
 
 Key = TypeVar("Key", bound=Hashable)
 
@@ -115,9 +115,7 @@ def _choose(survivors: list[tuple[Key, float]], rules: SelectionConfig, draw: in
 
 def query_seed(query_id: str, purpose: str) -> int:
     """Seed that depends on the query alone, so that order and shards change nothing."""
-    return int.from_bytes(
-        hashlib.blake2b(f"{purpose}\0{query_id}".encode(), digest_size=8).digest(), "little"
-    )
+    return hash64(f"{purpose}\0{query_id}")
 
 
 def blend(selections: list[Selection[Key]], rules: SelectionConfig, query_id: str) -> Selection[Key]:

@@ -22,8 +22,8 @@ from embedloom.engines.actors import Link
 from embedloom.retrieval.embedder import EmbedderSource
 from embedloom.retrieval.exact import Matrix
 from embedloom.retrieval.shared_weights import share_weights
-from embedloom.retrieval.stored import final_table, vector_columns
-from embedloom.retrieval.vector_files import CONTRACT_KEY, MODEL_KEY, vector_matrix
+from embedloom.retrieval.stored import final_table, stored_vectors, vector_columns
+from embedloom.retrieval.vector_files import CONTRACT_KEY, MODEL_KEY
 from embedloom.storage import Place
 
 AHEAD_FOLDER = "ahead"  # beside the artefacts of a run, gone once mining is done
@@ -147,7 +147,7 @@ class AheadVectors:
                 continue
             here = wanted[self._files[places[wanted]] == file]
             rows = table.take(pa.array(self._rows[places[here]]))
-            vectors = vector_matrix(rows, self._names[file])
+            vectors = stored_vectors(rows, self._names[file])
             stored = zip(rows.column("digest").to_pylist(), rows.column("tokens").to_pylist(), strict=True)
             for number, vector, (digest, tokens) in zip(here, vectors, stored, strict=True):
                 if digest == digests[number]:

@@ -9,13 +9,11 @@ import pyarrow as pa
 from embedloom.config.resources import PoolConfig
 from embedloom.encoder.tokenizer import CutTexts
 from embedloom.engines.shards import run_sharded
-from embedloom.errors import DataError
 from embedloom.instructions import Side, document_text
 from embedloom.retrieval.ahead import AheadVectors, Asked
 from embedloom.retrieval.embedder import EmbedderSource, count_prefetched, taken_cuts
-from embedloom.retrieval.search import check_vectors
 from embedloom.retrieval.shared_weights import share_weights
-from embedloom.retrieval.stored import StoredType, final_table, stored_vectors, vector_columns
+from embedloom.retrieval.stored import StoredType, final_table, vector_columns
 from embedloom.retrieval.vector_files import CONTRACT_KEY, MODEL_KEY, cost_counts, cost_metadata
 from embedloom.storage import Place
 
@@ -198,34 +196,3 @@ def vector_counts(place: Place, parts: list[str]) -> dict[str, int]:
     """Rows, embedded tokens and cut texts of vector files, from their footers."""
     footers = [place.parquet_footer(part) for part in parts]
     return {"rows": sum(rows for _, rows in footers), **cost_counts(schema for schema, _ in footers)}
-
-
-def read_vectors(
-    place: Place, folder: str, contract_hash: str | None = None
-) -> tuple[list[str], np.ndarray[Any, Any]]:
-    """All vectors of a folder: ids and float32 [n, dimension], whichever type they are stored in.
-
-    Raises:
-        DataError: no vectors, files of different contracts or dimensions, another contract than asked for,
-            or a vector that is zero or not finite.
-    """
-    ids: list[str] = []
-    blocks = []
-    for name in place.names(folder, ".parquet"):
-        table = place.read_table(name)
-        found = (table.schema.metadata or {}).get(CONTRACT_KEY, b"").decode()
-        contract_hash = contract_hash or found
-        if found != contract_hash:
-            raise DataError(
-                f"{place.uri}/{name}: contract_hash {found!r}, expected {contract_hash!r}; vectors of different prompts cannot be compared"
-            )
-        blocks.append(stored_vectors(table, f"{place.uri}/{name}"))
-        check_vectors(blocks[-1], f"{place.uri}/{name}", table.column("id"))
-        if blocks[-1].shape[1] != blocks[0].shape[1]:
-            raise DataError(
-                f"{place.uri}/{name}: column 'vector' has {blocks[-1].shape[1]} dimensions, the files before have {blocks[0].shape[1]}"
-            )
-        ids.extend(table.column("id").to_pylist())
-    if not blocks:
-        raise DataError(f"{place.uri}/{folder}: no vectors")
-    return ids, np.concatenate(blocks)

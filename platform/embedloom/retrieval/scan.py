@@ -9,6 +9,7 @@ import pyarrow as pa
 from embedloom.engines.shards import PART_PATTERN
 from embedloom.errors import DataError
 from embedloom.instructions import document_text
+from embedloom.ngrams import hashes64
 from embedloom.records import content_id, table_from_rows
 from embedloom.retrieval.inputs import TextSource
 from embedloom.storage import Place
@@ -63,7 +64,7 @@ def first_of_equals(digests: Digests) -> Numbers:
 
 def scan(source: TextSource, out: Place) -> tuple[Digests, Numbers, dict[str, int]]:
     """Read all texts once: drafts of the rows, digests [n, 2] and 64-bit hashes of the ids [n] of what has a text."""
-    digests, hashes, rejects, number = [b""], [b""], dict[str, int](), 0
+    digests, hashes, rejects, number = [b""], [hashes64([])], dict[str, int](), 0
     for file, (name, _) in enumerate(source.files):
         start = 0
         for table in source.place.iter_tables(name, source.columns, _SCAN_ROWS):
@@ -87,10 +88,10 @@ def scan(source: TextSource, out: Place) -> tuple[Digests, Numbers, dict[str, in
                 pa.table(draft, schema=DRAFT_SCHEMA),
             )
             digests.append(b"".join(found[row] for row in full))
-            hashes.append(b"".join(_id_hash(ids[row]) for row in full))
+            hashes.append(hashes64(ids[row] for row in full))
             start, number = start + table.num_rows, number + 1
     pairs = np.frombuffer(b"".join(digests), dtype=np.uint64).reshape(-1, 2)
-    return pairs, np.frombuffer(b"".join(hashes), dtype=np.int64), rejects
+    return pairs, np.concatenate(hashes), rejects
 
 
 def _ids(table: pa.Table, source: TextSource, digests: list[bytes], where: str, start: int) -> list[str]:
@@ -103,10 +104,6 @@ def _ids(table: pa.Table, source: TextSource, digests: list[bytes], where: str, 
                 f"{where}: row {start + row}: column {source.id!r} holds {value!r}; every row needs an id"
             )
     return [str(value) for value in ids]
-
-
-def _id_hash(identifier: str) -> bytes:
-    return hashlib.blake2b(identifier.encode(), digest_size=8).digest()
 
 
 def _reject(
@@ -149,10 +146,10 @@ def check_unique(out: Place, hashes: Numbers) -> None:
 
 def digests_before(place: Place) -> tuple[Digests, Numbers]:
     """Digests [n, 2] and hashes of the ids [n] of an earlier artefact's rows, in order."""
-    digests, hashes = [b""], [b""]
+    digests, hashes = [b""], [hashes64([])]
     for name in place.names(ROWS_FOLDER, ".parquet"):
         table = place.read_table(name, ["id", "digest"])
         digests.extend(table.column("digest").to_pylist())
-        hashes.extend(_id_hash(identifier) for identifier in table.column("id").to_pylist())
+        hashes.append(hashes64(table.column("id").to_pylist()))
     pairs = np.frombuffer(b"".join(digests), dtype=np.uint64).reshape(-1, 2)
-    return pairs, np.frombuffer(b"".join(hashes), dtype=np.int64)
+    return pairs, np.concatenate(hashes)

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from embedloom.errors import ConfigError, DataError
 
@@ -37,11 +38,13 @@ def shorten(vectors: Matrix, dimensions: int | None, normalize: bool) -> Matrix:
             f"embedding.dimensions: {dimensions} is above the {vectors.shape[1]} dimensions of the model"
         )
     short = vectors[:, :dimensions]
-    if not normalize:
-        return np.ascontiguousarray(short)
-    lengths = np.linalg.norm(short, axis=1, keepdims=True)
-    # A prefix of zeros keeps its zeros: whoever checks the vectors names it.
-    return np.asarray(short / np.where(lengths > 0, lengths, 1), dtype=np.float32)
+    return unit_length(short) if normalize else np.ascontiguousarray(short)
+
+
+def unit_length(vectors: Matrix) -> Matrix:
+    """Vectors [n, d] at unit length; one of zeros keeps its zeros, and whoever checks the vectors names it."""
+    lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
+    return np.asarray(vectors / np.where(lengths > 0, lengths, 1), dtype=np.float32)
 
 
 def quantize(vectors: Matrix, dtype: StoredType) -> tuple[np.ndarray[Any, Any], Matrix | None]:
@@ -79,7 +82,7 @@ def dequantize(values: np.ndarray[Any, Any], scales: np.ndarray[Any, Any] | None
     """
     if values.dtype == np.uint8:
         values = np.unpackbits(values, axis=1).astype(np.int8) * 2 - 1
-    vectors = values.astype(np.float32)
+    vectors = values.astype(np.float32, copy=False)
     return np.asarray(vectors if scales is None else vectors * scales.astype(np.float32)[:, None])
 
 
@@ -92,30 +95,65 @@ def vector_columns(vectors: Matrix, dtype: StoredType) -> dict[str, pa.Array]:
 
 
 def stored_vectors(table: pa.Table, source: str) -> Matrix:
-    """Vectors of a table as float32 [n, d], whichever type they are stored in.
+    """Vectors of a table as float32 [n, d], whichever type they are stored in; without a copy if they are float32.
 
     Raises:
-        DataError: no vectors of a known type, or int8 and binary values without their scales.
+        DataError: no vectors of a known type, nulls, lists of different lengths (named by id), or int8 and binary
+            values without their scales.
     """
-    kind: Any = table.schema.field("vector").type if "vector" in table.column_names else pa.null()
-    if not pa.types.is_fixed_size_list(kind) or not (
-        pa.types.is_floating(kind.value_type) or kind.value_type in (pa.int8(), pa.uint8())
-    ):
+    if "vector" not in table.column_names:
+        raise DataError(
+            f"{source}: no column 'vector'; a vectors table has id and vector, found {table.column_names}"
+        )
+    column = table.column("vector")
+    kind = column.type
+    fixed = pa.types.is_fixed_size_list(kind)
+    floating = (fixed or pa.types.is_list(kind)) and pa.types.is_floating(kind.value_type)
+    if not floating and not (fixed and kind.value_type in (pa.int8(), pa.uint8())):
         raise DataError(
             f"{source}: column 'vector' is {kind}, expected fixed_size_list of float32, float16, int8 or uint8 (packed bits)"
         )
-    floating = pa.types.is_floating(kind.value_type)
-    if not floating and SCALE_COLUMN not in table.column_names:
+    scales = None if floating else _scales(table, source)
+    width = _common_length(table, source)
+    blocks = [np.asarray(chunk.flatten().to_numpy(zero_copy_only=False)) for chunk in column.chunks]
+    if len(blocks) != 1:
+        blocks = [np.concatenate([np.empty(0, kind.value_type.to_pandas_dtype()), *blocks])]
+    return dequantize(blocks[0].reshape(table.num_rows, width), scales)
+
+
+def stored_dimension(kind: pa.DataType) -> int | None:
+    """Dimension of vectors of a column type; None where only its rows say it."""
+    if not pa.types.is_fixed_size_list(kind):
+        return None
+    return int(kind.list_size) * (8 if kind.value_type == pa.uint8() else 1)
+
+
+def _scales(table: pa.Table, source: str) -> np.ndarray[Any, Any]:
+    if SCALE_COLUMN not in table.column_names:
         raise DataError(
-            f"{source}: column 'vector' is {kind} without the column {SCALE_COLUMN!r} that brings it back to float32"
+            f"{source}: column 'vector' is {table.schema.field('vector').type} without the column {SCALE_COLUMN!r} that brings it back to float32"
         )
-    for name in ("vector",) if floating else ("vector", SCALE_COLUMN):
-        if table.column(name).null_count:
-            raise DataError(f"{source}: column {name!r} has {table.column(name).null_count} nulls")
-    column = table.column("vector").combine_chunks()
-    flat = column.flatten() if isinstance(column, pa.Array) else pa.array([], kind.value_type)
-    values = np.asarray(flat).reshape(table.num_rows, kind.list_size)
-    return dequantize(values, None if floating else np.asarray(table.column(SCALE_COLUMN)))
+    if table.column(SCALE_COLUMN).null_count:
+        raise DataError(
+            f"{source}: column {SCALE_COLUMN!r} has {table.column(SCALE_COLUMN).null_count} nulls"
+        )
+    return np.asarray(table.column(SCALE_COLUMN))
+
+
+def _common_length(table: pa.Table, source: str) -> int:
+    """Length of every list; a null counts as empty."""
+    column = table.column("vector")
+    lengths = pc.fill_null(pc.list_value_length(column), 0).to_numpy()
+    if not len(lengths):
+        return int(getattr(column.type, "list_size", 0))
+    expected = int(lengths[0])
+    wrong = np.flatnonzero((lengths != expected) | (lengths == 0))
+    if len(wrong):
+        row = int(wrong[0])
+        raise DataError(
+            f"{source}: the vector of id {table.column('id')[row].as_py()!r} has {lengths[row]} dimensions, the first has {expected}"
+        )
+    return expected
 
 
 def final_table(table: pa.Table, metadata: dict[bytes, bytes]) -> pa.Table:

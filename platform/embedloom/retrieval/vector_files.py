@@ -1,16 +1,15 @@
 """Vector files: what their schema promises, read with every promise checked."""
 
 from collections.abc import Iterable, Mapping
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from embedloom.encoder.tokenizer import CutTexts
 from embedloom.errors import DataError
 from embedloom.retrieval.exact import Matrix
 from embedloom.retrieval.search import check_vectors
+from embedloom.retrieval.stored import stored_dimension, stored_vectors
 from embedloom.storage import Place
 
 # Schema metadata of every vectors file.
@@ -55,9 +54,37 @@ def read_vector_file(place: Place, name: str) -> tuple[list[str], Matrix, str]:
     table = place.read_table(name)
     source = f"{place.uri}/{name}"
     ids = [str(value) for value in id_column(table, source).to_pylist()]
-    vectors = vector_matrix(table, source)
+    vectors = stored_vectors(table, source)
     check_vectors(vectors, source, ids)
     return ids, vectors, _contract_hash(table.schema, source)
+
+
+def read_vectors(place: Place, folder: str, contract_hash: str | None = None) -> tuple[list[str], Matrix]:
+    """All vectors of a folder: ids and float32 [n, dimension].
+
+    Raises:
+        DataError: no vectors, files of different contracts or dimensions, another contract than asked for,
+            or a vector that is zero or not finite.
+    """
+    ids: list[str] = []
+    blocks: list[Matrix] = []
+    for name in place.names(folder, ".parquet"):
+        source = f"{place.uri}/{name}"
+        found, vectors, contract = read_vector_file(place, name)
+        contract_hash = contract_hash or contract
+        if contract != contract_hash:
+            raise DataError(
+                f"{source}: contract_hash {contract!r}, expected {contract_hash!r}; vectors of different prompts cannot be compared"
+            )
+        blocks.append(vectors)
+        if vectors.shape[1] != blocks[0].shape[1]:
+            raise DataError(
+                f"{source}: column 'vector' has {vectors.shape[1]} dimensions, the files before have {blocks[0].shape[1]}"
+            )
+        ids.extend(found)
+    if not blocks:
+        raise DataError(f"{place.uri}/{folder}: no vectors")
+    return ids, np.concatenate(blocks)
 
 
 def check_same_contract(queries: tuple[str, str], documents: tuple[str, str]) -> None:
@@ -75,37 +102,6 @@ def check_same_contract(queries: tuple[str, str], documents: tuple[str, str]) ->
             f"{queries[0]} has contract_hash {queries[1]!r}, {documents[0]} has {documents[1]!r}; "
             "vectors of different prompts cannot be compared, embed both with one model"
         )
-
-
-def vector_matrix(table: pa.Table, source: str) -> Matrix:
-    """Column ``vector`` as float32 [n, d]; without a copy if it is stored so.
-
-    Raises:
-        DataError: no such column, another type, nulls, or lists of different lengths, named by id.
-    """
-    if "vector" not in table.column_names:
-        raise DataError(
-            f"{source}: no column 'vector'; a vectors table has id and vector, found {table.column_names}"
-        )
-    column = table.column("vector")
-    if not (
-        pa.types.is_fixed_size_list(column.type) or pa.types.is_list(column.type)
-    ) or not pa.types.is_floating(column.type.value_type):
-        raise DataError(
-            f"{source}: column 'vector' is {column.type}, expected fixed_size_list of float32 or float16"
-        )
-    lengths = pc.fill_null(pc.list_value_length(column), 0).to_numpy()
-    expected = int(lengths[0]) if len(lengths) else 0
-    if (lengths != expected).any() or (len(lengths) and not expected):
-        row = int(np.flatnonzero((lengths != expected) | (lengths == 0))[0])
-        raise DataError(
-            f"{source}: the vector of id {table.column('id')[row].as_py()!r} has {lengths[row]} dimensions, the first has {expected}"
-        )
-    blocks = [np.asarray(chunk.flatten().to_numpy(zero_copy_only=False)) for chunk in column.chunks]
-    values: np.ndarray[Any, Any] = (
-        blocks[0] if len(blocks) == 1 else np.concatenate([np.empty(0, np.float32), *blocks])
-    )
-    return np.asarray(values, dtype=np.float32).reshape(table.num_rows, -1 if table.num_rows else 0)
 
 
 def id_column(table: pa.Table, source: str) -> pa.Array:
@@ -139,16 +135,11 @@ def common_footer(place: Place, names: list[str]) -> tuple[str, int]:
             raise DataError(
                 f"{source}: no column 'vector'; a vectors table has id and vector, found {schema.names}"
             )
-        kind = schema.field("vector").type
-        # A list without a fixed size says its dimension only in its rows.
-        size = (
-            kind.list_size
-            if pa.types.is_fixed_size_list(kind)
-            else vector_matrix(place.read_table(name), source).shape[1]
-        )
         if rows == 0:
             continue
-        found = (_contract_hash(schema, source), int(size))
+        size = stored_dimension(schema.field("vector").type)
+        size = size or stored_vectors(place.read_table(name), source).shape[1]
+        found = (_contract_hash(schema, source), size)
         first = first or found
         if found[0] != first[0]:
             check_same_contract((source, found[0]), (f"{place.uri}/{names[0]}", first[0]))

@@ -10,7 +10,8 @@ import pyarrow.compute as pc
 from embedloom.errors import DataError
 from embedloom.retrieval.exact import Matrix, Positions
 from embedloom.retrieval.search import DocumentBlock, Engine, TopK, check_vectors, no_results
-from embedloom.retrieval.vector_files import common_footer, id_column, vector_matrix
+from embedloom.retrieval.stored import stored_vectors
+from embedloom.retrieval.vector_files import common_footer, id_column
 from embedloom.storage import Place
 
 MEMORY_BYTES = 2 * 2**30  # of vectors one store keeps ready; those beyond it are read again for every search
@@ -93,8 +94,8 @@ class VectorCatalogue:
         matrices = []
         for number in range(*files):
             source = f"{self.place.uri}/{self.names[number]}"
-            table = self.place.read_table(self.names[number], ["id", "vector"])
-            matrices.append(vector_matrix(table, source))
+            table = self.place.read_table(self.names[number])
+            matrices.append(stored_vectors(table, source))
             check_vectors(matrices[-1], source, table.column("id"))
         start, stop = sum(self.rows[: files[0]]), sum(self.rows[: files[1]])
         return self.positions[start:stop], matrices[0] if len(matrices) == 1 else np.concatenate(matrices)

@@ -7,6 +7,7 @@ from ray import serve
 from ray.serve import Application
 from ray.serve.config import AutoscalingConfig, BackpressureConfig
 
+from embedloom.cluster.placement import GATEWAY_CPUS
 from embedloom.config.application import ApplicationArgs
 from embedloom.config.base import validate
 from embedloom.config.resources import ServeScaling
@@ -31,7 +32,6 @@ from embedloom.trained_prompts import check_default
 from embedloom.verdict import check_gated, check_int8
 
 RETRY_AFTER_SECONDS = 1  # of Serve's own 429, which is not the usual one
-GATEWAY_CPUS = 0.1  # bookkeeping only: it parses and waits
 
 
 def build(args: dict[str, Any]) -> Application:

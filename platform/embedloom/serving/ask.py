@@ -11,7 +11,7 @@ from embedloom.artefacts import Artefact
 from embedloom.errors import ServeError
 from embedloom.records import check_table
 from embedloom.retrieval.corpora import DOCUMENTS_FOLDER, SPLITS, VECTORS_FOLDER
-from embedloom.retrieval.embed import read_vectors
+from embedloom.retrieval.vector_files import read_vectors
 
 _SHOWN_CHARACTERS = 160
 

@@ -12,11 +12,10 @@ import pyarrow.compute as pc
 
 from embedloom.artefacts import Artefact
 from embedloom.errors import ConfigError, DataError
-from embedloom.retrieval.embed import read_vectors
 from embedloom.retrieval.fill_in import VECTORS_FOLDER
 from embedloom.retrieval.index import FACTS_FILE, load_index
 from embedloom.retrieval.search import DocumentBlock
-from embedloom.retrieval.vector_files import check_same_contract
+from embedloom.retrieval.vector_files import check_same_contract, read_vectors
 from embedloom.serving.corpus_texts import CorpusText, CorpusTexts, open_texts
 from embedloom.serving.messages import Vectors
 from embedloom.serving.replies import CorpusCard, SearchHit

@@ -5,6 +5,7 @@ from typing import Literal
 
 import numpy as np
 
+from embedloom.retrieval.stored import shorten, unit_length
 from embedloom.serving.messages import Vectors
 
 
@@ -19,18 +20,12 @@ def encode_vectors(
     return [base64.b64encode(row.tobytes()).decode("ascii") for row in little]
 
 
-def shorten(vectors: Vectors, dimension: int, normalize: bool) -> Vectors:
-    """The first ``dimension`` numbers of each vector, at unit length again if the model normalises."""
-    cut = vectors[:, :dimension]
-    return cut / np.linalg.norm(cut, axis=1, keepdims=True) if normalize else cut
-
-
 def finished(vectors: Vectors, dimension: int | None, normalized: bool | None, normalize: bool) -> Vectors:
     """Vectors [n, d] as a request wants them: shortened, and of unit length where it or the model says so."""
     if dimension is not None and dimension < vectors.shape[1]:
         return shorten(vectors, dimension, normalize or bool(normalized))
     if normalized and not normalize:
-        return shorten(vectors, vectors.shape[1], True)
+        return unit_length(vectors)
     return vectors
 
 

@@ -1,12 +1,12 @@
 """Attempts as rows of a table: what a shard of work holds, one row per request of a family to a generator."""
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
 
+from embedloom.ngrams import hash64
 from embedloom.records import content_id
 from embedloom.synthesis.families.base import Attempt, SeedDocument
 
@@ -76,7 +76,7 @@ def attempt_row(
         "ordinal": ordinal,
         "language": language,
         "document_language": document_language,
-        "seed": number64(f"{seed}:{identity}"),
+        "seed": hash64(f"{seed}:{identity}"),
         "document_id": document["id"] if document else None,
         "title": document["title"] if document else None,
         "text": document["text"] if document else None,
@@ -110,11 +110,6 @@ def read_attempts(table: pa.Table) -> list[Attempt]:
         )
         for row in table.select(ATTEMPT_SCHEMA.names).to_pylist()
     ]
-
-
-def number64(text: str) -> int:
-    """A 64-bit number that depends on the text alone."""
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 
 
 def weighted(weights: Mapping[str, float], number: int) -> str:

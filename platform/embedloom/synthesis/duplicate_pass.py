@@ -16,8 +16,8 @@ import pyarrow.compute as pc
 
 from embedloom.config.quality import NearDuplicateCheck
 from embedloom.engines.tasks import run_tasks
+from embedloom.ngrams import hash64
 from embedloom.storage import Place
-from embedloom.synthesis.attempts import number64
 from embedloom.synthesis.quality.duplicates import band_keys
 from embedloom.synthesis.refusals import Round, refusal_table
 
@@ -110,10 +110,10 @@ def _keys(one: Round, part: str, search: DuplicateSearch) -> pa.Table:
     for row in one.rows(search.place, part, columns).to_pylist():
         group = row[search.group_column]
         if row["exact_key"] is not None:
-            add(row["exact_key"] ^ number64(f"exact:{group}"), True, row["id"], None)
+            add(row["exact_key"] ^ hash64(f"exact:{group}"), True, row["id"], None)
         if search.near is not None and row["signature"] is not None:
             scope = row["generator"] if search.near.scope == "generator" else ""
-            salt, short = number64(f"near:{group}:{scope}"), short_signature(row["signature"])
+            salt, short = hash64(f"near:{group}:{scope}"), short_signature(row["signature"])
             for key in band_keys(row["signature"], search.near.threshold):
                 add(key ^ salt, False, row["id"], short)
     return pa.table(found, schema=_KEY_SCHEMA)

@@ -21,8 +21,8 @@ from embedloom.engines.pool import Handling
 from embedloom.engines.protocol import GenerationRequest
 from embedloom.engines.shards import run_sharded
 from embedloom.engines.tasks import run_tasks
+from embedloom.ngrams import hash64
 from embedloom.storage import Place
-from embedloom.synthesis.attempts import number64
 from embedloom.synthesis.families.base import Ask, Reject
 from embedloom.synthesis.prompt import Prompt
 from embedloom.synthesis.quality.judge import judge_ask, judge_grade
@@ -106,7 +106,7 @@ class _Prepare:
                 GenerationRequest(
                     row["id"],
                     ask.messages,
-                    number64(row["id"]) & 0x7FFFFFFF,
+                    hash64(row["id"]) & 0x7FFFFFFF,
                     _ANSWER_TOKENS,
                     0.0,
                     1.0,

@@ -12,8 +12,9 @@ import numpy as np
 
 from embedloom.config.families import FamilyConfig
 from embedloom.instructions import document_text
+from embedloom.ngrams import hash64
 from embedloom.storage import Place
-from embedloom.synthesis.attempts import attempt_row, attempt_table, number64, weighted
+from embedloom.synthesis.attempts import attempt_row, attempt_table, weighted
 from embedloom.synthesis.families.registry import FAMILIES
 from embedloom.synthesis.quotas import Cell
 from embedloom.synthesis.selection import RowSource, chosen_rows, fill_positives, ordered_ranks
@@ -116,7 +117,7 @@ def ordinal_language(work: RoundWork, options: FamilyConfig, cell: Cell, ordinal
     weights = options.document_weights(cell.language)
     if len(weights) == 1:
         return next(iter(weights))
-    return weighted(weights, number64(f"{work.seed}:{cell.name}:{ordinal}:document_language"))
+    return weighted(weights, hash64(f"{work.seed}:{cell.name}:{ordinal}:document_language"))
 
 
 class _Writer:

@@ -11,9 +11,10 @@ from embedloom.config.synthesis import Sampling, SynthesisConfig
 from embedloom.engines.generation import ANSWERS, read_results, request_table, side_by_side
 from embedloom.engines.protocol import GenerationRequest, GenerationResult
 from embedloom.instructions import document_text
+from embedloom.ngrams import hash64
 from embedloom.records import SCHEMAS, table_from_rows
 from embedloom.storage import Place
-from embedloom.synthesis.attempts import number64, read_attempts
+from embedloom.synthesis.attempts import read_attempts
 from embedloom.synthesis.families.base import Ask, Attempt, Reject, Row, row_id
 from embedloom.synthesis.families.registry import FAMILIES
 from embedloom.synthesis.families.tasks import ask_tasks
@@ -211,7 +212,7 @@ class TaskMaker(RowMaker):
             "prompt_hash": self.prompts[attempt.family].hash,
             "ordinal": attempt.ordinal,
             "number": number,
-            "exact_key": number64(" ".join(str(row["text"]).casefold().split())),
+            "exact_key": hash64(" ".join(str(row["text"]).casefold().split())),
         }
 
 

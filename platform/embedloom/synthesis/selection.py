@@ -5,7 +5,6 @@ Attempts take the next places of that order, from round to round, and start over
 generator reads other documents, no row is drawn at random twice, and where an attempt reads follows from the plan.
 """
 
-import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from embedloom.errors import DataError
+from embedloom.ngrams import hashes64
 from embedloom.records import check_table
 from embedloom.storage import Place
 from embedloom.synthesis.attempts import DEFAULT_LANG
@@ -52,8 +52,7 @@ class RowSource:
 
 def hash_ranks(seed: str, ids: Sequence[str]) -> np.ndarray[Any, np.dtype[np.uint64]]:
     """A 64-bit number per id, ``uint64 [len(ids)]``, that depends on nothing but the seed and the id."""
-    digests = b"".join(hashlib.blake2b(f"{seed}:{one}".encode(), digest_size=8).digest() for one in ids)
-    return np.frombuffer(digests, dtype="<u8")
+    return hashes64(f"{seed}:{one}" for one in ids)
 
 
 def ordered_ranks(source: RowSource, labels: Sequence[str], seed: str, where: str) -> dict[str, Any]:

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from embedloom.errors import StageError
+from embedloom.ngrams import hash64
 from embedloom.storage import Place
-from embedloom.synthesis.attempts import number64
 from embedloom.synthesis.quotas import Cell
 
 
@@ -51,4 +51,4 @@ class TaskChoice:
     def pick(self, ordinal: int) -> Task:
         """The task of an attempt."""
         chosen = self._others or self._own if picks_other(ordinal, self._share) else self._own or self._others
-        return chosen[number64(f"{self._seed}:{self._cell.name}:{ordinal}:task") % len(chosen)]
+        return chosen[hash64(f"{self._seed}:{self._cell.name}:{ordinal}:task") % len(chosen)]

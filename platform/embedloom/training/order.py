@@ -3,7 +3,6 @@
 Never of the number of workers, actors or restarts, so a resumed or resized run sees the very next example.
 """
 
-import hashlib
 import heapq
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from embedloom.errors import DataError
+from embedloom.ngrams import hash64
 
 Indices = np.ndarray[Any, np.dtype[np.int64]]
 
@@ -144,7 +144,7 @@ class ExampleOrder:
         known = self._passes.get(share.name)
         if known is not None and known[0] == number:
             return known[1]
-        key = int.from_bytes(hashlib.blake2b(share.name.encode(), digest_size=8).digest(), "little")
+        key = hash64(share.name)
         rows = np.arange(share.rows)
         if size < share.rows:
             rows = np.random.default_rng([self._seed, key]).permutation(share.rows)[:size]

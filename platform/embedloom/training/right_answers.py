@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from embedloom.ngrams import folded, mix
+from embedloom.ngrams import folded, hash64, mix
 
 Keys = np.ndarray[Any, np.dtype[np.int64]]
 _LISTS = pa.list_(pa.int64())
@@ -27,13 +27,9 @@ def seen_keys(
         [list(ids) for ids in token_ids], skip_special_tokens=False
     )
     return [
-        _key(f"{mark}\0{folded(text)}") for text, mark in zip(texts, marks or [""] * len(texts), strict=True)
+        hash64(f"{mark}\0{folded(text)}") >> 1
+        for text, mark in zip(texts, marks or [""] * len(texts), strict=True)
     ]
-
-
-def _key(text: str) -> int:
-    digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1
 
 
 class RightAnswers:

@@ -66,8 +66,8 @@ def train_stage(
             ``training.max_failures``, or some reader would read the export as another model.
     """
     _check(config, stage, start_model, group)
-    root = absolute(out.place)
-    data = root.child(DATA_FOLDER) if prepared_data is None else absolute(prepared_data)
+    root = out.place.absolute()  # Ray Train's workers have another working directory
+    data = root.child(DATA_FOLDER) if prepared_data is None else prepared_data.absolute()
     loop = _loop_config(config, stage, candidate, start_model, group, dtype, root, data)
     check_resumable(out.place.child(CHECKPOINT_FOLDER), loop.fingerprint)
     prepared = prepare_sources(
@@ -162,11 +162,6 @@ def _loop_config(
         logs=root,
         threads=group.compute_threads,
     )
-
-
-def absolute(place: Place) -> Place:
-    """The same place for Ray Train's workers, who have another working directory."""
-    return Place(str(place.local)) if place.is_local else place
 
 
 def mined_sources(mix: dict[str, float]) -> tuple[TrainingSource, ...]:

@@ -4,7 +4,6 @@ An attempt is one request. Everything that varies in it (persona, length, target
 its seed, so that the same attempt is the same request in every run.
 """
 
-import hashlib
 import json
 import unicodedata
 from collections.abc import Mapping, Sequence
@@ -12,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
 
 from embedloom.config.families import FamilyConfig
+from embedloom.ngrams import hash64
 from embedloom.records import content_id
 from embedloom.synthesis.prompt import Prompt, PromptRules
 
@@ -124,8 +124,7 @@ def row_id(attempt: Attempt, number: int) -> str:
 
 def draw(seed: int, name: str, choices: Sequence[str]) -> str:
     """One of the choices, each equally likely, by a hash of the seed and the attribute's name."""
-    digest = hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest()
-    return choices[int.from_bytes(digest, "little") % len(choices)]
+    return choices[hash64(f"{seed}:{name}") % len(choices)]
 
 
 def drawn(attempt: Attempt, prompt: Prompt) -> dict[str, str]:

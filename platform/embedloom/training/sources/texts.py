@@ -1,6 +1,5 @@
 """Texts of a corpus by id, on disk: a memory-mapped file and 16 bytes of memory a document."""
 
-import hashlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ import numpy as np
 import pyarrow as pa
 
 from embedloom.errors import DataError
+from embedloom.ngrams import hash64
 
 _BATCH_ROWS = 1024
 _SCHEMA = pa.schema([("id", pa.string()), ("text", pa.string())])
@@ -35,7 +35,7 @@ class TextTable:
         keys: list[int] = []
         with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, _SCHEMA) as writer:
             for batch in _batches(texts):
-                keys += [_key(row[0]) for row in batch]
+                keys += [hash64(row[0]) for row in batch]
                 ids, bodies = zip(*batch, strict=True)
                 writer.write_batch(pa.record_batch([pa.array(ids), pa.array(bodies)], schema=_SCHEMA))
         table = cls(path, np.asarray(keys, dtype=np.uint64))
@@ -48,7 +48,7 @@ class TextTable:
 
     def get(self, text_id: str) -> str | None:
         """The text of an id, or None."""
-        key = np.uint64(_key(text_id))
+        key = np.uint64(hash64(text_id))
         place = int(np.searchsorted(self._keys, key))
         while place < len(self._keys) and self._keys[place] == key:
             found, text = self._at(int(self._rows[place]))
@@ -81,7 +81,3 @@ def _batches(texts: Iterable[tuple[str, str]]) -> Iterator[list[tuple[str, str]]
             batch = []
     if batch:
         yield batch
-
-
-def _key(text_id: str) -> int:
-    return int.from_bytes(hashlib.blake2b(text_id.encode(), digest_size=8).digest(), "little")
