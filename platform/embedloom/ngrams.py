@@ -3,10 +3,15 @@
 import hashlib
 import re
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
+
+if TYPE_CHECKING:
+    from datasketch import MinHash
 
 # Scripts that set no blanks count each character as a word; elsewhere a word is a run of letters and digits.
 # Their punctuation (U+3000 to U+303F, and the middle dot) is none.
@@ -63,6 +68,42 @@ def mix(values: Hashes) -> Hashes:
     values = (values ^ (values >> np.uint64(33))) * np.uint64(0xFF51AFD7ED558CCD)
     values = (values ^ (values >> np.uint64(33))) * np.uint64(0xC4CEB9FE1A85EC53)
     return values ^ (values >> np.uint64(33))
+
+
+def minhash(
+    values: Iterable[Any], permutations: int, hashed: Callable[[Any], int] | None = None
+) -> npt.NDArray[np.uint32]:
+    """MinHash signature of a set (Broder 1997), by datasketch: uint32 [permutations], all ones of an empty set.
+
+    Args:
+        values: distinct ones.
+        permutations: numbers of the signature; two share as large a part of them as their Jaccard similarity, give or
+            take 0.5 / sqrt(permutations).
+        hashed: from a value to 32 bits; None: values are bytes, and SHA-1 hashes them.
+    """
+    sketch = _empty_sketch(permutations, hashed).copy()
+    sketch.update_batch(values)
+    return np.asarray(sketch.hashvalues, dtype=np.uint32)
+
+
+@lru_cache(maxsize=4)
+def _empty_sketch(permutations: int, hashed: Callable[[Any], int] | None) -> "MinHash":
+    """Drawing the permutations costs more than hashing a short text; their seed is fixed, as signatures are compared between runs."""
+    from datasketch import MinHash
+
+    return MinHash(num_perm=permutations, seed=1, scheme="affine32", hashfunc=hashed)
+
+
+def band_rows(threshold: float, permutations: int, miss_chance: float) -> int | None:
+    """Longest bands, so fewest comparisons, that miss a pair at the threshold with an allowed chance; None: none do.
+
+    b = permutations / r bands of r numbers miss a pair of similarity s with chance (1 - s**r)**b (Leskovec, Rajaraman,
+    Ullman, Mining of Massive Datasets, §3.4).
+    """
+    for rows in range(permutations, 0, -1):
+        if (1 - threshold**rows) ** (permutations // rows) <= miss_chance:
+            return rows
+    return None
 
 
 def _word_code(word: str, vocabulary: dict[str, int]) -> int:

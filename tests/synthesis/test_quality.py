@@ -11,10 +11,11 @@ import pytest
 
 from embedloom.config.quality import ContaminationCheck, LanguageCheck, QualityConfig
 from embedloom.errors import DataError
+from embedloom.ngrams import band_rows
 from embedloom.storage import Place
 from embedloom.synthesis.families.base import Attempt, Reject, Row
 from embedloom.synthesis.quality.contamination import build_index, evaluation_texts, load_index, save_index
-from embedloom.synthesis.quality.duplicates import band_keys, band_rows, exact_key, signature, similarity
+from embedloom.synthesis.quality.duplicates import band_keys, exact_key, signature, similarity
 from embedloom.synthesis.quality.language import language_problem
 from embedloom.synthesis.quality.row import RowContext, check_row
 
@@ -126,10 +127,10 @@ class TestDuplicates:
 
     def test_bands_are_as_long_as_the_miss_chance_allows(self):
         for threshold in (0.5, 0.7, 0.8, 0.9, 0.95):
-            rows = band_rows(threshold)
+            rows = band_rows(threshold, 128, 1e-3)
             assert (1 - threshold**rows) ** (128 // rows) <= 1e-3
             assert (1 - threshold ** (rows + 1)) ** (128 // (rows + 1)) > 1e-3
-        assert band_rows(1.0) == 128
+        assert band_rows(1.0, 128, 1e-3) == 128
 
     def test_like_queries_share_a_band_and_unlike_ones_do_not(self):
         first, second = (
@@ -139,7 +140,7 @@ class TestDuplicates:
         other = signature(row("Where can the oldest lighthouse of the northern coast be visited in winter?"))
         keys = [set(band_keys(one, 0.8)) for one in (first, second, other)]
         assert keys[0] & keys[1] and not keys[0] & keys[2]
-        assert len(keys[0]) == 128 // band_rows(0.8)
+        assert len(keys[0]) == 128 // band_rows(0.8, 128, 1e-3)
         assert all(0 <= key < 2**64 for key in keys[0])
 
 

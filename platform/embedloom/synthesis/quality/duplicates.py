@@ -7,17 +7,14 @@ because that works without blanks between words.
 
 import hashlib
 import unicodedata
-from functools import lru_cache
 
 import numpy as np
-from datasketch import MinHash
 
-from embedloom.ngrams import hash64
+from embedloom.ngrams import band_rows, hash64, minhash
 from embedloom.synthesis.families.base import Row
 
 _CHARACTERS = 5
 _PERMUTATIONS = 128
-_SEED = 1  # fixed: signatures must not differ between runs
 _MISS_CHANCE = 1e-3  # of a pair whose similarity is exactly the threshold
 
 
@@ -30,9 +27,7 @@ def signature(row: Row) -> bytes:
     """MinHash of the query's character 5-grams: 128 numbers of 32 bits."""
     text = _plain(row)
     grams = {text[n : n + _CHARACTERS].encode() for n in range(max(1, len(text) - _CHARACTERS + 1))}
-    sketch = _empty().copy()
-    sketch.update_batch(grams)
-    return np.asarray(sketch.hashvalues, dtype="<u4").tobytes()
+    return minhash(grams, _PERMUTATIONS).astype("<u4").tobytes()
 
 
 def similarity(left: bytes, right: bytes) -> float:
@@ -42,7 +37,8 @@ def similarity(left: bytes, right: bytes) -> float:
 
 def band_keys(signed: bytes, threshold: float) -> list[int]:
     """64-bit keys of the signature's bands; rows of the threshold's similarity share one with a chance of 99.9 %."""
-    rows = band_rows(threshold)
+    # Below a threshold of about 0.06 even bands of one number miss more.
+    rows = band_rows(threshold, _PERMUTATIONS, _MISS_CHANCE) or 1
     width = 4 * rows
     return [
         int.from_bytes(
@@ -52,23 +48,5 @@ def band_keys(signed: bytes, threshold: float) -> list[int]:
     ]
 
 
-def band_rows(threshold: float) -> int:
-    """Longest bands, so fewest comparisons, that miss a pair at the threshold with a chance of one in a thousand.
-
-    b = 128 / r bands of r numbers miss a pair of similarity s with chance (1 - s**r)**b (Leskovec, Rajaraman, Ullman,
-    Mining of Massive Datasets, §3.4). Below a threshold of about 0.06 even bands of one number miss more.
-    """
-    for rows in range(_PERMUTATIONS, 1, -1):
-        if (1 - threshold**rows) ** (_PERMUTATIONS // rows) <= _MISS_CHANCE:
-            return rows
-    return 1
-
-
 def _plain(row: Row) -> str:
     return " ".join(unicodedata.normalize("NFKC", str(row["query"])).casefold().split())
-
-
-@lru_cache(maxsize=1)
-def _empty() -> MinHash:
-    """Drawing the permutations costs more than hashing a query."""
-    return MinHash(num_perm=_PERMUTATIONS, seed=_SEED, scheme="affine32")
