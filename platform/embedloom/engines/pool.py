@@ -27,10 +27,9 @@ from embedloom.engines.actors import (
     passed_by,
     row_of,
 )
-from embedloom.errors import EmbedloomError, StageError
+from embedloom.engines.tasks import PLACEMENT_SECONDS, reserved
+from embedloom.errors import EmbedloomError, StageError, last_line
 
-# An actor that cannot be placed must say so, not wait for the half hour that is Ray's default.
-PLACEMENT_TIMEOUT_SECONDS = 600
 _TASK_CPUS = 0.25  # reading and writing wait for disks more than they compute
 _FINISH_CPUS = 0.5
 
@@ -100,7 +99,7 @@ def stream(
 
     context = DataContext.get_current()
     context.enable_progress_bars = False
-    context.wait_for_min_actors_s = PLACEMENT_TIMEOUT_SECONDS
+    context.wait_for_min_actors_s = PLACEMENT_SECONDS
     finish = handling.finish
     dataset = ray.data.from_items(list(range(items)), override_num_blocks=items)
     dataset = dataset.map(_reading(read, handling.prepare, written), num_cpus=_TASK_CPUS)
@@ -159,9 +158,7 @@ def _actors(pool: PoolConfig, items: int, in_flight: int) -> dict[str, Any]:
     return {
         "batch_size": 1,
         "compute": strategy,
-        "num_cpus": pool.cpus,
-        "num_gpus": pool.gpus or None,
-        "memory": int(pool.memory_gib * 2**30) or None,
+        **reserved(pool),
     }
 
 
@@ -213,5 +210,4 @@ def _writing(
 def _cause(error: BaseException) -> str:
     """The last line of the first traceback in Ray's text, which is the innermost error's own."""
     innermost = str(error).split("The above exception was the direct cause")[0]
-    lines = innermost.strip().splitlines()
-    return lines[-1] if lines else type(error).__name__
+    return last_line(innermost.strip() or type(error).__name__)

@@ -7,12 +7,12 @@ import ray
 from ray.exceptions import RayActorError
 
 from embedloom.config.resources import PoolConfig
+from embedloom.engines.tasks import PLACEMENT_SECONDS, no_place, reserved
 from embedloom.errors import StageError, last_line
 from embedloom.evaluation.jobs import Job, Outcome, Scorer
 from embedloom.progress import note
 
 _ATTEMPTS = 2  # of a job whose actor died
-_PLACEMENT_SECONDS = 600.0
 
 
 class ScoringActor(Protocol):
@@ -51,11 +51,6 @@ class ScoringPool:
         self._actor = actor
         self._arguments = arguments
         self._pool = pool
-        self._options = {
-            "num_cpus": pool.cpus,
-            "num_gpus": pool.gpus or None,
-            "memory": int(pool.memory_gib * 2**30) or None,
-        }
         self._actors: dict[int, Any] = {}
         self._loaded: dict[int, Scorer | None] = {}
         self._running: dict[Any, tuple[int, Job | None]] = {}
@@ -68,7 +63,7 @@ class ScoringPool:
             self._start(index)
 
     def _start(self, index: int) -> None:
-        self._actors[index] = ray.remote(self._actor).options(**self._options).remote(*self._arguments)
+        self._actors[index] = ray.remote(self._actor).options(**reserved(self._pool)).remote(*self._arguments)
         self._loaded[index] = None
         self._running[self._actors[index].ready.remote()] = (index, None)
 
@@ -136,15 +131,11 @@ class ScoringPool:
     def _wait(self) -> tuple[int, Job | None, Outcome | None, BaseException | None]:
         """What finishes next: the actor's number, the job (None: it only started), result or error."""
         while True:
-            done, _ = ray.wait(list(self._running), num_returns=1, timeout=_PLACEMENT_SECONDS)
+            done, _ = ray.wait(list(self._running), num_returns=1, timeout=PLACEMENT_SECONDS)
             if done:
                 break
             if all(job is None for _, job in self._running.values()):
-                raise StageError(
-                    f"evaluate: no actor could be placed in {_PLACEMENT_SECONDS:.0f} s; each needs "
-                    f"{self._pool.cpus:g} CPUs, {self._pool.gpus:g} GPUs and {self._pool.memory_gib:g} GiB; "
-                    f"the cluster has {ray.cluster_resources()}"
-                )
+                raise no_place("evaluate", "actor", self._pool, ray.cluster_resources())
         index, job = self._running.pop(done[0])
         try:
             return index, job, ray.get(done[0]), None

@@ -12,12 +12,12 @@ from typing import Any, Protocol
 import numpy as np
 
 from embedloom.config.resources import PoolConfig
-from embedloom.errors import EmbedloomError, StageError, one_line
+from embedloom.engines.tasks import in_flight, reserved, stage_errors
 from embedloom.retrieval.exact import Matrix, Positions
 from embedloom.retrieval.search import TopK, merge_top_k
 from embedloom.retrieval.vectors import MEMORY_BYTES, VectorCatalogue, VectorStore
 
-_AHEAD = 2  # query blocks in flight, so that no actor waits for the others' merge
+_AHEAD = 3  # query blocks in flight, so that no actor waits for the others' merge
 _RESTARTS = 3
 
 
@@ -102,33 +102,20 @@ def search_sharded(
     import ray
 
     shares = max(1, min(pool.max_actors, len(catalogue.names)))
-    options: dict[str, Any] = {
-        "num_cpus": pool.cpus,
-        "num_gpus": pool.gpus or None,
-        "memory": int(pool.memory_gib * 2**30) or None,
-    }
-    actor = ray.remote(**options, max_restarts=_RESTARTS, max_task_retries=_RESTARTS)(_Share)
+    actor = ray.remote(**reserved(pool), max_restarts=_RESTARTS, max_task_retries=_RESTARTS)(_Share)
     shared = ray.put(catalogue)
     actors = [actor.remote(shared, (n, shares), memory_bytes, pool.compute_threads) for n in range(shares)]
     light = ray.remote(num_cpus=0.25, max_retries=_RESTARTS)
     reading, concluding, work = light(_read), light(_conclude), ray.put(task)
-    waiting: list[Any] = []
-    try:
+
+    def submitted() -> Iterator[Any]:
         for number in range(items):
             asked = reading.remote(work, number)
-            waiting.append(
-                concluding.remote(work, number, k, *(each.search.remote(asked, k) for each in actors))
-            )
-            if len(waiting) > _AHEAD:
-                yield ray.get(waiting.pop(0))
-        while waiting:
-            yield ray.get(waiting.pop(0))
-    except ray.exceptions.RayTaskError as error:
-        if isinstance(error.cause, EmbedloomError):
-            raise error.cause from error
-        raise StageError(f"{stage}: a search task failed: {error.cause!r}") from error
-    except ray.exceptions.RayError as error:
-        raise StageError(f"{stage}: {type(error).__name__}: {one_line(error)}") from error
+            yield concluding.remote(work, number, k, *(each.search.remote(asked, k) for each in actors))
+
+    try:
+        with stage_errors(stage):
+            yield from in_flight(submitted(), _AHEAD, stage)
     finally:
         for each in actors:
             ray.kill(each)
