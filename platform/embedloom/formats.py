@@ -71,6 +71,32 @@ def json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         raise DataError(f"{path}: not readable as JSON lines: {one_line(error)}") from error
 
 
+def beir_entries(path: Path) -> Iterator[tuple[str, str | None, str]]:
+    """(id, title, text) of every line of a BEIR file of documents or queries.
+
+    A title alone is the text, as BEIR and mteb read it: they join the two.
+
+    Raises:
+        DataError: a line without an id or without both texts, or with one that is no text.
+    """
+    for number, record in json_lines(path):
+        where = f"{path}: line {number}"
+        title, text = record.get("title"), record.get("text")
+        if "_id" not in record or ("text" not in record and not title):
+            missing = "text" if "_id" in record else "_id"
+            raise DataError(f"{where} has no key {missing!r}; keys found: {list(record)}")
+        wrong = next((value for value in (title, text) if not isinstance(value, str | None)), None)
+        if wrong is not None:
+            raise DataError(
+                f"{where}: a title or text is {type(wrong).__name__} {str(wrong)[:40]!r}; allowed: text or null"
+            )
+        yield (
+            (str(record["_id"]), None, title)
+            if title and not text
+            else (str(record["_id"]), title, text or "")
+        )
+
+
 def judgements(path: Path) -> Iterator[tuple[str, str, float]]:
     """(query id, document id, grade) of a BEIR file of judgements: three columns between tabs, perhaps a header.
 

@@ -236,11 +236,11 @@ def test_a_table_that_numbers_questions_and_answers_alike_keeps_its_answers(tmp_
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("qrels/test.tsv", lines(("q0", "d0", 0.5)), r"test\.tsv:2: expected .* a whole-number score \(1 or 1\.0\)"),
-        ("qrels/test.tsv", lines(("q0", "d0")), r"test\.tsv:2: expected query-id"),
-        ("qrels/test.tsv", lines(("q0", "d0", "nan")), r"test\.tsv:2: expected"),
+        ("qrels/test.tsv", lines(("q0", "d0", 0.5)), r"test\.tsv: q0, d0: 0\.5 is no whole-number score \(1 or 1\.0\)"),
+        ("qrels/test.tsv", lines(("q0", "d0")), r"test\.tsv: line 2 .*; expected query-id"),
+        ("qrels/test.tsv", lines(("q0", "d0", "nan")), r"test\.tsv: line 2 .*; expected"),
         ("corpus.jsonl", '{"_id": "d0", "text": "a"}\n{"_id": "d0", "text": "b"}\n', r"'d0' stands twice"),
-        ("corpus.jsonl", '{"_id": "d0"}\n', r"corpus\.jsonl:1: expected a JSON object with _id and text \(or title\)"),
+        ("corpus.jsonl", '{"_id": "d0"}\n', r"corpus\.jsonl: line 1 has no key 'text'"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_scored_is_named(tmp_path, model, name, content, message):

@@ -88,18 +88,18 @@ def test_beir_folder_is_read_with_grades_and_titles(tmp_path):
     [
         ("queries.jsonl", None, "queries.jsonl is missing"),
         ("qrels/test.tsv", None, r"qrels/test\.tsv is missing"),
-        ("corpus.jsonl", '{"_id": "a"}\n', r"corpus\.jsonl:1: expected a JSON object with _id and text"),
+        ("corpus.jsonl", '{"_id": "a"}\n', r"corpus\.jsonl: line 1 has no key 'text'"),
         (
             "corpus.jsonl",
             '{"_id": "a", "text": "x"}\n{"_id": "a", "text": "y"}\n',
-            r"corpus\.jsonl:2: _id 'a' stands twice",
+            r"corpus\.jsonl: _id 'a' stands twice",
         ),
-        ("corpus.jsonl", "not json\n", r"corpus\.jsonl:1"),
+        ("corpus.jsonl", "not json\n", r"corpus\.jsonl: line 1 is not JSON"),
         ("corpus.jsonl", "", "0 documents"),
         (
             "qrels/test.tsv",
             "query-id\tcorpus-id\tscore\nquery-zip\tdoc-zip\thigh\n",
-            r"test\.tsv:2: .*whole-number score",
+            r"test\.tsv: line 2 .*; expected query-id, corpus-id and a number",
         ),
         (
             "qrels/test.tsv",

@@ -11,7 +11,7 @@ from embedloom.config.data import CorpusSource
 from embedloom.corpus.columns import rows_of
 from embedloom.corpus.rows import SourceRow
 from embedloom.errors import DataError
-from embedloom.formats import json_lines, judgements
+from embedloom.formats import beir_entries, judgements
 from embedloom.instructions import DEFAULT_INSTRUCTIONS
 
 _CORPUS, _QUERIES, _JUDGEMENTS = "corpus.jsonl", "queries.jsonl", Path("qrels", "train.tsv")
@@ -30,27 +30,14 @@ def read_beir(source: CorpusSource) -> Iterator[SourceRow]:
         raise DataError(f"corpus.sources: {source.path!r} (beir) has no {_CORPUS}; found: {found}")
     queries = _train_queries(root)
     columns = source.model_copy(update={"text_column": "text", "title_column": "title", "id_column": "_id"})
-    for row in rows_of(columns, _records(corpus), str(corpus), source.name or str(corpus)):
+    records = ({"_id": key, "title": title, "text": text} for key, title, text in beir_entries(corpus))
+    for row in rows_of(columns, records, str(corpus), source.name or str(corpus)):
         own = queries.get(row.id, [])
         yield replace(
             row,
             queries=tuple(text for text, _ in own),
             grades=tuple(grade for _, grade in own),
             instruction=DEFAULT_INSTRUCTIONS["retrieval"],
-        )
-
-
-def _records(corpus: Path) -> Iterator[dict[str, object]]:
-    for number, record in json_lines(corpus):
-        missing = [key for key in ("_id", "text") if key not in record]
-        if missing:
-            raise DataError(f"{corpus}: line {number} has no key {missing[0]!r}; keys found: {list(record)}")
-        title, text = record.get("title"), record["text"]
-        # A title alone is a document too, as BEIR and mteb read it.
-        yield (
-            {**record, "title": None, "text": title}
-            if title and text in (None, "")
-            else {"title": None, **record}
         )
 
 
@@ -63,10 +50,7 @@ def _train_queries(root: Path) -> dict[str, list[tuple[str, float]]]:
         if score > 0:
             judged.setdefault(query_id, {})[document_id] = score
     found: dict[str, list[tuple[str, float]]] = {}
-    for number, record in json_lines(root / _QUERIES):
-        if not isinstance(record.get("text"), str) or "_id" not in record:
-            place = f"{root / _QUERIES}: line {number}"
-            raise DataError(f"{place} needs the keys '_id' and 'text', keys found: {list(record)}")
-        for document_id, grade in judged.get(str(record["_id"]), {}).items():
-            found.setdefault(document_id, []).append((record["text"], grade))
+    for query_id, _, text in beir_entries(root / _QUERIES):
+        for document_id, grade in judged.get(query_id, {}).items():
+            found.setdefault(document_id, []).append((text, grade))
     return found

@@ -15,7 +15,6 @@ from embedloom.records import cast_column, content_id
 from embedloom.storage import Place
 
 Rows = list[dict[str, Any]]
-_BLOCK_BYTES = 2**20
 
 
 def read_columns(path: Path, columns: dict[str, pa.DataType], optional: Sequence[str] = ()) -> pa.Table:
@@ -95,6 +94,5 @@ def revision_of(files: Sequence[Path], *choices: Any) -> str:
     for path in files:
         digest.update(path.name.encode())
         with path.open("rb") as stream:
-            while block := stream.read(_BLOCK_BYTES):
-                digest.update(block)
+            hashlib.file_digest(stream, lambda: digest)
     return digest.hexdigest()[:16]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from embedloom.config.training_data import TrainingSource
 from embedloom.errors import DataError
-from embedloom.formats import json_lines, judgements
+from embedloom.formats import beir_entries, judgements
 from embedloom.instructions import document_text
 from embedloom.training.sources.example import SourceExample, bad_row, plain_example
 from embedloom.training.sources.texts import TextTable
@@ -26,12 +26,10 @@ def read_beir(source: TrainingSource, scratch: Path) -> Iterator[SourceExample]:
     for path in files:
         if not path.is_file():
             raise DataError(f"source {source.name!r}: {path} is missing; a beir source needs it")
-    texts = TextTable.build(scratch / "corpus", _documents(files[0]))
+    documents = ((key, document_text(title, text)) for key, title, text in beir_entries(files[0]))
+    texts = TextTable.build(scratch / "corpus", documents)
     judged = _judgements(files[2])
-    for number, record in json_lines(files[1]):
-        if "_id" not in record or "text" not in record:
-            raise DataError(f"{files[1]}: line {number} needs '_id' and 'text', found {list(record)}")
-        query_id = str(record["_id"])
+    for query_id, _, query in beir_entries(files[1]):
         if query_id not in judged:
             continue
         ranked = sorted(judged[query_id], key=lambda entry: (-entry[1], entry[0]))
@@ -43,15 +41,8 @@ def read_beir(source: TrainingSource, scratch: Path) -> Iterator[SourceExample]:
         split = 1 if positives else 0
         others = (texts.get(key) for key in positives[1:])
         yield plain_example(
-            source, query_id, record["text"], found[0] if split else None, found[split:], others=others
+            source, query_id, query, found[0] if split else None, found[split:], others=others
         )
-
-
-def _documents(path: Path) -> Iterator[tuple[str, str]]:
-    for number, record in json_lines(path):
-        if "_id" not in record or "text" not in record:
-            raise DataError(f"{path}: line {number} needs '_id' and 'text', found {list(record)}")
-        yield str(record["_id"]), document_text(record.get("title"), record["text"])
 
 
 def _judgements(path: Path) -> dict[str, list[tuple[str, float]]]:
