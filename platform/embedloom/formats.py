@@ -6,14 +6,17 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from embedloom.errors import DataError, one_line
 
+_BATCH_ROWS = 1024
 _PACKED = ("", ".gz", ".bz2", ".xz", ".zst")
 PARQUET_ENDINGS = (".parquet", ".pq")
 JSONL_ENDINGS = tuple(f"{ending}{packed}" for ending in (".jsonl", ".ndjson", ".json") for packed in _PACKED)
@@ -69,6 +72,53 @@ def json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         raise DataError(f"{path}: not UTF-8 after line {number}: {error.reason}; allowed: UTF-8") from error
     except (OSError, EOFError) as error:
         raise DataError(f"{path}: not readable as JSON lines: {one_line(error)}") from error
+
+
+def json_object(path: Path) -> dict[str, Any]:
+    """The object that a JSON file holds.
+
+    Raises:
+        DataError: not there, not JSON, or another value than an object.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise DataError(f"{path}: not readable: {error.strerror}") from error
+    except ValueError as error:
+        raise DataError(f"{path}: not JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise DataError(f"{path}: expected a JSON object, found {type(content).__name__}")
+    return content
+
+
+def parquet_records(
+    path: Path, columns: Callable[[list[str]], list[str]] = list
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(row number, record) of one Parquet file, a batch at a time.
+
+    Args:
+        path: the file.
+        columns: from the names of the file's columns to those that are read; raises where it misses one.
+
+    Raises:
+        DataError: not there, or not Parquet.
+    """
+    number = 0
+    try:
+        with pq.ParquetFile(path) as file:
+            for batch in file.iter_batches(_BATCH_ROWS, columns=columns(file.schema_arrow.names)):
+                for record in batch.to_pylist():
+                    yield number, record
+                    number += 1
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{path}: not readable as Parquet: {one_line(error)}") from error
+
+
+def records_of(
+    path: Path, columns: Callable[[list[str]], list[str]] = list
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(number, record) of a Parquet or JSON-lines file; of the latter with all its keys."""
+    return parquet_records(path, columns) if path.name.lower().endswith(PARQUET_ENDINGS) else json_lines(path)
 
 
 def beir_entries(path: Path) -> Iterator[tuple[str, str | None, str]]:

@@ -35,6 +35,11 @@ class Schema:
     columns: dict[str, pa.DataType]
     optional: frozenset[str] = frozenset()
 
+    @property
+    def required(self) -> list[str]:
+        """Names of the columns that must be there."""
+        return [name for name in self.columns if name not in self.optional]
+
     def arrow(self) -> pa.Schema:
         """All columns, optional ones nullable, in the order they are written."""
         return pa.schema(
@@ -160,20 +165,24 @@ def check_table(kind: str, table: pa.Table, source: str) -> pa.Table:
     Raises:
         DataError: a required column is missing, holds nulls, or cannot be cast.
     """
-    schema = SCHEMAS[kind]
+    return checked(SCHEMAS[kind], table, source)
+
+
+def checked(schema: Schema, table: pa.Table, source: str) -> pa.Table:
+    """``check_table`` by any schema."""
     columns = []
     for name, dtype in schema.columns.items():
         if name not in table.column_names:
             if name not in schema.optional:
                 raise DataError(
-                    f"{source}: no column {name!r}; a {kind} table needs {required(kind)}, found {table.column_names}"
+                    f"{source}: no column {name!r}; a {schema.kind} table needs {schema.required}, found {table.column_names}"
                 )
             columns.append(pa.nulls(table.num_rows, dtype))
             continue
         column = table.column(name)
         if name not in schema.optional and column.null_count:
             raise DataError(
-                f"{source}: column {name!r} has {column.null_count} nulls; a {kind} table allows none there"
+                f"{source}: column {name!r} has {column.null_count} nulls; a {schema.kind} table allows none there"
             )
         columns.append(cast_column(column, dtype, f"{source}: column {name!r}"))
     return pa.table(columns, schema=schema.arrow())
@@ -189,12 +198,6 @@ def cast_column(column: pa.ChunkedArray, dtype: pa.DataType, where: str) -> pa.C
         return column.cast(dtype)
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
         raise DataError(f"{where} is {column.type}, expected {dtype}: {error}") from error
-
-
-def required(kind: str) -> list[str]:
-    """Names of the columns a table of ``kind`` must have."""
-    schema = SCHEMAS[kind]
-    return [name for name in schema.columns if name not in schema.optional]
 
 
 def check_unique_ids(table: pa.Table, source: str, column: str = "id") -> None:

@@ -147,7 +147,7 @@ def test_a_retrieval_folder_without_one_of_its_files_is_named(tmp_path, name):
             r"no row of split 'test'; the file has \['dev'\]",
         ),
         ("sts/near", lambda f: f.assign(score="high"), "column 'score' is .*, expected double"),
-        ("sts/near", lambda f: f.assign(sentence1=None), "'sentence1' has .* empty values"),
+        ("sts/near", lambda f: f.assign(sentence1=None), "'sentence1' has .* nulls"),
         (
             "pair_classification/nli",
             lambda f: f.assign(label="maybe"),

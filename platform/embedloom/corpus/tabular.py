@@ -1,21 +1,20 @@
 """Readers of Parquet, JSON lines and CSV: one file, a glob, or every fitting file below a folder."""
 
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.csv
-import pyarrow.parquet
 
 from embedloom.config.data import CorpusSource
 from embedloom.corpus.columns import check_columns, files_of, label_of, rows_of, used_columns
 from embedloom.corpus.rows import SourceRow
 from embedloom.errors import DataError, one_line
-from embedloom.formats import JSONL_ENDINGS, PARQUET_ENDINGS, json_lines
+from embedloom.formats import JSONL_ENDINGS, PARQUET_ENDINGS, json_lines, parquet_records
 
 CSV_ENDINGS = tuple(f"{ending}{packed}" for ending in (".csv", ".tsv") for packed in (".gz", ".bz2", ""))
-_BATCH_ROWS = 1024
 _CSV_BLOCK_BYTES = 16 * 2**20  # no row may be longer than a block
 
 
@@ -26,7 +25,8 @@ def read_parquet(source: CorpusSource) -> Iterator[SourceRow]:
         DataError: not Parquet, or a column that is not there.
     """
     for path in files_of(source, PARQUET_ENDINGS):
-        yield from rows_of(source, _parquet_records(path, source), str(path), label_of(source, path))
+        found = parquet_records(path, partial(check_columns, source, where=str(path)))
+        yield from rows_of(source, (record for _, record in found), str(path), label_of(source, path))
 
 
 def read_jsonl(source: CorpusSource) -> Iterator[SourceRow]:
@@ -69,16 +69,6 @@ def _json_records(path: Path, source: CorpusSource) -> Iterator[Mapping[str, Any
         yield record
     if not titled and not empty:
         raise DataError(f"{path}: no line has the key {title!r} (corpus.sources.title_column)")
-
-
-def _parquet_records(path: Path, source: CorpusSource) -> Iterator[Mapping[str, Any]]:
-    try:
-        with pa.parquet.ParquetFile(path) as file:
-            columns = check_columns(source, file.schema_arrow.names, str(path))
-            for batch in file.iter_batches(batch_size=_BATCH_ROWS, columns=columns):
-                yield from batch.to_pylist()
-    except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{path}: not readable as Parquet: {one_line(error)}") from error
 
 
 def _csv_records(path: Path, source: CorpusSource) -> Iterator[Mapping[str, Any]]:

@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 from embedloom.errors import DataError
 from embedloom.evaluation.languages import same_language
 from embedloom.evaluation.specs import TaskSpec
-from embedloom.records import cast_column, content_id
+from embedloom.records import Schema, checked, content_id
 from embedloom.storage import Place
 
 Rows = list[dict[str, Any]]
@@ -23,21 +23,8 @@ def read_columns(path: Path, columns: dict[str, pa.DataType], optional: Sequence
     Raises:
         DataError: not Parquet, a column missing, empty values where none are allowed, or of another type.
     """
-    table = Place(str(path.parent)).read_table(path.name)
-    found = []
-    for name, dtype in columns.items():
-        if name not in table.column_names:
-            if name not in optional:
-                raise DataError(
-                    f"{path}: no column {name!r}; expected {list(columns)}, found {table.column_names}"
-                )
-            found.append(pa.nulls(table.num_rows, dtype))
-            continue
-        column = table.column(name)
-        if column.null_count and name not in optional:
-            raise DataError(f"{path}: column {name!r} has {column.null_count} empty values")
-        found.append(cast_column(column, dtype, f"{path}: column {name!r}"))
-    return pa.table(found, names=list(columns))
+    schema = Schema(path.stem, columns, frozenset(optional))
+    return checked(schema, Place(str(path.parent)).read_table(path.name), str(path))
 
 
 def rows_of_split(table: pa.Table, split: str, path: Path) -> pa.Table:

@@ -11,11 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import pyarrow.parquet as pq
 
 from embedloom.config.quality import ContaminationCheck
 from embedloom.errors import DataError
-from embedloom.formats import JSONL_ENDINGS, PARQUET_ENDINGS, files_at, json_lines
+from embedloom.formats import JSONL_ENDINGS, PARQUET_ENDINGS, files_at, records_of
 from embedloom.instructions import document_text
 from embedloom.ngrams import Hashes, hash64, ngram_hashes, words_of
 from embedloom.storage import Place
@@ -103,25 +102,17 @@ def evaluation_texts(check: ContaminationCheck, corpus: Place) -> Iterator[str]:
 
 
 def _file_texts(path: Path, columns: tuple[str, ...]) -> Iterator[str]:
-    if path.name.endswith(PARQUET_ENDINGS):
-        names = pq.read_schema(path).names
-        _check_columns(path, columns, names)
-        for batch in pq.ParquetFile(path).iter_batches(columns=[name for name in columns if name in names]):
-            for column in batch.columns:
-                yield from (str(value) for value in column.to_pylist() if value is not None)
-    elif path.name.endswith(JSONL_ENDINGS):
-        for _, record in json_lines(path):
-            _check_columns(path, columns, list(record))
-            yield from (str(record[name]) for name in columns if record.get(name) is not None)
-    else:
+    def wanted(found: list[str]) -> list[str]:
+        if not set(columns) & set(found):
+            raise DataError(f"{path}: none of the columns {', '.join(columns)}; found {', '.join(found)}")
+        return [name for name in columns if name in found]
+
+    if not path.name.endswith((*PARQUET_ENDINGS, *JSONL_ENDINGS)):
         raise DataError(
             f"{path}: evaluation texts are read from Parquet or JSON lines; the ending is {path.suffix!r}"
         )
-
-
-def _check_columns(path: Path, columns: tuple[str, ...], found: list[str]) -> None:
-    if not set(columns) & set(found):
-        raise DataError(f"{path}: none of the columns {', '.join(columns)}; found {', '.join(found)}")
+    for _, record in records_of(path, wanted):
+        yield from (str(record[name]) for name in wanted(list(record)) if record[name] is not None)
 
 
 def _whole(text: str) -> int | None:

@@ -11,9 +11,9 @@ from typing import Any
 
 from embedloom.config.training_data import TrainingSource
 from embedloom.errors import DataError
-from embedloom.formats import PARQUET_ENDINGS, files_at
+from embedloom.formats import PARQUET_ENDINGS, files_at, json_object
 from embedloom.training.sources.example import SourceExample, bad_row, plain_example
-from embedloom.training.sources.tables import parquet_rows
+from embedloom.training.sources.tables import parquet_columns
 from embedloom.training.sources.texts import TextTable
 
 _FIELDS = ("question_id", "question", "corpus_id", "pos_doc", "neg_doc")
@@ -38,7 +38,7 @@ class Corpora:
         Raises:
             DataError: no metadata, no Parquet file, or an id that another folder has.
         """
-        metadata = _read_json(folder / _METADATA)
+        metadata = json_object(folder / _METADATA)
         corpus_id = str(metadata.get("corpus_id") or "")
         if not corpus_id or corpus_id in self._texts:
             raise DataError(
@@ -50,7 +50,7 @@ class Corpora:
         rows = (
             (str(row["id"]), str(row["text"]))
             for path in files
-            for _, row in parquet_rows(path, ["id", "text"])
+            for row in parquet_columns(path, ["id", "text"])
         )
         self._texts[corpus_id] = TextTable.build(scratch / f"corpus-{len(self._texts)}", rows)
         self.instructions[corpus_id] = bare_instruction(metadata.get("query_instruction"))
@@ -87,7 +87,7 @@ def read_nemo_json(source: TrainingSource, scratch: Path) -> Iterator[SourceExam
         DataError: not such a file, or a corpus that is missing.
     """
     path = Path(source.path or "").expanduser()
-    content = _read_json(path)
+    content = json_object(path)
     corpus, rows = content.get("corpus"), content.get("data")
     if not isinstance(rows, list) or corpus is None:
         raise DataError(f"{path}: needs the keys 'corpus' and 'data', found {list(content)}")
@@ -125,15 +125,3 @@ def bare_instruction(instruction: Any) -> str | None:
     if not isinstance(instruction, str) or not instruction.strip():
         return None
     return instruction.strip().removeprefix(_WRAPPING[0]).removesuffix(_WRAPPING[1]).strip() or None
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise DataError(f"{path}: not readable: {error.strerror}") from error
-    except ValueError as error:
-        raise DataError(f"{path}: not JSON ({error})") from error
-    if not isinstance(content, dict):
-        raise DataError(f"{path}: expected a JSON object, found {type(content).__name__}")
-    return content

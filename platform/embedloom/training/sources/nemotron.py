@@ -6,18 +6,17 @@ names the original data: ``source_repo``, and a ``loader_config`` of ``column`` 
 of those tables, whose local copy ``local_texts`` must name.
 """
 
-import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from embedloom.config.training_data import TrainingSource
 from embedloom.errors import DataError
-from embedloom.formats import JSONL_ENDINGS, PARQUET_ENDINGS, files_at, json_lines
+from embedloom.formats import JSONL_ENDINGS, PARQUET_ENDINGS, files_at, json_object, records_of
 from embedloom.instructions import document_text
 from embedloom.training.sources.example import SourceExample, bad_row, plain_example
 from embedloom.training.sources.nemo import bare_instruction
-from embedloom.training.sources.tables import parquet_rows
+from embedloom.training.sources.tables import parquet_columns
 from embedloom.training.sources.texts import TextTable
 
 _QUERY_COLUMNS = ["question_id", "question", "pos_doc", "neg_doc"]
@@ -31,17 +30,17 @@ def read_embed_nemotron(source: TrainingSource, scratch: Path) -> Iterator[Sourc
         DataError: a file that is missing or does not fit, or ids without their texts.
     """
     root = Path(source.path or "").expanduser()
-    metadata = _object(root / "dataset_metadata.json")
+    metadata = json_object(root / "dataset_metadata.json")
     own = bare_instruction(metadata.get("query_instruction"))
     if metadata.get("ids_only"):
         queries, documents = _original_texts(source, root, scratch)
         columns = [column for column in _QUERY_COLUMNS if column != "question"]
     else:
-        rows = parquet_rows(root / "corpus.parquet", ["id", "text"])
-        pairs = ((str(row["id"]), str(row["text"])) for _, row in rows)
+        rows = parquet_columns(root / "corpus.parquet", ["id", "text"])
+        pairs = ((str(row["id"]), str(row["text"])) for row in rows)
         queries, documents = None, TextTable.build(scratch / "corpus", pairs)
         columns = _QUERY_COLUMNS
-    for _, row in parquet_rows(root / "queries.parquet", columns):
+    for row in parquet_columns(root / "queries.parquet", columns):
         row_id = str(row["question_id"])
         query = queries.get(row_id) if queries is not None else row["question"]
         keys = [_id_of(entry) for entry in (*(row["pos_doc"] or [])[:1], *(row["neg_doc"] or []))]
@@ -57,7 +56,7 @@ def read_embed_nemotron(source: TrainingSource, scratch: Path) -> Iterator[Sourc
 
 def _original_texts(source: TrainingSource, root: Path, scratch: Path) -> tuple[TextTable, TextTable]:
     path = root / "source_config.json"
-    config = _object(path)
+    config = json_object(path)
     repo, loader = config.get("source_repo"), config.get("loader_config")
     if loader not in _LOADERS:
         raise DataError(f"{path}: loader_config is {loader!r}; allowed: {list(_LOADERS)}")
@@ -91,7 +90,7 @@ def _rows(source: TrainingSource, path: Path, column: str | None = None) -> Iter
     if not files:
         raise DataError(f"source {source.name!r}: {path} (local_texts) has no Parquet or JSON-lines file")
     for file in files:
-        for number, row in parquet_rows(file) if file.suffix in PARQUET_ENDINGS else json_lines(file):
+        for number, row in records_of(file):
             if column is not None and column not in row:
                 raise DataError(f"{file}: row {number} has no column {column!r}; found {list(row)}")
             yield row
@@ -106,15 +105,3 @@ def _one_of(folder: Path, stem: str) -> Path:
 
 def _id_of(entry: Any) -> str:
     return str(entry["id"] if isinstance(entry, dict) else entry)
-
-
-def _object(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise DataError(f"{path}: not readable: {error.strerror}") from error
-    except ValueError as error:
-        raise DataError(f"{path}: not JSON ({error})") from error
-    if not isinstance(content, dict):
-        raise DataError(f"{path}: expected a JSON object, found {type(content).__name__}")
-    return content

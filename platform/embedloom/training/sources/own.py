@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from embedloom.config.training_data import TrainingSource
 from embedloom.errors import DataError
-from embedloom.records import SCHEMAS, check_table, required
+from embedloom.records import SCHEMAS, check_table
 from embedloom.storage import Place
 from embedloom.training.sources.example import SourceExample
 
@@ -23,7 +23,7 @@ def read_examples(source: TrainingSource, place: Place) -> Iterator[SourceExampl
     for name in names:
         schema, _ = place.parquet_footer(name)
         columns = [column for column in SCHEMAS["examples"].columns if column in schema.names]
-        if missing := [column for column in required("examples") if column not in columns]:
+        if missing := [column for column in SCHEMAS["examples"].required if column not in columns]:
             raise DataError(
                 f"source {source.name!r}: {place.uri}/{name} has no column {missing[0]!r}; found {schema.names}"
             )

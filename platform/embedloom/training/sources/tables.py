@@ -4,14 +4,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet
-
 from embedloom.config.training_data import TrainingSource
-from embedloom.errors import DataError, one_line
-from embedloom.formats import JSONL_ENDINGS, PARQUET_ENDINGS, files_at, json_lines
-
-_BATCH_ROWS = 1024
+from embedloom.errors import DataError
+from embedloom.formats import JSONL_ENDINGS, PARQUET_ENDINGS, files_at, parquet_records, records_of
 
 
 def source_files(source: TrainingSource, endings: tuple[str, ...]) -> list[Path]:
@@ -31,26 +26,21 @@ def source_files(source: TrainingSource, endings: tuple[str, ...]) -> list[Path]
 def records(source: TrainingSource) -> Iterator[tuple[str, dict[str, Any]]]:
     """(file name:row number, record) of Parquet and JSON-lines files."""
     for path in source_files(source, (*PARQUET_ENDINGS, *JSONL_ENDINGS)):
-        rows = parquet_rows(path) if path.suffix in PARQUET_ENDINGS else json_lines(path)
-        for number, record in rows:
+        for number, record in records_of(path):
             yield f"{path.name}:{number}", record
 
 
-def parquet_rows(path: Path, columns: list[str] | None = None) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(row number, record) of one Parquet file, a batch at a time.
+def parquet_columns(path: Path, columns: list[str]) -> Iterator[dict[str, Any]]:
+    """Records of these columns of one Parquet file.
 
     Raises:
         DataError: not there, not Parquet, or without a column.
     """
-    number = 0
-    try:
-        with pa.parquet.ParquetFile(path) as file:
-            missing = [column for column in columns or () if column not in file.schema_arrow.names]
-            if missing:
-                raise DataError(f"{path}: no column {missing[0]!r}; found {file.schema_arrow.names}")
-            for batch in file.iter_batches(batch_size=_BATCH_ROWS, columns=columns):
-                for record in batch.to_pylist():
-                    yield number, record
-                    number += 1
-    except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{path}: not readable as Parquet: {one_line(error)}") from error
+
+    def wanted(names: list[str]) -> list[str]:
+        missing = [column for column in columns if column not in names]
+        if missing:
+            raise DataError(f"{path}: no column {missing[0]!r}; found {names}")
+        return columns
+
+    return (record for _, record in parquet_records(path, wanted))
