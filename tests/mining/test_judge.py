@@ -9,7 +9,7 @@ import pytest
 
 from embedloom.config.resources import PoolConfig
 from embedloom.errors import DataError
-from embedloom.mining.judge import SAMPLE_SCHEMA, JudgeWorker, in_sample, judge_sample
+from embedloom.mining.judge import SAMPLE_SCHEMA, JudgeWorker, judge_sample
 from embedloom.storage import Place
 
 
@@ -108,14 +108,3 @@ def test_odd_samples_are_refused(tmp_path):
         judge_sample(sample(ROWS).drop_columns(["kind"]), AngleSource(), place, PoolConfig(), 0.95)
     with pytest.raises(DataError, match=r"judge: kind 'best' is unknown; allowed: \['selected', 'naive'\]"):
         judge_sample(sample([row("1", "best")]), AngleSource(), place, PoolConfig(), 0.95)
-
-
-def test_a_sample_is_a_share_of_the_queries_and_depends_on_the_seed():
-    ids = [f"query-{n}" for n in range(20000)]
-    first = {one for one in ids if in_sample(one, 0.1, 1)}
-    assert len(first) == pytest.approx(2000, abs=4 * math.sqrt(20000 * 0.1 * 0.9))
-    assert first == {one for one in reversed(ids) if in_sample(one, 0.1, 1)}
-    second = {one for one in ids if in_sample(one, 0.1, 2)}
-    assert len(first & second) == pytest.approx(200, abs=80)
-    assert all(in_sample(one, 1.0, 1) for one in ids)
-    assert not any(in_sample(one, 0.0, 1) for one in ids)

@@ -7,6 +7,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from embedloom.artefacts import Artefact, ArtefactWriter
@@ -17,7 +18,7 @@ from embedloom.records import content_id, table_from_rows
 from embedloom.retrieval.embedder import EncoderSource
 from embedloom.storage import Place
 from embedloom.synthesis.duplicate_pass import bucket_count, short_signature, short_similarity
-from embedloom.synthesis.quality.duplicates import signature, similarity
+from embedloom.synthesis.quality.duplicates import signature
 from embedloom.synthesis.stage import synthesize
 from fakes_engines import WORDS, FakeEngine
 from fakes_serial import patch_serial
@@ -52,6 +53,10 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Artefact:
     ]  # fmt: skip
     place.write_table("documents/train/part-000000.parquet", table_from_rows("documents", rows))
     return writer.commit({"rows": 40})
+
+
+def similarity(left, right):
+    return np.mean(np.frombuffer(left, "<u4") == np.frombuffer(right, "<u4"))
 
 
 def run(corpus: Artefact, folder: Path, quality: dict[str, Any], rows: int, **arguments: Any) -> Artefact:

@@ -1,11 +1,13 @@
 import math
+from pathlib import Path
 
 import pytest
 from tensorboardX.proto.event_pb2 import Event
 
+from embedloom.config.rates import load_rates
 from embedloom.storage import Place
 from embedloom.training.groups import compute_cost
-from embedloom.training.metrics import StepRecord, StepWriter, read_metrics, training_flops
+from embedloom.training.metrics import PEAK_FLOPS, StepRecord, StepWriter, read_metrics, training_flops
 from embedloom.training.watch import LossWatch
 
 
@@ -74,6 +76,15 @@ def test_flops_of_a_step_are_those_of_the_roofline():
     # peers' table C1: 6.98e9 matrix weights, 32 layers of 4096, 512 tokens: 14.23 GFLOP a token forward, 3 times that in all.
     per_token = training_flops(512, 512**2, 6_979_588_096, 32, 4096) / 512
     assert per_token / 3 == pytest.approx(14.23e9, rel=1e-3)
+
+
+def test_peaks_of_gpus_are_those_of_the_shipped_rates_file():
+    for device in load_rates(Path(__file__).parents[2] / "cluster" / "rates.yaml").devices.values():
+        if device.accelerator is not None:
+            peak = next(
+                flops for part, flops in PEAK_FLOPS.items() if part in f"NVIDIA {device.accelerator}-SXM"
+            )
+            assert peak == device.peak_bf16_tflops.value * 1e12
 
 
 def test_cost_counts_attention_as_its_share_of_the_flops():

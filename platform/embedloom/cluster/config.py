@@ -182,13 +182,6 @@ class Profile(FrozenConfig):
         return self
 
     @property
-    def total_cpus(self) -> int | None:
-        """CPUs at full size, or None where the profile does not say."""
-        if self.pools:
-            return sum(pool.cpus * pool.max_nodes for pool in self.pools.values())
-        return self.logical_cpus
-
-    @property
     def total_gpus(self) -> int:
         """GPUs at full size."""
         if not self.pools:

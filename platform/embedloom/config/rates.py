@@ -63,6 +63,19 @@ class ModelShape(FrozenConfig):
     source: str = Field(min_length=8, description="Where the numbers are from.")
 
 
+def forward_flops(weights: int, layers: int, hidden_size: int, tokens: float, squared_tokens: float) -> float:
+    """FLOPs of a forward: 2 a weight and token, and 4 l h n² of attention for a text of n tokens.
+
+    Args:
+        weights: of the matrices that every token goes through, so without the token embeddings.
+        layers: of the model.
+        hidden_size: of the model.
+        tokens: of all texts.
+        squared_tokens: sum of n² over texts.
+    """
+    return 2.0 * weights * tokens + 4.0 * layers * hidden_size * squared_tokens
+
+
 class WorkRate(FrozenConfig):
     """How fast one device does one kind of work: by its MFU, or so many units a second."""
 

@@ -1,7 +1,6 @@
 """One run: the sections of ``jobs/configs/*.yaml``, in pipeline order."""
 
 from pathlib import Path
-from typing import Literal
 
 from pydantic import Field, model_validator
 
@@ -133,6 +132,3 @@ def load_run(path: Path, overrides: list[str] | None = None) -> RunConfig:
     """
     content = apply_overrides(read_yaml(path), overrides or [])
     return validate(RunConfig, content, str(path))
-
-
-StageName = Literal["corpus", "synthesize", "mine", "train", "merge", "evaluate", "gate", "embed", "serve"]

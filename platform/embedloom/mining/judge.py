@@ -11,7 +11,6 @@ from embedloom.engines.shards import run_sharded
 from embedloom.errors import DataError
 from embedloom.instructions import Side
 from embedloom.mining.select import score_limit
-from embedloom.ngrams import hash64
 from embedloom.retrieval.embedder import EmbedderSource
 from embedloom.retrieval.exact import Matrix, pair_scores
 from embedloom.retrieval.unit import unit_vectors
@@ -35,17 +34,6 @@ SAMPLE_SCHEMA = pa.schema(
     ]
 )
 _SCORES_SCHEMA = pa.schema([("positive_score", pa.float32()), ("negative_score", pa.float32())])
-
-
-def in_sample(query_id: str, share: float, seed: int) -> bool:
-    """Whether a query belongs to a sample of about this share; depends on its id and the seed alone.
-
-    Args:
-        query_id: of the query.
-        share: 0 to 1.
-        seed: another seed gives another, independent sample.
-    """
-    return hash64(f"{seed}\0{query_id}") < share * 2.0**64
 
 
 def judge_sample(

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, replace
 
-from embedloom.config.rates import ModelShape, RatesConfig, Unit, WorkKind
+from embedloom.config.rates import ModelShape, RatesConfig, Unit, WorkKind, forward_flops
 from embedloom.planning.known import Known
 from embedloom.planning.sizes import Size, documents, training_pairs
 from embedloom.planning.training_steps import Steps, training_steps
@@ -168,7 +168,8 @@ def _fill(node: Node, rates: RatesConfig, known: Known) -> float:
 
 
 def embedding_flops(shape: ModelShape, layers: int | None, texts: float, tokens_each: float) -> float:
-    """FLOPs of a forward: 2 a weight and token, and 4 l h n² of attention for a text of n tokens."""
+    """``forward_flops`` of texts of one length."""
     depth = min(layers or shape.layers, shape.layers)
-    matrices = 2.0 * depth * shape.layer_weights * tokens_each
-    return texts * (matrices + 4.0 * depth * shape.hidden_size * tokens_each**2)
+    return texts * forward_flops(
+        depth * shape.layer_weights, depth, shape.hidden_size, tokens_each, tokens_each**2
+    )

@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from embedloom.engines.tasks import run_tasks
 from embedloom.records import SCHEMAS, check_table, table_from_rows
@@ -136,15 +135,3 @@ def _write_part(
 def _within(row: Mapping[str, Any], last: Mapping[Cell, tuple[int, int]]) -> bool:
     bound = last.get(Cell(row["family"], row["generator"] or "", row["lang"]))
     return bound is None or (row["ordinal"], row["number"]) <= bound
-
-
-def kept_generators(place: Place, parts: Sequence[Part], folder: str = PAIRS_FOLDER) -> dict[str, int]:
-    """Rows per generator as they finally stand, read from one column."""
-    found: dict[str, int] = {}
-    for part in parts:
-        for entry in pc.value_counts(
-            place.read_table(f"{folder}/{part.file}", ["generator"]).column("generator")
-        ).to_pylist():
-            name = entry["values"] or ""
-            found[name] = found.get(name, 0) + entry["counts"]
-    return found

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from embedloom.config.rates import forward_flops
 from embedloom.config.training_options import TrackerName
 from embedloom.progress import Progress, note
 from embedloom.storage import Place
@@ -18,7 +19,7 @@ from embedloom.training.trackers import TrackedRun, Trackers
 METRICS_FILE = "metrics.jsonl"
 
 # Dense bfloat16 FLOP/s by a part of the device's name, from NVIDIA's data sheets; longer names first.
-_PEAKS = {
+PEAK_FLOPS = {
     "H200": 989e12,
     "H100 PCIe": 756e12,
     "H100": 989e12,
@@ -162,16 +163,15 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
     if device.type != "cuda" or dtype != torch.bfloat16:
         return None
     name = torch.cuda.get_device_name(device)
-    return next((flops for part, flops in _PEAKS.items() if part in name), None)
+    return next((flops for part, flops in PEAK_FLOPS.items() if part in name), None)
 
 
 def training_flops(
     tokens: float, squared_tokens: float, weights: int, layers: int, hidden_size: int, frozen: int = 0
 ) -> float:
-    """FLOPs of a forward and backward: 6 a weight and token, and 12 l h n² of attention for a text of n tokens.
+    """FLOPs of a forward and backward: those of three forwards, but 4 instead of 6 of a frozen weight, which has no gradient.
 
-    A frozen weight has no gradient of its own, which leaves 4. Recomputation (gradient checkpointing, cached
-    gradients) is not counted: MFU is about useful work.
+    Recomputation (gradient checkpointing, cached gradients) is not counted: MFU is about useful work.
 
     Args:
         tokens: real tokens.
@@ -181,4 +181,4 @@ def training_flops(
         hidden_size: of the backbone.
         frozen: how many of the weights are frozen.
     """
-    return (6 * weights - 2 * frozen) * tokens + 12 * layers * hidden_size * squared_tokens
+    return 3 * forward_flops(weights, layers, hidden_size, tokens, squared_tokens) - 2 * frozen * tokens

@@ -8,8 +8,6 @@ because that works without blanks between words.
 import hashlib
 import unicodedata
 
-import numpy as np
-
 from embedloom.ngrams import band_rows, hash64, minhash
 from embedloom.synthesis.families.base import Row
 
@@ -28,11 +26,6 @@ def signature(row: Row) -> bytes:
     text = _plain(row)
     grams = {text[n : n + _CHARACTERS].encode() for n in range(max(1, len(text) - _CHARACTERS + 1))}
     return minhash(grams, _PERMUTATIONS).astype("<u4").tobytes()
-
-
-def similarity(left: bytes, right: bytes) -> float:
-    """Estimated Jaccard similarity, 0 to 1."""
-    return float(np.mean(np.frombuffer(left, dtype="<u4") == np.frombuffer(right, dtype="<u4")))
 
 
 def band_keys(signed: bytes, threshold: float) -> list[int]:
