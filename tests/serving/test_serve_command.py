@@ -1,9 +1,9 @@
 """The `serve` verb up to the moment Ray would start."""
 
-import io
 import json
 import shutil
 
+import httpx
 import pytest
 from pydantic import ValidationError
 from typer.testing import CliRunner
@@ -143,11 +143,11 @@ def test_a_task_is_asked_for_only_beside_a_question():
 def test_a_question_is_sent_as_the_readmes_call_and_its_task_only_where_stated(monkeypatch, task, expected):
     sent = {}
 
-    def answer(request, timeout):
-        sent.update(json.loads(request.data))
-        return io.BytesIO(b'{"data": [{"embedding": [1.0]}]}')
+    def answer(method, url, json, **_):
+        sent.update(json)
+        return httpx.Response(200, json={"data": [{"embedding": [1.0]}]}, request=httpx.Request(method, url))
 
-    monkeypatch.setattr(ask.urllib.request, "urlopen", answer)
+    monkeypatch.setattr(httpx, "request", answer)
     assert ask._embed("http://here/v1", "m", "Why?", 1.0, task) == [1.0]
     assert sent == {"model": "m", "input": "Why?", "input_type": "query", **expected}
 

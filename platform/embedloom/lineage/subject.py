@@ -1,8 +1,5 @@
 """What ``explain`` is asked about: a run's folder, one artefact's folder, or the address of an endpoint."""
 
-import json
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,6 +7,7 @@ from typing import Any
 from embedloom.artefacts import MANIFEST_FILE, Artefact
 from embedloom.errors import DataError, ServeError
 from embedloom.lineage.read import FIXED, artefacts_of
+from embedloom.serving.address import ask
 from embedloom.storage import Place
 
 TIMEOUT_SECONDS = 10.0
@@ -94,15 +92,7 @@ def model_card(url: str) -> dict[str, Any]:
         ServeError: no answer, or not one of ours.
     """
     address = url.rstrip("/").removesuffix("/models").removesuffix("/v1") + "/v1/models"
-    try:
-        with urllib.request.urlopen(address, timeout=TIMEOUT_SECONDS) as response:
-            content = json.loads(response.read())
-    except urllib.error.HTTPError as error:
-        raise ServeError(f"{address} answered {error.code}: {error.reason}") from error
-    except OSError as error:
-        raise ServeError(f"{address} did not answer: {error}") from error
-    except ValueError as error:
-        raise ServeError(f"{address} did not answer with JSON: {error}") from error
+    content = ask(address, TIMEOUT_SECONDS)
     try:
         card = content["data"][0]
         card["fingerprint"]

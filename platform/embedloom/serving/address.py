@@ -4,9 +4,10 @@ import json
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from embedloom.contents import cache_folder
-from embedloom.errors import ConfigError
+from embedloom.errors import ConfigError, ServeError
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +43,29 @@ def find(port: int | None) -> Address:
         raise ConfigError(f"--port: several endpoints run on this machine; allowed: {running}")
     asked = "no endpoint runs on this machine" if port is None else f"no endpoint runs here on port {port}"
     raise ConfigError(f"--port: {asked} (running: {running}); start one with `embedloom serve`")
+
+
+def ask(url: str, timeout_seconds: float, body: Any = None) -> Any:
+    """The JSON that an endpoint answers to a GET, or to a POST of ``body``.
+
+    Raises:
+        ServeError: it refused, did not answer, or answered something else.
+    """
+    import httpx  # a tenth of a second that no other command needs
+
+    method = "GET" if body is None else "POST"
+    try:
+        reply = httpx.request(method, url, json=body, timeout=timeout_seconds, follow_redirects=True)
+        reply.raise_for_status()
+        return reply.json()
+    except httpx.HTTPStatusError as error:
+        raise ServeError(
+            f"{url} answered {error.response.status_code}: {error.response.text[:200]}"
+        ) from error
+    except httpx.HTTPError as error:
+        raise ServeError(f"{url} did not answer: {error}") from error
+    except ValueError as error:
+        raise ServeError(f"{url} did not answer with JSON: {error}") from error
 
 
 def _folder() -> Path:

@@ -1,9 +1,5 @@
 """Asking the endpoint as a client would, and ranking the run's documents by the answer."""
 
-import json
-import urllib.error
-import urllib.request
-
 import numpy as np
 import pyarrow.compute as pc
 
@@ -12,6 +8,7 @@ from embedloom.errors import ServeError
 from embedloom.records import check_table
 from embedloom.retrieval.corpora import DOCUMENTS_FOLDER, SPLITS, VECTORS_FOLDER
 from embedloom.retrieval.vector_files import read_vectors
+from embedloom.serving.address import ask
 
 _SHOWN_CHARACTERS = 160
 
@@ -56,18 +53,10 @@ def nearest_documents(
 
 
 def _embed(url: str, model: str, question: str, timeout_seconds: float, task: str | None) -> list[float]:
-    asked = {"model": model, "input": question, "input_type": "query"}
-    body = json.dumps(asked if task is None else {**asked, "task": task}).encode()
-    request = urllib.request.Request(f"{url}/embeddings", body, {"Content-Type": "application/json"})
-    try:
-        with urllib.request.urlopen(request, timeout=timeout_seconds) as response:
-            return list(json.loads(response.read())["data"][0]["embedding"])
-    except urllib.error.HTTPError as error:
-        raise ServeError(
-            f"{url}/embeddings answered {error.code}: {error.read().decode(errors='replace')[:200]}"
-        ) from error
-    except OSError as error:
-        raise ServeError(f"{url}/embeddings did not answer: {error}") from error
+    asked = {"model": model, "input": question, "input_type": "query"} | (
+        {} if task is None else {"task": task}
+    )
+    return list(ask(f"{url}/embeddings", timeout_seconds, asked)["data"][0]["embedding"])
 
 
 def _document(corpus: Artefact, document_id: str) -> dict[str, object]:

@@ -1,18 +1,16 @@
 """Starting the endpoint in the connected Ray, waiting until it answers, and stopping it after a drain."""
 
 import ipaddress
-import json
 import logging
 import signal
 import threading
 import time
-import urllib.error
-import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import httpx
 import ray
 from ray import serve
 from ray.serve import Application
@@ -245,15 +243,10 @@ def _wait_until_ready(endpoint: Endpoint, seconds: float) -> None:
     raise ServeError(f"{endpoint.url}/ready did not become ready within {seconds:g} s ({seen})")
 
 
-# No proxy: the endpoint is on this machine, whatever http_proxy says.
-_OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-
-
 def _get(url: str) -> tuple[int, dict[str, Any]]:
     try:
-        with _OPENER.open(url, timeout=10) as reply:
-            return reply.status, json.loads(reply.read())
-    except urllib.error.HTTPError as error:
-        return error.code, {"body": error.read(200).decode(errors="replace")}
-    except (OSError, ValueError):
+        # No proxy: the endpoint is on this machine, whatever http_proxy says.
+        reply = httpx.get(url, timeout=10, trust_env=False, verify=False)
+        return reply.status_code, reply.json()
+    except (httpx.HTTPError, ValueError):
         return 0, {}
