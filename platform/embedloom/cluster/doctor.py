@@ -132,9 +132,9 @@ def check_importable(name: str) -> Finding | None:
 
 def _machine() -> list[Finding]:
     python = platform.python_version()
-    fits = (3, 11) <= sys.version_info[:2] < (3, 13)
+    fits = (3, 11) <= sys.version_info[:2] < (3, 14)
     return [
-        Finding("python", fits, python, "" if fits else "3.11 or 3.12 is needed", required=True),
+        Finding("python", fits, python, "" if fits else "3.11, 3.12 or 3.13 is needed", required=True),
         _processor(),
         _memory(),
         _shared_memory(),

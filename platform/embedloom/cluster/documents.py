@@ -64,8 +64,7 @@ def serve_config(profile: Profile) -> dict[str, Any]:
             {
                 "name": "embedloom",
                 "route_prefix": "/",
-                # A cluster's image has the package installed; beside the project's own folder its script is there too.
-                "import_path": "serve.app:build" if on_machine else "embedloom.serving.app:build",
+                "import_path": "embedloom.serving.app:build",  # wherever the package is installed
                 "args": {**arguments, "scaling": scaling},
             }
         ],

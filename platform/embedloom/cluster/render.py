@@ -44,7 +44,7 @@ def file_text(name: str, content: dict[str, Any], profile_name: str) -> str:
         made = content["metadata"]
         header += (
             f"# Its files: kubectl create configmap {made['name']} --namespace {made['namespace']} "
-            "--from-file=run.yaml=CONFIG --from-file=cluster.yaml=cluster/cluster.yaml\n"
+            "--from-file=run.yaml=CONFIG --from-file=cluster.yaml=CLUSTER\n"
             "# With them in one file: embedloom submit CONFIG --profile "
             f"{profile_name} --render-job FILE\n"
         )
