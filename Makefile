@@ -1,25 +1,32 @@
 # Everything runs from .venv, installed from full locks, so that it resolves the same next year.
-PYTHON ?= $(shell command -v python3.11 || command -v python3)
-VENV := .venv
+# The first of these that runs; each has a lock of its own. PYTHON= names another.
+PYTHON ?= $(firstword $(foreach version,3.11 3.12 3.13,$(shell python$(version) -c 'print("python$(version)")' 2>/dev/null)) python3)
+VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+VERSION_OF = $(shell $(1) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)
+# An environment that is there keeps its Python.
+VERSION := $(or $(call VERSION_OF,$(BIN)/python),$(call VERSION_OF,$(PYTHON)))
+LOCK := cluster/requirements-cpu-$(VERSION).lock
 CONFIG ?= jobs/configs/quickstart.yaml
 QUESTION ?= How do I compute the shortest path between two nodes of a graph?
 # The quickstart's default task is to find an object by a summary; questions are what its source "synthetic" is about.
-TASK ?= $(if $(filter %quickstart.yaml,$(CONFIG)),synthetic)
+TASK ?= $(if $(filter quickstart %quickstart.yaml,$(CONFIG)),synthetic)
 COMPILED := $(wildcard platform/embedloom/*/_*.c platform/embedloom/*/_*.h)
 
-.PHONY: demo test drill bench lint docs install install-dev clean
+.PHONY: demo test smoke drill bench lint lock docs install install-dev clean
 
 install: $(VENV)/.installed
 install-dev: $(VENV)/.installed-dev
 
+$(LOCK):
+	@echo "no $@: there are locks for $(patsubst cluster/requirements-cpu-%.lock,Python %,$(wildcard cluster/requirements-cpu-*.lock)), found $(or $(VERSION),no $(PYTHON)); set PYTHON=" >&2; exit 1
+
 # --no-deps: normal resolution adds CUDA builds of torchvision and torchaudio that break the CPU build of torch.
 # The lock is complete, so nothing is missing; `embedloom doctor` says what a machine has.
-$(VENV)/.installed: cluster/requirements-cpu.lock pyproject.toml $(COMPILED)
-	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info[:2] == (3, 11) else "the CPU lock is for Python 3.11, found " + sys.version.split()[0] + "; set PYTHON=")'
+$(VENV)/.installed: $(LOCK) pyproject.toml $(COMPILED)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(PIP) --no-deps -r cluster/requirements-cpu.lock
+	$(PIP) --no-deps -r $(LOCK)
 	$(PIP) --no-deps --no-build-isolation --editable .
 	touch $@
 
@@ -27,12 +34,22 @@ $(VENV)/.installed-dev: $(VENV)/.installed cluster/requirements-dev.lock
 	$(PIP) --no-deps -r cluster/requirements-dev.lock
 	touch $@
 
+# All locks, by one resolver, from pyproject.toml; UPGRADE=--upgrade takes the newest releases.
+lock:
+	$(PYTHON) -m venv .bench/lock
+	.bench/lock/bin/python -m pip install --quiet --disable-pip-version-check uv==0.13.9
+	cluster/lock/make_locks.sh $(CURDIR)/.bench/lock/bin/uv $(UPGRADE)
+
 demo: install
 	$(BIN)/embedloom run $(CONFIG)
 	$(BIN)/embedloom serve $(CONFIG) --ask "$(QUESTION)" $(if $(TASK),--task $(TASK))
 
 test: install-dev
 	$(BIN)/python -m pytest
+
+# The wheel on the other Pythons that this machine has, with what the light commands need.
+smoke: install-dev
+	$(BIN)/python tests/smoke.py 3.12 3.13
 
 drill: install-dev
 	$(BIN)/python tests/drills/run_drills.py --drills 100

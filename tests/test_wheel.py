@@ -1,13 +1,12 @@
 """The built wheel: its tag, its content, what its machine code asks of a CPU, and `embedloom plan` from an empty folder.
 
-It is built offline from the tracked files, as ``pip wheel --no-build-isolation`` does.
+It is built offline, as ``pip wheel --no-build-isolation`` does.
 """
 
 import os
 import re
 import shutil
 import subprocess
-import sys
 import sysconfig
 import venv
 import zipfile
@@ -15,35 +14,15 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+from wheel_build import ROOT, build
+
 PACKAGE = ROOT / "platform/embedloom"
-BUILD = "import sys\nfrom setuptools import build_meta\nprint(getattr(build_meta, sys.argv[1])(sys.argv[2]))"
-
-
-def build(kind: str, source: Path, out: Path) -> Path:
-    command = [sys.executable, "-c", BUILD, kind, str(out)]
-    environment = {**os.environ, "PYTHONPATH": ""}
-    done = subprocess.run(command, cwd=source, capture_output=True, text=True, check=False, env=environment)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return out / done.stdout.splitlines()[-1]
 
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory) -> tuple[Path, Path]:
     """The sdist unpacked, and the wheel that is built from it."""
-    folder = tmp_path_factory.mktemp("wheel")
-    source = folder / "source"
-    source.mkdir()
-    for name in ("pyproject.toml", "README.md", "LICENSE", "platform", "cluster", "jobs"):
-        path = ROOT / name
-        if path.is_dir():
-            ignored = shutil.ignore_patterns("__pycache__", "*.so", "*.egg-info")
-            shutil.copytree(path, source / name, symlinks=True, ignore=ignored)
-        else:
-            shutil.copy(path, source)
-    shutil.unpack_archive(build("build_sdist", source, folder), folder, filter="data")
-    (unpacked,) = (path for path in folder.glob("embedloom-*") if path.is_dir())
-    return unpacked, build("build_wheel", unpacked, folder)
+    return build(tmp_path_factory.mktemp("wheel"))
 
 
 def names(wheel: Path) -> set[str]:
