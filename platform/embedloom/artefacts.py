@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict, cast
 
 from embedloom import __version__
 from embedloom.errors import DataError
@@ -25,10 +25,24 @@ from embedloom.storage import Place
 MANIFEST_FILE = "manifest.json"
 BUILDING_FILE = "_building.json"
 MANIFEST_VERSION = 1
-_MANIFEST_KEYS = {
-    "kind", "schema_version", "fingerprint", "config_fingerprint", "inputs", "counts", "seconds",
-    "versions", "profile", "created", "details",
-}  # fmt: skip
+
+
+class Manifest(TypedDict):
+    """``manifest.json``: what an artefact is, of what it was made, and what its stage counted."""
+
+    kind: str
+    schema_version: int
+    fingerprint: str
+    config_fingerprint: str
+    inputs: dict[str, str]  # name -> fingerprint
+    counts: dict[str, Any]  # rows, tokens, rejects by reason
+    seconds: float
+    versions: dict[str, str]  # of embedloom, and the hash of its code
+    profile: str
+    created: str  # UTC, ISO 8601
+    details: dict[str, Any]  # the stage's own
+    scratch: NotRequired[list[str]]  # folders of work to delete
+    origin: NotRequired[dict[str, Any]]  # settings, and contents of the files read
 
 
 def fingerprint(*parts: Any) -> str:
@@ -62,7 +76,7 @@ class Artefact:
     """A finished artefact: its place and its manifest."""
 
     place: Place
-    manifest: dict[str, Any]
+    manifest: Manifest
 
     @property
     def fingerprint(self) -> str:
@@ -86,7 +100,7 @@ class Artefact:
                 f"{place.uri}: no {MANIFEST_FILE}, so this artefact is missing or unfinished; run its stage first"
             )
         manifest = place.read_json(MANIFEST_FILE)
-        missing = sorted(_MANIFEST_KEYS - set(manifest))
+        missing = sorted(Manifest.__required_keys__ - set(manifest))
         if missing:
             raise DataError(
                 f"{place.uri}/{MANIFEST_FILE}: corrupt, key {missing[0]!r} is missing; delete the folder to build it again"
@@ -97,7 +111,7 @@ class Artefact:
             )
         if kind is not None and manifest["kind"] != kind:
             raise DataError(f"{place.uri}: is a {manifest['kind']!r} artefact, expected {kind!r}")
-        return cls(place, manifest)
+        return cls(place, cast(Manifest, manifest))
 
     @classmethod
     def find(cls, place: Place, wanted: str) -> "Artefact | None":
@@ -197,7 +211,7 @@ class ArtefactWriter:
         Raises:
             DataError: a Parquet file of the artefact is cut, which a resumed build would otherwise take over.
         """
-        manifest = {
+        manifest: Manifest = {
             "kind": self.kind,
             "schema_version": MANIFEST_VERSION,
             "fingerprint": self.fingerprint,
@@ -209,9 +223,11 @@ class ArtefactWriter:
             "profile": self.profile,
             "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "details": dict(details or {}),
-            **({"scratch": list(scratch)} if scratch else {}),
-            **({"origin": self.origin} if self.origin else {}),
         }
+        if scratch:
+            manifest["scratch"] = list(scratch)
+        if self.origin:
+            manifest["origin"] = self.origin
         self._refuse_cut_files()
         self.place.sweep()  # what a full disk or a killed predecessor left half-written is no part of it
         self.place.write_json(MANIFEST_FILE, manifest)

@@ -5,7 +5,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from embedloom.artefacts import BUILDING_FILE, MANIFEST_FILE, Artefact
+from embedloom.artefacts import BUILDING_FILE, MANIFEST_FILE, Artefact, Manifest
 from embedloom.errors import DataError
 from embedloom.storage import Place
 
@@ -25,7 +25,7 @@ class Stage:
 
     name: str  # its folder below the run
     place: Place
-    manifest: dict[str, Any] | None
+    manifest: Manifest | None
 
     @property
     def state(self) -> State:

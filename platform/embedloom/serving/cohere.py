@@ -7,13 +7,12 @@ from fastapi import Request, Response
 from pydantic import Field
 
 from embedloom.instructions import Side
-from embedloom.serving.aliases import terms_of
-from embedloom.serving.calls import Calls, notes_of, pinned
+from embedloom.serving.calls import Calls, notes_of
 from embedloom.serving.fields import Count, Integer, Texts, Truncate, harmless
 from embedloom.serving.replies import CohereMeta, Reply, cohere_meta
-from embedloom.serving.routes import check_dimensions, json_reply
+from embedloom.serving.routes import embedded, json_reply
 from embedloom.serving.schemas import BAD_ITEMS, TextOptions
-from embedloom.serving.values import encode_vectors, finished
+from embedloom.serving.values import encode_vectors
 
 # What Cohere calls an input, as side and task type.
 _INPUT_TYPES: dict[str, tuple[Side, str | None]] = {
@@ -75,14 +74,10 @@ class CohereRoutes:
 
     async def answer(self, http: Request, request: CohereEmbedRequest) -> Response:
         """Embed what was read, in the version that the path names."""
-        calls = self._calls
-        terms = terms_of(request, calls.settings)
-        calls.check_sizes(request.texts, "texts")
-        info = await calls.info()
-        check_dimensions(request.output_dimension, info, "output_dimension")
-        part = terms.texts(request.texts, terms.side, "texts")
-        result = await calls.encode(http, terms.job(part, contract_hash=pinned(http, request.contract_hash)))
-        vectors = finished(result.vectors, request.output_dimension, None, info.normalize)
+        dimension = request.output_dimension
+        vectors, result = await embedded(
+            self._calls, http, request, "texts", "output_dimension", dimension, None
+        )
         version = "2" if http.url.path.endswith("/v2/embed") else "1"
         by_type = request.embedding_types is not None or version == "2"
         kinds: list[Literal["float", "base64"]] = request.embedding_types or ["float"]

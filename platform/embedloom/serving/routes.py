@@ -7,12 +7,12 @@ from pydantic_core import to_json
 
 from embedloom.serving.aliases import Terms, alias_of, terms_of
 from embedloom.serving.calls import Calls, notes_of, pinned
-from embedloom.serving.messages import ModelInfo, Part
+from embedloom.serving.messages import EncodeResult, ModelInfo, Part, Vectors
 from embedloom.serving.metrics import CONTENT_TYPE
 from embedloom.serving.page import page_reply
 from embedloom.serving.refusals import ApiError
 from embedloom.serving.replies import CorpusCard, ModelCard, ModelDefaults, TaskCard, reply_body
-from embedloom.serving.schemas import EmbeddingsRequest, TokenizeRequest
+from embedloom.serving.schemas import EmbeddingsRequest, TextOptions, TokenizeRequest
 from embedloom.serving.values import encode_vectors, finished
 
 READY_TIMEOUT_SECONDS = 5.0
@@ -30,18 +30,15 @@ class Routes:
         """Embed texts or token ids (OpenAI-compatible, plus input_type, task, instruction and truncate)."""
         calls = self._calls
         request = await calls.read(http, EmbeddingsRequest)
-        terms = terms_of(request, calls.settings)
-        calls.check_sizes(request.input, "input")
-        info = await calls.info()
         dimensions = request.dimensions or request.output_dimension
-        check_dimensions(dimensions, info, "dimensions")
-        job = terms.job(_part(request, terms), contract_hash=pinned(http, request.contract_hash))
-        result = await calls.encode(http, job)
-        vectors = finished(result.vectors, dimensions, request.normalized, info.normalize)
+        vectors, result = await embedded(
+            calls, http, request, "input", "dimensions", dimensions, request.normalized
+        )
         encoded = encode_vectors(
             vectors, request.said("encoding_format") or request.embedding_type or "float"
         )
-        body = reply_body(encoded, terms.model, result.tokens, result.truncated)
+        model = terms_of(request, calls.settings).model
+        body = reply_body(encoded, model, result.tokens, result.truncated)
         return json_reply(body, headers=notes_of(result))
 
     async def tokenize(self, http: Request) -> Response:
@@ -55,7 +52,7 @@ class Routes:
         calls.check_sizes(request.input, "input")
         info = await calls.info()
         limit = info.max_query_tokens if terms.side == "query" else info.max_document_tokens
-        job = terms.job(_part(request, terms), contract_hash=pinned(http, request.contract_hash))
+        job = terms.job(_part(request, terms, "input"), contract_hash=pinned(http, request.contract_hash))
         result = await calls.tokenize(http, job)
         data = [
             {"index": index, "token_ids": item, "count": len(item), "limit": limit}
@@ -137,9 +134,41 @@ def json_reply(content: Any, status: int = 200, headers: dict[str, str] | None =
     return Response(to_json(content), status, headers, media_type="application/json")
 
 
-def _part(request: EmbeddingsRequest | TokenizeRequest, terms: Terms) -> Part:
-    items: Any = request.input
-    return terms.ids(items, "input") if request.is_token_ids else terms.texts(items, terms.side, "input")
+async def embedded(
+    calls: Calls,
+    http: Request,
+    request: TextOptions,
+    field: str,
+    dimensions_field: str,
+    dimensions: int | None,
+    normalized: bool | None,
+) -> tuple[Vectors, EncodeResult]:
+    """Embed the items of a request in any dialect: vectors float32 [items, dimensions], and what they cost.
+
+    Args:
+        calls: the encoder.
+        http: the request.
+        request: what was read of it.
+        field: of its items.
+        dimensions_field: where it says how long the vectors are to be.
+        dimensions: how long; None: as the model has them.
+        normalized: whether it wants unit length; None: as the model has them.
+
+    Raises:
+        ApiError: too many or too long items, dimensions the model was not trained for, or no answer.
+    """
+    terms = terms_of(request, calls.settings)
+    calls.check_sizes(getattr(request, field), field)
+    info = await calls.info()
+    check_dimensions(dimensions, info, dimensions_field)
+    job = terms.job(_part(request, terms, field), contract_hash=pinned(http, request.contract_hash))
+    result = await calls.encode(http, job)
+    return finished(result.vectors, dimensions, normalized, info.normalize), result
+
+
+def _part(request: TextOptions, terms: Terms, field: str) -> Part:
+    items: Any = getattr(request, field)
+    return terms.texts(items, terms.side, field) if isinstance(items[0], str) else terms.ids(items, field)
 
 
 def check_dimensions(dimensions: int | None, info: ModelInfo, field: str) -> None:

@@ -31,7 +31,7 @@ from embedloom.serving.fields import (
 )
 from embedloom.serving.rank_routes import RankRoutes
 from embedloom.serving.replies import Reply
-from embedloom.serving.routes import Routes, check_dimensions, json_reply
+from embedloom.serving.routes import Routes, embedded, json_reply
 from embedloom.serving.schemas import BAD_ITEMS, RerankRequest, TextOptions, TokenizeRequest
 from embedloom.serving.values import finished, similarities
 
@@ -122,11 +122,6 @@ class TeiEmbedRequest(_TeiOptions):
         default=True, description="Vectors of unit length are all there is here."
     )
     dimensions: Count | None = Field(default=None, description="Only for models trained for it (Matryoshka).")
-
-    @property
-    def is_token_ids(self) -> bool:
-        """Whether the inputs came as token ids."""
-        return not isinstance(self.inputs[0], str)
 
 
 class TeiRerankRequest(_TeiOptions):
@@ -237,16 +232,9 @@ class TeiRoutes:
         return await self._embed(http, request)
 
     async def _embed(self, http: Request, request: TeiEmbedRequest) -> Response:
-        calls = self._calls
-        terms = terms_of(request, calls.settings)
-        items: Any = request.inputs
-        calls.check_sizes(items, "inputs")
-        info = await calls.info()
-        check_dimensions(request.dimensions, info, "dimensions")
-        ids = request.is_token_ids
-        part = terms.ids(items, "inputs") if ids else terms.texts(items, terms.side, "inputs")
-        result = await calls.encode(http, terms.job(part, contract_hash=pinned(http, request.contract_hash)))
-        vectors = finished(result.vectors, request.dimensions, True, info.normalize)
+        vectors, result = await embedded(
+            self._calls, http, request, "inputs", "dimensions", request.dimensions, True
+        )
         return json_reply(vectors.tolist(), headers=notes_of(result))
 
     async def rerank_at_root(self, http: Request) -> Response:

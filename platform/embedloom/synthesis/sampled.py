@@ -8,6 +8,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from embedloom.engines.tasks import run_tasks
+from embedloom.retrieval.stored import stored_vectors
 from embedloom.storage import Place
 from embedloom.synthesis.diversity import measure
 from embedloom.synthesis.refusals import Round
@@ -72,6 +73,5 @@ def _vectors(place: Place, files: Sequence[str], ids: Sequence[str]) -> dict[str
     for file in files:
         table = place.read_table(file, ["id", "vector"])
         table = table.filter(pc.is_in(table.column("id"), value_set=wanted))
-        for row in table.to_pylist():
-            found[row["id"]] = np.asarray(row["vector"], np.float32)
+        found.update(zip(table.column("id").to_pylist(), stored_vectors(table, file), strict=True))
     return found
