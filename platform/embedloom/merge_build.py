@@ -4,11 +4,14 @@ Stages never import each other, so what scores a merge is handed to the search f
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 from embedloom.artefacts import Artefact, ArtefactWriter
 from embedloom.config.resources import StageResources
 from embedloom.config.run import RunConfig
+
+if TYPE_CHECKING:
+    from embedloom.merging.search import SearchResult
 
 NOT_MODELS = ("encoder", "corpus")  # what the merged node reads besides the candidates
 
@@ -48,9 +51,9 @@ def build_merged(
     merging = config.merging
     models = {name.split("/")[1]: a.place for name, a in inputs.items() if name not in NOT_MODELS}
     base = inputs["encoder"].place if "encoder" in inputs else None
-    found = None
+    found: SearchResult | None = None
     if merging.search is not None and out.place.exists(SEARCH_FILE):
-        found = out.place.read_json(SEARCH_FILE)  # of an interrupted build
+        found = cast("SearchResult", out.place.read_json(SEARCH_FILE))  # of an interrupted build
     elif merging.search is not None:
         from embedloom.evaluation.score import DevScorer
 

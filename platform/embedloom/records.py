@@ -6,6 +6,7 @@ Ids are strings. An id made here is a content hash, so the same text has the sam
 import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any, NotRequired, TypedDict
 
 import pyarrow as pa
 
@@ -25,6 +26,37 @@ TASK_TYPES = (
 ORIGINS = ("public", "synthetic", "in_domain")
 GRADE = "grade"  # key of a pair's attributes: how relevant its document is, above 0; 1 where none is given
 ID_HEX_DIGITS = 24  # 96 bits: a collision among 10^10 rows has a chance of about 10^-9
+
+
+ByTask = dict[str, dict[str, float]]  # model -> task -> score
+
+
+class ScoredPrompts(TypedDict):
+    """What stood before the queries of one task for one model."""
+
+    sent: list[str]  # different ones, "{text}" in place of the text
+    default: str  # what the endpoint sends where a request names no task
+    of: str  # whose prompts they are: default, own, published
+    stated: bool  # whether the task's config says so
+
+
+class ScoreTable(TypedDict):
+    """``scores.json`` of an evaluation: scores between 0 and 1 of models and baselines, by task."""
+
+    order: dict[
+        str, list[str]
+    ]  # "tasks", "models", "baselines" as the config has them; JSON on disk is sorted
+    models: ByTask  # main scores
+    baselines: ByTask
+    metrics: dict[str, dict[str, dict[str, dict[str, float]]]]  # group -> model -> task -> metric -> value
+    subsets: NotRequired[dict[str, dict[str, dict[str, dict[str, float]]]]]  # of tasks in several languages
+    types: NotRequired[dict[str, str]]  # task -> type, as mteb names it
+    prompts: NotRequired[dict[str, dict[str, ScoredPrompts]]]  # task -> model
+    intervals: NotRequired[
+        dict[str, dict[str, dict[str, list[float]]]]
+    ]  # group -> model -> task -> [low, high]
+    ranking: NotRequired[dict[str, Any]]
+    teacher: NotRequired[str]  # model of the baseline of that name
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,7 @@ import datetime
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from embedloom import __version__
 from embedloom.config.gate import GateConfig
@@ -21,6 +21,7 @@ from embedloom.evaluation.scorers import make_scorers, scored_contract
 from embedloom.evaluation.specs import TaskSpec
 from embedloom.evaluation.standings import OWN, ranked_among, read_strata
 from embedloom.instructions import USUAL_TASK
+from embedloom.records import ScoreTable
 from embedloom.storage import Place
 from embedloom.verdict import GATE_FILE, VERDICTS_FOLDER, keeps_verdict, weights_fingerprint
 
@@ -74,7 +75,7 @@ def judge(
         DataError: a model that the evaluation has no scores of, or a candidate that was evaluated with other prompts
             than the endpoint sends by default.
     """
-    table = place.read_json(SCORES_FILE)
+    table = cast(ScoreTable, place.read_json(SCORES_FILE))
     scores = [_scores_of(contender, table, place) for contender in contenders]
     prompts = check_prompts(table, contenders[0])
     types = dict(table.get("types", {}))
@@ -106,7 +107,7 @@ def judge(
     }
 
 
-def check_prompts(table: Mapping[str, Any], candidate: Contender) -> dict[str, str]:
+def check_prompts(table: ScoreTable, candidate: Contender) -> dict[str, str]:
     """By which prompts the candidate was scored, task by task: the ones that the endpoint would send, or stated ones.
 
     Accepted are the default of the task's type, named tasks of the candidate's contract, and a benchmark's published
@@ -172,7 +173,7 @@ def verdict_text(content: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _scores_of(contender: Contender, table: Mapping[str, Any], place: Place) -> dict[str, float]:
+def _scores_of(contender: Contender, table: ScoreTable, place: Place) -> dict[str, float]:
     models = table["models"]
     if contender.name not in models:
         raise DataError(

@@ -19,6 +19,7 @@ from mteb.results import TaskResult
 
 from embedloom.encoder.tokenizer import CutTexts
 from embedloom.evaluation.jobs import Outcome, Survey, Unit
+from embedloom.records import ScoreTable
 from embedloom.storage import Place
 
 SCORES_FILE = "scores.json"
@@ -152,14 +153,18 @@ def read_subsets(place: Place, unit: Unit) -> dict[str, float]:
     return {subset: round(sum(scores) / len(scores), DECIMALS) for subset, scores in found.items()}
 
 
-def score_table(place: Place, units: Sequence[Unit]) -> dict[str, Any]:
+def score_table(place: Place, units: Sequence[Unit]) -> ScoreTable:
     """Content of ``scores.json`` for finished tasks: main scores, and beside them all shown metrics."""
     # JSON on disk is sorted by key, so the order of the config stands beside the scores.
     order: dict[str, list[str]] = {"tasks": list(dict.fromkeys(unit.task.name for unit in units))}
     for group in ("models", "baselines"):
         order[group] = list(dict.fromkeys(unit.scorer.name for unit in units if unit.scorer.group == group))
-    table: dict[str, Any] = {"order": order, "models": {}, "baselines": {}}
-    table["metrics"] = {"models": {}, "baselines": {}}
+    table: ScoreTable = {
+        "order": order,
+        "models": {},
+        "baselines": {},
+        "metrics": {"models": {}, "baselines": {}},
+    }
     for unit in units:
         metrics = read_scores(place, unit)
         group, name, task = unit.scorer.group, unit.scorer.name, unit.task.name

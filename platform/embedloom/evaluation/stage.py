@@ -1,7 +1,7 @@
 """The evaluation stage: every model and baseline on every task, scored by mteb, ranked, with intervals."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from embedloom.artefacts import Artefact, ArtefactWriter
 from embedloom.config.resources import PoolConfig
@@ -15,6 +15,7 @@ from embedloom.evaluation.scorers import make_scorers
 from embedloom.evaluation.specs import expand_tasks
 from embedloom.evaluation.standings import check_pool, score_intervals, standings
 from embedloom.evaluation.tasks import check_task
+from embedloom.records import ScoredPrompts
 from embedloom.retrieval.vector_files import CUT_COUNTS
 from embedloom.storage import Place
 
@@ -88,13 +89,14 @@ def score_models(
     return figures
 
 
-def _prompts(figures: Figures) -> dict[str, Any]:
+def _prompts(figures: Figures) -> dict[str, dict[str, ScoredPrompts]]:
     """What stood before the queries: task -> model -> texts, as the gate reads and the scorecard shows them."""
-    found: dict[str, Any] = {}
+    found: dict[str, dict[str, ScoredPrompts]] = {}
     for unit, figure in figures.items():
         if unit.scorer.group == "models" and "prompts" in figure:
             stated = {"of": unit.task.prompts_of, "stated": unit.task.prompts is not None}
-            found.setdefault(unit.task.name, {})[unit.scorer.name] = {**figure["prompts"], **stated}
+            prompts = cast(ScoredPrompts, {**figure["prompts"], **stated})
+            found.setdefault(unit.task.name, {})[unit.scorer.name] = prompts
     return found
 
 

@@ -12,6 +12,7 @@ from embedloom.evaluation.pinned import PinnedPool, load_pool
 from embedloom.evaluation.ranking import Scores, Standing, rank_models
 from embedloom.evaluation.results import DECIMALS, read_scores
 from embedloom.evaluation.statistics import Stratum, interval, observed, resampled
+from embedloom.records import ScoreTable
 from embedloom.storage import Place
 
 _SEED = 20251
@@ -40,12 +41,14 @@ def read_strata(place: Place, unit: Unit) -> list[Stratum]:
     ]
 
 
-def score_intervals(place: Place, units: Sequence[Unit], resamples: int) -> dict[str, Any]:
+def score_intervals(
+    place: Place, units: Sequence[Unit], resamples: int
+) -> dict[str, dict[str, dict[str, list[float]]]]:
     """95 % bootstrap intervals of main scores: group -> model -> task -> [low, high].
 
     Where the main score is not itself a mean of items (a bitext's F1), its items' spread is laid around it.
     """
-    found: dict[str, Any] = {"models": {}, "baselines": {}}
+    found: dict[str, dict[str, dict[str, list[float]]]] = {"models": {}, "baselines": {}}
     for unit in units:
         strata = read_strata(place, unit)
         if not strata:
@@ -57,7 +60,7 @@ def score_intervals(place: Place, units: Sequence[Unit], resamples: int) -> dict
     return found
 
 
-def standings(table: Mapping[str, Any], types: Mapping[str, str], pool: str | None) -> dict[str, Any]:
+def standings(table: ScoreTable, types: Mapping[str, str], pool: str | None) -> dict[str, Any]:
     """Votes, ranks and means of an evaluation's models and baselines among a pool's models.
 
     Args:

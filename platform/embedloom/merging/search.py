@@ -6,7 +6,7 @@ Pure: a merge is its weights, and ``score`` says how good it is. The greedy soup
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TypedDict
 
 from embedloom.config.merging import MergeSearch
 from embedloom.errors import ConfigError
@@ -15,6 +15,44 @@ from embedloom.merging.weights import Weights
 
 Score = Callable[[Weights], Scored]
 _DECIMALS = 6
+
+
+class LeftOut(TypedDict):
+    """What one model of the merge adds."""
+
+    model: str
+    weight: float
+    dev_gain: float
+    check_gain: float
+    check_interval: list[float] | None  # 95 %; None without scores by item
+
+
+class Check(TypedDict):
+    """Gains of the chosen weights over equal ones."""
+
+    reason: str
+    dev_gain: float
+    check_gain: float
+    check_interval: list[float] | None
+
+
+class Trial(TypedDict):
+    """One merge that was scored."""
+
+    weights: list[float]
+    dev: float
+    check: float
+
+
+class SearchResult(Check):
+    """``search.json``: weights are shares, in the order of ``models``."""
+
+    kind: str
+    chosen: list[float]  # by the search
+    kept: list[float]  # to use: the plain average where the gain does not hold on the check
+    models: list[str]
+    trials: list[Trial]
+    leave_one_out: list[LeftOut]
 
 
 @dataclass
@@ -41,18 +79,13 @@ def shares(weights: Sequence[float]) -> Weights:
     return tuple(round(weight / total, 9) for weight in weights)
 
 
-def search_weights(search: MergeSearch, names: Sequence[str], score: Score) -> dict[str, Any]:
+def search_weights(search: MergeSearch, names: Sequence[str], score: Score) -> SearchResult:
     """Search, check, and take the chosen merge apart.
 
     Args:
         search: which search, and its bounds.
         names: of the models.
         score: merges the models with these shares and scores the result.
-
-    Returns:
-        JSON-like: kind, chosen (weights the search found), kept (weights to use), reason, the check, every trial,
-        and the leave-one-out table. ``kept`` is the plain average where the gain on dev queries does not hold on the
-        queries kept for the check.
 
     Raises:
         ConfigError: fewer than two models, or a budget that does not reach once around them.
@@ -122,10 +155,10 @@ def coordinate_search(trials: Trials, search: MergeSearch, count: int) -> Weight
     return best
 
 
-def leave_one_out(trials: Trials, names: Sequence[str], kept: Weights) -> list[dict[str, Any]]:
+def leave_one_out(trials: Trials, names: Sequence[str], kept: Weights) -> list[LeftOut]:
     """What each model of the merge adds: scores with it less scores without it, the others' weights in proportion."""
     whole = _required(trials, kept)
-    rows = []
+    rows: list[LeftOut] = []
     for index, name in enumerate(names):
         without = [0.0 if i == index else weight for i, weight in enumerate(kept)]
         if kept[index] == 0 or not any(without):
@@ -144,9 +177,7 @@ def leave_one_out(trials: Trials, names: Sequence[str], kept: Weights) -> list[d
     return rows
 
 
-def _checked(
-    found: Mapping[Weights, Scored], chosen: Weights, equal: Weights
-) -> tuple[Weights, dict[str, Any]]:
+def _checked(found: Mapping[Weights, Scored], chosen: Weights, equal: Weights) -> tuple[Weights, Check]:
     """The chosen weights if they hold on the check, else equal ones, and why."""
     best, plain = found[chosen], found[equal]
     gain, held = best.dev - plain.dev, best.check - plain.check
@@ -160,7 +191,7 @@ def _checked(
         )
     else:
         reason = f"{gain:+.5f} over equal weights on dev queries, but {held:+.5f} on the check: equal weights are kept"
-    check = {
+    check: Check = {
         "reason": reason,
         "dev_gain": round(gain, _DECIMALS),
         "check_gain": round(held, _DECIMALS),

@@ -11,7 +11,7 @@ from embedloom.config.resources import PoolConfig
 from embedloom.merging.carry import SEARCH_FILE, carry_over, contract_of
 from embedloom.merging.plan import plan_merge
 from embedloom.merging.scores import Scored, TaskScores, set_apart
-from embedloom.merging.search import search_weights
+from embedloom.merging.search import SearchResult, search_weights
 from embedloom.merging.stage import write_weights
 from embedloom.merging.weights import Weights
 from embedloom.progress import note
@@ -30,7 +30,7 @@ def search_merge(
     pool: PoolConfig | None = None,
     threads: int = 1,
     default_task: str | None = None,
-) -> dict[str, Any]:
+) -> SearchResult:
     """Find the weights of a merge by the section's search and write ``search.json``.
 
     Scores of every merge are kept in ``search/`` until the search is done, so a killed search goes on where it was.
@@ -115,7 +115,7 @@ def _shown(models: dict[str, Place], weights: Weights) -> str:
     return ", ".join(f"{name} {weight:.3g}" for name, weight in zip(models, weights, strict=True) if weight)
 
 
-def table_lines(result: dict[str, Any]) -> list[str]:
+def table_lines(result: SearchResult) -> list[str]:
     """Choice, check and leave-one-out table, as text."""
     kept = ", ".join(f"{n} {w:.3g}" for n, w in zip(result["models"], result["kept"], strict=True) if w)
     lines = [f"search {result['kind']} keeps {kept}: {result['reason']}"]
