@@ -27,6 +27,7 @@ $(LOCK):
 $(VENV)/.installed: $(LOCK) pyproject.toml $(COMPILED)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) --no-deps -r $(LOCK)
+	@$(BIN)/python -c 'import torch' || { echo "torch is installed and does not import: the package index has its CUDA build only. Let pip also look at PyTorch's index of CPU builds (PIP_EXTRA_INDEX_URL), uninstall torch, and run this again" >&2; exit 1; }
 	$(PIP) --no-deps --no-build-isolation --editable .
 	touch $@
 
