@@ -96,7 +96,7 @@ def _base_cells(base: Path, ask_vllm: bool) -> Cells:
         causal = str(error).split("layers, ")[-1].split(" do not")[0]
         return (f"refused: layers {causal} stay causal", *["-"] * 6)
     encoder = Encoder.load(out, dtype="float32", device="cpu")
-    save_golden(embed_golden(encoder), torch.float32, out)
+    save_golden(embed_golden(encoder), out)
     rows = "packed" if encoder.packed else "padded"
     measured = check_export(out)
     return ("yes", rows, _lora(out), *_reader_cells(out, measured, ask_vllm))

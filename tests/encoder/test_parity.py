@@ -8,6 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from embedloom.config.model import EncoderConfig
+from embedloom.encoder.export import prepare_base
 from embedloom.encoder.model import Encoder
 from embedloom.encoder.parity import (
     GOLDEN_TEXTS,
@@ -17,9 +19,12 @@ from embedloom.encoder.parity import (
     lowest_cosine,
     save_golden,
 )
+from embedloom.encoder.registry import resolve_model
 from embedloom.encoder.tokenizer import InstructionTooLong
 from embedloom.errors import StageError
 from embedloom.instructions import PromptContract
+from embedloom.training.checkpoints import save_final_model
+from fakes_training import training_config
 
 
 @pytest.fixture
@@ -27,7 +32,7 @@ def export(tiny_model, tmp_path):
     folder = tmp_path / "export"
     shutil.copytree(tiny_model, folder)
     encoder = Encoder.load(folder, dtype="float32")
-    save_golden(embed_golden(encoder), torch.float32, folder)
+    save_golden(embed_golden(encoder), folder)
     return folder
 
 
@@ -97,5 +102,38 @@ def test_an_instruction_that_fills_the_limit_stops_no_export(tiny_model, tmp_pat
     assert golden[0][0] == whole[:limit]
     with pytest.raises(InstructionTooLong):
         encoder.embed([GOLDEN_TEXTS[0][0]], "query")
-    save_golden(golden, torch.float32, folder)
+    save_golden(golden, folder)
     assert min(check_export(folder).values()) > 0.9999
+
+
+@pytest.mark.parametrize("layers", [12, 30])
+@pytest.mark.parametrize("bf16_weights", [False, True])
+def test_a_deep_model_trained_in_bfloat16_passes_and_its_noise_is_reported(layers, bf16_weights, tmp_path):
+    """SmolLM2-135M by the trainer's own export: 12 layers gave 0.9989 and 30 gave 0.9987, which ended runs before."""
+    base, folder = tmp_path / "base", tmp_path / "model"
+    base.mkdir()
+    prepare_base(EncoderConfig(base="smollm2-135m", num_layers=layers), resolve_model("smollm2-135m"), base)
+    encoder = Encoder.load(base, dtype="bfloat16", device="cpu", trainable=True)
+    if bf16_weights:  # as DeepSpeed keeps them on a GPU
+        encoder.backbone.to(torch.bfloat16)
+    save_final_model(encoder, folder, training_config(), embed_golden(encoder))
+    found = check_export(folder, ("embedloom", "transformers"))
+    assert min(found["embedloom"], found["transformers"]) > 0.99999
+    assert 0.99 < found["trainer (bfloat16)"] < 0.9999
+
+
+def test_a_trainer_in_float32_must_compute_what_its_weights_say(tiny_model, tmp_path):
+    encoder = Encoder.load(tiny_model, dtype="float32")
+    ids, vectors = embed_golden(encoder)
+    save_golden((ids, vectors), tmp_path, (ids, vectors + 0.05), torch.float32)
+    with pytest.raises(StageError, match="not those trained"):
+        check_export(tmp_path, ())
+
+
+def test_noise_of_bfloat16_is_a_warning_and_no_error(tiny_model, tmp_path, capsys):
+    encoder = Encoder.load(tiny_model, dtype="float32")
+    ids, vectors = embed_golden(encoder)
+    save_golden((ids, vectors), tmp_path, (ids, vectors + 0.05), torch.bfloat16)
+    found = check_export(tmp_path, ())
+    assert found["trainer (bfloat16)"] == pytest.approx(lowest_cosine(vectors, vectors + 0.05), abs=1e-6)
+    assert "compute_dtype: float32" in capsys.readouterr().err

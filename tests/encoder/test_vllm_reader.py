@@ -30,7 +30,7 @@ def export(tmp_path_factory):
     byte_tokenizer().save_pretrained(llama)
     # Sides of different lengths: the longest golden text is cut at the document's.
     prepare_base(EncoderConfig(base="tiny", max_query_tokens=96, max_document_tokens=64), llama, folder)
-    save_golden(embed_golden(Encoder.load(folder, dtype="float32")), torch.float32, folder)
+    save_golden(embed_golden(Encoder.load(folder, dtype="float32")), folder)
     return folder
 
 

@@ -228,3 +228,40 @@ def test_the_manifest_and_the_cards_tell_the_dev_curve_and_the_sources(undisturb
     assert {source["name"]: source["rows"] for source in stage["sources"]} == {"public": 36, "synthetic": 12}
     assert f"at step {dev['best_step']}" in (folder / "README.md").read_text()
     assert "| public |" in (folder / "data_card.md").read_text()
+
+
+def misread_start(loop):
+    raise StageError("transformers reads another model than was trained")
+
+
+def misread_model(checkpoint, readers):
+    raise StageError("sentence-transformers reads another model than was trained")
+
+
+@pytest.mark.ray
+def test_a_reader_that_cannot_read_the_base_is_found_before_the_first_step(
+    ray_local, undisturbed, tiny_model, tmp_path, monkeypatch
+):
+    mining, _ = undisturbed
+    monkeypatch.setattr("embedloom.training.stage._start_parity", misread_start)
+    monkeypatch.setattr("embedloom.training.stage._READABLE", {})
+    with pytest.raises(StageError, match="transformers reads another model"):
+        run(tmp_path / "model", mining, tiny_model, make_config(), workers=1)
+    assert not list(tmp_path.rglob(METRICS_FILE))
+
+
+@pytest.mark.ray
+def test_a_finished_model_whose_check_failed_is_checked_again_without_training(
+    ray_local, undisturbed, tiny_model, tmp_path, monkeypatch
+):
+    mining, _ = undisturbed
+    with monkeypatch.context() as broken:
+        broken.setattr("embedloom.training.stage._finished_parity", misread_model)
+        with pytest.raises(StageError, match="sentence-transformers reads another model"):
+            run(tmp_path / "model", mining, tiny_model, make_config(), workers=1)
+    (metrics,) = (tmp_path / "model" / "_train" / "run" / "model").glob(METRICS_FILE)
+    trained = metrics.read_bytes()
+    artefact = run(tmp_path / "model", mining, tiny_model, make_config(), workers=1)
+    assert artefact.details["parity"]["transformers"] > 0.9999
+    # The seconds of every step are in it, so a second training would have written another file.
+    assert (artefact.place.local / METRICS_FILE).read_bytes() == trained

@@ -11,8 +11,10 @@ import torch
 from embedloom.config.training import TrainingConfig, TrainingStage
 from embedloom.config.training_data import TrainingSource
 from embedloom.encoder.parity import embed_golden, lowest_cosine
+from embedloom.errors import ConfigError
 from embedloom.storage import Place
 from embedloom.training.checkpoints import save_checkpoint
+from embedloom.training.deepspeed import deepspeed_settings
 from embedloom.training.loop import StageTrainer
 from embedloom.training.loop_config import LoopConfig
 from embedloom.training.prepared import prepare_sources
@@ -79,7 +81,7 @@ def train(task, rank, world_size):
     golden = embed_golden(trainer.encoder)[1]
     weights = list(trainer.encoder.backbone.parameters())
     with deepspeed.zero.GatheredParameters(weights, enabled=task.config.training.zero_stage == 3):
-        flat = torch.cat([weight.detach().flatten() for weight in weights]).numpy().copy()
+        flat = torch.cat([weight.detach().float().flatten() for weight in weights]).numpy().copy()
     return [r.loss for r in records], [r.grad_norm for r in records], flat, golden
 
 
@@ -133,3 +135,46 @@ def test_another_number_of_workers_goes_on_from_a_checkpoint(tiny_model, tmp_pat
         # Adam divides a gradient by its own size: where it is all but zero, rounding decides a part of a step (5e-3).
         np.testing.assert_allclose(after[stage][2], weights, rtol=1e-4, atol=5e-4, err_msg=stage)
         assert np.abs(after[stage][2] - weights).mean() < 2e-6, stage
+
+
+def test_bfloat16_weights_need_zero(tiny_model, tmp_path):
+    config = make_config(tmp_path, tiny_model, zero_stage=0).training
+    with pytest.raises(
+        ConfigError, match=r"training\.zero_stage: 0.*allowed: 1, 2, 3, or .*bf16_weights: false"
+    ):
+        deepspeed_settings(config, bf16_weights=True)
+    assert "data_types" not in deepspeed_settings(config, bf16_weights=False)
+
+
+@pytest.mark.slow
+def test_bfloat16_weights_train_as_on_a_gpu_whatever_the_zero_stage(tiny_model, tmp_path):
+    """The branch that a GPU takes (bfloat16 weights, float32 sums and optimizer copy) on gloo: near the float32 run of
+    one worker, alike over ZeRO stages with several micro-batches on two workers, and resumable by one or two workers."""
+    config = make_config(tmp_path, tiny_model)
+    exact = run_group({"one": Task(config)}, 1)["one"]
+    cut = changed(replace(config, dtype="bfloat16", bf16_weights=True), micro_batch_tokens=300)
+    tasks, later = {}, {}
+    for stage in (1, 2, 3):
+        own = changed(cut, zero_stage=stage)
+        folder = tmp_path / f"bf16-zero-{stage}"
+        folder.mkdir()
+        tasks[f"{stage}"] = Task(own)
+        tasks[f"{stage} begun"] = Task(own, steps=2, save=folder)
+        later[f"{stage}"] = Task(own, steps=1, start=folder)
+    two = run_group(tasks, 2)
+    for stage in (1, 2, 3):
+        losses, norms, weights, golden = two[f"{stage}"]
+        assert losses == pytest.approx(exact[0], rel=0.03), stage
+        # DeepSpeed 0.19.8 reports the first norm of its ZeRO-1 bfloat16 optimizer a fifth too high with several
+        # micro-batches, and that one only; Adam's first step has the same size whatever it is.
+        first = 1 if stage == 1 else 0
+        assert norms[first:] == pytest.approx(exact[1][first:], rel=0.1), stage
+        assert losses == pytest.approx(two["1"][0], rel=0.01), stage
+        assert lowest_cosine(golden, exact[3]) > 0.99, stage
+        assert two[f"{stage} begun"][0] == losses[:2], stage
+    again, alone = run_group(later, 2), run_group(later, 1)
+    for stage in (1, 2, 3):
+        losses, _, weights, _ = two[f"{stage}"]
+        assert again[f"{stage}"][0] == losses[2:], stage
+        np.testing.assert_array_equal(again[f"{stage}"][2], weights, err_msg=str(stage))
+        assert alone[f"{stage}"][0] == pytest.approx(losses[2:], rel=0.01), stage

@@ -1,5 +1,7 @@
 """What one stage may take of the machines; ``cluster/cluster.yaml`` holds one set per profile."""
 
+from typing import Literal
+
 from pydantic import Field, model_validator
 
 from embedloom.config.base import FrozenConfig
@@ -54,9 +56,28 @@ class TrainingGroup(FrozenConfig):
         default=1, ge=1, description="Workers of one group; the global batch is split over them."
     )
     cpus: float = Field(default=1.0, ge=0, description="Logical CPUs that one worker reserves.")
-    gpus: float = Field(default=0.0, ge=0, le=1, description="GPUs that one worker reserves, 0 to 1.")
+    gpus: int = Field(
+        default=0,
+        ge=0,
+        le=1,
+        description="GPUs that one worker reserves, 0 or 1: NCCL refuses two workers that share a GPU.",
+    )
     threads: int | None = Field(
         default=None, ge=1, description="Compute threads per worker. Null: one per reserved CPU."
+    )
+    bf16_weights: bool | None = Field(
+        default=None,
+        description=(
+            "Whether weights and activations are bfloat16, with a float32 copy of the weights in the optimizer. Null: on "
+            "GPUs, where the compute type is bfloat16; on CPU weights stay float32 and products are cast."
+        ),
+    )
+    gradient_dtype: Literal["float32", "bfloat16"] = Field(
+        default="float32",
+        description=(
+            "Type that gradients of bfloat16 weights are summed and reduced over workers in. bfloat16 halves the traffic "
+            "(15 GB a reduction for 7.5 billion weights) and the buffers, and loses small gradients where many are summed."
+        ),
     )
 
     @property

@@ -9,7 +9,7 @@ from typing import Any
 from embedloom.config.training import TrainingConfig
 from embedloom.encoder.export import save_model
 from embedloom.encoder.model import Encoder
-from embedloom.encoder.parity import Embedded, save_golden
+from embedloom.encoder.parity import Embedded, exact_golden, save_golden
 from embedloom.errors import DataError
 from embedloom.storage import Place
 from embedloom.training.metrics import METRICS_FILE, StepRecord, metrics_text, read_metrics
@@ -81,14 +81,14 @@ def load_checkpoint(
     return state, read_metrics(folder)
 
 
-def save_final_model(encoder: Encoder, folder: Path, config: TrainingConfig, golden: Embedded) -> None:
+def save_final_model(encoder: Encoder, folder: Path, config: TrainingConfig, trained: Embedded) -> None:
     """Write a model folder: plain weights, the prefixes it is trained for in contract and config, golden vectors.
 
     Args:
         encoder: with whole weights, not a worker's part of them.
         folder: written anew.
         config: says which prefixes, and whether adapters have to be merged.
-        golden: what the encoder makes of the golden texts.
+        trained: what the encoder, as it is trained, makes of the golden texts.
     """
     contract, backbone = encoder.contract, encoder.backbone
     if config.matryoshka is not None:
@@ -103,7 +103,7 @@ def save_final_model(encoder: Encoder, folder: Path, config: TrainingConfig, gol
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     save_model(backbone, encoder.tokenizer, contract, folder)
-    save_golden(golden, encoder.dtype, folder)
+    save_golden(exact_golden(encoder, backbone), folder, trained, encoder.dtype)
 
 
 def temporary_folder() -> tempfile.TemporaryDirectory[str]:

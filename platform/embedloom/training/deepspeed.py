@@ -8,18 +8,34 @@ import torch
 from torch import nn
 
 from embedloom.config.training import TrainingConfig
+from embedloom.errors import ConfigError
 
 
-def deepspeed_settings(config: TrainingConfig, bf16_weights: bool) -> dict[str, Any]:
+def deepspeed_settings(
+    config: TrainingConfig, bf16_weights: bool, gradient_dtype: str = "float32"
+) -> dict[str, Any]:
     """The DeepSpeed config document.
 
+    Gradients of bfloat16 weights are summed over micro-batches and reduced over workers in ``gradient_dtype``;
+    DeepSpeed's own default is the weights' type, in which a sum of 64 workers' gradients has 8 bits.
     ``train_micro_batch_size_per_gpu`` is only DeepSpeed's bookkeeping here: our batches are cut by tokens and the
     loop says itself where an accumulation ends.
+
+    Raises:
+        ConfigError: bfloat16 weights without ZeRO.
     """
     zero: dict[str, Any] = {"stage": config.zero_stage}
     if config.zero_stage == 3:
         zero["stage3_gather_16bit_weights_on_model_save"] = True
-    return {
+    sums: dict[str, Any] = {}
+    if bf16_weights and config.zero_stage == 0:
+        raise ConfigError(
+            "training.zero_stage: 0, but without ZeRO DeepSpeed keeps no float32 copy of bfloat16 weights and loses small "
+            "steps; allowed: 1, 2, 3, or train.bf16_weights: false in the cluster profile"
+        )
+    if bf16_weights and gradient_dtype == "float32":
+        sums = {"data_types": {"grad_accum_dtype": "fp32"}, "communication_data_type": "fp32"}
+    return sums | {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "gradient_clipping": config.gradient_clip_norm,
@@ -46,8 +62,8 @@ def parameter_groups(
     return [{"params": own, "weight_decay": decay} for own, decay in groups if own]
 
 
-def build_engine(module: nn.Module, config: TrainingConfig, bf16_weights: bool) -> Any:
-    """A DeepSpeed engine around ``module``, in the process group Ray Train has set up."""
+def build_engine(module: nn.Module, config: TrainingConfig, settings: dict[str, Any]) -> Any:
+    """A DeepSpeed engine with ``deepspeed_settings`` around ``module``, in the process group Ray Train has set up."""
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
     import deepspeed
 
@@ -63,7 +79,7 @@ def build_engine(module: nn.Module, config: TrainingConfig, bf16_weights: bool) 
     engine, _, _, _ = deepspeed.initialize(
         model=module,
         optimizer=optimizer,
-        config=deepspeed_settings(config, bf16_weights),
+        config=settings,
         dist_init_required=False,
     )
     return engine

@@ -20,7 +20,7 @@ from embedloom.training.checkpoints import (
     save_final_model,
     temporary_folder,
 )
-from embedloom.training.deepspeed import build_engine, unsharded_gradient_norm
+from embedloom.training.deepspeed import build_engine, deepspeed_settings, unsharded_gradient_norm
 from embedloom.training.dev import DevScores
 from embedloom.training.gradients import GradientPass
 from embedloom.training.loop_config import LoopConfig
@@ -79,8 +79,11 @@ class StageTrainer:
         self.total_steps = steps_of(stage, self.order)
         objective = Objective.of(training, self.encoder.dimension, self.encoder.contract.normalize)
         self.matrix_weights = matrix_weights(self.encoder.backbone)  # before ZeRO-3 takes them apart
-        bf16_weights = torch.cuda.is_available() and self.encoder.dtype == torch.bfloat16
-        self.engine = build_engine(ContrastiveModule(self.encoder), training, bf16_weights)
+        bf16_weights = self.encoder.dtype == torch.bfloat16 and (
+            torch.cuda.is_available() if config.bf16_weights is None else config.bf16_weights
+        )
+        settings = deepspeed_settings(training, bf16_weights, config.gradient_dtype)
+        self.engine = build_engine(ContrastiveModule(self.encoder), training, settings)
         self.gradients = GradientPass(self.engine, objective, rank, world_size)
         self.watch = LossWatch()
         self.writer = StepWriter(
@@ -231,11 +234,11 @@ class StageTrainer:
         import deepspeed
 
         training = self.config.training
-        golden = embed_golden(self.encoder)
+        trained = embed_golden(self.encoder)
         weights = list(self.encoder.backbone.parameters())
         with deepspeed.zero.GatheredParameters(weights, enabled=training.zero_stage == 3):
             if self.rank == 0:
-                save_final_model(self.encoder, folder, training, golden)
+                save_final_model(self.encoder, folder, training, trained)
 
     def _report(self, folder: str | None, name: str) -> None:
         import ray.train

@@ -2,24 +2,28 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from embedloom.artefacts import Artefact, ArtefactWriter
-from embedloom.config.resources import TrainingGroup
+from embedloom.config.resources import PoolConfig, TrainingGroup
 from embedloom.config.training import Candidate, TrainingConfig, TrainingStage
 from embedloom.config.training_data import TrainingSource
+from embedloom.config.training_options import ParityReader
 from embedloom.encoder.device import DTypeName
-from embedloom.encoder.parity import check_export
+from embedloom.encoder.model import Encoder
+from embedloom.encoder.parity import check_export, embed_golden
 from embedloom.encoder.readers import reader_verdicts
+from embedloom.engines.tasks import run_tasks
 from embedloom.errors import ConfigError, StageError, last_line
 from embedloom.instructions import PromptContract
 from embedloom.progress import note
 from embedloom.storage import Place, apply_umask
-from embedloom.training.build import order_of, steps_of
+from embedloom.training.build import order_of, prepare_backbone, steps_of
 from embedloom.training.cards import Lineage, add_readers, stage_facts, write_cards
-from embedloom.training.checkpoints import check_resumable
+from embedloom.training.checkpoints import check_resumable, save_final_model, temporary_folder
 from embedloom.training.dev import DevTasks, read_dev
 from embedloom.training.loop import train_worker
 from embedloom.training.loop_config import LoopConfig
@@ -70,6 +74,8 @@ def train_stage(
     data = root.child(DATA_FOLDER) if prepared_data is None else prepared_data.absolute()
     loop = _loop_config(config, stage, candidate, start_model, group, dtype, root, data)
     check_resumable(out.place.child(CHECKPOINT_FOLDER), loop.fingerprint)
+    if stage.name == config.stages[0].name and not out.place.exists(f"{CHECKPOINT_FOLDER}/run"):
+        check_readers(loop, group)
     prepared = prepare_sources(
         loop.label, config, stage.negatives, loop.sources, mining, start_model, loop.data
     )
@@ -79,7 +85,7 @@ def train_stage(
     lineage = Lineage.after(loop.start_model, facts)
     loop = replace(loop, contract=lineage.contract(PromptContract.load(start_model)))
     result = _fit(loop, group, out.place.child(CHECKPOINT_FOLDER))
-    return _commit(loop, lineage, candidate, prepared, result.checkpoint, out)
+    return _commit(loop, lineage, candidate, prepared, result.checkpoint, group, out)
 
 
 def _check(config: TrainingConfig, stage: TrainingStage, start_model: Path, group: TrainingGroup) -> None:
@@ -112,16 +118,21 @@ def _commit(
     candidate: Candidate,
     prepared: Prepared,
     checkpoint: Any,
+    group: TrainingGroup,
     out: ArtefactWriter,
 ) -> Artefact:
-    """Check the finished model, write its cards and make it the artefact."""
+    """Check the finished model, write its cards and make it the artefact.
+
+    Where the check fails, the finished model stays below ``_train``: the next run checks it again, without training.
+    """
     config, stage, facts = loop.training, loop.stage, lineage.stages[-1]
+    # Between stages only our own code reads the model; the last stage's is an export.
+    is_last = stage.name == config.stages[-1].name
+    parity = _on_worker(group, _finished_parity, checkpoint, config.parity) if is_last else None
     with out.local_folder() as folder, checkpoint.as_directory() as final:
         shutil.copytree(final, folder, dirs_exist_ok=True)
         apply_umask(folder)  # the checkpoint of an object store came through a temporary folder
         records = [json.loads(line) for line in (folder / METRICS_FILE).read_text().splitlines()]
-        # Between stages only our own code reads the model; the last stage's is an export.
-        parity = check_export(folder, config.parity) if stage.name == config.stages[-1].name else None
         facts |= {"steps": len(records), "dev": read_dev(folder)}
         write_cards(folder, lineage)
         readers = [] if parity is None else reader_verdicts(folder, parity)
@@ -135,6 +146,51 @@ def _commit(
         "dev": facts["dev"], "base": lineage.base, "stages": lineage.stages,
     }  # fmt: skip
     return out.commit({**_counts(records), **preparation_counts(prepared)}, details)
+
+
+def check_readers(loop: LoopConfig, group: TrainingGroup) -> dict[str, float]:
+    """Export the start model as the trained one will be and ask every reader of ``training.parity`` for it.
+
+    Before the first step: what a reader cannot read then costs a minute, and not the hours of a run. Each base and
+    setting is asked once in a process, as the candidates of a run share theirs.
+
+    Raises:
+        StageError: a reader reads another model, or cannot be had on a worker.
+    """
+    training = loop.training
+    asked = (loop.start_model, loop.dtype, training.parity, training.lora, training.matryoshka)
+    if asked not in _READABLE:
+        _READABLE[asked] = _on_worker(group, _start_parity, loop)
+    return _READABLE[asked]
+
+
+_READABLE: dict[tuple[Any, ...], dict[str, float]] = {}
+
+
+def _start_parity(loop: LoopConfig) -> dict[str, float]:
+    encoder = Encoder.load(loop.start_model, dtype=loop.dtype, trainable=True)
+    prepare_backbone(encoder.backbone, loop.training)
+    with temporary_folder() as folder:
+        save_final_model(encoder, Path(folder), loop.training, embed_golden(encoder))
+        return check_export(Path(folder), loop.training.parity)
+
+
+def _finished_parity(checkpoint: Any, readers: tuple[ParityReader, ...]) -> dict[str, float]:
+    with checkpoint.as_directory() as folder:
+        return check_export(Path(folder), readers)
+
+
+def _on_worker(
+    group: TrainingGroup, work: Callable[..., dict[str, float]], *arguments: Any
+) -> dict[str, float]:
+    """Call ``work`` on a machine of the training pool: a reader such as vLLM needs what those have, the driver may have no GPU."""
+    pool = PoolConfig(cpus=group.cpus, gpus=group.gpus)
+    (found,) = run_tasks("parity", _applied, [arguments], work, pool=pool)
+    return found
+
+
+def _applied(arguments: tuple[Any, ...], work: Callable[..., dict[str, float]]) -> dict[str, float]:
+    return work(*arguments)
 
 
 def _loop_config(
@@ -161,6 +217,8 @@ def _loop_config(
         folders={},
         logs=root,
         threads=group.compute_threads,
+        bf16_weights=group.bf16_weights,
+        gradient_dtype=group.gradient_dtype,
     )
 
 
