@@ -72,15 +72,18 @@ def half_sent(running: Running, count: int) -> tuple[dict[str, int], float]:
 
 
 def too_many(running: Running, count: int) -> dict[str, int]:
-    """What one address sees that opens so many connections at once."""
+    """What one address sees that opens so many connections and keeps them."""
     statuses: dict[str, int] = {}
     with contextlib.ExitStack() as stack:
         open_ones = [stack.enter_context(connect(running.port, "127.0.2.1")) for _ in range(count)]
         for connection in open_ones:
             with contextlib.suppress(OSError):
-                connection.sendall(b"GET /health HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n")
+                connection.sendall(b"GET /health HTTP/1.1\r\nhost: localhost\r\n\r\n")
         for connection in open_ones:
-            seen = status(reply(connection))
+            # Answered ones stay open, so that a busy endpoint, which accepts some at a time, holds as many as a fast one.
+            seen = "none"
+            with contextlib.suppress(OSError):
+                seen = status(connection.recv(4096))
             statuses[seen] = statuses.get(seen, 0) + 1
     return statuses
 
