@@ -247,6 +247,22 @@ def test_the_merged_data_card_is_that_of_all_models_equal_ones_once(candidates, 
     assert card.count("\n### Stage s\n") == 2
 
 
+def test_the_model_card_says_who_reads_the_merged_model(candidates, tmp_path):
+    """Nobody is asked. That vLLM and TEI read a bidirectional Llama with mean pooling as it is, vLLM's own export test shows."""
+    merge(MergingConfig(), candidates, writer(tmp_path / "out"))
+    card = (tmp_path / "out/README.md").read_text()
+    table = [
+        line.split("|")[1:3] for line in card.split("## Readers")[1].splitlines() if line.startswith("|")
+    ]
+    found = {reader.strip(): vectors.strip() for reader, vectors in table[2:]}
+    names = ("embedloom", "transformers", "sentence-transformers", "vllm", "tei")
+    assert found == dict.fromkeys(names, "expected the same")
+    for folder in candidates.values():  # foreign models: how they pool is not known
+        (folder / "contract.json").unlink()
+    merge(MergingConfig(), candidates, writer(tmp_path / "foreign"))
+    assert "## Readers" not in (tmp_path / "foreign/README.md").read_text()
+
+
 def test_the_model_card_says_what_was_merged(candidates, tmp_path):
     for folder in candidates.values():
         header = {"license": "mit", "datasets": ["org/pairs"], "base_model": "org/base"}

@@ -94,8 +94,12 @@ def _tei(config: Any, contract: PromptContract, flags: Mapping[str, Any]) -> Ver
 
 
 def reader_lines(verdicts: Sequence[Verdict]) -> list[str]:
-    """The table of a model card."""
+    """The section of a model card: which readers give the model's vectors."""
     return [
+        "## Readers",
+        "",
+        "Which programs give the vectors of this folder's model.",
+        "",
         "| reader | vectors | how it is known |",
         "|---|---|---|",
         *(f"| {verdict.reader} | {verdict.vectors} | {verdict.why} |" for verdict in verdicts),

@@ -1,12 +1,13 @@
 """What a merged folder takes over from its first model, and the card and lineage that are its own."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import yaml
 
 from embedloom.artefacts import BUILDING_FILE, MANIFEST_FILE
+from embedloom.encoder.readers import Verdict, reader_lines
 from embedloom.errors import DataError
 from embedloom.instructions import CONTRACT_FILE, PromptContract
 from embedloom.merging.checks import CONFIG_FILE, PROMPTS_FILE
@@ -133,9 +134,13 @@ def _fingerprint(place: Place) -> str | None:
 
 
 def model_card(
-    plan: MergePlan, lineage: Mapping[str, Any], base_model: str | None, contract: PromptContract | None
+    plan: MergePlan,
+    lineage: Mapping[str, Any],
+    base_model: str | None,
+    contract: PromptContract | None,
+    readers: Sequence[Verdict] = (),
 ) -> str:
-    """``README.md`` of the merged model: the header the Hub reads, what was merged how, and its prompts."""
+    """``README.md`` of the merged model: the header the Hub reads, what was merged how, its prompts and who reads it."""
     headers = [card_header(folder.place) for folder in plan.models.values()]
     stated = base_model or next(
         (h["base_model"] for h in headers if isinstance(h.get("base_model"), str)), None
@@ -166,6 +171,7 @@ def model_card(
         f"{len(rows)} models, method {plan.config.method}{f' ({paper})' if paper else ''}, summed in float32, written "
         f"in {plan.config.dtype}.", "", "| model | weight | fingerprint |", "|---|---|---|", *rows, "", *settings,
         "", *([] if contract is None else ["## Prompts", "", *prompt_lines(contract), ""]), f"Prompts, pooling and lengths are in `{CONTRACT_FILE}`; the sources by fingerprint in `{LINEAGE_FILE}`.",
+        *(["", *reader_lines(readers)] if readers else []),
     ]  # fmt: skip
     return "\n".join(lines) + "\n"
 

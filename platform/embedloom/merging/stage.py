@@ -1,11 +1,15 @@
 """The merge stage: check, carry over, write the files that are missing, commit."""
 
+import tempfile
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from embedloom.artefacts import Artefact, ArtefactWriter
 from embedloom.config.merging import MergingConfig
 from embedloom.config.resources import PoolConfig
+from embedloom.encoder.readers import Verdict, reader_verdicts
+from embedloom.instructions import PromptContract
 from embedloom.merging.carry import (
     DATA_CARD_FILE,
     LINEAGE_FILE,
@@ -15,6 +19,7 @@ from embedloom.merging.carry import (
     merged_data_card,
     model_card,
 )
+from embedloom.merging.checks import CONFIG_FILE
 from embedloom.merging.layout import write_index
 from embedloom.merging.origin import CARD_FILE
 from embedloom.merging.plan import MergePlan, plan_merge
@@ -68,10 +73,24 @@ def merge(
     carry_over(plan, out.place, contract)
     write_weights(plan, out.place, pool, threads)
     out.place.write_json(LINEAGE_FILE, lineage)
-    out.place.write_bytes(CARD_FILE, model_card(plan, lineage, base_model, contract).encode())
+    card = model_card(plan, lineage, base_model, contract, _readers(out.place, contract))
+    out.place.write_bytes(CARD_FILE, card.encode())
     if (data_card := merged_data_card(plan)) is not None:
         out.place.write_bytes(DATA_CARD_FILE, data_card.encode())
     return out.commit(_counts(plan), lineage)
+
+
+def _readers(place: Place, contract: PromptContract | None) -> list[Verdict]:
+    """Which programs read the merged model right, by their rules; nothing of foreign models, whose contract is unknown.
+
+    Nobody is asked: other values of the same tensors are read as the first model's were.
+    """
+    if contract is None:
+        return []
+    with tempfile.TemporaryDirectory(prefix="embedloom-") as folder:  # the place may be an object store
+        Path(folder, CONFIG_FILE).write_bytes(place.read_bytes(CONFIG_FILE))
+        contract.save(Path(folder))
+        return reader_verdicts(Path(folder), {})
 
 
 def write_weights(plan: MergePlan, place: Place, pool: PoolConfig | None = None, threads: int = 1) -> None:

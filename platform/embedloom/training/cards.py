@@ -139,16 +139,8 @@ def _unnamed(contract: PromptContract) -> list[str]:
 
 def add_readers(folder: Path, verdicts: Sequence[Verdict]) -> None:
     """Append to the model card which readers give the trained vectors."""
-    lines = [
-        "",
-        "## Readers",
-        "",
-        "Which programs give the trained vectors of this folder.",
-        "",
-        *reader_lines(verdicts),
-    ]
     with (folder / MODEL_CARD).open("a") as card:
-        card.write("\n".join(lines) + "\n")
+        card.write("\n".join(["", *reader_lines(verdicts)]) + "\n")
 
 
 def _stage_lines(stage: Mapping[str, Any]) -> list[str]:
