@@ -71,13 +71,32 @@ def test_empty_texts_are_counted_rejects(tmp_path):
 
 @pytest.mark.parametrize(
     ("ids", "message"),
-    [(["a", "b", "a"], "id 'a' stands twice"), (["a", None, "b"], r"row 1: column 'id' holds None"), (["a", "", "b"], "holds ''"),
+    [(["a", "b", "a"], "id 'a' stands for two texts"), (["a", None, "b"], r"row 1: column 'id' holds None"), (["a", "", "b"], "holds ''"),
      ([1.5, 2.5, 3.5], "column 'id' is double; allowed: text or whole numbers")],
 )  # fmt: skip
 def test_bad_ids_are_named(tmp_path, ids, message):
     table(tmp_path, "in.parquet", id=ids, text=["x", "y", "z"])
     with pytest.raises(DataError, match=message):
         ledger_rows(tmp_path / "in.parquet", tmp_path / "out")
+
+
+@pytest.mark.parametrize("scan_rows", [2, 100])
+def test_a_row_that_repeats_id_and_text_of_another_is_a_counted_reject(tmp_path, monkeypatch, scan_rows):
+    """As building a corpus does, and BEIR's readers; equal texts of other ids stay rows of their own."""
+    monkeypatch.setattr("embedloom.retrieval.scan._SCAN_ROWS", scan_rows)
+    ids, texts = ["a", "b", "a", "c", "a", "d", "b"], ["x", "y", " x", "x", "x", "z", "y "]
+    table(tmp_path, "in.parquet", id=ids, text=texts)
+    ledger, rows = ledger_rows(tmp_path / "in.parquet", tmp_path / "out", shard_rows=2)
+    assert [(row["id"], row["row"], row["origin"]) for row in rows] == [
+        ("a", 0, 0), ("b", 1, 1), ("c", 3, 0), ("d", 5, 3),
+    ]  # fmt: skip
+    assert ledger.counts == {
+        "rows": 4, "embedded": 3, "shared": 1, "reused": 0, "removed": 0, "rejects": {"repeated": 3},
+    }  # fmt: skip
+    rejects = Place(str(tmp_path / "out")).read_tables("rejects", "rejects").to_pylist()
+    assert [(row["id"], row["detail"]) for row in rejects] == [
+        ("a", "file 0, row 2"), ("a", "file 0, row 4"), ("b", "file 0, row 6"),
+    ]  # fmt: skip
 
 
 def test_rows_without_ids_are_known_by_their_texts(tmp_path):

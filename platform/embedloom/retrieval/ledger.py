@@ -26,9 +26,9 @@ from embedloom.retrieval.scan import (
     REJECTS_FOLDER,
     ROWS_FOLDER,
     Numbers,
-    check_unique,
     digests_before,
     first_of_equals,
+    first_of_repeats,
     reject_repeats,
     scan,
 )  # fmt: skip
@@ -76,7 +76,7 @@ def open_ledger(
         previous: fingerprint and place of an earlier artefact whose vectors may be taken.
 
     Raises:
-        DataError: an id that is missing or stands twice, no row with a text, or a build that took its vectors from
+        DataError: an id that is missing or stands for two texts, no row with a text, or a build that took its vectors from
             another earlier artefact when it was interrupted.
     """
     if not out.exists(_LEDGER_FILE):
@@ -98,11 +98,10 @@ def _write(source: TextSource, out: Place, shard_rows: int, previous: tuple[str,
     digests, ids, rejects = scan(source, out)
     if source.id is None:
         kept = first_of_equals(digests) == np.arange(len(digests))
-        reject_repeats(out, kept, rejects)
-        digests, ids = digests[kept], ids[kept]
     else:
-        kept = np.ones(len(digests), dtype=bool)
-        check_unique(out, ids)
+        kept = first_of_repeats(out, ids, digests)
+    reject_repeats(out, kept, rejects)
+    digests, ids = digests[kept], ids[kept]
     if not len(digests):
         raise DataError(f"embedding.corpus: {source.place.uri}: no row with a text; rejects: {rejects}")
     before, ids_before = digests_before(previous[1]) if previous else (digests[:0], ids[:0])

@@ -114,8 +114,33 @@ def _reject(
     counts[reason] = counts.get(reason, 0) + len(rows)
 
 
+def first_of_repeats(out: Place, hashes: Numbers, digests: Digests) -> np.ndarray[Any, Any]:
+    """Which rows [n] say something new: not those whose id and text an earlier row has; hashes only nominate.
+
+    Raises:
+        DataError: an id that stands for two texts.
+    """
+    ordered = np.sort(hashes)
+    suspect = np.isin(hashes, np.unique(ordered[1:][ordered[1:] == ordered[:-1]]))
+    new = np.ones(len(hashes), dtype=bool)
+    seen: dict[str, bytes] = {}
+    start = 0
+    for name in out.names(DRAFTS_FOLDER, ".parquet") if suspect.any() else ():
+        ids = out.read_table(name, ["id"]).column("id")
+        rows = np.flatnonzero(suspect[start : start + len(ids)])
+        for row, identifier in zip(rows + start, ids.take(pa.array(rows)).to_pylist(), strict=True):
+            text = digests[row].tobytes()
+            new[row] = identifier not in seen
+            if seen.setdefault(identifier, text) != text:
+                raise DataError(
+                    f"embedding.corpus: id {identifier!r} stands for two texts; ids must be unique"
+                )
+        start += len(ids)
+    return new
+
+
 def reject_repeats(out: Place, kept: np.ndarray[Any, Any], counts: dict[str, int]) -> None:
-    """Rows without ids are known by their texts, so a text that stands twice is one row."""
+    """Count the rows that repeat an earlier one: its id and text, or its text alone where rows have no ids."""
     start = 0
     for number, name in enumerate(out.names(DRAFTS_FOLDER, ".parquet")):
         table = out.read_table(name, ["id", "file", "row"])
@@ -124,24 +149,6 @@ def reject_repeats(out: Place, kept: np.ndarray[Any, Any], counts: dict[str, int
             rows = [(row["id"], f"file {row['file']}, row {row['row']}") for row in again.to_pylist()]
             _reject(out, number, "repeated", rows, counts)
         start += table.num_rows
-
-
-def check_unique(out: Place, hashes: Numbers) -> None:
-    """Name an id that stands twice; hashes only nominate."""
-    ordered = np.sort(hashes)
-    suspects = np.unique(ordered[1:][ordered[1:] == ordered[:-1]])
-    if not len(suspects):
-        return
-    seen: set[str] = set()
-    suspect = np.isin(hashes, suspects)
-    start = 0
-    for name in out.names(DRAFTS_FOLDER, ".parquet"):
-        ids = out.read_table(name, ["id"]).column("id")
-        for identifier in ids.filter(pa.array(suspect[start : start + len(ids)])).to_pylist():
-            if identifier in seen:
-                raise DataError(f"embedding.corpus: id {identifier!r} stands twice; ids must be unique")
-            seen.add(identifier)
-        start += len(ids)
 
 
 def digests_before(place: Place) -> tuple[Digests, Numbers]:
