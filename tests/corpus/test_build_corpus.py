@@ -178,6 +178,22 @@ def test_a_query_keeps_every_document_that_answers_it(tmp_path, tokenizer):
     assert artefact.counts["rejects"] == {"duplicate_query": 1}
 
 
+def test_judgements_of_what_is_not_there_are_counted_rejects(tmp_path, tokenizer, capsys):
+    """d7 is judged for two queries and d8 for one, of no document; q9 is no query; a grade of 0 asks for nothing."""
+    judged = [(0, 0, 1), (0, 7, 1), (1, 7, 2), (1, 8, 1), (9, 1, 1), (8, 1, 0)]
+    source = beir_corpus(tmp_path / "beir", [sentence(n) for n in range(2)], ["first", "second"], judged)
+    config = CorpusConfig(sources=(source,), split=NO_SPLIT)
+    artefact = build_corpus(config, 42, tokenizer, corpus_writer(tmp_path / "out"))
+    assert artefact.counts["rejects"] == {"judged_document_missing": 2, "judged_query_missing": 1}
+    rejects = artefact.place.read_tables("rejects", "rejects").to_pylist()
+    assert {(row["id"], row["detail"]) for row in rejects} == {
+        ("d7", "not in corpus.jsonl; answers 2 train queries"), ("d8", "not in corpus.jsonl; answers 1 train queries"),
+        ("q9", "qrels/train.tsv: not in queries.jsonl"),
+    }  # fmt: skip
+    assert [(p["query"], p["document_id"]) for p in pairs_of(artefact)] == [("first", "d0")]
+    assert "2 rejects of reason judged_document_missing" in capsys.readouterr().err
+
+
 def test_every_judged_document_is_a_pair_with_its_grade(tmp_path, tokenizer):
     source = beir_corpus(
         tmp_path / "beir",

@@ -207,6 +207,14 @@ def test_an_odd_folder_scores_as_in_beir_and_mteb(tmp_path, model, name):
     assert len(numbers) > 30
 
 
+def test_judgements_of_absent_documents_are_counted_and_said(tmp_path, capsys):
+    folder = write(tmp_path / "in", FOLDERS["judged documents absent"])
+    (spec,) = expand_tasks([EvaluationTask(name="mine", kind="beir", path=str(folder))])
+    said = "2 relevant judgements name documents that the corpus lacks; they count as not found"
+    assert said in build_task(spec, None).metadata.description
+    assert said in capsys.readouterr().err
+
+
 def test_a_perfect_ranking_of_queries_that_are_documents_scores_one(tmp_path, model):
     """By hand: with itself at the top of the ranking the query's right document is second, 1 / log2(3)."""
     texts = {"near": ("", "ملح وحجر"), "far": ("", "zebras")}

@@ -103,12 +103,13 @@ def test_beir_takes_the_best_document_and_those_judged_zero(tmp_path):
     write_jsonl(root / "queries.jsonl", [{"_id": f"q{n}", "text": f"query {n}"} for n in range(3)])
     (root / "qrels").mkdir()
     (root / "qrels" / "train.tsv").write_text(
-        "query-id\tcorpus-id\tscore\nq0\td1\t1\nq0\td0\t2\nq0\td3\t0\nq2\tgone\t1\n"
+        "query-id\tcorpus-id\tscore\nq0\td1\t1\nq0\td0\t2\nq0\td3\t0\nq2\tgone\t1\nq9\td1\t1\n"
     )
     found = read(tmp_path, format="beir", path=str(root))
     assert texts_of(found[:1]) == [("q0", "query 0", "T t0", ["t3"])]
     assert found[1].id == "q2" and found[1].problem[0] == "unknown_document"
-    assert len(found) == 2  # q1 has no judgement
+    assert (found[2].id, found[2].problem[0]) == ("q9", "unknown_query")
+    assert len(found) == 3  # q1 has no judgement
 
 
 def make_nemo(root):

@@ -12,6 +12,7 @@ from embedloom.corpus.beir import read_beir
 from embedloom.corpus.columns import one_document_a_text
 from embedloom.corpus.hub import read_hub_dataset
 from embedloom.corpus.python_docs import read_python_docs
+from embedloom.corpus.rejects import Rejects
 from embedloom.corpus.rows import SourceRow
 from embedloom.corpus.tabular import read_csv, read_jsonl, read_parquet
 from embedloom.corpus.text_files import read_text_files
@@ -30,14 +31,19 @@ READERS: dict[str, Reader] = {
 }
 
 
-def read_source(source: CorpusSource) -> Iterator[SourceRow]:
+def read_source(source: CorpusSource, rejects: Rejects | None = None) -> Iterator[SourceRow]:
     """Stream the rows of a source, at most ``source.limit`` of them, always in the same order.
+
+    Args:
+        source: its section.
+        rejects: takes note of what a reader itself leaves out.
 
     Raises:
         DataError: nothing there, not readable, a column that is not there, or no row at all.
     """
     count = 0
-    rows: Iterable[SourceRow] = islice(READERS[source.format](source), source.limit)
+    read = read_beir(source, rejects) if source.format == "beir" else READERS[source.format](source)
+    rows: Iterable[SourceRow] = islice(read, source.limit)
     for row in one_document_a_text(rows) if source.query_column is not None else rows:
         count += 1
         yield replace(row, dataset=source.dataset or "")

@@ -69,7 +69,7 @@ def _clean(config: CorpusConfig, rejects: Rejects) -> tuple[list[SourceRow], int
     progress = Progress("corpus", None, "documents read")
     rows = []
     for source in config.sources:
-        for raw in read_source(source):
+        for raw in read_source(source, rejects):
             row = clean_row(raw)
             reason = reject_reason(row, config.min_characters)
             if reason is None:
@@ -79,6 +79,12 @@ def _clean(config: CorpusConfig, rejects: Rejects) -> tuple[list[SourceRow], int
             progress.advance(1)
     rows.sort(key=lambda row: row.id)  # stable: rows of one id stay in reading order
     note("corpus", f"{progress.done:,} documents read, {len(rows):,} after cleaning")
+    for reason in ("judged_document_missing", "judged_query_missing"):
+        if count := rejects.counts.get(reason):
+            note(
+                "corpus",
+                f"{count:,} rejects of reason {reason}: train judgements of what the source does not hold",
+            )
     return rows, progress.done
 
 

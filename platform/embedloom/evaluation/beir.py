@@ -8,9 +8,11 @@ from embedloom.errors import DataError
 from embedloom.evaluation.languages import UNKNOWN_LANGUAGE
 from embedloom.evaluation.retrieval_task import Query, RetrievalData
 from embedloom.formats import beir_entries, judgements
+from embedloom.progress import note
 
 CORPUS_FILE = "corpus.jsonl"
 QUERIES_FILE = "queries.jsonl"
+_ABSENT = "name documents that the corpus lacks; they count as not found, as in BEIR and mteb"
 
 
 def check_beir(folder: Path, split: str, where: str) -> None:
@@ -41,6 +43,10 @@ def read_beir(folder: Path, split: str, where: str) -> RetrievalData:
         raise DataError(
             f"{where}: {folder} has {len(documents)} documents and no relevant judgement in qrels/{split}.tsv"
         )
+    known = {key for key, _, _ in documents}
+    absent = sum(grade > 0 and key not in known for grades in qrels.values() for key, grade in grades.items())
+    if absent:
+        note("evaluate", f"{where}: {absent} relevant judgements {_ABSENT}")
     digest = hashlib.sha256()
     for path in files:
         with path.open("rb") as stream:
@@ -51,7 +57,8 @@ def read_beir(folder: Path, split: str, where: str) -> RetrievalData:
         qrels=qrels,
         languages=(UNKNOWN_LANGUAGE,),
         revision=digest.hexdigest()[:16],
-        description=f"BEIR folder {folder.name}, split {split}",
+        description=f"BEIR folder {folder.name}, split {split}"
+        + (f"; {absent} relevant judgements {_ABSENT}" if absent else ""),
     )
 
 

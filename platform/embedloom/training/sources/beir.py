@@ -28,10 +28,11 @@ def read_beir(source: TrainingSource, scratch: Path) -> Iterator[SourceExample]:
             raise DataError(f"source {source.name!r}: {path} is missing; a beir source needs it")
     documents = ((key, document_text(title, text)) for key, title, text in beir_entries(files[0]))
     texts = TextTable.build(scratch / "corpus", documents)
-    judged = _judgements(files[2])
+    judged, asked = _judgements(files[2]), set[str]()
     for query_id, _, query in beir_entries(files[1]):
         if query_id not in judged:
             continue
+        asked.add(query_id)
         ranked = sorted(judged[query_id], key=lambda entry: (-entry[1], entry[0]))
         positives = [key for key, score in ranked if score > 0]
         found = [texts.get(key) for key in (*positives[:1], *(key for key, score in ranked if score <= 0))]
@@ -43,6 +44,9 @@ def read_beir(source: TrainingSource, scratch: Path) -> Iterator[SourceExample]:
         yield plain_example(
             source, query_id, query, found[0] if split else None, found[split:], others=others
         )
+    for query_id in judged:
+        if query_id not in asked:
+            yield bad_row(query_id, "unknown_query", "a judged query is not in queries.jsonl")
 
 
 def _judgements(path: Path) -> dict[str, list[tuple[str, float]]]:
