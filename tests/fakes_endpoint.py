@@ -25,13 +25,16 @@ class FakeEndpoint:
     ``failures``: statuses to answer first, one a request. ``habit``: "reversed" sends the vectors in reverse order,
     "short" leaves the last one out, "empty" sends none, "doubled" repeats index 0, "wider" adds a value to the first
     vector of the second request, "nan" sends a NaN, "base64" sends text, "silent" leaves the usage out. ``most``: texts a request may
-    have before the server answers 413.
+    have before the server answers 413. ``longest``: words of a text that the server reads, saying how many texts it cut.
     """
 
-    def __init__(self, habit: str = "", failures: tuple[int, ...] = (), most: int = 10**6) -> None:
+    def __init__(
+        self, habit: str = "", failures: tuple[int, ...] = (), most: int = 10**6, longest: int = 10**6
+    ) -> None:
         self.habit = habit
         self.failures = list(failures)
         self.most = most
+        self.longest = longest
         self.requests: list[dict[str, Any]] = []
         self.keys: list[str | None] = []
         self.url = ""
@@ -66,8 +69,11 @@ class FakeEndpoint:
             data[0]["embedding"] = "AACAPw=="
         body: dict[str, Any] = {"object": "list", "model": request["model"], "data": data}
         if self.habit != "silent":
-            tokens = sum(len(text.split()) for text in texts)
+            words = [len(text.split()) for text in texts]
+            tokens = sum(min(count, self.longest) for count in words)
             body["usage"] = {"prompt_tokens": tokens, "total_tokens": tokens}
+            if cut := sum(count > self.longest for count in words):
+                body["usage"]["truncated_items"] = cut
         return 200, body
 
 

@@ -5,11 +5,13 @@ import json
 import pytest
 
 from embedloom.config.use import EvaluationTask
+from embedloom.encoder.tokenizer import CutTexts
 from embedloom.evaluation.jobs import Scorer
 from embedloom.evaluation.scorers import make_scorers
 from embedloom.evaluation.scoring import EvaluationActor, run_mteb
 from embedloom.evaluation.specs import expand_tasks
 from embedloom.evaluation.tasks import build_task
+from embedloom.retrieval.sentence_teacher import SentenceEncoder
 from fakes_foreign import make_transformer, save_library_model, static_model, with_dense
 from fakes_tasks import make_local_tasks
 
@@ -34,6 +36,7 @@ def models(tmp_path_factory):
             root / "default", bert, prompts=prompts, default_prompt_name="own"
         ),
         "static": static_model(root / "static"),
+        "short": save_library_model(root / "short", bert, max_seq_length=20),
     }
 
 
@@ -56,6 +59,16 @@ def test_a_foreign_model_scores_as_its_library_lets_it(models, tasks, model, tas
     theirs = SentenceTransformer(str(models[model]), device="cpu")
     found, expected = (score(run_mteb(one, build_task(tasks[task], None)), task) for one in (ours, theirs))
     assert found == pytest.approx(expected, abs=1e-5)
+
+
+def test_what_the_library_cuts_is_counted(models):
+    """30 words and two special tokens at a limit of 20; static embeddings have none."""
+    encoder = SentenceEncoder(models["short"], "float32")
+    encoder.embed(["cats " * 30, "dogs"], "document")
+    assert encoder.cuts == CutTexts(texts=2, cut=1, read=20 + 3, left_out=32 - 20)
+    whole = SentenceEncoder(models["static"], "float32")
+    whole.embed(["cats " * 300], "document")
+    assert whole.cuts.counts() == {}
 
 
 def test_every_part_of_a_foreign_model_counts_in_its_revision(models, tmp_path):

@@ -190,6 +190,26 @@ def test_pairs_whose_instruction_leaves_a_teacher_nothing_of_a_cut_query_are_rej
     assert "leaves 4 of the limit of 128 for a query" in reject["detail"]
 
 
+def test_documents_that_carry_an_instruction_are_looked_at_as_queries_are(tmp_path, tiny_model):
+    """Documents have 64 bytes, of which 18 + 40 and BOS leave 5; queries 128, which hold everything here."""
+    sts = {"task_type": "sts", "instruction": "y" * 40}
+    label = {"task_type": "classification", "instruction": "y" * 40, "negatives": ["no"]}
+    pairs = [
+        pair_row("s0", "one", "x0", positive="abc", **sts), pair_row("s1", "one", "x1", positive="p" * 30, **sts),
+        pair_row("s2", "two", "x2", positive="abc", negatives=["n" * 30], **sts),
+        pair_row("c0", "three", "x3", positive="p" * 70, **label), pair_row("n0", "four", "d0", instruction="y" * 40),
+    ]  # fmt: skip
+    corpus = make_corpus(tmp_path / "corpus", DOCUMENTS, pairs)
+    out = Place(str(tmp_path / "out"))
+    rooms = room_check([EncoderSource("tiny", tiny_model, PromptContract.load(tiny_model))])
+    counts = write_queries(pair_files(corpus, []), (corpus.place, "documents/train"), out, 9, rooms)
+    assert (counts["rows"], counts["rejects"]) == (3, {"instruction_too_long": 2})
+    rejects = {row["id"]: row["detail"] for row in out.read_tables("rejects", "rejects").to_pylist()}
+    assert sorted(rejects) == ["s1", "s2"]
+    assert "leaves 5 of the limit of 64 for a document" in rejects["s1"]
+    assert "allowed: max_document_tokens of" in rejects["s2"]
+
+
 def test_the_room_of_a_foreign_teacher_is_known_wherever_its_transformer_lies(tmp_path):
     """The prompt's 35 words and two special tokens leave three of 40: two words fit, four are cut."""
     bert = make_transformer(tmp_path / "bert", limit=300)
@@ -197,8 +217,8 @@ def test_the_room_of_a_foreign_teacher_is_known_wherever_its_transformer_lies(tm
         tmp_path / "model", bert, **OLD["0_Transformer"], prompts={"prompts": {"query": "query " * 35}}
     )
     too_long = room_check([EncoderSource("old", folder, contract_of(folder))])
-    assert too_long("cats dogs", "retrieval", "") is None
-    problem = too_long("cats dogs sort list", "retrieval", "")
+    assert too_long("cats dogs", "query", "retrieval", "") is None
+    problem = too_long("cats dogs sort list", "query", "retrieval", "")
     assert problem is not None
     assert (
         "teacher 'old': the instruction takes 37 tokens" in problem

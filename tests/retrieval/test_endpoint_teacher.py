@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from embedloom.encoder.tokenizer import CutTexts
 from embedloom.errors import ConfigError, DataError, MissingDependency, StageError
 from embedloom.retrieval.endpoint_teacher import EndpointSource
 from embedloom.retrieval.templates import Templates
@@ -64,6 +65,24 @@ def test_long_texts_are_cut_and_empty_ones_become_a_blank():
         embed(embedder, ["abcdefgh", ""], "query")
         embed(embedder, [""], "document")
         assert [request["input"] for request in endpoint.requests] == [["q: abcd", "q: "], [" "]]
+
+
+def test_texts_that_are_cut_on_either_side_are_counted():
+    """Ten words of four letters, cut at 20 characters, lose 29 of 49: at 4 words in 20 characters that is 6 tokens."""
+    words = " ".join(["abcd"] * 10)
+    with serve(FakeEndpoint()) as endpoint:
+        embedder = source(endpoint, max_characters=20).open()
+        embed(embedder, [words, "abcd", words])
+        assert embedder.cuts == CutTexts(texts=3, cut=2, read=9, left_out=12)
+    with serve(FakeEndpoint(longest=3, most=2)) as endpoint:
+        embedder = source(endpoint).open()
+        embed(embedder, [words, "abcd", words, words])
+        assert embedder.cuts.counts() == {"texts_cut": 3, "tokens_left_out": 3}  # one each, as none says more
+        assert embedder.cuts.texts == 4
+    with serve(FakeEndpoint()) as endpoint:
+        embedder = source(endpoint).open()
+        embed(embedder, [words])
+        assert embedder.cuts.counts() == {}
 
 
 @pytest.mark.parametrize("habit", ["short", "empty", "doubled"])

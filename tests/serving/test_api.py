@@ -192,6 +192,16 @@ def test_health_ready_and_metrics(client):
         assert line in text, line
 
 
+def test_inputs_that_are_cut_are_counted(client):
+    """A token is a byte and a document has 64."""
+    assert "embedloom_truncated_items_total 0.0" in client.get("/metrics").text
+    assert (
+        post(client, input=["a" * 100, "b", "c" * 200], truncate="end").json()["usage"]["truncated_items"]
+        == 2
+    )
+    assert "embedloom_truncated_items_total 2.0" in client.get("/metrics").text
+
+
 def test_not_ready_while_no_encoder_answers():
     class Broken:
         async def describe(self):

@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 from embedloom.artefacts import Artefact
 from embedloom.engines.shards import PART_PATTERN
 from embedloom.errors import DataError
-from embedloom.instructions import SYMMETRIC_TASK_TYPES, check_task_type
+from embedloom.instructions import SYMMETRIC_TASK_TYPES, Side, check_task_type
 from embedloom.mining.given import CORPUS, LABEL_TASK_TYPES, GivenTexts, wrong_labels
 from embedloom.ngrams import folded, hash64, hashes64
 from embedloom.progress import note
@@ -47,7 +47,7 @@ QUERY_SCHEMA = pa.schema(
     ]
 )
 _Source = tuple[Place, str]
-TooLong = Callable[[str, str, str], str | None]
+TooLong = Callable[[str, Side, str, str], str | None]
 
 
 def pair_files(corpus: Artefact, others: list[Artefact]) -> list[_Source]:
@@ -75,7 +75,7 @@ def write_queries(
         corpus: place and folder of the documents.
         out: the artefact's place.
         shard_rows: rows per part.
-        too_long: says why a teacher would see next to nothing of a query (text, task type, instruction), if so.
+        too_long: says why a teacher would see next to nothing of a text (side, task type, instruction), if so.
 
     Returns:
         ``{"rows", "pairs": {origin: n}, "rejects": {reason: n}, "cleaned": {reason: n}, "parts": {collection: [names]},
@@ -153,11 +153,10 @@ class _Writer:
         for pair, in_corpus in zip(pairs, known.to_pylist(), strict=True):
             check_task_type(pair["task_type"], f"pair {pair['id']!r}")
             reason, detail = _reject_reason(pair, in_corpus), pair["document_id"]
-            if reason is None and self._too_long is not None:
-                problem = self._too_long(pair["query"], pair["task_type"], pair["instruction"])
-                if problem:
-                    reason, detail = "instruction_too_long", problem
-                    self.swallowed_by = self.swallowed_by or problem
+            problem = self._swallowed(pair, in_corpus) if reason is None else None
+            if problem:
+                reason, detail = "instruction_too_long", problem
+                self.swallowed_by = self.swallowed_by or problem
             if reason:
                 self._rejects.append({"id": pair["id"], "reason": reason, "detail": detail})
                 continue
@@ -213,6 +212,18 @@ class _Writer:
             "dataset": pair["dataset"] or pair["origin"],
             "rights": sorted(right - {positive}) or None,
         }
+
+    def _swallowed(self, pair: dict[str, Any], in_corpus: bool) -> str | None:
+        """Why a teacher would see next to nothing of a pair's query, or of a text given with it, if so."""
+        if self._too_long is None:
+            return None
+        task_type, instruction = pair["task_type"], pair["instruction"]
+        sides: list[tuple[str, Side]] = [(pair["query"], "query")]
+        if task_type in SYMMETRIC_TASK_TYPES and task_type not in LABEL_TASK_TYPES:  # labels are bare
+            given = [None if in_corpus else pair["positive"], *(pair["negatives"] or [])]
+            sides += [(text, "document") for text in given if text]
+        found = (self._too_long(text, side, task_type, instruction) for text, side in sides)
+        return next((problem for problem in found if problem), None)
 
     def _negatives(self, pair: dict[str, Any], right: set[str]) -> list[str]:
         """The negatives that came with a pair, less those that are none."""

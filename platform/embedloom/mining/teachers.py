@@ -9,7 +9,7 @@ from embedloom.encoder.foreign import tokenizer_folder
 from embedloom.encoder.registry import resolve_model
 from embedloom.encoder.tokenizer import load_tokenizer, prompt_ids, room_problem
 from embedloom.errors import ConfigError
-from embedloom.instructions import DEFAULT_INSTRUCTIONS
+from embedloom.instructions import DEFAULT_INSTRUCTIONS, Side
 from embedloom.retrieval.cross_encoder import CrossEncoderSource, PairScorerSource, check_cross_encoder
 from embedloom.retrieval.embedder import EmbedderSource, EncoderSource
 from embedloom.retrieval.teachers import check_positions, teacher_source
@@ -71,8 +71,8 @@ def _source(config: MiningConfig, teacher: Teacher, where: str) -> EmbedderSourc
         raise ConfigError(f"{where}: {error}") from error
 
 
-def room_check(teachers: Sequence[EmbedderSource]) -> Callable[[str, str, str], str | None]:
-    """What says why one of the teachers would see next to nothing of a query (text, task type, instruction), if so.
+def room_check(teachers: Sequence[EmbedderSource]) -> Callable[[str, Side, str, str], str | None]:
+    """What says why one of the teachers would see next to nothing of a text (side, task type, instruction), if so.
 
     Known of teachers that our encoder runs; sentence-transformers' refuse such a text when they meet it.
     """
@@ -83,20 +83,20 @@ def room_check(teachers: Sequence[EmbedderSource]) -> Callable[[str, str, str], 
     ]
 
     @lru_cache(maxsize=4096)
-    def problems(task_type: str, instruction: str) -> list[tuple[int, str]]:
+    def problems(side: Side, task_type: str, instruction: str) -> list[tuple[int, str]]:
         found = []
         for number, (name, tokenizer, contract) in enumerate(encoders):
-            prompt = contract.format("", "query", task_type, instruction)
-            problem = room_problem(tokenizer, contract, "query", prompt)
+            prompt = contract.format("", side, task_type, instruction)
+            problem = room_problem(tokenizer, contract, side, prompt)
             if problem is not None:
                 found.append((number, f"teacher {name!r}: {problem}"))
         return found
 
-    def too_long(query: str, task_type: str, instruction: str) -> str | None:
-        for number, problem in problems(task_type, instruction):
+    def too_long(text: str, side: Side, task_type: str, instruction: str) -> str | None:
+        for number, problem in problems(side, task_type, instruction):
             _, tokenizer, contract = encoders[number]
-            whole = prompt_ids(tokenizer, contract.format(query, "query", task_type, instruction))
-            if len(whole) > contract.max_query_tokens:
+            whole = prompt_ids(tokenizer, contract.format(text, side, task_type, instruction))
+            if len(whole) > contract.max_tokens(side):
                 return problem
         return None
 

@@ -38,7 +38,7 @@ class Embedder(Protocol):
 
 
 def taken_cuts(embedder: Embedder) -> CutTexts:
-    """What an embedder's limits left out since it was last asked; nothing of an endpoint, which cuts by itself."""
+    """What an embedder's limits left out since it was last asked; of one that cannot tell, nothing."""
     cuts = getattr(embedder, "cuts", None)
     return CutTexts() if cuts is None else cuts.take()
 

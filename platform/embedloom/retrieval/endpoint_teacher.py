@@ -11,6 +11,7 @@ import numpy as np
 
 from embedloom.artefacts import fingerprint
 from embedloom.encoder.model import Vectors
+from embedloom.encoder.tokenizer import CutTexts
 from embedloom.errors import ConfigError, DataError, MissingDependency, StageError, one_line
 from embedloom.instructions import Side
 from embedloom.retrieval.templates import Templates
@@ -47,6 +48,21 @@ class EndpointSource:
         return EndpointEmbedder(self)
 
 
+@dataclass(frozen=True, slots=True)
+class _Answer:
+    """Vectors in the order of the texts, the tokens they cost, and how many texts the server says it cut."""
+
+    vectors: list[list[float]]
+    tokens: int
+    truncated: int
+
+    def with_more(self, other: "_Answer") -> "_Answer":
+        """This answer, and another's behind it."""
+        return _Answer(
+            self.vectors + other.vectors, self.tokens + other.tokens, self.truncated + other.truncated
+        )
+
+
 class EndpointEmbedder:
     """A served model behind the ``Embedder`` protocol.
 
@@ -62,6 +78,7 @@ class EndpointEmbedder:
         self._openai = openai
         self._source = source
         self._dimension: int | None = None
+        self.cuts = CutTexts()
         self._client = openai.OpenAI(
             base_url=source.url,
             api_key=_key(source),
@@ -85,7 +102,10 @@ class EndpointEmbedder:
         """See ``Embedder.embed``; unit vectors.
 
         The server counts tokens by request, so those of a request are spread evenly over its texts: only their sum
-        is exact. It is 0 where the server reports no usage.
+        is exact. It is 0 where the server reports no usage. ``cuts`` counts the texts cut at ``max_characters``, with what
+        was left out of them estimated by the others' characters a token, and those that the server says it cut
+        (``usage.truncated_items``, as an embedloom endpoint does), with at least one token each; what a server cuts without
+        a word cannot be known.
 
         Raises:
             DataError: an answer without exactly one finite vector of one dimension per text, or texts it refuses.
@@ -99,12 +119,13 @@ class EndpointEmbedder:
             return np.empty((0, self._dimension or 0), dtype=np.float32), []
         with ThreadPoolExecutor(self._source.concurrency) as threads:
             answers = list(threads.map(self._request, batches))
-        vectors: Vectors = self._stack([vector for found, _ in answers for vector in found])
+        vectors: Vectors = self._stack([vector for answer in answers for vector in answer.vectors])
         tokens = [
             count
-            for batch, (_, total) in zip(batches, answers, strict=True)
-            for count in _spread(total, len(batch))
+            for batch, answer in zip(batches, answers, strict=True)
+            for count in _spread(answer.tokens, len(batch))
         ]
+        self._count_cuts(texts, given, sum(tokens), sum(answer.truncated for answer in answers))
         return unit_vectors(vectors, self._label), tokens
 
     @property
@@ -116,8 +137,15 @@ class EndpointEmbedder:
         # The API refuses empty strings; a blank is the shortest text there is.
         return (before + text[: self._source.max_characters] + after) or " "
 
-    def _request(self, texts: list[str]) -> tuple[list[list[float]], int]:
-        """Vectors in the order of the texts, and the tokens they cost."""
+    def _count_cuts(self, texts: Sequence[str], given: Sequence[str], tokens: int, truncated: int) -> None:
+        limit = self._source.max_characters
+        beyond = [len(text) - limit for text in texts if limit is not None and len(text) > limit]
+        rate = tokens / max(1, sum(map(len, given)))
+        left_out = sum(max(1, round(characters * rate)) for characters in beyond) + truncated
+        self.cuts.add(CutTexts(len(texts), min(len(texts), len(beyond) + truncated), tokens, left_out))
+
+    def _request(self, texts: list[str]) -> _Answer:
+        """What the server answers; a request that is too large for it goes as two."""
         try:
             answer = self._client.embeddings.create(
                 model=self._source.model, input=texts, encoding_format="float"
@@ -125,8 +153,7 @@ class EndpointEmbedder:
         except self._openai.APIStatusError as error:
             if error.status_code == _TOO_LARGE and len(texts) > 1:
                 half = len(texts) // 2
-                first, second = self._request(texts[:half]), self._request(texts[half:])
-                return first[0] + second[0], first[1] + second[1]
+                return self._request(texts[:half]).with_more(self._request(texts[half:]))
             raise self._refusal(error) from error
         except self._openai.APIError as error:
             tries = self._source.max_retries + 1
@@ -134,9 +161,8 @@ class EndpointEmbedder:
                 f"{self._label}: no answer after {tries} tries ({type(error).__name__}: {error})"
             ) from error
         usage = getattr(answer, "usage", None)
-        return self._in_order(getattr(answer, "data", None), len(texts)), int(
-            getattr(usage, "prompt_tokens", 0) or 0
-        )
+        tokens, truncated = (int(getattr(usage, key, 0) or 0) for key in ("prompt_tokens", "truncated_items"))
+        return _Answer(self._in_order(getattr(answer, "data", None), len(texts)), tokens, truncated)
 
     def _in_order(self, data: Any, wanted: int) -> list[list[float]]:
         items = sorted(data or [], key=lambda item: -1 if item.index is None else item.index)

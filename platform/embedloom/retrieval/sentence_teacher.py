@@ -202,7 +202,11 @@ class SentenceEncoder:
         self._embedder = SentenceTransformerSource(folder.name, folder, dtype=dtype).open()
         self.contract = sentence_contract(folder)
         self.tokens = TokenCount()
-        self.cuts = CutTexts()  # stays at nothing: what the library cuts cannot be seen
+
+    @property
+    def cuts(self) -> CutTexts:
+        """What the limits left out so far."""
+        return self._embedder.cuts
 
     @property
     def backbone(self) -> Any:

@@ -45,6 +45,9 @@ class EndpointMetrics:
             ("side",),
             registry=self.registry,
         )
+        self.truncated = Counter(
+            "embedloom_truncated_items", "Inputs cut to the model's limit.", registry=self.registry
+        )
         self.tokenize_seconds = self._seconds("tokenize", "Tokenising one request.")
         self.queue_seconds = self._seconds(
             "queue", "From tokenised to the start of the request's first batch.", ("lane",)
@@ -75,6 +78,7 @@ class EndpointMetrics:
     def embedded(self, result: EncodeResult) -> None:
         """Count one embedded request and the batches it reports."""
         self.items.observe(len(result.vectors))
+        self.truncated.inc(result.truncated)
         for side, tokens in result.side_tokens.items():
             self.tokens.labels(side).inc(tokens)
         self.tokenize_seconds.observe(result.tokenize_seconds)
