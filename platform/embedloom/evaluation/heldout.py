@@ -26,7 +26,8 @@ def check_heldout(corpus: Artefact, split: str, where: str) -> None:
 def read_heldout(corpus: Artefact, split: str, where: str, own_instructions: bool = False) -> RetrievalData:
     """Read one split; pairs that ask the same under one instruction become one query with several positives.
 
-    Every document that any pair names for the question counts, under whatever instruction, with its best grade.
+    Every document that any pair names for the question counts, under whatever instruction, with its best grade. A
+    document that was cut counts by its best chunk, see ``best_chunk``.
 
     With ``own_instructions``, pairs with the same text and different instructions stay two queries; without, they are
     one, as they are to a model that is asked without any.
@@ -43,6 +44,7 @@ def read_heldout(corpus: Artefact, split: str, where: str, own_instructions: boo
         for i, title, text in zip(columns["id"], columns["title"], columns["text"], strict=True)
     ]
     known = set(columns["id"])
+    owners = _chunk_owners(corpus, known)
     pairs = corpus.place.read_tables(f"pairs/{split}", "pairs").to_pylist()
     for pair in pairs:
         _check_pair(pair, known, split, where)
@@ -52,7 +54,8 @@ def read_heldout(corpus: Artefact, split: str, where: str, own_instructions: boo
         question = folded(pair["query"])
         groups.setdefault((question, pair["instruction"] if own_instructions else None), []).append(pair)
         grades = judged.setdefault(question, {})
-        grades[pair["document_id"]] = max(_grade(pair), grades.get(pair["document_id"], 1))
+        document = owners.get(pair["document_id"], pair["document_id"])
+        grades[document] = max(_grade(pair), grades.get(document, 1))
     queries = {}
     for (question, _), group in groups.items():
         instructions = {pair["instruction"] for pair in group}
@@ -66,7 +69,23 @@ def read_heldout(corpus: Artefact, split: str, where: str, own_instructions: boo
         languages=tuple(sorted({pair[key] for pair in pairs for key in ("lang", "document_lang")})),
         revision=fingerprint(corpus.fingerprint, split),
         description=f"Held-out {split} split of the run's own corpus",
+        owners=owners,
     )
+
+
+def _chunk_owners(corpus: Artefact, known: set[str]) -> dict[str, str]:
+    """Of every chunk among these documents, the first chunk of its document: pairs name that one."""
+    first: dict[str, tuple[int, str]] = {}
+    chunks = [
+        row
+        for name in corpus.place.names("chunks", ".parquet")
+        for row in corpus.place.read_table(name, ["id", "document_id", "chunk"]).to_pylist()
+        if row["id"] in known
+    ]
+    for row in chunks:
+        place = (row["chunk"], row["id"])
+        first[row["document_id"]] = min(place, first.get(row["document_id"], place))
+    return {row["id"]: first[row["document_id"]][1] for row in chunks}
 
 
 def _grade(pair: dict[str, str]) -> int:

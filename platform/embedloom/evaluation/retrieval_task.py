@@ -1,13 +1,14 @@
 """Local data as an mteb retrieval or reranking task: mteb ranks, scores and writes the result, as for its own."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from datasets import Dataset
 from mteb.abstasks import AbsTaskRetrieval
 from mteb.abstasks.task_metadata import TaskMetadata
 
+from embedloom.evaluation.best_chunk import chunked_members
 from embedloom.evaluation.languages import UNKNOWN_LANGUAGE, language_code
 from embedloom.records import content_id
 
@@ -37,6 +38,8 @@ class RetrievalData:
     revision: str  # hash of the content
     description: str
     candidates: dict[str, list[str]] | None = None  # query id -> documents to rank; None: the whole corpus
+    # Chunk of a cut document -> the id that its document is judged by.
+    owners: Mapping[str, str] = field(default_factory=dict)
 
     def limited(self, limit: int | None) -> "RetrievalData":
         """All documents and at most ``limit`` queries, chosen by a hash of their ids."""
@@ -79,7 +82,11 @@ def make_retrieval_task(
     languages = {key: _codes(part) for key, part in subsets.items()}
     if ignore_identical_ids is None:
         ignore_identical_ids = _queries_are_documents(subsets.values())
-    rules = ("ignores identical ids",) if ignore_identical_ids else ()
+    owners = {chunk: owner for part in subsets.values() for chunk, owner in part.owners.items()}
+    rules = [
+        *(["ignores identical ids"] if ignore_identical_ids else []),
+        *(["ranks documents by their best chunk"] if owners else []),
+    ]
     metadata = TaskMetadata(
         name=name,
         description="; ".join((first.description, *rules)),
@@ -98,6 +105,7 @@ def make_retrieval_task(
         is_public=False,
     )
     members = {"metadata": metadata, "ignore_identical_ids": ignore_identical_ids}
+    members |= chunked_members(owners) if owners else {}
     task = type(f"Local_{name}", (AbsTaskRetrieval,), members)()
     several = len(instructions) > 1
     task.dataset = {key: {split: _split_data(part, several)} for key, part in subsets.items()}
