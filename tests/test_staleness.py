@@ -13,10 +13,10 @@ from embedloom import contents
 from embedloom.artefacts import fingerprint
 from embedloom.contents import changes, contents_of, model_contents, path_contents
 from embedloom.encoder import registry
-from embedloom.encoder.registry import PackagedModel, local_contents
+from embedloom.encoder.registry import PackagedModel, hub_revision, local_contents
 from embedloom.launch import execute, load
 from embedloom.lineage.state import states
-from embedloom.pipeline import build_nodes, fingerprints, graph
+from embedloom.pipeline import build_nodes, fingerprints, finished, graph, missing, writer_for
 from embedloom.retrieval.fingerprints import folder_fingerprint
 from embedloom.retrieval.inputs import input_state
 from embedloom.retrieval.model_id import model_id
@@ -244,6 +244,54 @@ def test_plan_and_replay_name_what_changed(inputs, tmp_path):
     reasons = {one.name: one.reason for one in states(other)}
     assert reasons["corpus"] == f"{inputs}/docs.jsonl changed: docs.jsonl; min_characters 5 -> 7"
     assert reasons["encoder"].endswith("model.safetensors; max_query_tokens 64 -> 32")
+
+
+def cached(cache: Path, model: Path, commit: str) -> None:
+    """What huggingface_hub keeps of a model whose main branch stands at ``commit``."""
+    root = cache / "models--org--base"
+    shutil.copytree(model, root / "snapshots" / commit)
+    (root / "refs").mkdir(exist_ok=True)
+    (root / "refs" / "main").write_text(commit)
+
+
+def test_a_hub_model_that_moved_is_seen_without_asking_the_hub(inputs, tmp_path, tiny_model, monkeypatch):
+    """The commit is what huggingface_hub's own reading of its cache says; fingerprints do not have it."""
+    from huggingface_hub import constants, snapshot_download
+
+    old, new = "a" * 40, "b" * 40
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    run = opened(inputs, tmp_path, "encoder.base=org/base")
+    nodes, wanted = graph(run), fingerprints(graph(run))
+    cached(tmp_path / "hub", inputs / "base", old)
+    assert fingerprints(graph(run)) == wanted  # known before it is fetched
+    build_nodes(run, nodes, ["corpus", "encoder"], done := {})
+    assert Path(snapshot_download("org/base", local_files_only=True)).name == hub_revision("org/base") == old
+    assert [done[name].manifest["revisions"] for name in ("corpus", "encoder")] == [{"org/base": old}] * 2
+    trained = "training/a/tune"
+    made_from = dict.fromkeys(nodes[trained].inputs, done["encoder"].fingerprint)
+    child = writer_for(run, nodes, trained, made_from, done["encoder"].manifest["revisions"])
+    assert child.commit({}).manifest["revisions"] == {"org/base": old}  # not its own input, yet made with it
+    assert sorted(finished(run, nodes)) == ["corpus", "encoder", trained]
+
+    cached(tmp_path / "hub", tiny_model, new)
+    assert (hub_revision("org/base"), fingerprints(graph(run))) == (new, wanted)
+    reason = f"org/base moved: commit {'a' * 12} -> {'b' * 12}"
+    assert {one.name: one.reason for one in states(run) if one.state == "stale"} == {
+        "corpus": reason, "encoder": reason, trained: reason,
+    }  # fmt: skip
+    assert finished(run, nodes) == {} and missing(run, nodes, "encoder") == ["encoder"]
+    assert f"encoder is built again: {reason}" in execute(run, None, dry_run=True).splitlines()
+    build_nodes(run, nodes, ["encoder"], done)
+    assert done["encoder"].manifest["revisions"] == {"org/base": new}
+    assert sorted(finished(run, nodes)) == ["encoder"]
+
+
+@pytest.mark.parametrize("name", ["org/base", "smollm2-135m", "minilm-l6", "./here", "/there", "a.gguf"])
+def test_only_hub_models_in_the_cache_have_a_commit(name, tmp_path, monkeypatch):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    assert hub_revision(name) is None
 
 
 def test_an_artefact_of_an_earlier_version_says_so(inputs, tmp_path):

@@ -12,7 +12,7 @@ import json
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -143,6 +143,7 @@ class ArtefactWriter:
         inputs: Mapping[str, str],
         profile: str,
         origin: Mapping[str, Any] | None = None,
+        revisions: Callable[[], dict[str, str]] | None = None,
     ) -> None:
         """Begin, or go on.
 
@@ -153,6 +154,7 @@ class ArtefactWriter:
             inputs: fingerprints of the artefacts it is made from, by name.
             profile: it is built on.
             origin: the settings and the contents of the files read, kept so that a later run can say what changed.
+            revisions: asked when it is done: the commits of the Hugging Face models behind it, by their ids.
         """
         self.place = place
         self.kind = kind
@@ -160,6 +162,7 @@ class ArtefactWriter:
         self.inputs = dict(inputs)
         self.profile = profile
         self.origin = dict(origin or {})
+        self._revisions = revisions
         self.fingerprint = fingerprint(kind, config_fingerprint, self.inputs)
         self._started = time.monotonic()
         self.resumed = self._begin()
@@ -228,6 +231,8 @@ class ArtefactWriter:
             manifest["scratch"] = list(scratch)
         if self.origin:
             manifest["origin"] = self.origin
+        if self._revisions is not None and (revisions := self._revisions()):
+            manifest["revisions"] = revisions
         self._refuse_cut_files()
         self.place.sweep()  # what a full disk or a killed predecessor left half-written is no part of it
         self.place.write_json(MANIFEST_FILE, manifest)

@@ -17,15 +17,15 @@ from embedloom.artefacts import MANIFEST_FILE, Artefact, ArtefactWriter, fingerp
 from embedloom.config.run import RunConfig
 from embedloom.contents import Contents, digest
 from embedloom.corpus.state import source_contents, source_settings, source_state
-from embedloom.encoder.registry import local_contents, model_key
+from embedloom.encoder.registry import hub_revisions, local_contents, model_key
 from embedloom.errors import DataError
 from embedloom.judging import build_evaluation, build_gate, evaluation_node
 from embedloom.progress import duration, note, stage_log
 from embedloom.retrieval.model_id import embedding_reads, embedding_state, model_id, rescoring_state
 from embedloom.retrieval.previous import set_aside
 from embedloom.run import Inputs, Node, Run
-from embedloom.staleness import origin_of, stale_reasons
-from embedloom.synthesis.prompts_used import section_reads, section_state
+from embedloom.staleness import moved_models, origin_of, stale_reasons
+from embedloom.synthesis.prompts_used import section_models, section_reads, section_state
 
 if TYPE_CHECKING:
     from embedloom.retrieval.ahead import Ahead
@@ -38,20 +38,24 @@ def graph(run: Run) -> dict[str, Node]:
     if config.synthesis is not None:
         written = section_state(config.synthesis, config.mining.teachers), config.run.seed
         read = section_reads(config.synthesis, config.mining.teachers)
-        nodes.append(Node("synthesis", "synthesize", written, ("corpus",), _synthesis, read))
+        opened = tuple(section_models(config.synthesis, config.mining.teachers))
+        nodes.append(Node("synthesis", "synthesize", written, ("corpus",), _synthesis, read, opened))
     pairs = tuple(node.name for node in nodes if node.name in ("corpus", "synthesis"))
     found = config.mining.model_dump(mode="json", exclude={"selection", "rescoring", "audit", "memory_gib"})
-    held = _hold(teacher.model for teacher in config.mining.teachers if teacher.engine != "openai")
-    nodes.append(Node("mining", "mine", (found, *_digests(held)), pairs, _mining, held))
+    opened = tuple(teacher.model for teacher in config.mining.teachers if teacher.engine != "openai")
+    held = _hold(opened)
+    nodes.append(Node("mining", "mine", (found, *_digests(held)), pairs, _mining, held, opened))
     scored: tuple[str, ...] = ("mining", "corpus")
     if config.mining.rescoring is not None:
         model, state = config.mining.rescoring.model, rescoring_state(config.mining.rescoring)
-        nodes.append(Node("rescoring", "mine", state, scored, _rescoring, _hold([model])))
+        held = _hold([model])
+        nodes.append(Node("rescoring", "mine", state, scored, _rescoring, held, (model,)))
         scored = (*scored, "rescoring")
     audit = config.mining.audit
-    held = _hold([] if audit.judge is None or audit.judge.engine == "openai" else [audit.judge.model])
+    opened = () if audit.judge is None or audit.judge.engine == "openai" else (audit.judge.model,)
+    held = _hold(opened)
     rules = (config.mining.selection, audit, *_digests(held))
-    nodes.append(Node("examples", "mine", rules, scored, _examples, held))
+    nodes.append(Node("examples", "mine", rules, scored, _examples, held, opened))
     stages, last = train_build.training_nodes(config, train_build.build_training)
     nodes += stages
     trained = list(last.values())
@@ -60,7 +64,8 @@ def graph(run: Run) -> dict[str, Node]:
     nodes.append(Node("merged", "merge", (*merging, *default), merged_from, _merged))
     models = ("corpus", "encoder", *trained, "merged")
     judged, held = evaluation_node(config)
-    nodes.append(Node("evaluation", "evaluate", judged, models, _evaluation, held))
+    opened = (config.mining.teachers[0].model,) if "teacher" in config.evaluation.baselines else ()
+    nodes.append(Node("evaluation", "evaluate", judged, models, _evaluation, held, opened))
     model = config.embedding.model
     source = {"merged": "merged", "base": "encoder"} | last
     compared = tuple(source[name] for name in (config.gate.candidate, config.gate.against))
@@ -70,7 +75,8 @@ def graph(run: Run) -> dict[str, Node]:
     )
     state = embedding_state(config.embedding, set(source))
     held = embedding_reads(config.embedding, set(source))
-    nodes.append(Node("vectors", "embed", state, tuple(parents), _vectors, held))
+    opened = () if model in source else (model,)
+    nodes.append(Node("vectors", "embed", state, tuple(parents), _vectors, held, opened))
     return {node.name: node for node in nodes}
 
 
@@ -86,14 +92,15 @@ def _corpus_node(config: RunConfig) -> Node:
     section["sources"] = [source_settings(source) for source in config.corpus.sources]
     states = [source_state(source) for source in config.corpus.sources]
     settings = (section, config.run.seed, model_key(base, tokenizer), states)
-    return Node("corpus", "corpus", settings, (), _corpus, reads)
+    return Node("corpus", "corpus", settings, (), _corpus, reads, (base,))
 
 
 def _encoder_node(config: RunConfig) -> Node:
     base = config.encoder.base
     held = local_contents(base)
     section = {**config.encoder.model_dump(mode="json"), "base": model_key(base, held)}
-    return Node("encoder", "encoder", (section,), (), _encoder, {} if held is None else {base: held})
+    reads = {} if held is None else {base: held}
+    return Node("encoder", "encoder", (section,), (), _encoder, reads, (base,))
 
 
 def _hold(names: Iterable[str]) -> dict[str, Contents]:
@@ -106,8 +113,22 @@ def _digests(reads: Mapping[str, Contents]) -> tuple[dict[str, str], ...]:
     return ({name: digest(held) for name, held in reads.items()},) if reads else ()
 
 
-def writer_for(run: Run, nodes: dict[str, Node], name: str, inputs: dict[str, str]) -> ArtefactWriter:
-    """Open the writer of a node; continues an interrupted build of the same fingerprint."""
+def writer_for(
+    run: Run,
+    nodes: dict[str, Node],
+    name: str,
+    inputs: dict[str, str],
+    revisions: Mapping[str, str] | None = None,
+) -> ArtefactWriter:
+    """Open the writer of a node; continues an interrupted build of the same fingerprint.
+
+    Args:
+        run: the run.
+        nodes: its graph.
+        name: of the node.
+        inputs: fingerprints of what it is made from.
+        revisions: commits of the Hugging Face models that those were made with.
+    """
     if name == "vectors":  # finished ones wait beside the new ones, which take over what did not change
         set_aside(run.place.child(name), fingerprints(nodes)[name], run.config.embedding.previous)
     node = nodes[name]
@@ -118,6 +139,7 @@ def writer_for(run: Run, nodes: dict[str, Node], name: str, inputs: dict[str, st
         inputs,
         run.profile_name,
         origin_of(node),
+        lambda: {**(revisions or {}), **hub_revisions(node.models)},
     )
 
 
@@ -132,10 +154,14 @@ def fingerprints(nodes: dict[str, Node]) -> dict[str, str]:
 
 
 def finished(run: Run, nodes: dict[str, Node]) -> Inputs:
-    """The nodes whose artefact is there with the fingerprint it should have."""
+    """The nodes whose artefact is there with the fingerprint it should have, of models that have not moved since."""
     wanted = fingerprints(nodes)
     found = {name: Artefact.find(run.place.child(name), wanted[name]) for name in nodes}
-    return {name: artefact for name, artefact in found.items() if artefact is not None}
+    return {
+        name: artefact
+        for name, artefact in found.items()
+        if artefact is not None and not moved_models(artefact)
+    }
 
 
 def needed_by(nodes: dict[str, Node], verb: str | None) -> list[str]:
@@ -194,9 +220,9 @@ def _build(run: Run, nodes: dict[str, Node], name: str, done: Inputs) -> None:
     node = nodes[name]
     inputs = {parent: done[parent] for parent in node.inputs}
     stale = _stale(run, nodes, name)
-    writer = writer_for(
-        run, nodes, name, {parent: artefact.fingerprint for parent, artefact in inputs.items()}
-    )
+    made_from = {parent: artefact.fingerprint for parent, artefact in inputs.items()}
+    revisions = {n: c for one in inputs.values() for n, c in one.manifest.get("revisions", {}).items()}
+    writer = writer_for(run, nodes, name, made_from, revisions)
     with stage_log(run.place, name):
         if stale:
             note(name, f"what is there is replaced: {'; '.join(stale)}")

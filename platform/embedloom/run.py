@@ -46,3 +46,5 @@ class Node:
     build: Build
     # What the files it reads hold, by what the config calls them: settings have it as a hash.
     reads: Mapping[str, Contents] = field(default_factory=dict)
+    # The models it opens that are no artefacts of the run, as the config names them.
+    models: tuple[str, ...] = ()

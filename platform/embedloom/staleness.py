@@ -6,10 +6,12 @@ from typing import Any
 
 from embedloom.artefacts import Artefact, fingerprint, plain_values
 from embedloom.contents import Contents, changes, digest
+from embedloom.encoder.registry import hub_revisions
 from embedloom.run import Node
 
 _MOST_FILES = 1000  # of one input that a manifest lists; of more it has one hash
 _SHOWN = 3
+_COMMIT_DIGITS = 12
 _SHOWN_CHARACTERS = 40
 _DIGEST = re.compile(r"[0-9a-f]{32}")
 _ALL = "its files"
@@ -23,15 +25,29 @@ def origin_of(node: Node) -> dict[str, Any]:
     return {"settings": plain_values(*node.settings), "reads": reads}
 
 
+def moved_models(artefact: Artefact) -> list[str]:
+    """The Hugging Face models behind an artefact that this machine's cache has at another commit now, in words.
+
+    Commits stand beside the fingerprint, not in it: it is known before a model is fetched, they are not.
+    """
+    before = artefact.manifest.get("revisions", {})
+    now = hub_revisions(before)
+    return [
+        f"{name} moved: commit {commit[:_COMMIT_DIGITS]} -> {now[name][:_COMMIT_DIGITS]}"
+        for name, commit in before.items()
+        if name in now and now[name] != commit
+    ]
+
+
 def stale_reasons(artefact: Artefact, node: Node, wanted: Mapping[str, str]) -> list[str]:
-    """Why a finished artefact of another fingerprint has to be built again, each in a few words.
+    """Why a finished artefact has to be built again, each in a few words.
 
     Args:
         artefact: what is there.
         node: what it should be.
         wanted: fingerprints that all artefacts should have.
     """
-    reasons = []
+    reasons = moved_models(artefact)
     if artefact.manifest["config_fingerprint"] != fingerprint(*node.settings):
         reasons += _changed(artefact.manifest.get("origin"), origin_of(node))
     recorded = artefact.manifest["inputs"]

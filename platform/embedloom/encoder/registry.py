@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib.util
+from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -58,7 +59,7 @@ def local_contents(name: str, tokenizer: bool = False) -> Contents | None:
     """What the files of a model hold, for fingerprints; None where the name says it all, or nothing is there.
 
     A name of the registry says it all as long as the installed package holds what it held when it was entered; a Hugging
-    Face id is fetched when it is needed, so what it stands for cannot be known beforehand.
+    Face id is fetched when it is needed, so what it stands for cannot be known beforehand: see ``hub_revision``.
 
     Args:
         name: what the config says.
@@ -77,6 +78,24 @@ def local_contents(name: str, tokenizer: bool = False) -> Contents | None:
     if not path.is_dir():
         return None
     return tokenizer_contents(path) if tokenizer else model_contents(path)
+
+
+def hub_revision(name: str) -> str | None:
+    """The commit that a Hugging Face id stands for in this machine's cache; None where it holds none, and of other names.
+
+    What the Hub has now may be another one: nobody is asked, so that a plan needs no network.
+    """
+    if name in REGISTRY or name.endswith(".gguf") or name.startswith((".", "/", "~")) or Path(name).exists():
+        return None
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    main = Path(HF_HUB_CACHE, f"models--{name.replace('/', '--')}", "refs", "main")
+    return main.read_text().strip() or None if main.is_file() else None
+
+
+def hub_revisions(names: Iterable[str]) -> dict[str, str]:
+    """The commits of those names that are Hugging Face ids and were fetched."""
+    return {name: commit for name in names if (commit := hub_revision(name)) is not None}
 
 
 def model_key(name: str, contents: Contents | None) -> Any:

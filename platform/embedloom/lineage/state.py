@@ -6,7 +6,7 @@ from typing import Literal
 from embedloom.artefacts import BUILDING_FILE, MANIFEST_FILE, Artefact
 from embedloom.pipeline import fingerprints, graph
 from embedloom.run import Node, Run
-from embedloom.staleness import stale_reasons
+from embedloom.staleness import moved_models, stale_reasons
 
 State = Literal["finished", "stale", "unfinished", "missing"]
 
@@ -24,7 +24,7 @@ def states(run: Run) -> list[ArtefactState]:
     """State of every artefact, in the order they are built; reads manifests and starts nothing.
 
     A finished artefact is stale if its settings, which include the state of the files it read, or what it was made
-    from are not what they were.
+    from are not what they were, or if a Hugging Face model behind it is fetched at another commit now.
 
     Raises:
         DataError: a corrupt manifest.
@@ -40,7 +40,7 @@ def _state(run: Run, node: Node, wanted: dict[str, str]) -> ArtefactState:
         begun = place.exists(BUILDING_FILE)
         return ArtefactState(node.name, "unfinished" if begun else "missing")
     artefact = Artefact.open(place)
-    if artefact.fingerprint == wanted[node.name]:
+    if artefact.fingerprint == wanted[node.name] and not moved_models(artefact):
         return ArtefactState(node.name, "finished")
     return ArtefactState(node.name, "stale", "; ".join(stale_reasons(artefact, node, wanted)))
 

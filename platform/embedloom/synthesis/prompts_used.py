@@ -84,7 +84,8 @@ def section_state(config: SynthesisConfig, teachers: Sequence[Teacher]) -> dict[
     prompts = used_prompts(config).state()
     guarded = {number: digest(held) for number, held in enumerate(_guarded(config).values())}
     state = {"section": plain, "prompts": prompts, "guarded": guarded, "teacher": teacher}
-    models = {name: digest(held) for name, held in _models(config, teachers).items()}
+    opened = section_models(config, teachers)
+    models = {name: digest(held) for name in opened if (held := local_contents(name)) is not None}
     return {**state, "models": models} if models else state
 
 
@@ -98,20 +99,21 @@ def section_reads(config: SynthesisConfig, teachers: Sequence[Teacher]) -> dict[
     names = [name for section in sections for name in section.values()]
     names += [] if config.quality.judge is None else [config.quality.judge.prompt]
     prompts = [name for name in names if _is_file(name)]
+    opened = section_models(config, teachers)
     return (
-        _models(config, teachers)
+        {name: held for name in opened if (held := local_contents(name)) is not None}
         | _guarded(config)
         | {str(name): path_contents(str(name)) for name in prompts}
     )
 
 
-def _models(config: SynthesisConfig, teachers: Sequence[Teacher]) -> dict[str, Contents]:
-    """The models that lie here: those that write, the judge, and the teacher where it is asked."""
+def section_models(config: SynthesisConfig, teachers: Sequence[Teacher]) -> list[str]:
+    """The models that take part: those that write, the judge, and the teacher where it is asked."""
     names = [generator.model for generator in config.generators]
     names += [] if config.quality.judge is None else [config.quality.judge.model]
     if config.quality.round_trip is not None and teachers[0].engine != "openai":
         names.append(teachers[0].model)
-    return {name: held for name in names if (held := local_contents(name)) is not None}
+    return names
 
 
 def _guarded(config: SynthesisConfig) -> dict[str, Contents]:
