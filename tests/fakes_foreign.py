@@ -71,7 +71,8 @@ def make_transformer(
     config_class = getattr(transformers, f"{kind}Config")
     # The library's own defaults for what a small model has to say otherwise.
     config = config_class(**{**SIZES, **changes})
-    model = getattr(transformers, f"{kind}Model")(config).eval()
+    name = f"{kind}EncoderModel" if config.is_encoder_decoder else f"{kind}Model"
+    model = getattr(transformers, name)(config).eval()
     model.save_pretrained(folder)
     word_tokenizer(limit).save_pretrained(folder)
     return folder
@@ -128,6 +129,29 @@ def write_old_layout(
         write(folder / transformer_path / length_file, settings)
     if prompts is not None:
         write(folder / "config_sentence_transformers.json", prompts)
+    return folder
+
+
+def gtr_t5(folder: Path, seed: int = 3) -> Path:
+    """The folder of gtr-t5 and sentence-t5, by hand: T5's encoder, mean, a square Dense without bias or activation, unit length."""
+    from safetensors.torch import save_file
+
+    bare = make_transformer(folder.with_name(folder.name + "-bare"), "T5", **KINDS["T5"])
+    pooling = {"pooling_mode_mean_tokens": True, "pooling_mode_cls_token": False}
+    write_old_layout(folder, bare, pooling, settings={"max_seq_length": 40, "do_lower_case": False})
+    modules = json.loads((folder / "modules.json").read_text())
+    for number, kind in ((2, "Dense"), (3, "Normalize")):
+        path = f"{number}_{kind}"
+        modules.append(
+            {"idx": number, "name": str(number), "path": path, "type": f"sentence_transformers.models.{kind}"}
+        )
+    write(folder / "modules.json", modules)
+    activation = "torch.nn.modules.linear.Identity"
+    dense = {"in_features": 32, "out_features": 32, "bias": False, "activation_function": activation}
+    write(folder / "2_Dense" / "config.json", dense)
+    (folder / "3_Normalize").mkdir()
+    torch.manual_seed(seed)
+    save_file({"linear.weight": torch.randn(32, 32)}, folder / "2_Dense" / "model.safetensors")
     return folder
 
 
@@ -232,6 +256,7 @@ OLD = {
 
 
 KINDS = {
+    "T5": {"d_kv": 8, "d_ff": 64}, "MT5": {"d_kv": 8, "d_ff": 64}, "GPT2": {},
     "MPNet": {}, "XLMRoberta": {}, "Roberta": {}, "Camembert": {}, "Electra": {"embedding_size": 32},
     "DistilBert": {"dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 64}, "DebertaV2": {"relative_attention": True, "pos_att_type": ["p2c", "c2p"]},
     "Qwen3": {"head_dim": 8, "num_key_value_heads": 2}, "Gemma2": {"head_dim": 8, "num_key_value_heads": 2, "attn_logit_softcapping": 1.0},

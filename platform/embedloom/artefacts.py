@@ -43,6 +43,7 @@ class Manifest(TypedDict):
     details: dict[str, Any]  # the stage's own
     scratch: NotRequired[list[str]]  # folders of work to delete
     origin: NotRequired[dict[str, Any]]  # settings, and contents of the files read
+    revisions: NotRequired[dict[str, str]]  # Hugging Face id -> commit of the model behind it
 
 
 def fingerprint(*parts: Any) -> str:

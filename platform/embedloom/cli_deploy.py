@@ -35,6 +35,7 @@ Verdict = Annotated[
         "verdict", "The gate's, of a model that embedloom did not make; default: gate.json with the model."
     ),
 ]
+Trust = Annotated[bool, _option("trust-remote-code", "Run code that lies beside the new model's weights.")]
 Port = Annotated[int | None, _option("port", "Of the endpoint on this machine; default: the only one.")]
 ProfileName = Annotated[str, _option("profile", "A profile of the cluster config.")]
 Rules = Annotated[
@@ -59,6 +60,7 @@ def deploy(
     corpus: Corpus = None,
     documents: Documents = None,
     verdict: Verdict = None,
+    trust_remote_code: Trust = False,
     port: Port = None,
     profile: ProfileName = "local",
     cluster: ClusterFile = None,
@@ -75,7 +77,18 @@ def deploy(
 
     rules, require_gate = trial_rules(watch, overrides or [])
     command = DeployCommand(
-        model, canary, shadow, stay, new_vectors, corpus, documents, port, rules, require_gate, verdict
+        model,
+        canary,
+        shadow,
+        stay,
+        new_vectors,
+        corpus,
+        documents,
+        port,
+        rules,
+        require_gate,
+        verdict,
+        trust_remote_code,
     )
     text, code = deploy_model(command, load_machine(cluster), profile, dry_run)
     print(text)

@@ -26,6 +26,9 @@ Source = Annotated[
 Model = Annotated[
     str | None, _option("model", "With INPUT: a model folder, .gguf file, Hugging Face id or shipped model.")
 ]
+Trust = Annotated[
+    bool, _option("trust-remote-code", "With INPUT: run code that lies beside the model's weights.")
+]
 Out = Annotated[str | None, _option("out", "With INPUT: folder of the vectors.")]
 StoredType = Annotated[str | None, _option("dtype", "float32, float16, int8 or binary; default float32.")]
 Dimensions = Annotated[
@@ -53,6 +56,7 @@ DryRun = Annotated[bool, _option("dry-run", "Print the plan and stop.")]
 def embed(
     source: Source,
     model: Model = None,
+    trust_remote_code: Trust = False,
     out: Out = None,
     dtype: StoredType = None,
     dimensions: Dimensions = None,
@@ -75,6 +79,7 @@ def embed(
     given = {
         "model": model, "out": out, "dtype": dtype, "dimensions": dimensions, "side": side,
         "instruction": instruction, "index": index, "previous": previous,
+        "trust_remote_code": trust_remote_code or None,
     }  # fmt: skip
     if names_config(source):
         _refuse_options(given)
@@ -97,4 +102,5 @@ def _refuse_options(given: dict[str, Any]) -> None:
     for option, value in given.items():
         if value is not None:
             key = _SET_KEYS.get(option, f"embedding.{option}")
+            option = option.replace("_", "-")
             raise ConfigError(f"--{option} goes with an INPUT; with a CONFIG use --set {key}={value}")

@@ -40,6 +40,10 @@ Prompts = Annotated[
 Pool = Annotated[
     str | None, _option("pool", "Scores of models to rank among: Parquet file or mteb results folder.")
 ]
+Trust = Annotated[
+    bool,
+    _option("trust-remote-code", "With CANDIDATE: run code that lies beside the weights of either model."),
+]
 Out = Annotated[str, _option("out", "With CANDIDATE: where results are kept.")]
 ProfileName = Annotated[str, _option("profile", "A profile of the cluster config.")]
 Overrides = Annotated[
@@ -57,6 +61,7 @@ def gate(
     limit: Limit = None,
     prompts: Prompts = None,
     pool: Pool = None,
+    trust_remote_code: Trust = False,
     out: Out = "runs/gate",
     profile: ProfileName = "local",
     cluster: ClusterFile = None,
@@ -74,9 +79,10 @@ def gate(
 
     given = list(overrides or [])
     if names_config(candidate):
-        if against is not None or config is not None or task or pool is not None or prompts is not None:
+        named = (against, config, pool, prompts)
+        if any(value is not None for value in named) or task or trust_remote_code:
             raise ConfigError(
-                "--against, --config, --task, --prompts and --pool go with a CANDIDATE; a CONFIG says them in gate and evaluation"
+                "--against, --config, --task, --prompts, --trust-remote-code and --pool go with a CANDIDATE; a CONFIG says them in gate and evaluation"
             )
         text, code = gate_run(load(candidate, profile, cluster, given), dry_run)
     else:
@@ -84,7 +90,9 @@ def gate(
             raise ConfigError(f"--against: needed to judge {candidate!r}; or give a run config (.yaml)")
         run = None if config is None else load(config, profile, cluster, [])
         machine = load_machine(cluster) if run is None else run.cluster
-        request = GateRequest(candidate, against, task or [], split, limit, pool, out, given, prompts)
+        request = GateRequest(
+            candidate, against, task or [], split, limit, pool, out, given, prompts, trust_remote_code
+        )
         text, code = gate_models(request, run, machine, profile, dry_run)
     print(text)
     raise typer.Exit(code)

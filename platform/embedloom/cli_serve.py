@@ -31,6 +31,7 @@ Documents = Annotated[
 Name = Annotated[
     str | None, _option("name", "With MODEL: what clients put into `model`; default: its own name.")
 ]
+Trust = Annotated[bool, _option("trust-remote-code", "With MODEL: run code that lies beside its weights.")]
 Port = Annotated[int | None, _option("port", "With MODEL: default 8000.")]
 Ask = Annotated[
     list[str] | None,
@@ -57,6 +58,7 @@ def serve(
     corpus: Corpus = None,
     documents: Documents = None,
     name: Name = None,
+    trust_remote_code: Trust = False,
     port: Port = None,
     ask: Ask = None,
     task: Task = None,
@@ -71,13 +73,16 @@ def serve(
 
     embedloom serve MODEL [--corpus VECTORS] needs no config.
     """
-    given = {"corpus": corpus, "documents": documents, "served_name": name, "port": port}
+    given = {
+        "corpus": corpus, "documents": documents, "served_name": name, "port": port,
+        "trust_remote_code": trust_remote_code or None,
+    }  # fmt: skip
     if names_config(source):
         for key, value in given.items():
             if value is not None:
                 option = next((o for o, k in _SET_KEYS.items() if k == key), key)
                 raise ConfigError(
-                    f"--{option} goes with a MODEL; with a CONFIG use --set serving.{key}={value}"
+                    f"--{option.replace('_', '-')} goes with a MODEL; with a CONFIG use --set serving.{key}={value}"
                 )
         if task is not None and not ask:
             raise ConfigError("--task goes with --ask; what every request gets is serving.default_task")

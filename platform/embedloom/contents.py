@@ -45,6 +45,11 @@ def cache_folder() -> Path:
     return Path(root)
 
 
+def is_trusted(folder: Path) -> bool:
+    """Whether a folder lies where ``own_code.trusted_copy`` alone writes, so that the code in it may be run."""
+    return cache_folder().absolute() / "trusted" in folder.absolute().parents
+
+
 def contents_of(files: Mapping[str, Path]) -> Contents:
     """The hash of every file, by the name it is given under.
 
@@ -69,13 +74,17 @@ def path_contents(path: str) -> Contents:
     return contents_of(named_below(path, files_at(path)))
 
 
-def model_contents(folder: Path) -> Contents:
+def model_contents(folder: Path, code: bool | None = None) -> Contents:
     """What a model folder holds: hashes of the files that models are read from, weights and tokenizer among them.
+
+    Args:
+        folder: of the model.
+        code: whether the code in it is run, and so counts; None: where the folder is a trusted one.
 
     Raises:
         DataError: a file that cannot be read.
     """
-    return contents_of(_model_files(folder))
+    return contents_of(_model_files(folder, is_trusted(folder) if code is None else code))
 
 
 def tokenizer_contents(folder: Path) -> Contents:
@@ -100,7 +109,8 @@ def changes(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
     return found
 
 
-def _model_files(folder: Path) -> dict[str, Path]:
+def _model_files(folder: Path, code: bool) -> dict[str, Path]:
+    endings = (*_MODEL_ENDINGS, ".py") if code else _MODEL_ENDINGS
     paths = {path.relative_to(folder): path for path in sorted(folder.rglob("*")) if path.is_file()}
     read = {
         name: path
@@ -113,7 +123,7 @@ def _model_files(folder: Path) -> dict[str, Path]:
     return {
         name.as_posix(): path
         for name, path in read.items()
-        if name.suffix in _MODEL_ENDINGS or (name.suffix in _OLD_WEIGHTS and name.parent not in safe)
+        if name.suffix in endings or (name.suffix in _OLD_WEIGHTS and name.parent not in safe)
     }
 
 

@@ -34,10 +34,12 @@ def evaluation_node(config: RunConfig) -> tuple[tuple[Any, ...], dict[str, Conte
     section, teacher = config.evaluation, config.mining.teachers[0]
     tasks = task_contents(section.tasks, section.pool)
     reads = dict(tasks)
-    if "teacher" in section.baselines and (held := local_contents(teacher.model)) is not None:
+    scored, code = "teacher" in section.baselines, teacher.trust_remote_code
+    if scored and (held := local_contents(teacher.model, code=code)) is not None:
         reads[teacher.model] = held
     files = {number: digest(held) for number, held in enumerate(tasks.values())}
     settings: tuple[Any, ...] = (without_paths(section.model_dump(mode="json"), tasks), teacher.model, files)
+    settings += ("trust_remote_code",) if scored and code else ()
     return (*settings, digest(reads[teacher.model])) if teacher.model in reads else settings, reads
 
 
@@ -75,7 +77,8 @@ def build_evaluation(
         raise ConfigError(
             "evaluation.baselines: 'teacher' needs a model folder, the first teacher is an endpoint"
         )
-    baseline = (teacher, resolve_model(teacher)) if "teacher" in config.evaluation.baselines else None
+    trust = config.mining.teachers[0].trust_remote_code
+    baseline = (teacher, resolve_model(teacher, trust)) if "teacher" in config.evaluation.baselines else None
     return evaluate(
         config.evaluation,
         inputs["corpus"],

@@ -193,7 +193,12 @@ def served_model(run: Run) -> tuple[Path, str]:
         artefact = Artefact.open(run.place.child(folders[name]), "model")
         return model_folder(artefact), artefact.fingerprint
     check_model_name(name, "serving.model")
-    return Path(name), name
+    folder = Path(name)
+    if config.serving.trust_remote_code:
+        from embedloom.encoder.own_code import trusted_copy
+
+        folder = trusted_copy(folder.expanduser().absolute())
+    return folder, name
 
 
 def serve_run(run: Run, questions: list[str], dry_run: bool, task: str | None = None) -> str:

@@ -26,6 +26,7 @@ class DeployCommand:
     rules: TrialRules
     require_gate: bool | None
     verdict: str | None = None
+    trust_remote_code: bool = False
 
 
 def trial_rules(watch_seconds: float, overrides: list[str]) -> tuple[TrialRules, bool | None]:
@@ -72,7 +73,7 @@ def deploy_model(
     from embedloom.encoder.registry import resolve_model
     from embedloom.retrieval.model_id import model_id
 
-    folder = resolve_model(command.model)
+    folder = resolve_model(command.model, command.trust_remote_code)
     with ray_session(machine, cluster.auth):
         # Imports Ray, which reads how to authenticate on its first import: the session has said it by now.
         from embedloom.serving.deploy import DeployRequest, deploy

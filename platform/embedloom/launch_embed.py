@@ -74,7 +74,7 @@ def embed_texts(
         return f"would embed {corpus} with {config.model} as {config.dtype}, up to {pool.max_actors} actors x {pool.cpus:g} CPU\n{place.uri}"
     from embedloom.encoder.registry import resolve_model
 
-    folder = resolve_model(config.model)
+    folder = resolve_model(config.model, config.trust_remote_code)
     name = model_id(folder)
     settings = config.model_dump(mode="json", exclude={"previous", "corpus", "model"})
     inputs = {"corpus": fingerprint(states), "model": name}

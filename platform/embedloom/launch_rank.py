@@ -10,6 +10,7 @@ from embedloom.cluster.config import ClusterConfig
 from embedloom.config.base import FrozenConfig, apply_overrides, validate
 from embedloom.config.gate import GateConfig
 from embedloom.config.use import EvaluationConfig
+from embedloom.contents import is_trusted
 from embedloom.encoder.registry import check_model_name
 from embedloom.errors import ConfigError, DataError
 from embedloom.judging import VERDICT_FILE
@@ -41,6 +42,7 @@ class GateRequest:
     out: str
     overrides: Sequence[str]
     prompts: str | None = None  # of mteb tasks and benchmarks
+    trust_remote_code: bool = False  # whether code beside the weights of either is run
 
 
 def gate_sections(request: GateRequest, run: Run | None) -> GateSections:
@@ -99,7 +101,8 @@ def gate_models(
         return f"would judge {request.candidate} against {request.against} on {tasks}\n{request.out}", 0
     from embedloom.encoder.registry import resolve_model
 
-    folders = [resolve_model(request.candidate), resolve_model(request.against)]
+    trust = request.trust_remote_code
+    folders = [resolve_model(request.candidate, trust), resolve_model(request.against, trust)]
     machine = cluster.profile(profile)
     from embedloom.cluster.session import ray_session
 
@@ -124,6 +127,8 @@ def gate_models(
             sections.evaluation, _corpus(run), models, None, workers, place, dtype, place.child("_vectors")
         )
         verdict = judge(sections.gate, place, (candidate, current), sections.evaluation.pool, workers, dtype)
+    if trusted := [model.name for model in (candidate, current) if is_trusted(model.folder)]:
+        verdict["trust_remote_code"] = trusted
     where = store_verdict(Place(str(candidate.folder)), verdict, place)
     return f"{verdict_text(verdict)}\n{where}", EXIT_REFUSED if verdict["verdict"] == REFUSED else 0
 

@@ -58,7 +58,7 @@ def serve_model(config: ServingConfig, cluster: ClusterConfig, profile: str, dry
     from embedloom.encoder.registry import resolve_model
     from embedloom.retrieval.model_id import model_id
 
-    folder = resolve_model(config.model)
+    folder = resolve_model(config.model, config.trust_remote_code)
     config = gate_rule(config, folder)
     from embedloom.cluster.session import ray_session
 

@@ -8,7 +8,7 @@ missing is known before anything runs. Stage modules are imported when their nod
 Ray and vLLM, and ``plan`` answers without.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -43,17 +43,17 @@ def graph(run: Run) -> dict[str, Node]:
     pairs = tuple(node.name for node in nodes if node.name in ("corpus", "synthesis"))
     found = config.mining.model_dump(mode="json", exclude={"selection", "rescoring", "audit", "memory_gib"})
     opened = tuple(teacher.model for teacher in config.mining.teachers if teacher.engine != "openai")
-    held = _hold(opened)
+    held = _hold(opened, {teacher.model for teacher in config.mining.teachers if teacher.trust_remote_code})
     nodes.append(Node("mining", "mine", (found, *_digests(held)), pairs, _mining, held, opened))
     scored: tuple[str, ...] = ("mining", "corpus")
     if config.mining.rescoring is not None:
         model, state = config.mining.rescoring.model, rescoring_state(config.mining.rescoring)
-        held = _hold([model])
+        held = _hold([model], {model} if config.mining.rescoring.trust_remote_code else ())
         nodes.append(Node("rescoring", "mine", state, scored, _rescoring, held, (model,)))
         scored = (*scored, "rescoring")
     audit = config.mining.audit
     opened = () if audit.judge is None or audit.judge.engine == "openai" else (audit.judge.model,)
-    held = _hold(opened)
+    held = _hold(opened, opened if audit.judge is not None and audit.judge.trust_remote_code else ())
     rules = (config.mining.selection, audit, *_digests(held))
     nodes.append(Node("examples", "mine", rules, scored, _examples, held, opened))
     stages, last = train_build.training_nodes(config, train_build.build_training)
@@ -103,9 +103,15 @@ def _encoder_node(config: RunConfig) -> Node:
     return Node("encoder", "encoder", (section,), (), _encoder, reads, (base,))
 
 
-def _hold(names: Iterable[str]) -> dict[str, Contents]:
-    """What those of the models hold that lie here, by their names, which stand in what they score."""
-    return {name: held for name in names if (held := local_contents(name)) is not None}
+def _hold(names: Iterable[str], trusted: Collection[str] = ()) -> dict[str, Contents]:
+    """What those of the models hold that lie here, by their names, which stand in what they score.
+
+    Args:
+        names: of the models.
+        trusted: those whose own code is run, and so counts.
+    """
+    held = {name: local_contents(name, code=name in trusted) for name in names}
+    return {name: found for name, found in held.items() if found is not None}
 
 
 def _digests(reads: Mapping[str, Contents]) -> tuple[dict[str, str], ...]:
@@ -362,6 +368,6 @@ def _vectors(run: Run, inputs: Inputs, out: ArtefactWriter) -> Artefact:
 
     config = run.config.embedding
     models = [artefact for name, artefact in inputs.items() if name != "corpus"]
-    folder = model_folder(models[0]) if models else resolve_model(config.model)
+    folder = model_folder(models[0]) if models else resolve_model(config.model, config.trust_remote_code)
     corpus = inputs["corpus"].place.uri if config.corpus is None else config.corpus
     return embed_artefact(config, corpus, folder, model_id(folder), run.profile.stages.embedding, out)

@@ -20,6 +20,7 @@ from fakes_foreign import (
     LIBRARY,
     OLD,
     TEXTS,
+    gtr_t5,
     lowest_cosines,
     make_transformer,
     routed_model,
@@ -82,6 +83,44 @@ def test_a_causal_bert_is_computed_as_one(transformers_made, tmp_path):
     assert lowest_cosines(folder) > 0.9999
 
 
+def test_the_encoder_of_a_t5_with_its_dense_layer_is_computed_as_the_library_computes_it(tmp_path):
+    """gtr-t5 and sentence-t5; its saved config says encoder-decoder or not, depending on who saved it."""
+    folder = gtr_t5(tmp_path / "gtr")
+    config = json.loads((folder / "config.json").read_text())
+    for flag in (True, False):
+        write(
+            folder / "config.json",
+            {**config, "is_encoder_decoder": flag, "architectures": ["T5EncoderModel"]},
+        )
+        assert lowest_cosines(folder) > 0.9999
+    contract = contract_of(folder)
+    assert (contract.max_document_tokens, contract.attention, contract.pooling) == (
+        40,
+        "bidirectional",
+        "mean",
+    )
+    loaded = Encoder.load(folder, dtype="float32", device="cpu")
+    shared = Encoder.load(folder, weights=loaded.share_weights())
+    np.testing.assert_array_equal(shared.embed(TEXTS, "query"), loaded.embed(TEXTS, "query"))
+
+
+def test_a_chat_template_counts_only_where_the_library_takes_it(transformers_made, tmp_path):
+    """Without a stated modality the library reads text, as it did when such models (Qwen3-Embedding) were made."""
+    bare = shutil.copytree(transformers_made(limit=300), tmp_path / "bare")
+    template = "{% for m in messages %}list {{ m['content'] }} of{% endfor %}"
+    (bare / "chat_template.jinja").write_text(template)
+    old = write_old_layout(tmp_path / "old", bare, {"pooling_mode_mean_tokens": True})
+    assert beyond_encoder(old) is None
+    assert lowest_cosines(old) > 0.9999
+    new = save_library_model(tmp_path / "new", bare)  # as the library itself saves it since 5.4
+    assert "message" in json.loads((new / "sentence_bert_config.json").read_text())["modality_config"]
+    assert (
+        "its texts go through a chat template (modality_config of sentence_bert_config.json)"
+        in beyond_encoder(new)
+    )
+    assert lowest_cosines(new, lambda path: SentenceEncoder(path, "float32")) > 0.9999
+
+
 def test_limits_come_from_wherever_they_are_stated(transformers_made, tmp_path):
     bert, xlmr = transformers_made(limit=300), transformers_made("XLMRoberta")
     saved = save_library_model(tmp_path / "saved", bert, max_seq_length=256)
@@ -113,14 +152,11 @@ def test_what_our_encoder_cannot_compute_goes_through_the_library_or_is_refused_
     from sentence_transformers import SentenceTransformer
 
     bert = transformers_made(limit=300)
-    chat = shutil.copytree(bert, tmp_path / "bare-chat")
-    (chat / "chat_template.jinja").write_text("{% for m in messages %}list {{ m['content'] }} of{% endfor %}")
     mean = {"pooling_mode_mean_tokens": True}
     apart = {"prompts": {"query": "query : "}, "default_prompt_name": None}
     models = {
         "Router": routed_model(tmp_path / "routed", bert),
         "StaticEmbedding": static_model(tmp_path / "static"),
-        "chat template": write_old_layout(tmp_path / "chat", chat, mean),
         "include_prompt": write_old_layout(
             tmp_path / "apart", bert, {**mean, "include_prompt": False}, prompts=apart
         ),
@@ -184,16 +220,9 @@ def no_terminal(monkeypatch):
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked on the terminal"))
 
 
-def test_code_beside_the_weights_is_neither_run_nor_asked_about(transformers_made, tmp_path, no_terminal):
+def test_an_unknown_model_type_is_named(transformers_made, tmp_path):
     folder = write_old_layout(tmp_path / "model", transformers_made(), {"pooling_mode_mean_tokens": True})
     config = json.loads((folder / "config.json").read_text())
-    auto_map = {"AutoConfig": "modeling_own.OwnConfig", "AutoModel": "modeling_own.OwnModel"}
-    write(folder / "config.json", {**config, "model_type": "own_model", "auto_map": auto_map})
-    (folder / "modeling_own.py").write_text("raise SystemExit('ran')\n")
-    with pytest.raises(
-        DataError, match=r"model_type 'own_model' .*trust_remote_code=True; embedloom never does"
-    ):
-        Encoder.load(folder)
     write(folder / "config.json", {**config, "model_type": "not_yet_known"})
     with pytest.raises(DataError, match="cannot read model_type 'not_yet_known'"):
         Encoder.load(folder)

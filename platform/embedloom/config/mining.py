@@ -135,6 +135,14 @@ class RescoringConfig(FrozenConfig):
             "float32."
         ),
     )
+    trust_remote_code: bool = Field(
+        default=False,
+        exclude_if=lambda value: value is False,
+        description=(
+            "Run code that lies beside the model's weights (auto_map, module classes). Only for models whose "
+            "authors you trust."
+        ),
+    )
 
     @field_validator("query_template")
     @classmethod

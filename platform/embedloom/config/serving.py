@@ -57,6 +57,14 @@ class ServingConfig(FrozenConfig):
             "weights."
         ),
     )
+    trust_remote_code: bool = Field(
+        default=False,
+        exclude_if=lambda value: value is False,
+        description=(
+            "Run code that lies beside the model's weights (auto_map, module classes). Only for models whose "
+            "authors you trust."
+        ),
+    )
     served_name: str | None = Field(
         default=None, description="What clients put into `model`. Null: the run's name."
     )

@@ -11,7 +11,7 @@ TeacherEngine = Literal["auto", "encoder", "sentence_transformers", "openai"]
 
 _PLACEHOLDER = re.compile(r"\{([^{}]*)\}")
 _ENDPOINT_ONLY = ("url", "api_key_env", "max_characters", "concurrency", "timeout_seconds", "max_retries")
-_LOCAL_ONLY = ("max_query_tokens", "max_document_tokens", "dtype")
+_LOCAL_ONLY = ("max_query_tokens", "max_document_tokens", "dtype", "trust_remote_code")
 
 
 class Teacher(FrozenConfig):
@@ -97,6 +97,14 @@ class Teacher(FrozenConfig):
         default=5,
         ge=0,
         description="engine openai: repetitions after status 408, 409, 429, 5xx or a broken connection.",
+    )
+    trust_remote_code: bool = Field(
+        default=False,
+        exclude_if=lambda value: value is False,
+        description=(
+            "Run code that lies beside the model's weights (auto_map, module classes). Only for models whose "
+            "authors you trust."
+        ),
     )
 
     @model_validator(mode="before")

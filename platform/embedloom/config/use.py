@@ -203,6 +203,14 @@ class EmbeddingConfig(FrozenConfig):
             "folder of text or Markdown files. Null: the run's own documents."
         ),
     )
+    trust_remote_code: bool = Field(
+        default=False,
+        exclude_if=lambda value: value is False,
+        description=(
+            "Run code that lies beside the model's weights (auto_map, module classes). Only for models whose "
+            "authors you trust."
+        ),
+    )
     side: Literal["query", "document"] = Field(
         default="document",
         description="Whether the texts are queries or documents; decides their prompt and length limit.",

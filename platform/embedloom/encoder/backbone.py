@@ -9,9 +9,16 @@ import transformers
 from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedModel
 
-from embedloom.encoder.architecture import attention_kernel, is_decoder, read_config, text_config
+from embedloom.encoder.architecture import (
+    attention_kernel,
+    auto_class,
+    is_decoder,
+    read_config,
+    runs_own_code,
+    text_config,
+)
 from embedloom.encoder.linear import autocast_of
-from embedloom.errors import ConfigError, DataError
+from embedloom.errors import ConfigError, DataError, one_line
 from embedloom.progress import note
 
 __all__ = [
@@ -56,6 +63,8 @@ def load_backbone(
         ConfigError: more layers asked for than there are, or an encoder asked to be causal.
     """
     whole = read_config(folder)
+    if runs_own_code(folder, whole):
+        return _own_model(folder, whole, dtype)
     config = _prepared(whole, folder, attention, num_layers)
     if longest is not None and is_decoder(config) and attention == "bidirectional":
         changed = widen_windows(config, longest)
@@ -64,10 +73,23 @@ def load_backbone(
     if not (any(folder.glob("*.safetensors")) or any(folder.glob("pytorch_model*.bin"))):
         raise DataError(f"{folder}: no weights (*.safetensors) in this model folder")
     options = {"dtype": dtype, "attn_implementation": attention_kernel(config), "trust_remote_code": False}
-    model = AutoModel.from_pretrained(folder, config=whole, **options)
+    model = auto_class(config).from_pretrained(folder, config=whole, **options)
     if config is not whole:
         model = _text_model(model, config, folder)
     check_attention(model, attention)
+    return model
+
+
+def _own_model(folder: Path, config: Any, dtype: torch.dtype) -> PreTrainedModel:
+    """A model by the code beside its weights, which decides itself how it attends: nothing is set or proven."""
+    try:
+        model: PreTrainedModel = AutoModel.from_pretrained(
+            folder, config=config, dtype=dtype, trust_remote_code=True
+        )
+    except Exception as error:  # whatever code of others leads to
+        raise DataError(
+            f"{folder}: the code beside the weights does not run ({type(error).__name__}: {one_line(error, 300)})"
+        ) from error
     return model
 
 

@@ -6,7 +6,13 @@ from typing import Any
 import torch
 
 from embedloom.config.model import EncoderConfig
-from embedloom.encoder.architecture import is_decoder, position_limit
+from embedloom.encoder.architecture import (
+    encoder_decoder,
+    is_decoder,
+    is_encoder_decoder,
+    position_limit,
+    read_config,
+)
 from embedloom.encoder.backbone import check_layers, load_backbone
 from embedloom.encoder.foreign import base_transformer
 from embedloom.encoder.sidecars import write_sidecars
@@ -33,6 +39,8 @@ def prepare_base(config: EncoderConfig, base: Path, out: Path) -> dict[str, int]
         ConfigError, DataError: the base does not fit the config.
     """
     folder = base_transformer(base, config.pooling)
+    if is_encoder_decoder(described := read_config(folder)):
+        raise DataError(f"{folder}: {encoder_decoder(described)}")
     limit = max(config.max_query_tokens, config.max_document_tokens)
     backbone = load_backbone(folder, config.attention, torch.float32, config.num_layers, limit)
     tokenizer = load_tokenizer(folder)

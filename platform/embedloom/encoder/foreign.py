@@ -243,7 +243,6 @@ def _with_settings(folder: Path, root: Path, pooling_file: Path, later: Sequence
         "its pooling leaves the prompt's tokens out (include_prompt)"
         if pooling.get("include_prompt") is False and (prompts or default) else None,
         _odd_settings(root),
-        _chat(root),
         _measure(settings, bool(later) and later[-1].kind == "Normalize"),
     ]  # fmt: skip
     beyond = next((reason for reason in reasons if reason), None)
@@ -279,7 +278,11 @@ def pooling_of(content: Mapping[str, Any]) -> str | None:
 
 
 def _odd_settings(root: Path) -> str | None:
-    """Settings of a Transformer module that neither contract nor tokenizer can say, such as chat messages."""
+    """Settings of a Transformer module that neither contract nor tokenizer can say, such as chat messages.
+
+    A chat template alone is no such thing: the library takes it where ``modality_config`` names messages, which it writes
+    since 5.4, and reads a folder without one as text (``Transformer.load_config``).
+    """
     path = length_file(root)
     config = _read(path, {})
     plain = {
@@ -289,22 +292,10 @@ def _odd_settings(root: Path) -> str | None:
         "module_output_name": "token_embeddings",
         "modality_config": {"text": {"method": "forward", "method_output_name": "last_hidden_state"}},
     }
+    if "message" in (config.get("modality_config") or {}):
+        return f"its texts go through a chat template (modality_config of {path.name})"
     odd = sorted(key for key, value in config.items() if value and value != plain.get(key))
     return f"{path.name} sets {odd}" if odd else None
-
-
-def _chat(root: Path) -> str | None:
-    """sentence-transformers writes texts as chat messages where the tokenizer has a template for them."""
-    if _read(length_file(root), {}).get("modality_config") is not None:
-        return None  # stated, and looked at above
-    chatty = any(root.glob("chat_template*")) or _read(root / "tokenizer_config.json", {}).get(
-        "chat_template"
-    )
-    return (
-        "its tokenizer has a chat template, through which sentence-transformers >= 5.4 puts every text"
-        if chatty
-        else None
-    )
 
 
 def _measure(settings: Mapping[str, Any], unit: bool) -> str | None:

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from embedloom.encoder.architecture import has_own_code
 from embedloom.encoder.linear import autocast_of
 from embedloom.encoder.packed_kernel import attend_packed, kernel_for
 from embedloom.errors import DataError
@@ -215,7 +216,7 @@ def use_packing(model: PreTrainedModel, causal: bool) -> bool:
     """
     config = model.config
     window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
-    if config.model_type not in _FAMILIES or window:
+    if config.model_type not in _FAMILIES or window or has_own_code(model):
         return False
     ALL_ATTENTION_FUNCTIONS.register(PACKED_ATTENTION, packed_attention)
     before = config._attn_implementation

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from embedloom.contents import Contents, cache_folder, contents_of, digest, model_contents, tokenizer_contents
+from embedloom.encoder.own_code import trusted_copy
 from embedloom.errors import DataError, MissingDependency, first_line
 
 
@@ -55,7 +56,7 @@ def check_model_name(name: str, where: str) -> None:
             raise DataError(f"{where}: {name!r} has no config.json, so it is not a model folder")
 
 
-def local_contents(name: str, tokenizer: bool = False) -> Contents | None:
+def local_contents(name: str, tokenizer: bool = False, code: bool = False) -> Contents | None:
     """What the files of a model hold, for fingerprints; None where the name says it all, or nothing is there.
 
     A name of the registry says it all as long as the installed package holds what it held when it was entered; a Hugging
@@ -64,6 +65,7 @@ def local_contents(name: str, tokenizer: bool = False) -> Contents | None:
     Args:
         name: what the config says.
         tokenizer: only of the tokenizer's files.
+        code: the code beside the weights too, as it is to be run.
     """
     if name in REGISTRY:
         try:
@@ -77,7 +79,7 @@ def local_contents(name: str, tokenizer: bool = False) -> Contents | None:
         return contents_of({path.name: path})
     if not path.is_dir():
         return None
-    return tokenizer_contents(path) if tokenizer else model_contents(path)
+    return tokenizer_contents(path) if tokenizer else model_contents(path, code)
 
 
 def hub_revision(name: str) -> str | None:
@@ -103,13 +105,23 @@ def model_key(name: str, contents: Contents | None) -> Any:
     return name if contents is None else {"contents": digest(contents)}
 
 
-def resolve_model(name: str) -> Path:
+def resolve_model(name: str, trust_remote_code: bool = False) -> Path:
     """A local Hugging Face folder with the weights of ``name``; GGUF files are converted once and cached.
+
+    Args:
+        name: what the config says.
+        trust_remote_code: whether code that lies beside the weights may be run, see ``own_code``.
 
     Raises:
         MissingDependency: the package that ships it is not installed.
         DataError: no such folder or file, or the hub cannot be reached for a Hugging Face id.
     """
+    if trust_remote_code:
+        return trusted_copy(_resolved(name, code=True))
+    return _resolved(name, code=False)
+
+
+def _resolved(name: str, code: bool) -> Path:
     check_model_name(name, "model")
     if name in REGISTRY:
         path = _packaged_file(name)
@@ -120,7 +132,7 @@ def resolve_model(name: str) -> Path:
         return _converted(path, f"{path.stem}-{_quick_hash(path)}")
     if path.is_dir():
         return path.absolute()
-    return _from_hub(name)
+    return _from_hub(name, code)
 
 
 def resolve_on_node(name: str) -> Path:
@@ -164,13 +176,12 @@ def _quick_hash(path: Path) -> str:
     return hashlib.sha256(str(path.stat().st_size).encode() + head).hexdigest()[:12]
 
 
-def _from_hub(name: str) -> Path:
+def _from_hub(name: str, code: bool) -> Path:
     from huggingface_hub import snapshot_download
 
+    wanted = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", *(["*.py"] if code else [])]
     try:
-        return Path(
-            snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"])
-        )
+        return Path(snapshot_download(name, allow_patterns=wanted))
     except Exception as error:  # the hub client raises a dozen unrelated types
         raise DataError(
             f"model {name!r}: neither a local folder nor one of {', '.join(sorted(REGISTRY))}, and Hugging Face did not "

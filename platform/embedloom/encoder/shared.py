@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import AutoModel, PreTrainedModel
+from transformers import PreTrainedModel
 
-from embedloom.encoder.architecture import attention_kernel
+from embedloom.encoder.architecture import attention_kernel, auto_class, read_config, runs_own_code
 from embedloom.encoder.backbone import backbone_config, check_attention
 from embedloom.encoder.device import as_tensor
 from embedloom.encoder.linear import InferenceLinear, use_inference_linear
@@ -63,11 +63,11 @@ def shared_backbone(folder: Path, attention: str, weights: SharedWeights) -> Pre
     Raises:
         DataError: the arrays are not those of this folder's model, or it does not attend as ``attention`` says.
     """
-    config = backbone_config(folder, attention)
+    own = runs_own_code(folder, config := read_config(folder))
+    config = config if own else backbone_config(folder, attention)
+    kernel = {} if own else {"attn_implementation": attention_kernel(config)}
     with torch.device("meta"):
-        model = AutoModel.from_config(
-            config, attn_implementation=attention_kernel(config), dtype=torch.float32
-        )
+        model = auto_class(config).from_config(config, dtype=torch.float32, trust_remote_code=own, **kernel)
     expected = dict(_named_tensors(model))
     if expected.keys() != weights.arrays.keys():
         odd = sorted(expected.keys() ^ weights.arrays.keys())
@@ -85,7 +85,8 @@ def shared_backbone(folder: Path, attention: str, weights: SharedWeights) -> Pre
     if weights.inference_linear:
         use_inference_linear(model)
     model.eval()
-    check_attention(model, attention)
+    if not own:
+        check_attention(model, attention)
     return model
 
 

@@ -11,6 +11,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from embedloom.encoder.architecture import read_config
+from embedloom.encoder.own_code import is_trusted
 from embedloom.errors import ConfigError, DataError, first_line
 from embedloom.instructions import PromptContract, Side
 
@@ -68,7 +69,8 @@ def load_tokenizer(folder: Path) -> Any:
         DataError: no tokenizer, or none in the fast form every engine shares.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **_config_for(folder))
+        trusted = is_trusted(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trusted, **_config_for(folder))
     except (OSError, ValueError, KeyError) as error:
         raise DataError(f"{folder}: no usable tokenizer: {first_line(error)}") from error
     if not tokenizer.is_fast:

@@ -55,11 +55,15 @@ def read_with_vllm(folder: Path, texts: Sequence[str], max_tokens: Sequence[int]
         except subprocess.TimeoutExpired as error:
             raise StageError(f"{folder}: vllm did not answer in {_TIMEOUT_SECONDS} seconds") from error
         if process.returncode != 0:
-            raise StageError(
-                f"{folder}: vllm cannot read this model: {last_line(process.stderr or 'no message')}"
-            )
+            raise StageError(f"{folder}: vllm cannot read this model: {_reason(process.stderr)}")
         found = json.loads(answer.read_text())
     return found["ids"], found["vectors"]
+
+
+def _reason(stderr: str) -> str:
+    """The last line that says what was wrong; pydantic ends its errors with where to read about them."""
+    said = [line for line in stderr.splitlines() if "For further information" not in line]
+    return last_line("\n".join(said) or "no message")
 
 
 def _embed(request: dict[str, Any]) -> dict[str, Any]:

@@ -4,6 +4,7 @@ import hashlib
 from pathlib import Path
 
 from embedloom.artefacts import MANIFEST_FILE, Artefact
+from embedloom.contents import is_trusted
 from embedloom.encoder.foreign import beyond_encoder, contract_of
 from embedloom.errors import ConfigError, DataError
 from embedloom.evaluation.bm25 import BM25_NAME, bm25_revision, check_bm25
@@ -89,7 +90,8 @@ def model_revision(folder: Path) -> str:
     digest = hashlib.blake2b(digest_size=8)
     written_afterwards = (GATE_FILE, INT8_FILE)
     configs = [path for path in sorted(folder.glob("*.json")) if path.name not in written_afterwards]
-    for path in [*configs, *weights]:
+    code = sorted(folder.rglob("*.py")) if is_trusted(folder) else []
+    for path in [*configs, *weights, *code]:
         digest.update(path.relative_to(folder).as_posix().encode())
         with path.open("rb") as stream:
             while block := stream.read(_BLOCK_BYTES):

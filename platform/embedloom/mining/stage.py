@@ -87,6 +87,8 @@ def mine(
         "parts": queries["parts"],
         "given": queries["given"],
     }
+    if trusted := [teacher.model for teacher in config.teachers if teacher.trust_remote_code]:
+        details["trust_remote_code"] = trusted
     return out.commit(counts, details)
 
 

@@ -41,7 +41,7 @@ def rescoring_source(config: MiningConfig) -> PairScorerSource:
     section = config.rescoring
     if section is None:
         raise ConfigError("mining.rescoring: the section is missing")
-    folder = resolve_model(section.model)
+    folder = resolve_model(section.model, section.trust_remote_code)
     check_cross_encoder(folder)
     try:
         check_positions(section.model, folder, {"max_tokens": section.max_tokens})

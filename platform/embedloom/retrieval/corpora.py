@@ -6,6 +6,7 @@ from typing import Any
 from embedloom.artefacts import MANIFEST_FILE, Artefact, ArtefactWriter
 from embedloom.config.resources import PoolConfig
 from embedloom.config.use import EmbeddingConfig
+from embedloom.contents import is_trusted
 from embedloom.encoder.foreign import contract_of, tokenizer_folder
 from embedloom.encoder.tokenizer import InstructionTooLong, check_room, load_tokenizer
 from embedloom.errors import ConfigError, DataError
@@ -74,6 +75,8 @@ def embed_artefact(
         "previous": ledger.previous or None,
         "input": {"path": absolute(corpus), **config.columns},
     }
+    if is_trusted(model):
+        details["trust_remote_code"] = True
     if config.index is not None:
         details["index"] = build_index(config.index, out.place, contract.hash)
     out.place.child(OWN_FOLDER).remove()

@@ -27,9 +27,10 @@ def embedding_state(config: EmbeddingConfig, own_models: set[str]) -> tuple[Any,
     """
     states: list[Any] = [] if config.corpus is None else [input_state(config.corpus)]
     settings = config.model_dump(mode="json", exclude={"previous"})
+    code = config.trust_remote_code
     if config.corpus is not None and "://" not in config.corpus:
         settings["corpus"] = None
-    held = None if config.model in own_models else local_contents(config.model)
+    held = None if config.model in own_models else local_contents(config.model, code=code)
     if held is not None:
         states.append(digest(held))
         settings["model"] = None
@@ -41,11 +42,12 @@ def embedding_reads(config: EmbeddingConfig, own_models: set[str]) -> dict[str, 
     reads = {}
     if config.corpus is not None and isinstance(state := input_state(config.corpus), dict):
         reads[config.corpus] = state
-    held = None if config.model in own_models else local_contents(config.model)
+    code = config.trust_remote_code
+    held = None if config.model in own_models else local_contents(config.model, code=code)
     return reads if held is None else {**reads, config.model: held}
 
 
 def rescoring_state(config: RescoringConfig) -> tuple[Any, ...]:
     """What of the rescoring section decides the scores: its values and, of a local folder, what the model holds."""
-    held = local_contents(config.model)
+    held = local_contents(config.model, code=config.trust_remote_code)
     return config, None if held is None else digest(held)

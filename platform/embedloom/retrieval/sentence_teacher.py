@@ -13,6 +13,7 @@ from embedloom.encoder.batching import TokenCount
 from embedloom.encoder.device import DTypeName, pick_device, pick_dtype
 from embedloom.encoder.foreign import layout_templates, read_layout
 from embedloom.encoder.model import Vectors
+from embedloom.encoder.own_code import SWITCH, is_trusted
 from embedloom.encoder.tokenizer import MIN_TEXT_TOKENS, CutTexts, InstructionTooLong
 from embedloom.errors import DataError, one_line
 from embedloom.instructions import PLAIN_TEMPLATE, PromptContract, Side
@@ -26,7 +27,7 @@ _UNIT_TOLERANCE = 1e-2  # of a length; bfloat16 keeps three digits
 
 @dataclass(frozen=True, slots=True)
 class SentenceTransformerSource:
-    """A folder with ``modules.json``, run by sentence-transformers; code that lies beside the weights is never run.
+    """A folder with ``modules.json``, run by sentence-transformers; with code beside the weights, where it is trusted.
 
     Vectors come out at length 1 whether or not the model ends in Normalize, because mining compares cosines.
     """
@@ -272,14 +273,14 @@ def load_offline(
             str(folder),
             device=str(device),
             local_files_only=True,
-            trust_remote_code=False,
+            trust_remote_code=is_trusted(folder),
             model_kwargs={"dtype": stored},
             **options,
         )
     except Exception as error:  # whatever the model's configs lead to: a dozen unrelated types
         raise DataError(
             f"{folder}: sentence-transformers cannot load this model ({type(error).__name__}: "
-            f"{one_line(error, 300)}); code that lies beside the weights is never run"
+            f"{one_line(error, 300)}); code that lies beside the weights is run only by {SWITCH}"
         ) from error
     return model.eval()
 

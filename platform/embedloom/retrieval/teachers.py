@@ -7,6 +7,7 @@ from typing import Any
 from embedloom.config.teacher import Teacher
 from embedloom.encoder.architecture import position_limit, read_config
 from embedloom.encoder.foreign import beyond_encoder, contract_of, read_layout
+from embedloom.encoder.own_code import trusted_copy
 from embedloom.encoder.registry import resolve_model
 from embedloom.errors import ConfigError
 from embedloom.instructions import CONTRACT_FILE, DEFAULT_INSTRUCTIONS, PLAIN_TEMPLATE, PromptContract
@@ -61,8 +62,10 @@ def teacher_source(
 
 def teacher_folder(teacher: Teacher) -> Path:
     """Local folder of a teacher's weights; sentence-transformers folders may keep their config.json further down."""
-    path = Path(teacher.model).expanduser()
-    return path.absolute() if (path / "modules.json").is_file() else resolve_model(teacher.model)
+    path, trust = Path(teacher.model).expanduser(), teacher.trust_remote_code
+    if not (path / "modules.json").is_file():
+        return resolve_model(teacher.model, trust)
+    return trusted_copy(path.absolute()) if trust else path.absolute()
 
 
 def pick_engine(teacher: Teacher, folder: Path) -> str:

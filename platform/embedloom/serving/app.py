@@ -12,7 +12,9 @@ from embedloom.config.application import ApplicationArgs
 from embedloom.config.base import validate
 from embedloom.config.resources import ServeScaling
 from embedloom.config.serving import ServingConfig
+from embedloom.contents import is_trusted
 from embedloom.encoder.foreign import checked_layout, contract_of
+from embedloom.encoder.own_code import trusted_copy
 from embedloom.errors import ConfigError, DataError
 from embedloom.instructions import CONTRACT_FILE, PromptContract
 from embedloom.retrieval.model_id import model_id
@@ -59,7 +61,7 @@ def build_application(args: ApplicationArgs, encoders: str | None = None) -> App
         ConfigError: another name of the model is its own, or stands for a task that it does not know.
         DataError: the model folder is not one, or has not passed the gate.
     """
-    folder = check_model_folder(Path(args.model_folder))
+    folder = check_model_folder(Path(args.model_folder), args.serving.trust_remote_code)
     if args.serving.require_gate:
         check_gated(folder, args.serving.verdict)
         if args.serving.compute_dtype == "int8":
@@ -91,6 +93,7 @@ def build_application(args: ApplicationArgs, encoders: str | None = None) -> App
         lineage=read_lineage(folder),
         gate=read_gate(folder, serving.verdict),
         tasks=tuple(contract.tasks or ()),
+        trust_remote_code=is_trusted(folder),
     )
     corpus = _corpus(serving, folder)
     blueprint = args.model_dump(mode="json")
@@ -108,7 +111,7 @@ def build_application(args: ApplicationArgs, encoders: str | None = None) -> App
 
 def build_encoders(args: ApplicationArgs) -> Application:
     """Bind the encoders of one model, without HTTP."""
-    folder = check_model_folder(Path(args.model_folder))
+    folder = check_model_folder(Path(args.model_folder), args.serving.trust_remote_code)
     # Of int8 every replica has weights of its own, a quarter of float32's.
     plain = args.serving.engine == "torch" and args.serving.compute_dtype != "int8"
     shared = shares_weights(args.scaling) and plain
@@ -208,8 +211,8 @@ def _replicas(scaling: ServeScaling) -> dict[str, Any]:
     }
 
 
-def check_model_folder(folder: Path) -> Path:
-    """The absolute path of a model folder.
+def check_model_folder(folder: Path, trust_remote_code: bool = False) -> Path:
+    """The absolute path of a model folder; of a model whose own code may be run, of the trusted copy.
 
     Raises:
         DataError: it is none, has no weights, a broken prompt contract, or is a foreign model that our encoder cannot
@@ -220,6 +223,8 @@ def check_model_folder(folder: Path) -> Path:
         raise DataError(f"{folder}: no config.json, so this is not a model folder")
     if not _weights_of(folder):
         raise DataError(f"{folder}: no weights (*.safetensors) in this model folder")
+    if trust_remote_code and not is_trusted(folder):
+        folder = trusted_copy(folder)
     if (folder / CONTRACT_FILE).exists():
         PromptContract.load(folder)
     else:

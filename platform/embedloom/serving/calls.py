@@ -53,6 +53,7 @@ class EndpointSettings(FrozenConfig):
     lineage: Lineage | None = None
     gate: GateVerdict | None = None
     tasks: tuple[str, ...] = ()  # names of the model's own tasks
+    trust_remote_code: bool = False  # whether code that lies beside the weights is run
 
 
 class Backend(Protocol):

@@ -15,6 +15,7 @@ from ray import serve
 
 from embedloom.config.application import ApplicationArgs
 from embedloom.config.base import validate
+from embedloom.contents import is_trusted
 from embedloom.encoder.foreign import contract_of
 from embedloom.errors import ConfigError, ServeError
 from embedloom.instructions import PromptContract
@@ -84,7 +85,12 @@ def successor(request: DeployRequest, live: ApplicationArgs, info: ModelInfo) ->
             f"--corpus: this endpoint searches {live.serving.corpus}, embedded by the model that is replaced; "
             "embed it with the new one and name the vectors"
         )
-    changes: dict[str, Any] = {"model": str(request.model_folder), "verdict": request.verdict}
+    # The live model's permission is not the new one's.
+    changes: dict[str, Any] = {
+        "model": str(request.model_folder),
+        "verdict": request.verdict,
+        "trust_remote_code": is_trusted(request.model_folder),
+    }
     if request.corpus is not None:
         changes |= {"corpus": request.corpus, "documents": request.documents}
     if request.require_gate is not None:

@@ -228,6 +228,11 @@ class ModelCard(Reply):
         default=None, description="The served name, where this is another name of it."
     )
     defaults: ModelDefaults | None = Field(default=None, description="Of such a name.")
+    trust_remote_code: bool = Field(
+        default=False,
+        exclude_if=lambda value: value is False,
+        description="Whether code that lies beside the weights computes the vectors; only where it does.",
+    )
 
 
 class ModelList(Reply):

@@ -126,6 +126,7 @@ class Routes:
             lineage=settings.lineage,
             gate=settings.gate,
             corpus=self._corpus,
+            trust_remote_code=settings.trust_remote_code,
         )
 
 
