@@ -9,6 +9,7 @@ from embedloom.planning.ledger_file import LEDGER_FILE, RunLedger, read_ledger
 from embedloom.planning.lines import prediction_lines
 from embedloom.planning.schedule import Plan, make_plan
 from embedloom.planning.training_steps import training_steps
+from embedloom.report.table import text_table
 from embedloom.run import Node, Run
 from embedloom.synthesis.prices import describe
 
@@ -29,11 +30,7 @@ def plan_table(run: Run, measured: RunLedger | None = None) -> str:
         state = "finished" if name in done else "to build"
         work = _done_work(done[name].counts) if name in done else _planned_work(run, nodes, name, known)
         rows.append((name, state, _resources(run, node.verb), work))
-    widths = [max(len(row[column]) for row in rows) for column in range(3)]
-    lines = [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, (*widths, 0), strict=True)).rstrip()
-        for row in rows
-    ]
+    lines = text_table(rows[0], rows[1:], range(4), style=None)
     head = (
         f"{run.config.run.name} on profile {run.profile_name}: {len(done)} of {len(nodes)} artefacts finished"
     )

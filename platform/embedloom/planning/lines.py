@@ -4,6 +4,7 @@ from embedloom.config.rates import Published, RatesConfig
 from embedloom.planning.estimate import Estimate
 from embedloom.planning.ledger_file import RunLedger
 from embedloom.planning.schedule import Plan
+from embedloom.report.table import text_table
 from embedloom.run import Run
 
 _IDLE_SHOWN = 3
@@ -14,7 +15,7 @@ def prediction_lines(run: Run, plan: Plan, rates: RatesConfig, calibrated: str |
     basis = f"speeds of {calibrated}" if calibrated else "speeds of the rates file"
     head = ("predicted", "rows", "tokens", "FLOPs", "bytes", "devices", "device-hours", "time", plan.currency)
     rows = [head, *(_row(plan, one) for one in plan.estimates.values())]
-    lines = [f"prediction by {basis}:", *aligned(rows), *_sums(plan)]
+    lines = [f"prediction by {basis}:", *text_table(rows[0], rows[1:], style=None), *_sums(plan)]
     lines += _training_lines(run, plan, rates)
     return [*lines, *_sources(plan)]
 
@@ -152,24 +153,12 @@ def ledger_lines(ledger: RunLedger) -> list[str]:
                 percent(counts.get("padding_share")), percent(counts.get("imbalance")), percent(counts.get("mfu")),
             )
         )  # fmt: skip
-    lines = aligned(rows)
+    lines = text_table(rows[0], rows[1:], style=None)
     if planned:
         lines.append(
             f"of what was planned: {time_text(planned)} planned, {time_text(actual)} actual, {off_by(planned, actual)}"
         )
     return lines
-
-
-def aligned(rows: list[tuple[str, ...]]) -> list[str]:
-    """Columns of equal width; the first is text, the others end on the right."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return [
-        "  ".join(
-            cell.ljust(width) if column == 0 else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]
 
 
 def count(value: object) -> str:

@@ -6,6 +6,7 @@ from importlib import resources
 from typing import Any
 
 from embedloom.report.markup import table_markup
+from embedloom.report.table import text_table
 
 _HEADER = ("variant", "seeds", "mean", "95 % interval", "less the first", "95 % interval of that")
 
@@ -35,19 +36,7 @@ def ablation_rows(result: dict[str, Any]) -> list[tuple[str, ...]]:
 
 def ablation_table(result: dict[str, Any]) -> str:
     """A Markdown table, with a line of what was measured above it."""
-    rows = [_HEADER, *ablation_rows(result)]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(_HEADER))]
-    lines = [
-        "| "
-        + " | ".join(
-            cell.ljust(width) if at == 0 else cell.rjust(width)
-            for at, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        + " |"
-        for row in rows
-    ]
-    rule = "|" + "|".join("-" * (width + 2) for width in widths) + "|"
-    return "\n".join([_measured(result), "", lines[0], rule, *lines[1:]])
+    return "\n".join([_measured(result), "", *text_table(_HEADER, ablation_rows(result))])
 
 
 def ablation_page(result: dict[str, Any]) -> str:

@@ -1,18 +1,14 @@
 """The leaderboard as a table for the terminal, a section of the report and a page of its own."""
 
-import io
 import string
 from collections.abc import Mapping, Sequence
 from html import escape
 from importlib import resources
 from typing import Any
 
-from rich import box
-from rich.console import Console
-from rich.table import Table
-
 from embedloom.report.charts import Bar, bar_chart
 from embedloom.report.markup import table_markup
+from embedloom.report.table import text_table
 
 Row = Mapping[str, Any]  # model, own, rank, votes, mean_task, mean_type, types
 _SHORT_TYPES = {
@@ -25,22 +21,14 @@ _SHORT_TYPES = {
 def leaderboard_table(rows: Sequence[Row], about: str) -> str:
     """Plain text, our own models marked; a gap in the ranks is a line of its own."""
     kinds = sorted(rows[0]["types"]) if rows else []
-    table = Table(box=box.MARKDOWN)
-    table.add_column("rank", justify="right", no_wrap=True)
-    table.add_column("model", no_wrap=True)
-    for name in ("Borda", "Mean(Task)", "Mean(Type)", *(_SHORT_TYPES.get(kind, kind) for kind in kinds)):
-        table.add_column(name, justify="right", no_wrap=True)
+    short = (_SHORT_TYPES.get(kind, kind) for kind in kinds)
+    body: list[list[str]] = []
     for before, row in zip([None, *rows[:-1]], rows, strict=True):
         if before is not None and row["rank"] > before["rank"] + _tied(rows, before):
-            table.add_row("...", *[""] * (4 + len(kinds)))
-        table.add_row(*_cells(row, kinds))
-    stream = io.StringIO()
-    console = Console(
-        file=stream, width=240, color_system=None, force_terminal=False, markup=False, emoji=False
-    )
-    console.print(table)
-    lines = [line.rstrip() for line in stream.getvalue().splitlines() if line.strip()]
-    return "\n".join([about, *lines])
+            body.append(["...", *[""] * (4 + len(kinds))])
+        body.append(_cells(row, kinds))
+    header = ["rank", "model", "Borda", "Mean(Task)", "Mean(Type)", *short]
+    return "\n".join([about, *text_table(header, body, (1,))])
 
 
 def _tied(rows: Sequence[Row], row: Row) -> int:

@@ -8,6 +8,7 @@ from typing import Any
 from embedloom.report.charts import Bar, bar_chart
 from embedloom.report.markup import number_text, table_markup
 from embedloom.report.summary import Stage
+from embedloom.report.table import text_table
 
 Cell = Mapping[str, Any]
 _NO_GENERATOR = "none (extracted)"
@@ -50,17 +51,7 @@ def synthesis_lines(details: Mapping[str, Any]) -> list[str]:
         )
         for cell in details.get("cells", [])
     ]
-    if not body:
-        return []
-    widths = [max(len(row[column]) for row in (header, *body)) for column in range(len(header))]
-    words = 3  # columns that hold no numbers
-    return [
-        "  ".join(
-            cell.ljust(width) if column < words else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in (header, *body)
-    ]
+    return text_table(header, body, (0, 1, 2), style=None) if body else []
 
 
 def _by_generator(cells: Sequence[Cell], engines: Mapping[str, Any]) -> str:

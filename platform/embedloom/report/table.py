@@ -1,14 +1,41 @@
 """The scores of a run as text for the terminal."""
 
 import io
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
-_WIDTH = 110
+_WIDTH = 10_000  # no column is cut or wrapped, in a narrow terminal's log either
+
+
+def text_table(
+    header: Sequence[str],
+    rows: Iterable[Sequence[str]],
+    words: Collection[int] = (0,),
+    style: box.Box | None = box.MARKDOWN,
+) -> list[str]:
+    """Lines of a plain table as wide as its cells.
+
+    Args:
+        header: of the columns.
+        rows: a cell a column each.
+        words: columns that begin at the left; the others hold numbers, which end at the right.
+        style: None: columns with two blanks between them.
+    """
+    padding = (0, 1) if style else (0, 2, 0, 0)
+    table = Table(box=style, padding=padding, pad_edge=bool(style))
+    for number, name in enumerate(header):
+        table.add_column(name, justify="left" if number in words else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    stream = io.StringIO()
+    Console(
+        file=stream, width=_WIDTH, color_system=None, force_terminal=False, markup=False, emoji=False
+    ).print(table)
+    return [line.rstrip() for line in stream.getvalue().splitlines() if line.strip()]
 
 
 def score_rows(scores: dict[str, Any]) -> list[tuple[str, str, dict[str, float]]]:
@@ -67,27 +94,16 @@ def summary_table(summary: dict[str, Any]) -> str:
     if not rows:
         return "no scores yet: the evaluation has not finished"
     tasks = task_names(summary["scores"])
-    table = Table(box=box.MARKDOWN)
-    table.add_column("model", no_wrap=True)
-    table.add_column("kind", no_wrap=True)
-    for task in tasks:
-        table.add_column(task, justify="right", no_wrap=True)
     single = len(tasks) == 1  # an interval beside each of many scores would hide the scores
-    if single:
-        table.add_column("95 % interval", justify="right", no_wrap=True)
+    header = ["model", "kind", *tasks, *(["95 % interval"] if single else [])]
+    body = []
     for label, kind, by_task in rows:
         cells = [f"{by_task[task]:.5f}" if task in by_task else "-" for task in tasks]
         name = "teacher" if label.startswith("teacher ") and kind == "baseline" else label
-        table.add_row(
-            label, kind, *cells, *([interval_text(summary["scores"], name, tasks[0])] if single else [])
+        body.append(
+            [label, kind, *cells, *([interval_text(summary["scores"], name, tasks[0])] if single else [])]
         )
-    stream = io.StringIO()
-    # Wide enough for every task, so that no column is cut in a narrow terminal's log.
-    width = max(_WIDTH, 40 + sum(len(task) + 3 for task in tasks))
-    Console(
-        file=stream, width=width, color_system=None, force_terminal=False, markup=False, emoji=False
-    ).print(table)
-    lines = [line.rstrip() for line in stream.getvalue().splitlines() if line.strip()]
+    lines = text_table(header, body, (0, 1))
     lines += _prompt_lines(summary["scores"].get("prompts", {}))
     gate = summary.get("gate", {})
     if "checks" in gate:
