@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import fsspec
 import pyarrow as pa
@@ -182,22 +182,16 @@ class Place:
         Raises:
             DataError: missing or not readable as Parquet.
         """
-        filesystem, path = self._resolve(name)
-        try:
-            with filesystem.open(path, "rb") as stream:
-                return pq.read_table(stream, columns=columns)
-        except FileNotFoundError as error:
-            raise DataError(f"{self.uri}/{name}: no such file") from error
-        except (pa.ArrowInvalid, OSError) as error:
-            raise DataError(f"{self.uri}/{name}: not readable as Parquet: {one_line(error)}") from error
+        with self._parquet(name) as stream:
+            return pq.read_table(stream, columns=columns)
 
     @contextmanager
-    def _parquet(self, name: str) -> Iterator[pq.ParquetFile]:
+    def _parquet(self, name: str) -> Iterator[IO[bytes]]:
         """An open Parquet file; what goes wrong with it becomes a DataError naming it."""
         filesystem, path = self._resolve(name)
         try:
             with filesystem.open(path, "rb") as stream:
-                yield pq.ParquetFile(stream)
+                yield stream
         except FileNotFoundError as error:
             raise DataError(f"{self.uri}/{name}: no such file") from error
         except (pa.ArrowInvalid, OSError) as error:
@@ -209,7 +203,8 @@ class Place:
         Raises:
             DataError: missing or not readable as Parquet.
         """
-        with self._parquet(name) as file:
+        with self._parquet(name) as stream:
+            file = pq.ParquetFile(stream)
             return file.schema_arrow, int(file.metadata.num_rows)
 
     def iter_tables(self, name: str, columns: list[str], rows: int) -> Iterator[pa.Table]:
@@ -218,8 +213,8 @@ class Place:
         Raises:
             DataError: missing or not readable as Parquet.
         """
-        with self._parquet(name) as file:
-            for batch in file.iter_batches(batch_size=rows, columns=columns):
+        with self._parquet(name) as stream:
+            for batch in pq.ParquetFile(stream).iter_batches(batch_size=rows, columns=columns):
                 yield pa.Table.from_batches([batch])
 
     def read_rows(self, name: str, start: int, stop: int, columns: list[str]) -> pa.Table:
@@ -228,7 +223,8 @@ class Place:
         Raises:
             DataError: missing, not readable as Parquet, or with fewer rows.
         """
-        with self._parquet(name) as file:
+        with self._parquet(name) as stream:
+            file = pq.ParquetFile(stream)
             end, groups, skipped = 0, [], 0
             for group in range(file.metadata.num_row_groups):
                 first, end = end, end + file.metadata.row_group(group).num_rows
