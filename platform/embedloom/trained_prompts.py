@@ -10,6 +10,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+import yaml
+
 from embedloom.errors import DataError
 from embedloom.instructions import USUAL_TASK, NamedTask, PromptContract
 from embedloom.records import TASK_TYPES
@@ -310,6 +312,26 @@ def reader_prompts(contract: PromptContract) -> dict[str, str]:
         if before not in ("", prompts[task]):
             prompts[f"{task}-document"] = before
     return prompts
+
+
+def hub_card(header: Mapping[str, Any], lines: Sequence[str], tags: Sequence[str] = ()) -> str:
+    """A model card: the YAML header that the Hub reads, and Markdown.
+
+    Written here and not by ``huggingface_hub.ModelCard``, which orders the header's keys its own way: cards of before
+    would change.
+
+    Args:
+        header: what it states beside what all our models have in common.
+        lines: the Markdown.
+        tags: further ones.
+    """
+    common = {
+        "library_name": "sentence-transformers",
+        "pipeline_tag": "sentence-similarity",
+        "tags": ["sentence-transformers", "feature-extraction", "sentence-similarity", *tags, "embedloom"],
+    }
+    stated = yaml.safe_dump({**common, **header}, sort_keys=False).strip()
+    return "\n".join(["---", stated, "---", "", *lines]) + "\n"
 
 
 def prompt_lines(contract: PromptContract) -> list[str]:

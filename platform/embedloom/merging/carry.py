@@ -4,8 +4,6 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import yaml
-
 from embedloom.artefacts import BUILDING_FILE, MANIFEST_FILE
 from embedloom.encoder.readers import Verdict, reader_lines
 from embedloom.errors import DataError
@@ -14,7 +12,7 @@ from embedloom.merging.checks import CONFIG_FILE, PROMPTS_FILE
 from embedloom.merging.origin import CARD_FILE, card_header, stated_base
 from embedloom.merging.plan import MergePlan
 from embedloom.storage import Place
-from embedloom.trained_prompts import merged_contract, prompt_lines, reader_prompts
+from embedloom.trained_prompts import hub_card, merged_contract, prompt_lines, reader_prompts
 
 LINEAGE_FILE = "lineage.json"
 SEARCH_FILE = "search.json"
@@ -146,9 +144,6 @@ def model_card(
         (h["base_model"] for h in headers if isinstance(h.get("base_model"), str)), None
     )
     header: dict[str, Any] = {
-        "library_name": "sentence-transformers",
-        "pipeline_tag": "sentence-similarity",
-        "tags": ["sentence-transformers", "feature-extraction", "sentence-similarity", "merge", "embedloom"],
         "base_model": stated if stated is not None else list(plan.models),
         "base_model_relation": "merge" if stated is None else "finetune",
     }
@@ -167,13 +162,13 @@ def model_card(
         if lineage.get(key)
     ]
     lines = [
-        "---", yaml.safe_dump(header, sort_keys=False).strip(), "---", "", "# Merged embedding model", "",
+        "# Merged embedding model", "",
         f"{len(rows)} models, method {plan.config.method}{f' ({paper})' if paper else ''}, summed in float32, written "
         f"in {plan.config.dtype}.", "", "| model | weight | fingerprint |", "|---|---|---|", *rows, "", *settings,
         "", *([] if contract is None else ["## Prompts", "", *prompt_lines(contract), ""]), f"Prompts, pooling and lengths are in `{CONTRACT_FILE}`; the sources by fingerprint in `{LINEAGE_FILE}`.",
         *(["", *reader_lines(readers)] if readers else []),
     ]  # fmt: skip
-    return "\n".join(lines) + "\n"
+    return hub_card(header, lines, ["merge"])
 
 
 def merged_data_card(plan: MergePlan) -> str | None:

@@ -9,15 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from embedloom.artefacts import MANIFEST_FILE, Artefact
 from embedloom.config.training import Candidate, TrainingConfig, TrainingStage
 from embedloom.config.training_data import TrainingSource
 from embedloom.encoder.readers import Verdict, reader_lines
 from embedloom.instructions import CONTRACT_FILE, PromptContract
 from embedloom.storage import Place
-from embedloom.trained_prompts import MAX_TASKS, TrainedPrompt, prompt_lines, trained_contract
+from embedloom.trained_prompts import MAX_TASKS, TrainedPrompt, hub_card, prompt_lines, trained_contract
 from embedloom.training.prepared import Prepared
 
 MODEL_CARD = "README.md"
@@ -105,16 +103,13 @@ def model_card(lineage: Lineage, contract: PromptContract | None = None) -> str:
     """``README.md``: the header the Hub reads, then base, stages, losses, steps, dev scores and prompts."""
     sources = [source for stage in lineage.stages for source in stage["sources"]]
     header: dict[str, Any] = {
-        "library_name": "sentence-transformers",
-        "pipeline_tag": "sentence-similarity",
-        "tags": ["sentence-transformers", "feature-extraction", "sentence-similarity", "embedloom"],
         "base_model": lineage.base,
         "base_model_relation": "finetune",
     }
     datasets = sorted({_HUB_DATASETS[s["format"]] for s in sources if s["format"] in _HUB_DATASETS})
     if datasets:
         header["datasets"] = datasets
-    lines = ["---", yaml.safe_dump(header, sort_keys=False).strip(), "---", "", "# Text embedding model", ""]
+    lines = ["# Text embedding model", ""]
     lines += [f"Trained from {lineage.base} in {len(lineage.stages)} contrastive stage(s).", ""]
     for stage in lineage.stages:
         lines += _stage_lines(stage)
@@ -123,7 +118,7 @@ def model_card(lineage: Lineage, contract: PromptContract | None = None) -> str:
     lines += [
         f"Prompts, pooling and lengths are in `{CONTRACT_FILE}`; what it was trained on is in `{DATA_CARD}`.",
     ]
-    return "\n".join(lines) + "\n"
+    return hub_card(header, lines)
 
 
 def _unnamed(contract: PromptContract) -> list[str]:
