@@ -33,10 +33,10 @@ import fakes_bases as bases  # noqa: E402
 import fakes_foreign as foreign  # noqa: E402
 from embedloom.config.model import EncoderConfig  # noqa: E402
 from embedloom.encoder.export import prepare_base  # noqa: E402
-from embedloom.encoder.foreign import beyond_encoder  # noqa: E402
 from embedloom.encoder.model import Encoder  # noqa: E402
 from embedloom.encoder.parity import check_export, embed_golden, save_golden  # noqa: E402
 from embedloom.encoder.readers import reader_verdicts  # noqa: E402
+from embedloom.encoder.registry import open_model  # noqa: E402
 from embedloom.errors import EmbedloomError  # noqa: E402
 from embedloom.retrieval.sentence_teacher import SentenceEncoder  # noqa: E402
 
@@ -65,7 +65,7 @@ def layout_rows(scratch: Path, wanted: Callable[[str], bool]) -> Iterator[Cells]
 
 
 def _layout_cells(folder: Path) -> Cells:
-    reason = beyond_encoder(folder)
+    reason = open_model(folder).beyond
     opened = (lambda path: SentenceEncoder(path, "float32")) if reason else foreign.open_ours
     by = "sentence-transformers (evaluation, mining); elsewhere refused" if reason else "our encoder"
     return by, f"{foreign.lowest_cosines(folder, opened):.6f}"

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from embedloom.cli import app
 from embedloom.errors import ConfigError, DataError
-from embedloom.verdict import check_gated
+from embedloom.model_folder import ModelFolder
 from fakes_run import make_run
 
 CLUSTER = str(Path(__file__).parent.parent / "cluster" / "cluster.yaml")
@@ -54,7 +54,7 @@ def test_gate_passes_one_model_refuses_the_other_and_stores_both_verdicts(ray_lo
     lines = passed.stdout.splitlines()
     assert lines[-1] == f"{good}/gate.json"
     assert lines[0].endswith("PASSED")
-    check_gated(good)
+    ModelFolder(good).check_gated()
 
     refused = call("gate", bad, "--against", good, *common)
     assert refused.exit_code == 1
@@ -62,7 +62,7 @@ def test_gate_passes_one_model_refuses_the_other_and_stores_both_verdicts(ray_lo
     verdict = json.loads((bad / "gate.json").read_text())
     assert verdict["verdict"] == "refused" and set(verdict["tasks"]) == {"codes"}
     with pytest.raises(DataError, match="the gate refused this model"):
-        check_gated(bad)
+        ModelFolder(bad).check_gated()
 
     board = call("leaderboard", tmp_path / "out", "--html", tmp_path / "board.html")
     assert board.exit_code == 0, board.output

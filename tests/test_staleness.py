@@ -11,15 +11,14 @@ from safetensors.torch import load_file, save_file
 
 from embedloom import contents
 from embedloom.artefacts import fingerprint
-from embedloom.contents import changes, contents_of, model_contents, path_contents
+from embedloom.contents import changes, contents_of, path_contents
 from embedloom.encoder import registry
 from embedloom.encoder.registry import PackagedModel, hub_revision, local_contents
 from embedloom.launch import execute, load
 from embedloom.lineage.state import states
+from embedloom.model_folder import ModelFolder
 from embedloom.pipeline import build_nodes, fingerprints, finished, graph, missing, writer_for
-from embedloom.retrieval.fingerprints import folder_fingerprint
 from embedloom.retrieval.inputs import input_state
-from embedloom.retrieval.model_id import model_id
 from fakes_mining import make_tiny_cross_encoder
 
 ROOT = Path(__file__).parent.parent
@@ -325,8 +324,11 @@ def test_a_middle_layer_tells_two_models_apart(tmp_path, tiny_model):
         os.utime(tmp_path / name / "model/model.safetensors", ns=(OLD, OLD))
     left, right = tmp_path / "a/model", tmp_path / "b/model"
     assert (left / "model.safetensors").stat().st_size == (right / "model.safetensors").stat().st_size
-    assert folder_fingerprint(left) != folder_fingerprint(right) and model_id(left) != model_id(right)
-    identity = folder_fingerprint(left), model_id(left)
+    assert (
+        ModelFolder(left).fingerprint != ModelFolder(right).fingerprint
+        and ModelFolder(left).id != ModelFolder(right).id
+    )
+    identity = ModelFolder(left).fingerprint, ModelFolder(left).id
     for name in (
         "gate.json",
         "int8.json",
@@ -334,7 +336,7 @@ def test_a_middle_layer_tells_two_models_apart(tmp_path, tiny_model):
         "README.md",
     ):  # what others write beside the weights
         (left / name).write_text("{}")
-    assert (folder_fingerprint(left), model_id(left)) == identity
+    assert (ModelFolder(left).fingerprint, ModelFolder(left).id) == identity
 
 
 @pytest.fixture
@@ -355,11 +357,11 @@ def test_files_are_read_once_until_they_change(tmp_path, read, tiny_model, monke
     shutil.copytree(tiny_model, tmp_path / "model")
     for path in (tmp_path / "model").rglob("*"):
         os.utime(path, ns=(OLD, OLD))
-    first = model_contents(tmp_path / "model")
+    first = ModelFolder(tmp_path / "model").contents
     assert read and set(read) == {Path(name).name for name in first}
-    assert model_contents(tmp_path / "model") == first and len(read) == len(first)
+    assert ModelFolder(tmp_path / "model").contents == first and len(read) == len(first)
     edit(tmp_path / "model/model.safetensors")
-    assert changes(first, model_contents(tmp_path / "model")) == ["model.safetensors"]
+    assert changes(first, ModelFolder(tmp_path / "model").contents) == ["model.safetensors"]
     assert len(read) == len(first) + 1
 
 
@@ -404,7 +406,7 @@ def test_a_registry_name_is_its_content(tmp_path, monkeypatch):
     write_lines(package / "model/config.json", [{"hidden": 1}])
     (package / "__init__.py").write_text("")
     monkeypatch.syspath_prepend(tmp_path)
-    held = contents.digest(model_contents(package / "model"))
+    held = contents.digest(ModelFolder(package / "model").contents)
     monkeypatch.setitem(registry.REGISTRY, "toy", PackagedModel("toy_models", "toy", "model", held))
     assert local_contents("toy") is None
     write_lines(package / "model/config.json", [{"hidden": 2}])

@@ -26,15 +26,6 @@ _HEX_DIGITS = 32
 _RACY_NANOSECONDS = 2 * 10**9
 _WORTH_SAYING_BYTES = 2**30
 _READERS = 4
-_MODEL_ENDINGS = (".json", ".safetensors", ".txt", ".model", ".jinja")
-_OLD_WEIGHTS = (".bin",)  # read only where there are no safetensors
-# Written beside weights by whoever judged, trained or merged them: they change nothing that is computed.
-_NOT_READ = {"manifest.json", "_building.json", "gate.json", "int8.json", "lineage.json", "search.json"}
-_OTHER_ENGINES = ("onnx", "openvino")
-_TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.txt",
-    "vocab.json", "merges.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "config.json",
-)  # fmt: skip
 
 
 def cache_folder() -> Path:
@@ -74,24 +65,6 @@ def path_contents(path: str) -> Contents:
     return contents_of(named_below(path, files_at(path)))
 
 
-def model_contents(folder: Path, code: bool | None = None) -> Contents:
-    """What a model folder holds: hashes of the files that models are read from, weights and tokenizer among them.
-
-    Args:
-        folder: of the model.
-        code: whether the code in it is run, and so counts; None: where the folder is a trusted one.
-
-    Raises:
-        DataError: a file that cannot be read.
-    """
-    return contents_of(_model_files(folder, is_trusted(folder) if code is None else code))
-
-
-def tokenizer_contents(folder: Path) -> Contents:
-    """The same of the files that decide how texts are cut into tokens."""
-    return contents_of({name: path for name in _TOKENIZER_FILES if (path := folder / name).is_file()})
-
-
 def digest(contents: Mapping[str, str]) -> str:
     """One hash of all, for fingerprints."""
     text = json.dumps(dict(contents), sort_keys=True, separators=(",", ":"))
@@ -107,24 +80,6 @@ def changes(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
                 name + ("" if name in before and name in now else " (new)" if name in now else " (gone)")
             )
     return found
-
-
-def _model_files(folder: Path, code: bool) -> dict[str, Path]:
-    endings = (*_MODEL_ENDINGS, ".py") if code else _MODEL_ENDINGS
-    paths = {path.relative_to(folder): path for path in sorted(folder.rglob("*")) if path.is_file()}
-    read = {
-        name: path
-        for name, path in paths.items()
-        if not any(part.startswith((".", "_")) for part in name.parts)
-        and name.parts[0] not in _OTHER_ENGINES
-        and name.name not in _NOT_READ
-    }
-    safe = {name.parent for name in read if name.suffix == ".safetensors"}
-    return {
-        name.as_posix(): path
-        for name, path in read.items()
-        if name.suffix in endings or (name.suffix in _OLD_WEIGHTS and name.parent not in safe)
-    }
 
 
 def _hashes_in(folder: Path, paths: Iterable[Path]) -> dict[Path, str]:

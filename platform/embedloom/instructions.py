@@ -1,8 +1,10 @@
-"""The prompt contract: the only place where a query or a document becomes model text.
+"""The only place where a query, a document or a label becomes model text.
 
 Every stage that embeds a text (mine, train, evaluate, embed, serve) asks the contract of the model it
 uses, so a prefix, a BOS token or a length limit cannot drift between training and serving. The contract
-lies beside the weights as ``contract.json``; its hash is stamped on vectors, candidates and the endpoint.
+lies beside the weights as ``contract.json``; its hash is stamped on vectors, candidates and the endpoint. A
+foreign teacher or cross-encoder has ``Templates`` instead. Which texts carry an instruction is decided by
+``is_instructed`` and ``opposite_task_type`` for both.
 
 The defaults follow llama-embed-nemotron-8b (arXiv 2511.07025 §2): ``Instruct: {task}\\nQuery: {text}`` on
 queries, bare documents, and both sides instructed for symmetric tasks.
@@ -11,8 +13,10 @@ queries, bare documents, and both sides instructed for symmetric tasks.
 import hashlib
 import json
 import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -50,10 +54,26 @@ SYMMETRIC_TASK_TYPES = (
     "pair_classification",
     "bitext",
 )
-
-
+# In these a text stands opposite the name of a class.
+LABEL_TASK_TYPES = ("classification", "multilabel_classification")
 # What a request that names no task is taken for, unless the contract says otherwise.
 USUAL_TASK = "retrieval"
+
+
+def is_instructed(
+    side: Side, task_type: str, symmetric_task_types: Collection[str] = SYMMETRIC_TASK_TYPES
+) -> bool:
+    """Whether texts of a side carry the instruction: queries, and documents that play the same part as queries."""
+    return side == "query" or task_type in symmetric_task_types
+
+
+def opposite_task_type(task_type: str) -> str:
+    """The task type by which the documents of a pair become model text.
+
+    In classification that is not its own: a text to classify carries the instruction on either side, but what stands
+    opposite it in a pair is a label, and bare as a passage is (arXiv 2511.07025 §3.1).
+    """
+    return USUAL_TASK if task_type in LABEL_TASK_TYPES else task_type
 
 
 class NamedTask(BaseModel):
@@ -212,7 +232,8 @@ class PromptContract(BaseModel):
         )
         if stated is not None:
             return stated or None
-        return self.instruction_for(task, instruction) if kind in self.symmetric_task_types else None
+        instructed = is_instructed(side, kind, self.symmetric_task_types)
+        return self.instruction_for(task, instruction) if instructed else None
 
     def format(self, text: str, side: Side, task: str | None = None, instruction: str | None = None) -> str:
         """Model text of one query or document.
@@ -237,6 +258,28 @@ class PromptContract(BaseModel):
             return text
         values = {"task": prompt, "text": text}
         return _PLACEHOLDER.sub(lambda match: values[match.group(1)], self.template)
+
+    def format_opposite(self, text: str, task_type: str, instruction: str | None, stated: str | None) -> str:
+        """Model text of what stands opposite a query in a pair; arguments and errors as of ``opposite_prompt``."""
+        prompt = self.opposite_prompt(task_type, instruction, stated)
+        return self.format(text, "query", task_type, prompt) if prompt else text
+
+    def opposite_prompt(self, task_type: str, instruction: str | None, stated: str | None) -> str | None:
+        """The instruction before a passage, a label or a text that stands opposite a query in a pair; None: it is bare.
+
+        Args:
+            task_type: of the pair.
+            instruction: of its query; None: the contract's own.
+            stated: what the pair says of its documents: an instruction; None: they are bare; "": nothing.
+
+        Raises:
+            DataError: unknown task type.
+        """
+        if stated:
+            return stated
+        if stated is None or opposite_task_type(task_type) != task_type:
+            return None
+        return self.prompt("document", task_type, instruction)
 
     def _stated_template(self, side: Side, kind: str) -> str | None:
         """A foreign model's own template for documents or for texts that play the same part, where it has one."""
@@ -291,6 +334,56 @@ class PromptContract(BaseModel):
                 f"{where}: hash is {stated_hash}, its fields hash to {contract.hash}; it was edited by hand"
             )
         return contract
+
+
+@dataclass(frozen=True, slots=True)
+class Templates:
+    """What stands around a text before a foreign teacher or cross-encoder reads it.
+
+    Templates of queries and documents with ``{text}`` once and, optionally, ``{instruction}``.
+
+    In symmetric task types (STS, classification, ...) both texts play the same part, so documents take the query
+    template too, as E5, e5-mistral and Qwen3-Embedding ask for in their model cards; both take ``symmetric`` where that
+    is stated.
+    """
+
+    query: str = PLAIN_TEMPLATE
+    document: str = PLAIN_TEMPLATE
+    instructions: Mapping[str, str] = field(default_factory=lambda: dict(DEFAULT_INSTRUCTIONS))
+    symmetric_task_types: tuple[str, ...] = SYMMETRIC_TASK_TYPES
+    symmetric: str | None = None
+
+    def around(self, side: Side, task_type: str, instruction: str | None) -> tuple[str, str]:
+        """What stands before and after the text.
+
+        Args:
+            side: whether it is a query or a document.
+            task_type: decides the default instruction, and whether a document is written as a query.
+            instruction: None or empty for the default of the task type.
+
+        Raises:
+            DataError: no instruction, and none known for the task type.
+        """
+        template = self.query if is_instructed(side, task_type, self.symmetric_task_types) else self.document
+        if self.symmetric is not None and task_type in self.symmetric_task_types:
+            template = self.symmetric
+        before, _, after = template.partition("{text}")
+        if "{instruction}" not in before + after:
+            return before, after
+        if not instruction and task_type not in self.instructions:
+            raise DataError(f"task_type: {task_type!r} is unknown; allowed: {sorted(self.instructions)}")
+        own = instruction or self.instructions[task_type]
+        return before.replace("{instruction}", own), after.replace("{instruction}", own)
+
+    def facts(self) -> dict[str, Any]:
+        """Everything that shapes a text, for a contract hash."""
+        return {
+            "query": self.query,
+            "document": self.document,
+            "instructions": dict(self.instructions),
+            "symmetric_task_types": list(self.symmetric_task_types),
+            **({} if self.symmetric is None else {"symmetric": self.symmetric}),
+        }
 
 
 def document_text(title: str | None, text: str) -> str:

@@ -13,13 +13,14 @@ from embedloom.config.shipped import cluster_file, config_file
 from embedloom.config.training import TrainingConfig
 from embedloom.encoder.registry import check_model_name
 from embedloom.errors import ConfigError, MissingDependency
-from embedloom.pipeline import build_missing, graph, missing, model_folder
+from embedloom.model_folder import ModelFolder
+from embedloom.pipeline import build_missing, graph, missing
 from embedloom.progress import note
 from embedloom.run import Run
 from embedloom.run_file import open_run, write_run_file
 from embedloom.storage import Place
 from embedloom.synthesis.pools import waves
-from embedloom.verdict import INT8_FILE, keeps_verdict, read_int8_verdict
+from embedloom.verdict import INT8_FILE
 
 _NEEDS = {
     "mine": (("faiss", "cpu"),),
@@ -191,7 +192,7 @@ def served_model(run: Run) -> tuple[Path, str]:
     }
     if name in folders:
         artefact = Artefact.open(run.place.child(folders[name]), "model")
-        return model_folder(artefact), artefact.fingerprint
+        return artefact.place.local, artefact.fingerprint
     check_model_name(name, "serving.model")
     folder = Path(name)
     if config.serving.trust_remote_code:
@@ -231,7 +232,8 @@ def serve_run(run: Run, questions: list[str], dry_run: bool, task: str | None = 
 def _judge_int8(run: Run, model: Path) -> None:
     """Have ``int8.json`` beside the weights, measured on the run's held-out queries; ``check_int8`` decides by it."""
     # Into a foreign model's folder nothing is written; `check_int8` says how to go on.
-    if not keeps_verdict(model) or read_int8_verdict(model) is not None:
+    folder = ModelFolder(model)
+    if not folder.keeps_verdict or folder.int8_verdict is not None:
         return
     from embedloom.evaluation.int8_check import measure_int8
 

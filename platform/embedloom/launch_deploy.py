@@ -3,10 +3,9 @@
 import os
 from dataclasses import dataclass
 
-from embedloom.artefacts import MANIFEST_FILE
 from embedloom.cluster.config import ClusterConfig
 from embedloom.config.base import apply_overrides, validate
-from embedloom.encoder.registry import check_model_name
+from embedloom.encoder.registry import check_model_name, open_model, resolve_model
 from embedloom.errors import ConfigError
 from embedloom.serving.trial import TrialRules
 
@@ -70,18 +69,16 @@ def deploy_model(
     if dry_run:
         return f"would deploy {command.model} into {url}, on {how}\n{url}", 0
     from embedloom.cluster.session import ray_session
-    from embedloom.encoder.registry import resolve_model
-    from embedloom.retrieval.model_id import model_id
 
-    folder = resolve_model(command.model, command.trust_remote_code)
+    model = open_model(resolve_model(command.model, command.trust_remote_code))
     with ray_session(machine, cluster.auth):
         # Imports Ray, which reads how to authenticate on its first import: the session has said it by now.
         from embedloom.serving.deploy import DeployRequest, deploy
 
         # A model that a run trained has a gate to pass, whatever the endpoint was started with.
-        own = True if (folder / MANIFEST_FILE).is_file() or command.verdict is not None else None
+        own = True if model.is_artefact or command.verdict is not None else None
         request = DeployRequest(
-            folder, model_id(folder), command.rules, command.corpus, command.documents, command.share, command.shadow,
+            model, command.rules, command.corpus, command.documents, command.share, command.shadow,
             command.new_vectors, command.stay, own if command.require_gate is None else command.require_gate,
             command.verdict,
         )  # fmt: skip

@@ -10,10 +10,9 @@ from embedloom.config.base import apply_overrides, validate
 from embedloom.config.resources import PoolConfig, StageResources
 from embedloom.config.shipped import SHIPPED_CLUSTER, cluster_file
 from embedloom.config.use import EmbeddingConfig
-from embedloom.encoder.registry import check_model_name
+from embedloom.encoder.registry import check_model_name, open_model, resolve_model
 from embedloom.progress import duration, note
 from embedloom.retrieval.inputs import input_state
-from embedloom.retrieval.model_id import model_id
 from embedloom.retrieval.previous import set_aside
 from embedloom.storage import Place
 
@@ -72,12 +71,9 @@ def embed_texts(
     if dry_run:
         pool = machine.stages.embedding
         return f"would embed {corpus} with {config.model} as {config.dtype}, up to {pool.max_actors} actors x {pool.cpus:g} CPU\n{place.uri}"
-    from embedloom.encoder.registry import resolve_model
-
-    folder = resolve_model(config.model, config.trust_remote_code)
-    name = model_id(folder)
+    model = open_model(resolve_model(config.model, config.trust_remote_code))
     settings = config.model_dump(mode="json", exclude={"previous", "corpus", "model"})
-    inputs = {"corpus": fingerprint(states), "model": name}
+    inputs = {"corpus": fingerprint(states), "model": model.id}
     wanted = fingerprint("vectors", fingerprint(settings), inputs)
     finished = Artefact.find(place, wanted)
     if finished is not None:
@@ -92,7 +88,7 @@ def embed_texts(
         # Imports Ray, which reads how to authenticate on its first import: the session has said it by now.
         from embedloom.retrieval.corpora import embed_artefact
 
-        done = embed_artefact(config, corpus, folder, name, machine.stages.embedding, writer)
+        done = embed_artefact(config, corpus, model, machine.stages.embedding, writer)
     counts = ", ".join(f"{key} {value}" for key, value in done.counts.items())
     note("embed", f"done in {duration(done.manifest['seconds'])}: {counts}")
     return place.uri

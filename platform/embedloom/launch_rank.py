@@ -15,6 +15,7 @@ from embedloom.encoder.registry import check_model_name
 from embedloom.errors import ConfigError, DataError
 from embedloom.judging import VERDICT_FILE
 from embedloom.launch import execute
+from embedloom.model_folder import ModelFolder
 from embedloom.run import Run
 from embedloom.storage import Place
 from embedloom.verdict import REFUSED
@@ -101,19 +102,18 @@ def gate_models(
         return f"would judge {request.candidate} against {request.against} on {tasks}\n{request.out}", 0
     from embedloom.encoder.registry import resolve_model
 
-    trust = request.trust_remote_code
-    folders = [resolve_model(request.candidate, trust), resolve_model(request.against, trust)]
+    names, trust = (request.candidate, request.against), request.trust_remote_code
+    models = [ModelFolder(resolve_model(name, trust)) for name in names]
     machine = cluster.profile(profile)
     from embedloom.cluster.session import ray_session
 
     with ray_session(machine, cluster.auth):
         # Imports Ray, which reads how to authenticate on its first import: the session has said it by now.
         from embedloom.evaluation.gate_stage import Contender, judge, store_verdict, verdict_text
-        from embedloom.evaluation.scorers import model_revision
         from embedloom.evaluation.stage import score_models
 
         candidate, current = (
-            Contender(f"{folder.name}-{model_revision(folder)}", folder) for folder in folders
+            Contender(f"{model.path.name}-{model.revision}", model.path) for model in models
         )
         if candidate.name == current.name:
             raise DataError(
@@ -122,9 +122,9 @@ def gate_models(
         place = Place(request.out)
         dtype = "auto" if run is None else run.config.encoder.dtype
         workers = machine.stages.evaluation
-        models = {contender.name: contender.folder for contender in (candidate, current)}
+        folders = {contender.name: contender.folder for contender in (candidate, current)}
         score_models(
-            sections.evaluation, _corpus(run), models, None, workers, place, dtype, place.child("_vectors")
+            sections.evaluation, _corpus(run), folders, None, workers, place, dtype, place.child("_vectors")
         )
         verdict = judge(sections.gate, place, (candidate, current), sections.evaluation.pool, workers, dtype)
     if trusted := [model.name for model in (candidate, current) if is_trusted(model.folder)]:

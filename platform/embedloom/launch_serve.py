@@ -3,11 +3,11 @@
 from pathlib import Path
 from typing import Any
 
-from embedloom.artefacts import MANIFEST_FILE
 from embedloom.cluster.config import ClusterConfig
 from embedloom.config.base import apply_overrides, validate
 from embedloom.config.serving import ServingConfig
-from embedloom.encoder.registry import check_model_name
+from embedloom.encoder.registry import check_model_name, open_model, resolve_model
+from embedloom.model_folder import ModelFolder
 from embedloom.progress import note
 
 
@@ -26,13 +26,13 @@ def serving_config(given: dict[str, Any], overrides: list[str]) -> ServingConfig
     return validate(ServingConfig, apply_overrides(content, items), "serve")
 
 
-def gate_rule(config: ServingConfig, folder: Path) -> ServingConfig:
+def gate_rule(config: ServingConfig, model: ModelFolder) -> ServingConfig:
     """Whether this model must have passed the gate: what the user says, else only a model that a run trained.
 
     A foreign model named by hand has no run that could have judged it.
     """
     stated = {"require_gate", "verdict"} & config.model_fields_set
-    if stated or (folder / MANIFEST_FILE).is_file():
+    if stated or model.is_artefact:
         return config
     note(
         "serve",
@@ -55,11 +55,8 @@ def serve_model(config: ServingConfig, cluster: ClusterConfig, profile: str, dry
     if dry_run:
         corpus = f" and search {config.corpus}" if config.corpus else ""
         return f"would serve {config.model} as {name!r}{corpus} at {url}\n{url}"
-    from embedloom.encoder.registry import resolve_model
-    from embedloom.retrieval.model_id import model_id
-
-    folder = resolve_model(config.model, config.trust_remote_code)
-    config = gate_rule(config, folder)
+    model = open_model(resolve_model(config.model, config.trust_remote_code))
+    config = gate_rule(config, model)
     from embedloom.cluster.session import ray_session
 
     with ray_session(machine, cluster.auth) as own_ray:
@@ -67,7 +64,7 @@ def serve_model(config: ServingConfig, cluster: ClusterConfig, profile: str, dry
         from embedloom.serving.stage import start_endpoint
 
         with start_endpoint(
-            config, folder, model_id(folder), name, machine.serve, config.compute_dtype, own_ray
+            config, model.path, model.id, name, machine.serve, config.compute_dtype, own_ray
         ) as endpoint:
             note("serve", f"{name} answers at {endpoint.url}/v1; the page is at {endpoint.url}/")
             endpoint.wait()

@@ -8,8 +8,7 @@ missing is known before anything runs. Stage modules are imported when their nod
 Ray and vLLM, and ``plan`` answers without.
 """
 
-from collections.abc import Collection, Iterable, Mapping
-from pathlib import Path
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from embedloom import merge_build, train_build
@@ -17,11 +16,18 @@ from embedloom.artefacts import MANIFEST_FILE, Artefact, ArtefactWriter, fingerp
 from embedloom.config.run import RunConfig
 from embedloom.contents import Contents, digest
 from embedloom.corpus.state import source_contents, source_settings, source_state
-from embedloom.encoder.registry import hub_revisions, local_contents, model_key
+from embedloom.encoder.registry import (
+    hub_revisions,
+    local_contents,
+    model_key,
+    models_here,
+    open_model,
+    resolve_model,
+)
 from embedloom.errors import DataError
 from embedloom.judging import build_evaluation, build_gate, evaluation_node
 from embedloom.progress import duration, note, stage_log
-from embedloom.retrieval.model_id import embedding_reads, embedding_state, model_id, rescoring_state
+from embedloom.retrieval.inputs import embedding_node
 from embedloom.retrieval.previous import set_aside
 from embedloom.run import Inputs, Node, Run
 from embedloom.staleness import moved_models, origin_of, stale_reasons
@@ -43,17 +49,19 @@ def graph(run: Run) -> dict[str, Node]:
     pairs = tuple(node.name for node in nodes if node.name in ("corpus", "synthesis"))
     found = config.mining.model_dump(mode="json", exclude={"selection", "rescoring", "audit", "memory_gib"})
     opened = tuple(teacher.model for teacher in config.mining.teachers if teacher.engine != "openai")
-    held = _hold(opened, {teacher.model for teacher in config.mining.teachers if teacher.trust_remote_code})
+    trusted = {teacher.model for teacher in config.mining.teachers if teacher.trust_remote_code}
+    held = models_here(opened, trusted)
     nodes.append(Node("mining", "mine", (found, *_digests(held)), pairs, _mining, held, opened))
     scored: tuple[str, ...] = ("mining", "corpus")
     if config.mining.rescoring is not None:
-        model, state = config.mining.rescoring.model, rescoring_state(config.mining.rescoring)
-        held = _hold([model], {model} if config.mining.rescoring.trust_remote_code else ())
+        model = config.mining.rescoring.model
+        held = models_here([model], {model} if config.mining.rescoring.trust_remote_code else ())
+        state = config.mining.rescoring, digest(held[model]) if model in held else None
         nodes.append(Node("rescoring", "mine", state, scored, _rescoring, held, (model,)))
         scored = (*scored, "rescoring")
     audit = config.mining.audit
     opened = () if audit.judge is None or audit.judge.engine == "openai" else (audit.judge.model,)
-    held = _hold(opened, opened if audit.judge is not None and audit.judge.trust_remote_code else ())
+    held = models_here(opened, opened if audit.judge is not None and audit.judge.trust_remote_code else ())
     rules = (config.mining.selection, audit, *_digests(held))
     nodes.append(Node("examples", "mine", rules, scored, _examples, held, opened))
     stages, last = train_build.training_nodes(config, train_build.build_training)
@@ -73,8 +81,7 @@ def graph(run: Run) -> dict[str, Node]:
     parents = (["corpus"] if config.embedding.corpus is None else []) + (
         [source[model]] if model in source else []
     )
-    state = embedding_state(config.embedding, set(source))
-    held = embedding_reads(config.embedding, set(source))
+    state, held = embedding_node(config.embedding, set(source))
     opened = () if model in source else (model,)
     nodes.append(Node("vectors", "embed", state, tuple(parents), _vectors, held, opened))
     return {node.name: node for node in nodes}
@@ -101,17 +108,6 @@ def _encoder_node(config: RunConfig) -> Node:
     section = {**config.encoder.model_dump(mode="json"), "base": model_key(base, held)}
     reads = {} if held is None else {base: held}
     return Node("encoder", "encoder", (section,), (), _encoder, reads, (base,))
-
-
-def _hold(names: Iterable[str], trusted: Collection[str] = ()) -> dict[str, Contents]:
-    """What those of the models hold that lie here, by their names, which stand in what they score.
-
-    Args:
-        names: of the models.
-        trusted: those whose own code is run, and so counts.
-    """
-    held = {name: local_contents(name, code=name in trusted) for name in names}
-    return {name: found for name, found in held.items() if found is not None}
 
 
 def _digests(reads: Mapping[str, Contents]) -> tuple[dict[str, str], ...]:
@@ -256,21 +252,14 @@ def _kind(name: str) -> str:
     return {"encoder": "model", "training": "model", "merged": "model"}.get(first, first)
 
 
-def model_folder(artefact: Artefact) -> Path:
-    """Local folder of a model artefact."""
-    return artefact.place.local
-
-
 def _corpus(run: Run, inputs: Inputs, out: ArtefactWriter) -> Artefact:
     from embedloom.corpus.stage import build_corpus
-    from embedloom.encoder.registry import resolve_model
 
     return build_corpus(run.config.corpus, run.config.run.seed, resolve_model(run.config.encoder.base), out)
 
 
 def _encoder(run: Run, inputs: Inputs, out: ArtefactWriter) -> Artefact:
     from embedloom.encoder.export import prepare_base
-    from embedloom.encoder.registry import resolve_model
 
     with out.local_folder() as folder:
         counts = prepare_base(run.config.encoder, resolve_model(run.config.encoder.base), folder)
@@ -363,11 +352,10 @@ def _gate(run: Run, inputs: Inputs, out: ArtefactWriter) -> Artefact:
 
 
 def _vectors(run: Run, inputs: Inputs, out: ArtefactWriter) -> Artefact:
-    from embedloom.encoder.registry import resolve_model
     from embedloom.retrieval.corpora import embed_artefact
 
     config = run.config.embedding
     models = [artefact for name, artefact in inputs.items() if name != "corpus"]
-    folder = model_folder(models[0]) if models else resolve_model(config.model, config.trust_remote_code)
+    folder = models[0].place.local if models else resolve_model(config.model, config.trust_remote_code)
     corpus = inputs["corpus"].place.uri if config.corpus is None else config.corpus
-    return embed_artefact(config, corpus, folder, model_id(folder), run.profile.stages.embedding, out)
+    return embed_artefact(config, corpus, open_model(folder), run.profile.stages.embedding, out)

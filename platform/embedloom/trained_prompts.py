@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from embedloom.errors import DataError
-from embedloom.instructions import USUAL_TASK, NamedTask, PromptContract
+from embedloom.instructions import USUAL_TASK, NamedTask, PromptContract, is_instructed
 from embedloom.records import TASK_TYPES
 
 # Rows may bring an instruction each, thousands of different ones: so many of a task type get a name, the largest shares
@@ -182,7 +182,8 @@ def _alike(contract: PromptContract, kind: str, other: str) -> bool:
 
 def _stated_document(contract: PromptContract, prompt: Prompt) -> str | None:
     """What must be said of a prompt's documents; None where the task type says it."""
-    usual = prompt.instruction if prompt.task_type in contract.symmetric_task_types else ""
+    instructed = is_instructed("document", prompt.task_type, contract.symmetric_task_types)
+    usual = prompt.instruction if instructed else ""
     return None if prompt.document_instruction == usual else prompt.document_instruction
 
 

@@ -125,13 +125,14 @@ def merging(inputs: Path, out: Path) -> None:
 
 def embedding(inputs: Path, out: Path) -> None:
     """Vectors of the documents in small shards."""
+    from embedloom.encoder.registry import open_model
     from embedloom.retrieval.corpora import embed_artefact
 
     config = EmbeddingConfig(shard_rows=8)
     source = str(inputs / "documents")
     _once(
         Place(str(out / "vectors")), "vectors", {},
-        lambda writer: embed_artefact(config, source, inputs / "model", "drill", POOL, writer),
+        lambda writer: embed_artefact(config, source, open_model(inputs / "model"), POOL, writer),
     )  # fmt: skip
 
 

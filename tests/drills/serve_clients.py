@@ -439,14 +439,13 @@ def check(answers: Answers, encoder: Any) -> tuple[dict[str, float], list[str]]:
 
 def prompted_model(model: str, folder: Path) -> Path:
     """A copy of a model with an instruction before its queries, so that the two sides differ."""
-    from embedloom.encoder.foreign import contract_of
-    from embedloom.encoder.registry import resolve_model
+    from embedloom.encoder.registry import open_model, resolve_model
     from embedloom.instructions import DEFAULT_INSTRUCTIONS, NEMOTRON_TEMPLATE
 
     source = resolve_model(model)
     copy = Path(shutil.copytree(source, folder / "model"))
     texts = {"template": NEMOTRON_TEMPLATE, "instructions": dict(DEFAULT_INSTRUCTIONS)}
-    contract_of(source).model_copy(update=texts).save(copy)
+    open_model(source).contract.model_copy(update=texts).save(copy)
     return copy
 
 

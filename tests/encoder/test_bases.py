@@ -10,9 +10,9 @@ import transformers
 
 from embedloom.config.model import EncoderConfig
 from embedloom.encoder.export import prepare_base
-from embedloom.encoder.foreign import derive_contract
 from embedloom.encoder.model import Encoder
 from embedloom.encoder.parity import check_export, embed_golden, lowest_cosine, save_golden
+from embedloom.encoder.registry import open_model
 from embedloom.errors import ConfigError, DataError
 from fakes import byte_tokenizer
 from fakes_bases import FAMILIES, HEADS, HYBRIDS, MULTIMODAL, make_base, multimodal, prepare
@@ -171,5 +171,8 @@ def test_a_foreign_causal_decoder_of_any_family_is_read(tmp_path):
     bare = tmp_path / "bare"
     shutil.copytree(base, bare, ignore=shutil.ignore_patterns("chat_template*"))
     folder = save_library_model(tmp_path / "model", bare, pooling="lasttoken")
-    assert (derive_contract(folder).attention, derive_contract(folder).pooling) == ("causal", "last_token")
+    assert (open_model(folder).contract.attention, open_model(folder).contract.pooling) == (
+        "causal",
+        "last_token",
+    )
     assert Encoder.load(folder, dtype="float32", device="cpu").is_decoder

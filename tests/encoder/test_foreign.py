@@ -10,8 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from embedloom.encoder.foreign import beyond_encoder, contract_of, derive_contract, read_layout
+from embedloom.encoder.foreign import read_layout
 from embedloom.encoder.model import Encoder
+from embedloom.encoder.registry import open_model
 from embedloom.errors import DataError
 from embedloom.retrieval.sentence_teacher import SentenceEncoder
 from fakes_foreign import (
@@ -79,7 +80,7 @@ def test_a_causal_bert_is_computed_as_one(transformers_made, tmp_path):
     folder = save_library_model(
         tmp_path / "model", transformers_made(limit=300, is_decoder=True, num_attention_heads=2)
     )
-    assert contract_of(folder).attention == "causal"
+    assert open_model(folder).contract.attention == "causal"
     assert lowest_cosines(folder) > 0.9999
 
 
@@ -93,7 +94,7 @@ def test_the_encoder_of_a_t5_with_its_dense_layer_is_computed_as_the_library_com
             {**config, "is_encoder_decoder": flag, "architectures": ["T5EncoderModel"]},
         )
         assert lowest_cosines(folder) > 0.9999
-    contract = contract_of(folder)
+    contract = open_model(folder).contract
     assert (contract.max_document_tokens, contract.attention, contract.pooling) == (
         40,
         "bidirectional",
@@ -110,13 +111,13 @@ def test_a_chat_template_counts_only_where_the_library_takes_it(transformers_mad
     template = "{% for m in messages %}list {{ m['content'] }} of{% endfor %}"
     (bare / "chat_template.jinja").write_text(template)
     old = write_old_layout(tmp_path / "old", bare, {"pooling_mode_mean_tokens": True})
-    assert beyond_encoder(old) is None
+    assert open_model(old).beyond is None
     assert lowest_cosines(old) > 0.9999
     new = save_library_model(tmp_path / "new", bare)  # as the library itself saves it since 5.4
     assert "message" in json.loads((new / "sentence_bert_config.json").read_text())["modality_config"]
     assert (
         "its texts go through a chat template (modality_config of sentence_bert_config.json)"
-        in beyond_encoder(new)
+        in open_model(new).beyond
     )
     assert lowest_cosines(new, lambda path: SentenceEncoder(path, "float32")) > 0.9999
 
@@ -131,7 +132,7 @@ def test_limits_come_from_wherever_they_are_stated(transformers_made, tmp_path):
     old = write_old_layout(tmp_path / "old", bert, mean, settings={"max_seq_length": 128})
     long = write_old_layout(tmp_path / "long", bert, mean, settings={"max_seq_length": 100_000})
     positions = write_old_layout(tmp_path / "positions", xlmr, mean, settings={"max_seq_length": 514})
-    limits = [contract_of(folder).max_document_tokens for folder in (saved, old, long, positions)]
+    limits = [open_model(folder).contract.max_document_tokens for folder in (saved, old, long, positions)]
     # The table has 514 rows: 514 for BERT, but XLM-R's first token takes row 2.
     assert limits == [256, 128, 514, 512]
     vectors = Encoder.load(positions, dtype="float32", device="cpu").embed(["cats " * 2000], "document")
@@ -162,7 +163,7 @@ def test_what_our_encoder_cannot_compute_goes_through_the_library_or_is_refused_
         ),
     }
     for word, folder in models.items():
-        assert word in str(beyond_encoder(folder))
+        assert word in str(open_model(folder).beyond)
         with pytest.raises(
             DataError, match=f"our encoder would compute other vectors than its authors'.*{word}"
         ):
@@ -177,12 +178,12 @@ def test_what_our_encoder_cannot_compute_goes_through_the_library_or_is_refused_
 
 def test_without_files_of_the_library_pooling_is_not_guessed(transformers_made):
     with pytest.raises(DataError, match=r"it has no modules\.json, so how to pool is unknown"):
-        derive_contract(transformers_made())
+        _ = open_model(transformers_made()).contract
 
 
 def test_vectors_made_for_dot_products_are_refused_by_name(transformers_made, tmp_path):
     folder = save_library_model(tmp_path / "dot", transformers_made(), similarity_fn_name="dot")
-    assert "similarity 'dot' of vectors that are not of length 1" in beyond_encoder(folder)
+    assert "similarity 'dot' of vectors that are not of length 1" in open_model(folder).beyond
 
 
 def test_texts_that_play_the_same_part_take_what_encode_without_a_name_takes(transformers_made, tmp_path):

@@ -13,13 +13,11 @@ from embedloom.config.serving import ServingConfig
 from embedloom.config.teacher import Teacher
 from embedloom.config.use import EmbeddingConfig
 from embedloom.encoder.export import prepare_base
-from embedloom.encoder.foreign import beyond_encoder
 from embedloom.encoder.model import Encoder
 from embedloom.encoder.own_code import is_trusted, trusted_copy
-from embedloom.encoder.registry import local_contents, resolve_model
+from embedloom.encoder.registry import local_contents, open_model, resolve_model
 from embedloom.errors import DataError
-from embedloom.evaluation.scorers import model_revision
-from embedloom.retrieval.model_id import model_id
+from embedloom.model_folder import ModelFolder
 from embedloom.retrieval.sentence_teacher import SentenceEncoder
 from embedloom.retrieval.teachers import teacher_source
 from fakes_bases import make_base
@@ -50,15 +48,15 @@ def library_vectors(folder):
 def test_without_the_switch_the_error_names_it_and_nothing_runs(tmp_path, ran):
     folder = own_code_model(tmp_path / "model")
     words = r"model_type 'own_model' .*run only by trust_remote_code: true of a teacher.*--trust-remote-code of embed, serve"
-    for open_model in (
+    for opened in (
         Encoder.load,
         beyond_or_contract,
         lambda path: teacher_source(Teacher(model=str(path))),
     ):
         with pytest.raises(DataError, match=words):
-            open_model(folder)
+            opened(folder)
     with_own_module(folder)
-    assert "module classes of its own (own_module.Flipped)" in beyond_encoder(folder)
+    assert "module classes of its own (own_module.Flipped)" in open_model(folder).beyond
     with pytest.raises(
         DataError, match=r"sentence-transformers cannot load .* is run only by trust_remote_code"
     ):
@@ -67,9 +65,8 @@ def test_without_the_switch_the_error_names_it_and_nothing_runs(tmp_path, ran):
 
 
 def beyond_or_contract(folder):
-    from embedloom.encoder.foreign import contract_of
 
-    return contract_of(folder)
+    return open_model(folder).contract
 
 
 def test_with_the_switch_vectors_are_the_library_s(tmp_path, ran):
@@ -102,14 +99,14 @@ def test_module_classes_of_its_own_go_through_the_library(tmp_path):
 def test_code_that_changes_later_is_another_model_that_was_not_allowed(tmp_path):
     folder = own_code_model(tmp_path / "model")
     first = trusted_copy(folder)
-    before, identity = Encoder.load(first, dtype="float32").embed(TEXTS, "document"), model_id(first)
+    before, identity = Encoder.load(first, dtype="float32").embed(TEXTS, "document"), ModelFolder(first).id
     assert trusted_copy(folder) == first
     (folder / "modeling_own.py").write_text(CODE.replace("torch.tanh(", "torch.relu("))
     np.testing.assert_array_equal(Encoder.load(first, dtype="float32").embed(TEXTS, "document"), before)
     second = trusted_copy(folder)
     assert second != first
-    assert model_id(second) != identity == model_id(first)
-    assert model_revision(second) != model_revision(first)
+    assert ModelFolder(second).id != identity == ModelFolder(first).id
+    assert ModelFolder(second).revision != ModelFolder(first).revision
     assert abs(Encoder.load(second, dtype="float32").embed(TEXTS, "document") - before).max() > 0.01
 
 
@@ -117,7 +114,7 @@ def test_the_code_counts_as_content_only_where_it_is_run(tmp_path):
     folder = own_code_model(tmp_path / "model")
     plain, run = local_contents(str(folder)), local_contents(str(folder), code=True)
     assert {name: run[name] for name in plain} == plain and set(run) - set(plain) == {"modeling_own.py"}
-    assert model_id(trusted_copy(folder)) != model_id(folder)
+    assert ModelFolder(trusted_copy(folder)).id != ModelFolder(folder).id
     for section in (Teacher(model="m"), EmbeddingConfig(), ServingConfig(), RescoringConfig(model="m")):
         on = section.model_copy(update={"trust_remote_code": True})
         assert "trust_remote_code" not in section.model_dump(mode="json")  # so older fingerprints stay

@@ -13,13 +13,11 @@ from embedloom.evaluation.gate import Evidence, decide
 from embedloom.evaluation.gate_stage import Contender, _weight_bytes, judge, store_verdict, verdict_text
 from embedloom.evaluation.items import SCHEMA
 from embedloom.evaluation.ranking import rank_models
-from embedloom.evaluation.scorers import model_revision
 from embedloom.evaluation.statistics import Stratum
 from embedloom.launch_serve import gate_rule, serving_config
-from embedloom.retrieval.model_id import model_id
-from embedloom.serving.model_facts import read_gate
+from embedloom.model_folder import ModelFolder
+from embedloom.serving.replies import GateVerdict
 from embedloom.storage import Place
-from embedloom.verdict import check_gated, weights_fingerprint
 from fakes_foreign import OLD, make_transformer, save_library_model, with_dense, write_old_layout
 
 RULES = GateConfig(resamples=500)
@@ -177,15 +175,15 @@ def test_verdict_is_stored_beside_the_weights_and_bound_to_them(tiny_model, tmp_
     rules = GateConfig(resamples=300, max_size_ratio=1.0)
     passed = judge(rules, place, (new, old), None, PoolConfig(), "float32")
     refused = judge(rules, place, (old, new), None, PoolConfig(), "float32")
-    assert passed["weights"] == weights_fingerprint(folders[0])
+    assert passed["weights"] == ModelFolder(folders[0]).weights
     assert store_verdict(Place(str(folders[0])), passed) == f"{folders[0]}/gate.json"
     store_verdict(Place(str(folders[1])), refused)
-    check_gated(folders[0])
+    ModelFolder(folders[0]).check_gated()
     results = Place(str(tmp_path / "results"))
     assert store_verdict(Place(str(folders[0])), passed, results) == f"{folders[0]}/gate.json"
     with pytest.raises(DataError, match=r"refused this model \(mean over tasks -0\.0484"):
-        check_gated(folders[1])
-    assert weights_fingerprint(folders[0]) == json.loads((folders[0] / "gate.json").read_text())["weights"]
+        ModelFolder(folders[1]).check_gated()
+    assert ModelFolder(folders[0]).weights == json.loads((folders[0] / "gate.json").read_text())["weights"]
     text = verdict_text(passed)
     assert text.splitlines()[0] == "gate: new against old: PASSED"
     assert "ok   size" in text and "docs" in text and "better" in text
@@ -205,25 +203,25 @@ def test_a_foreign_models_folder_is_left_as_it_is(tiny_model, tmp_path, where):
     if where == "modell":  # as others save models; in a package or a hub's cache it may be one of ours
         (folder / "contract.json").unlink()
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    identity = model_id(folder), model_revision(folder)
-    weights = weights_fingerprint(folder)
+    identity = ModelFolder(folder).id, ModelFolder(folder).revision
+    weights = ModelFolder(folder).weights
     content = {"verdict": "passed", "weights": weights, "reasons": [], "candidate": "m-1"}
     results = Place(str(tmp_path / "results"))
     stored = store_verdict(Place(str(folder)), content, results)
     assert stored == f"{results.uri}/verdicts/m-1.json"
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
     with pytest.raises(DataError, match=r"name the verdict that it writes as serving\.verdict"):
-        check_gated(folder)
-    check_gated(folder, stored)
-    assert read_gate(folder, stored).verdict == "passed"
+        ModelFolder(folder).check_gated()
+    ModelFolder(folder).check_gated(stored)
+    assert GateVerdict.of(ModelFolder(folder), stored).verdict == "passed"
     store_verdict(Place(str(folder)), {**content, "verdict": "refused", "reasons": ["sts -0.1"]}, results)
     with pytest.raises(DataError, match=r"refused this model \(sts -0\.1\)"):
-        check_gated(folder, stored)
+        ModelFolder(folder).check_gated(stored)
     with pytest.raises(DataError, match=r"serving\.verdict: '.*gone' does not exist"):
-        check_gated(folder, str(tmp_path / "gone"))
+        ModelFolder(folder).check_gated(str(tmp_path / "gone"))
     (folder / "gate.json").write_text("{}")  # as an earlier version left it
     (folder / "int8.json").write_text("{}")  # as `embedloom serve` leaves it
-    assert (model_id(folder), model_revision(folder)) == identity
+    assert (ModelFolder(folder).id, ModelFolder(folder).revision) == identity
 
 
 def test_a_verdict_that_is_named_is_asked_for(tiny_model, tmp_path):
@@ -231,35 +229,35 @@ def test_a_verdict_that_is_named_is_asked_for(tiny_model, tmp_path):
 
     folder = shutil.copytree(tiny_model, tmp_path / "m")
     stated = serving_config({"model": str(folder)}, ["verdict=out/verdicts/m.json"])
-    assert gate_rule(stated, folder).require_gate
+    assert gate_rule(stated, ModelFolder(folder)).require_gate
 
 
 def test_a_verdict_covers_all_that_a_foreign_model_is_read_from(tmp_path):
     bert = make_transformer(tmp_path / "bert", limit=300)
     folder = save_library_model(tmp_path / "model", bert, later=with_dense, prompts={"query": "query : "})
-    seen = {weights_fingerprint(folder)}
+    seen = {ModelFolder(folder).weights}
     dense = folder / "2_Dense/model.safetensors"
     save_file({name: tensor * 2 for name, tensor in load_file(dense).items()}, dense)
-    seen.add(weights_fingerprint(folder))
+    seen.add(ModelFolder(folder).weights)
     settings = folder / "config_sentence_transformers.json"
     settings.write_text(settings.read_text().replace("query : ", "search : "))
-    seen.add(weights_fingerprint(folder))
+    seen.add(ModelFolder(folder).weights)
     modules = folder / "modules.json"
     modules.write_text(json.dumps(json.loads(modules.read_text())[:2]))
-    seen.add(weights_fingerprint(folder))
+    seen.add(ModelFolder(folder).weights)
     assert len(seen) == 4 and {len(found) for found in seen} == {16}
     for name in ("gate.json", "int8.json", "README.md"):
         (folder / name).write_text("{}")
-    assert weights_fingerprint(folder) in seen
+    assert ModelFolder(folder).weights in seen
 
 
 def test_a_foreign_transformer_in_a_folder_of_its_own_has_weights(tmp_path):
     folder = write_old_layout(tmp_path / "model", make_transformer(tmp_path / "bert"), **OLD["0_Transformer"])
     weights = folder / "0_Transformer/model.safetensors"
-    before = weights_fingerprint(folder)
+    before = ModelFolder(folder).weights
     assert _weight_bytes(folder) == weights.stat().st_size
     save_file({name: tensor + 1 for name, tensor in load_file(weights).items()}, weights)
-    assert weights_fingerprint(folder) != before
+    assert ModelFolder(folder).weights != before
     weights.unlink()
     with pytest.raises(DataError, match="not a model folder with weights"):
-        weights_fingerprint(folder)
+        _ = ModelFolder(folder).weights

@@ -12,8 +12,8 @@ from embedloom.config.use import EvaluationConfig, EvaluationTask
 from embedloom.errors import ConfigError, DataError, StageError
 from embedloom.evaluation.jobs import Job
 from embedloom.evaluation.pool import ScoringPool
-from embedloom.evaluation.scorers import model_revision
 from embedloom.evaluation.stage import evaluate
+from embedloom.model_folder import ModelFolder
 from embedloom.storage import Place
 from fakes_evaluation import DyingActor, make_beir, make_corpus
 
@@ -81,7 +81,7 @@ def test_failed_task_is_named_the_rest_is_kept_and_a_rerun_computes_only_what_is
     assert artefact.manifest["details"]["tasks"]["folder"]["documents"] == 6
 
     # mteb's own cache reads the folder as one it wrote itself.
-    stored = ResultCache(out).load_task_result("heldout", "embedloom/base", model_revision(tiny_model))
+    stored = ResultCache(out).load_task_result("heldout", "embedloom/base", ModelFolder(tiny_model).revision)
     assert stored.get_score() == pytest.approx(scores["models"]["base"]["heldout"], abs=1e-6)
 
 
@@ -137,18 +137,18 @@ def test_what_cannot_be_scored_is_refused_before_any_actor_starts(tmp_path, conf
 
 
 def test_revision_follows_the_manifest_or_else_the_content(tmp_path, tiny_model):
-    plain = model_revision(tiny_model)
-    assert plain == model_revision(tiny_model)
+    plain = ModelFolder(tiny_model).revision
+    assert plain == ModelFolder(tiny_model).revision
     copy = tmp_path / "copy"
     copy.mkdir()
     for path in tiny_model.iterdir():
         if path.is_file():
             (copy / path.name).write_bytes(path.read_bytes())
-    assert model_revision(copy) == plain
+    assert ModelFolder(copy).revision == plain
     weights = copy / "model.safetensors"
     content = bytearray(weights.read_bytes())
     content[-1] ^= 1
     weights.write_bytes(content)
-    assert model_revision(copy) != plain
+    assert ModelFolder(copy).revision != plain
     out = ArtefactWriter(Place(str(tmp_path / "model")), "model", "config", {}, "local")
-    assert out.commit({}).fingerprint == model_revision(tmp_path / "model")
+    assert out.commit({}).fingerprint == ModelFolder(tmp_path / "model").revision

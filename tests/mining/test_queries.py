@@ -2,7 +2,7 @@
 
 import pytest
 
-from embedloom.encoder.foreign import contract_of
+from embedloom.encoder.registry import open_model
 from embedloom.errors import DataError
 from embedloom.instructions import PromptContract
 from embedloom.mining.queries import inline_id, pair_files, write_queries
@@ -216,7 +216,7 @@ def test_the_room_of_a_foreign_teacher_is_known_wherever_its_transformer_lies(tm
     folder = write_old_layout(
         tmp_path / "model", bert, **OLD["0_Transformer"], prompts={"prompts": {"query": "query " * 35}}
     )
-    too_long = room_check([EncoderSource("old", folder, contract_of(folder))])
+    too_long = room_check([EncoderSource("old", folder, open_model(folder).contract)])
     assert too_long("cats dogs", "query", "retrieval", "") is None
     problem = too_long("cats dogs sort list", "query", "retrieval", "")
     assert problem is not None

@@ -12,7 +12,7 @@ from embedloom.artefacts import ArtefactWriter
 from embedloom.config.mining import MiningConfig, SelectionConfig
 from embedloom.config.resources import PoolConfig
 from embedloom.errors import DataError
-from embedloom.mining.examples import ExampleRules, ExampleWorker
+from embedloom.mining.examples import ExampleWorker
 from embedloom.mining.mined import Mined
 from embedloom.mining.queries import pair_files, write_queries
 from embedloom.mining.rescore import RescoringWorker, best_ranked, rescore
@@ -150,7 +150,7 @@ def test_the_best_of_both_teachers_positives_and_given_negatives_are_scored_once
 
 def test_the_rules_read_the_rescored_scores(by_hand, tmp_path):
     corpus, mined = by_hand
-    rules = ExampleRules(SelectionConfig(negatives=2, margin_ratio=0.95), ())
+    rules = SelectionConfig(negatives=2, margin_ratio=0.95)
     queries = mined.place.read_tables("queries")
 
     def examples(source):

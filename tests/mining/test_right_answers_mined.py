@@ -4,8 +4,7 @@ import pyarrow as pa
 import pytest
 
 from embedloom.config.mining import SelectionConfig
-from embedloom.instructions import SYMMETRIC_TASK_TYPES
-from embedloom.mining.examples import ExampleRules, ExampleWorker
+from embedloom.mining.examples import ExampleWorker
 from embedloom.mining.mined import Mined
 from embedloom.mining.queries import pair_files, write_queries
 from embedloom.mining.teacher_pass import SCORES_SCHEMA, given_texts
@@ -45,7 +44,7 @@ def examples(folder, documents, pairs, ranked, selection=NAIVE, others=(), chunk
         corpus.place.write_table("chunks/part-000000.parquet", table_from_rows("chunks", chunks))
     texts = [(corpus.place, "documents/train"), *((out, f"given/{group}") for group in counts["given"])]
     mined = Mined(out, ("part-000000.parquet",), 1, tuple(texts), corpus.place)
-    worker = ExampleWorker(ExampleRules(selection, SYMMETRIC_TASK_TYPES), mined)
+    worker = ExampleWorker(selection, mined)
     tables = worker(out.read_table(name))
     found = {row["id"]: row["negatives"] for row in tables["examples"].to_pylist()}
     return (

@@ -9,9 +9,9 @@ import torch
 
 from embedloom.config.mining import MiningConfig
 from embedloom.errors import ConfigError, DataError
+from embedloom.instructions import Templates
 from embedloom.mining.teachers import rescoring_source
 from embedloom.retrieval.cross_encoder import CrossEncoderSource
-from embedloom.retrieval.templates import Templates
 from fakes_mining import make_tiny_cross_encoder
 
 PAIRS = [

@@ -14,6 +14,7 @@ from embedloom.cluster.config import load_cluster
 from embedloom.config.resources import PoolConfig
 from embedloom.config.use import EmbeddingConfig
 from embedloom.encoder.model import Encoder
+from embedloom.encoder.registry import open_model
 from embedloom.encoder.tokenizer import InstructionTooLong
 from embedloom.errors import ConfigError, DataError, UserError
 from embedloom.instructions import PromptContract
@@ -197,4 +198,4 @@ def test_the_prompt_of_a_model_whose_transformer_lies_in_a_folder_of_its_own_is_
     with pytest.raises(
         InstructionTooLong, match=r"the instruction takes 37 tokens .* leaves 3 of the limit of 40"
     ):
-        embed_artefact(config, "nowhere", folder, "m", PoolConfig(), out)
+        embed_artefact(config, "nowhere", open_model(folder), PoolConfig(), out)

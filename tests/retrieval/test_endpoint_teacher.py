@@ -9,8 +9,8 @@ import pytest
 
 from embedloom.encoder.tokenizer import CutTexts
 from embedloom.errors import ConfigError, DataError, MissingDependency, StageError
+from embedloom.instructions import Templates
 from embedloom.retrieval.endpoint_teacher import EndpointSource
-from embedloom.retrieval.templates import Templates
 from fakes_endpoint import DIMENSION, FakeEndpoint, serve, vector_of
 
 TEXTS = ["one", "two words", "three more words", "four", "five"]

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from embedloom.config.teacher import Teacher
-from embedloom.encoder.foreign import beyond_encoder, read_layout
+from embedloom.encoder.foreign import read_layout
 from embedloom.encoder.model import Encoder
-from embedloom.encoder.registry import resolve_model
+from embedloom.encoder.registry import open_model, resolve_model
 from embedloom.errors import ConfigError, DataError
 from embedloom.retrieval.embedder import EncoderSource
 from embedloom.retrieval.endpoint_teacher import EndpointSource
@@ -224,7 +224,7 @@ def test_models_with_code_of_their_own_are_refused(dense_model, tmp_path):
     (folder / "modeling_own.py").write_text("raise SystemExit('ran')\n")
     with pytest.raises(DataError, match=r"cannot load this model.*modeling_own\.Head.* is never run"):
         source(folder).open()
-    assert beyond_encoder(folder) is not None
+    assert open_model(folder).beyond is not None
 
 
 def test_auto_takes_our_encoder_only_where_nothing_is_lost(
@@ -285,16 +285,16 @@ def test_an_endpoint_needs_no_folder():
 def test_lower_casing_mixed_poolings_and_what_is_beyond_the_encoder(tmp_path):
     folder = tmp_path / "model"
     shutil.copytree(resolve_model("minilm-l6"), folder)
-    assert beyond_encoder(folder) is None
+    assert open_model(folder).beyond is None
     (folder / "sentence_bert_config.json").write_text('{"max_seq_length": 256, "do_lower_case": true}')
-    assert beyond_encoder(folder) is None
+    assert open_model(folder).beyond is None
     (folder / "sentence_bert_config.json").write_text('{"max_seq_length": 256, "query_length": 16}')
-    assert beyond_encoder(folder) == "sentence_bert_config.json sets ['query_length']"
+    assert open_model(folder).beyond == "sentence_bert_config.json sets ['query_length']"
     (folder / "sentence_bert_config.json").unlink()
     pooling = folder / "1_Pooling" / "config.json"
     pooling.write_text(json.dumps({**json.loads(pooling.read_text()), "pooling_mode_cls_token": True}))
     assert read_layout(folder).pooling == "cls+mean"
     pooling.write_text(json.dumps({"pooling_mode": "attention"}))
-    assert "its pooling is 'attention'" in beyond_encoder(folder)
+    assert "its pooling is 'attention'" in open_model(folder).beyond
     (folder / "modules.json").unlink()
-    assert "it has no modules.json" in beyond_encoder(folder)
+    assert "it has no modules.json" in open_model(folder).beyond

@@ -10,10 +10,10 @@ from embedloom.config.application import ApplicationArgs
 from embedloom.config.resources import ServeScaling
 from embedloom.config.serving import ModelAlias, ServingConfig
 from embedloom.errors import ConfigError, DataError
+from embedloom.model_folder import ModelFolder
 from embedloom.serving.app import build, build_application, build_encoders
 from embedloom.serving.service import BatchSettings
 from embedloom.serving.stage import check_port_free
-from embedloom.verdict import weights_fingerprint
 
 ROOT = Path(__file__).parents[2]
 UNGATED = ServingConfig(require_gate=False)
@@ -66,7 +66,7 @@ def test_only_weights_that_passed_the_gate_are_served_unless_told_otherwise(tiny
     with pytest.raises(DataError, match=r"has not passed the gate .*serving\.require_gate: false"):
         serve()
     assert names_of(serve(require_gate=False)) == ["endpoint"]
-    weights = weights_fingerprint(folder)
+    weights = ModelFolder(folder).weights
     verdict("refused", weights)
     with pytest.raises(DataError, match=r"refused this model \(sts -0\.1\)"):
         serve()

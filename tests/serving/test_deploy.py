@@ -17,6 +17,7 @@ from embedloom.config.resources import ServeScaling
 from embedloom.config.serving import ServingConfig
 from embedloom.encoder.model import Encoder
 from embedloom.encoder.parity import GOLDEN_TEXTS
+from embedloom.encoder.registry import open_model
 from embedloom.errors import ConfigError, ServeError
 from embedloom.instructions import PromptContract
 from embedloom.launch_deploy import trial_rules
@@ -33,7 +34,7 @@ RULES = TrialRules(watch_seconds=3, min_requests=5, min_compared=5, latency_slac
 def request_of(folder, **changes):
     from embedloom.serving.deploy import DeployRequest
 
-    return DeployRequest(folder, f"id of {folder.name}", RULES, share=0.5, **changes)
+    return DeployRequest(open_model(folder), RULES, share=0.5, **changes)
 
 
 def live_args(folder, **serving) -> tuple[ApplicationArgs, ModelInfo]:
@@ -51,7 +52,7 @@ def test_the_successor_keeps_all_but_the_model(tiny_model, tmp_path):
     live, info = live_args(tiny_model, max_items=7, port=1234)
     copy = shutil.copytree(tiny_model, tmp_path / "copy")
     new = successor(request_of(copy), live, info)
-    assert (new.model_folder, new.fingerprint, new.served_name) == (str(copy), "id of copy", "tiny")
+    assert (new.model_folder, new.fingerprint, new.served_name) == (str(copy), open_model(copy).id, "tiny")
     assert (new.serving.max_items, new.serving.port, new.serving.require_gate) == (7, 1234, False)
     assert successor(request_of(copy, require_gate=True), live, info).serving.require_gate
     judged, info = live_args(tiny_model, verdict="of/the/old/one.json")
@@ -67,8 +68,7 @@ def test_another_contract_and_a_corpus_of_the_old_model_are_refused(tiny_model, 
     with pytest.raises(ConfigError, match=rf"its contract is {info.contract_hash}, .*--new-vectors"):
         successor(request_of(tiny_model), live, other)
     assert (
-        successor(request_of(tiny_model, new_vectors=True), live, other).model_id
-        == f"id of {tiny_model.name}"
+        successor(request_of(tiny_model, new_vectors=True), live, other).model_id == open_model(tiny_model).id
     )
     searching, info = live_args(tiny_model, corpus="vectors")
     with pytest.raises(ConfigError, match="--corpus: this endpoint searches vectors"):
@@ -184,7 +184,7 @@ def test_a_drifted_version_is_taken_away_and_a_sound_one_takes_over_without_a_fa
             assert taken.promoted, taken
             seen = traffic.answers
             card = httpx.get(f"{endpoint.url}/v1/models", trust_env=False).json()["data"][0]
-            assert card["fingerprint"] == "id of sound"
+            assert card["fingerprint"] == open_model(sound).id
         assert traffic.failures == [] and seen > 50
 
 

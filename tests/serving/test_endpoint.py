@@ -20,8 +20,8 @@ from embedloom.config.serving import ServingConfig
 from embedloom.encoder.model import Encoder
 from embedloom.errors import ConfigError, DataError
 from embedloom.instructions import PromptContract
+from embedloom.model_folder import ModelFolder
 from embedloom.retrieval.embed import vector_table
-from embedloom.retrieval.model_id import model_id
 from embedloom.serving.stage import Endpoint, check_port_free, start_endpoint
 from embedloom.storage import Place
 from fakes import make_tiny_encoder
@@ -58,7 +58,7 @@ def corpus(tiny_model, tmp_path_factory):
     place = Place(str(tmp_path_factory.mktemp("corpus") / "vectors"))
     vectors = Encoder.load(tiny_model, dtype="float32").embed(DOCUMENTS, "document")[:, :16]
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
-    contract, model = PromptContract.load(tiny_model).hash, model_id(tiny_model)
+    contract, model = PromptContract.load(tiny_model).hash, ModelFolder(tiny_model).id
     ids = [f"d{number:02d}" for number in range(20)]
     writer = ArtefactWriter(place, "vectors", "c", {"corpus": "x"}, "local")
     place.write_table("vectors/part-000000.parquet", vector_table(ids, vectors, contract, model, 1))

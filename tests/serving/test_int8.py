@@ -10,14 +10,8 @@ from embedloom.config.application import ApplicationArgs
 from embedloom.config.base import validate
 from embedloom.config.serving import ServingConfig
 from embedloom.errors import ConfigError, DataError
-from embedloom.verdict import (
-    GATE_FILE,
-    INT8_FILE,
-    check_int8,
-    int8_verdict,
-    read_int8_verdict,
-    weights_fingerprint,
-)
+from embedloom.model_folder import ModelFolder
+from embedloom.verdict import GATE_FILE, INT8_FILE, int8_verdict
 
 
 @pytest.fixture
@@ -26,7 +20,7 @@ def folder(tiny_model, tmp_path):
 
 
 def store(folder, float32, int8, **changes):
-    content = int8_verdict(folder, float32, int8, 271) | changes
+    content = int8_verdict(ModelFolder(folder).weights, float32, int8, 271) | changes
     (folder / INT8_FILE).write_text(json.dumps(content))
     return content
 
@@ -35,7 +29,7 @@ def store(folder, float32, int8, **changes):
     ("int8", "verdict"), [(0.4200, "passed"), (0.4151, "passed"), (0.4149, "refused"), (0.5, "passed")]
 )
 def test_at_most_five_thousandths_may_be_lost(folder, int8, verdict):
-    content = int8_verdict(folder, 0.42, int8, 271)
+    content = int8_verdict(ModelFolder(folder).weights, 0.42, int8, 271)
     assert content["verdict"] == verdict
     assert content["lost"] == pytest.approx(0.42 - int8)
 
@@ -43,24 +37,24 @@ def test_at_most_five_thousandths_may_be_lost(folder, int8, verdict):
 def test_a_refusal_tells_the_figures(folder):
     store(folder, 0.42, 0.4001)
     with pytest.raises(DataError) as refused:
-        check_int8(folder)
+        ModelFolder(folder).check_int8()
     for figure in ("0.0199", "0.4200", "0.4001", "0.005", "271"):
         assert figure in str(refused.value)
 
 
 def test_a_verdict_on_other_weights_counts_as_none(folder):
     store(folder, 0.42, 0.42)
-    check_int8(folder)
+    ModelFolder(folder).check_int8()
     store(folder, 0.42, 0.42, weights="0" * 16)
-    assert read_int8_verdict(folder) is None
+    assert ModelFolder(folder).int8_verdict is None
     with pytest.raises(DataError, match=re.escape("no int8.json")):
-        check_int8(folder)
+        ModelFolder(folder).check_int8()
 
 
 def test_a_broken_verdict_is_named(folder):
     (folder / INT8_FILE).write_text('{"verdict": "perhaps"}')
     with pytest.raises(DataError, match=r"int8\.json: not a verdict on int8"):
-        check_int8(folder)
+        ModelFolder(folder).check_int8()
 
 
 def arguments(folder, **serving):
@@ -73,7 +67,7 @@ def arguments(folder, **serving):
 def test_a_gated_endpoint_wants_the_verdict_and_another_does_not(folder):
     from embedloom.serving.app import build_application
 
-    gate = {"verdict": "passed", "weights": weights_fingerprint(folder)}
+    gate = {"verdict": "passed", "weights": ModelFolder(folder).weights}
     (folder / GATE_FILE).write_text(json.dumps(gate))
     with pytest.raises(DataError, match=r"no int8\.json"):
         build_application(arguments(folder))

@@ -15,10 +15,10 @@ from embedloom.config.serving import ServingConfig
 from embedloom.errors import ConfigError, DataError
 from embedloom.instructions import PromptContract
 from embedloom.launch_serve import gate_rule, serving_config
-from embedloom.retrieval.model_id import model_id
+from embedloom.model_folder import ModelFolder
 from embedloom.serving import ask
 from embedloom.serving.app import build_application
-from embedloom.serving.model_facts import read_gate, read_lineage
+from embedloom.serving.replies import GateVerdict, Lineage
 from embedloom.storage import Place
 from embedloom.trained_prompts import Prompt, TrainedPrompt, trained_contract
 
@@ -91,7 +91,10 @@ def test_settings_that_contradict_each_other_are_refused(values, words):
 
 def vectors_of(model_folder, place: Place) -> Place:
     writer = ArtefactWriter(place, "vectors", "c", {}, "local")
-    details = {"contract_hash": PromptContract.load(model_folder).hash, "model_id": model_id(model_folder)}
+    details = {
+        "contract_hash": PromptContract.load(model_folder).hash,
+        "model_id": ModelFolder(model_folder).id,
+    }
     writer.commit({"rows": 0}, details)
     return place
 
@@ -101,7 +104,7 @@ def test_corpus_is_checked_before_anything_starts(tiny_model, tmp_path):
     serving = ServingConfig(corpus=place.uri, require_gate=False)
     args = {"model_folder": str(tiny_model), "served_name": "t", "serving": serving}
     source = build_application(ApplicationArgs(**args))._bound_deployment.init_args[-2]
-    assert (source.uri, source.model_id) == (place.uri, model_id(tiny_model))
+    assert (source.uri, source.model_id) == (place.uri, ModelFolder(tiny_model).id)
     other = shutil.copytree(tiny_model, tmp_path / "other")
     (other / "added.json").write_text("{}")
     with pytest.raises(DataError, match="vectors of different weights"):
@@ -112,25 +115,32 @@ def test_only_a_model_of_a_run_must_have_passed_the_gate_unless_told_otherwise(t
     foreign, own = tmp_path / "foreign", tmp_path / "own"
     foreign.mkdir()
     ArtefactWriter(Place(str(own)), "model", "c", {}, "local").commit({})
-    assert not gate_rule(serving_config({"model": str(foreign)}, []), foreign).require_gate
-    assert gate_rule(serving_config({"model": str(foreign)}, ["require_gate=true"]), foreign).require_gate
-    assert gate_rule(serving_config({"model": str(own)}, []), own).require_gate
-    assert not gate_rule(serving_config({"model": str(own)}, ["require_gate=false"]), own).require_gate
+    assert not gate_rule(serving_config({"model": str(foreign)}, []), ModelFolder(foreign)).require_gate
+    assert gate_rule(
+        serving_config({"model": str(foreign)}, ["require_gate=true"]), ModelFolder(foreign)
+    ).require_gate
+    assert gate_rule(serving_config({"model": str(own)}, []), ModelFolder(own)).require_gate
+    assert not gate_rule(
+        serving_config({"model": str(own)}, ["require_gate=false"]), ModelFolder(own)
+    ).require_gate
 
 
 def test_model_card_facts_come_from_the_folder(tmp_path):
-    assert read_lineage(tmp_path) is None and read_gate(tmp_path) is None
+    assert Lineage.of(ModelFolder(tmp_path)) is None and GateVerdict.of(ModelFolder(tmp_path)) is None
     ArtefactWriter(Place(str(tmp_path)), "model", "c", {"training": "abc"}, "local").commit({})
-    lineage = read_lineage(tmp_path)
+    lineage = Lineage.of(ModelFolder(tmp_path))
     assert (lineage.kind, lineage.inputs) == ("model", {"training": "abc"})
     (tmp_path / "gate.json").write_text(
         json.dumps({"verdict": "refused", "reasons": ["sts fell"], "weights": "x"})
     )
-    assert read_gate(tmp_path).model_dump() == {"verdict": "refused", "reasons": ["sts fell"]}
+    assert GateVerdict.of(ModelFolder(tmp_path)).model_dump() == {
+        "verdict": "refused",
+        "reasons": ["sts fell"],
+    }
     for content in ("[]", "{}", "no"):
         (tmp_path / "gate.json").write_text(content)
         with pytest.raises(DataError, match="not a verdict of the gate"):
-            read_gate(tmp_path)
+            GateVerdict.of(ModelFolder(tmp_path))
 
 
 def test_a_task_is_asked_for_only_beside_a_question():

@@ -68,51 +68,44 @@ class Layout:
         """What encode_document puts before a text."""
         return self.prompts.get("document") or ""
 
+    def contract(self) -> PromptContract:
+        """The contract that the files describe: prompts, pooling, lengths and attention.
 
-def contract_of(folder: Path) -> PromptContract:
-    """A model folder's prompt contract; of a foreign model, the one its files describe.
-
-    Raises:
-        DataError: a broken one, or a foreign model that our encoder cannot compute.
-    """
-    return PromptContract.load(folder) if (folder / CONTRACT_FILE).exists() else derive_contract(folder)
-
-
-def tokenizer_folder(folder: Path) -> Path:
-    """Where a model folder's tokenizer lies; of a foreign model, beside its transformer (``0_Transformer``).
-
-    Raises:
-        DataError: a config that cannot be read.
-    """
-    return folder if (folder / CONTRACT_FILE).exists() else read_layout(folder).transformer
-
-
-def beyond_encoder(folder: Path) -> str | None:
-    """Why our encoder would compute something else than sentence-transformers does; None if it would not."""
-    return read_layout(folder).beyond
-
-
-def derive_contract(folder: Path) -> PromptContract:
-    """Contract of a foreign sentence-transformers folder: pooling, prompts, lengths and attention of its files.
-
-    Raises:
-        DataError: the files do not say how to pool, or something that our encoder cannot compute.
-    """
-    return layout_contract(checked_layout(folder))
-
-
-def checked_layout(folder: Path) -> Layout:
-    """What a foreign model folder consists of, where our encoder can compute all of it.
-
-    Raises:
-        DataError: it cannot; the message says why.
-    """
-    layout = read_layout(folder)
-    if layout.beyond is not None:
-        raise DataError(
-            f"{folder}: our encoder would compute other vectors than its authors': {layout.beyond}"
+        Raises:
+            DataError: no tokenizer, no limit, or an architecture that cannot be read.
+        """
+        config = text_config(read_config(self.transformer))
+        tokenizer = load_tokenizer(self.transformer)
+        limit = max(_LEAST_TOKENS, token_limit(self.transformer, config, tokenizer))
+        add_bos, add_eos = special_habits(tokenizer)
+        if self.left_out:
+            note("model", f"{self.transformer.name}: {self.left_out}")
+        return PromptContract(
+            **self._templates(),
+            add_bos=add_bos,
+            add_eos=add_eos,
+            max_query_tokens=limit,
+            max_document_tokens=limit,
+            pooling=self.pooling,
+            attention="causal" if attends_causally(config) else "bidirectional",
         )
-    return layout
+
+    def prompts_only(self) -> PromptContract:
+        """What can be said as a contract of a model that sentence-transformers runs: its prompts.
+
+        Pooling, lengths and attention are the library's; the fields of that name say nothing here.
+        """
+        return PromptContract(**self._templates())
+
+    def _templates(self) -> dict[str, Any]:
+        """What stands around a text, as fields of a contract; a model without prompts has one plain template."""
+        if not (self.query_prompt or self.document_prompt or self.default_prompt):
+            return {"template": PLAIN_TEMPLATE}
+        return {
+            "template": self.query_prompt + PLAIN_TEMPLATE,
+            "document_template": self.document_prompt + PLAIN_TEMPLATE,
+            "symmetric_template": self.default_prompt + PLAIN_TEMPLATE,
+        }
 
 
 def base_transformer(folder: Path, pooling: str) -> Path:
@@ -137,40 +130,6 @@ def base_transformer(folder: Path, pooling: str) -> Path:
     if layout.pooling != pooling:
         note("encoder", f"{folder.name} was pooled by {layout.pooling} so far; encoder.pooling is {pooling}")
     return layout.transformer
-
-
-def layout_contract(layout: Layout) -> PromptContract:
-    """The contract that a layout describes.
-
-    Raises:
-        DataError: no tokenizer, or an architecture that cannot be read.
-    """
-    config = text_config(read_config(layout.transformer))
-    tokenizer = load_tokenizer(layout.transformer)
-    limit = max(_LEAST_TOKENS, token_limit(layout.transformer, config, tokenizer))
-    add_bos, add_eos = special_habits(tokenizer)
-    if layout.left_out:
-        note("model", f"{layout.transformer.name}: {layout.left_out}")
-    return PromptContract(
-        **layout_templates(layout),
-        add_bos=add_bos,
-        add_eos=add_eos,
-        max_query_tokens=limit,
-        max_document_tokens=limit,
-        pooling=layout.pooling,
-        attention="causal" if attends_causally(config) else "bidirectional",
-    )
-
-
-def layout_templates(layout: Layout) -> dict[str, Any]:
-    """The fields of a contract that say what stands around a text; a model without prompts has one plain template."""
-    if not (layout.query_prompt or layout.document_prompt or layout.default_prompt):
-        return {"template": PLAIN_TEMPLATE}
-    return {
-        "template": layout.query_prompt + PLAIN_TEMPLATE,
-        "document_template": layout.document_prompt + PLAIN_TEMPLATE,
-        "symmetric_template": layout.default_prompt + PLAIN_TEMPLATE,
-    }
 
 
 def token_limit(folder: Path, config: Any, tokenizer: Any) -> int:

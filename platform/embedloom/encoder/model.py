@@ -11,17 +11,17 @@ from torch import Tensor
 from embedloom.encoder.backbone import is_decoder, load_backbone
 from embedloom.encoder.batching import MemoryLimit, TokenCount, run_batches
 from embedloom.encoder.device import DTypeName, pick_device, pick_dtype
-from embedloom.encoder.foreign import checked_layout, contract_of
 from embedloom.encoder.fused import fuse
 from embedloom.encoder.head import Head, HeadModule
 from embedloom.encoder.int8 import quantize_linears
 from embedloom.encoder.linear import cast_for_inference, has_fast_linear
 from embedloom.encoder.packing import PackedLayout, filler_tokens, use_packing
 from embedloom.encoder.pooling import pool, pool_packed
+from embedloom.encoder.registry import open_model
 from embedloom.encoder.shared import SharedWeights, export_weights, shared_backbone
 from embedloom.encoder.tokenizer import CutTexts, contract_ids, formatted_ids, load_tokenizer
 from embedloom.errors import ConfigError, DataError
-from embedloom.instructions import CONTRACT_FILE, PromptContract, Side, pooling_modes
+from embedloom.instructions import PromptContract, Side, pooling_modes
 
 DEFAULT_BATCH_TOKENS = 4096
 
@@ -87,13 +87,11 @@ class Encoder:
             torch.set_num_threads(threads)
         if dtype == "int8" and (pick_device(device).type != "cpu" or trainable or weights is not None):
             raise ConfigError("compute_dtype: 'int8' is for inference on CPU, with weights of its own")
-        root: Path = folder
-        head: tuple[HeadModule, ...] = ()
-        if not (folder / CONTRACT_FILE).exists():
-            layout = checked_layout(folder)
-            root, head = layout.transformer, layout.head
+        model = open_model(folder)
+        model.check_computable()
+        root, head = model.transformer, model.head
         if contract is None:
-            contract = contract_of(folder)
+            contract = model.contract
         if weights is not None:
             # Made on another machine, perhaps; there the kernel itself would fail with less to say.
             if weights.inference_linear and not has_fast_linear(weights.dtype):

@@ -2,15 +2,18 @@
 
 import hashlib
 import importlib.util
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from embedloom.contents import Contents, cache_folder, contents_of, digest, model_contents, tokenizer_contents
+from embedloom.contents import Contents, cache_folder, contents_of, digest
 from embedloom.encoder.own_code import trusted_copy
 from embedloom.errors import DataError, MissingDependency, first_line
+from embedloom.model_folder import ForeignLayout, ModelFolder
+
+_KEY_DIGITS = 12  # of a GGUF file's hash, in the name of the folder it is converted into
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,14 +75,26 @@ def local_contents(name: str, tokenizer: bool = False, code: bool = False) -> Co
             path = _packaged_file(name)
         except (DataError, MissingDependency):
             return None
-        found = model_contents(path) if path.is_dir() else contents_of({path.name: path})
+        found = ModelFolder(path).contents if path.is_dir() else contents_of({path.name: path})
         return None if digest(found) == REGISTRY[name].holds else found
     path = Path(name).expanduser()
     if path.suffix == ".gguf" and path.is_file():
         return contents_of({path.name: path})
     if not path.is_dir():
         return None
-    return tokenizer_contents(path) if tokenizer else model_contents(path, code)
+    folder = ModelFolder(path)
+    return folder.tokenizer_contents if tokenizer else folder.contents_with(code)
+
+
+def models_here(names: Iterable[str], trusted: Collection[str] = ()) -> dict[str, Contents]:
+    """``local_contents`` of those of the models that have any, by their names.
+
+    Args:
+        names: of the models.
+        trusted: those whose own code is run, and so counts.
+    """
+    held = {name: local_contents(name, code=name in trusted) for name in names}
+    return {name: found for name, found in held.items() if found is not None}
 
 
 def hub_revision(name: str) -> str | None:
@@ -103,6 +118,17 @@ def hub_revisions(names: Iterable[str]) -> dict[str, str]:
 def model_key(name: str, contents: Contents | None) -> Any:
     """What stands for a model in fingerprints: what it holds, wherever it lies, else its name."""
     return name if contents is None else {"contents": digest(contents)}
+
+
+def open_model(folder: Path) -> ModelFolder:
+    """A model folder, ours or one that others made; transformers is imported only where the latter is read."""
+    return ModelFolder(folder, _read_foreign)
+
+
+def _read_foreign(folder: Path) -> ForeignLayout:
+    from embedloom.encoder.foreign import read_layout
+
+    return read_layout(folder)
 
 
 def resolve_model(name: str, trust_remote_code: bool = False) -> Path:
@@ -129,7 +155,7 @@ def _resolved(name: str, code: bool) -> Path:
         return path if path.is_dir() else _converted(path, f"{name}-{version}")
     path = Path(name).expanduser()
     if path.suffix == ".gguf":
-        return _converted(path, f"{path.stem}-{_quick_hash(path)}")
+        return _converted(path, f"{path.stem}-{contents_of({path.name: path})[path.name][:_KEY_DIGITS]}")
     if path.is_dir():
         return path.absolute()
     return _from_hub(name, code)
@@ -167,13 +193,6 @@ def _converted(gguf: Path, key: str) -> Path:
     from embedloom.encoder.gguf import convert_once
 
     return convert_once(gguf, cache_folder() / "models" / key)
-
-
-def _quick_hash(path: Path) -> str:
-    """Hash of the size and the first MiB, which holds a GGUF's header and metadata."""
-    with path.open("rb") as stream:
-        head = stream.read(2**20)
-    return hashlib.sha256(str(path.stat().st_size).encode() + head).hexdigest()[:12]
 
 
 def _from_hub(name: str, code: bool) -> Path:

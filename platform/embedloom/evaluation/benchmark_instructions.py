@@ -16,7 +16,7 @@ from mteb.abstasks.task_metadata import TaskMetadata
 from mteb.types import PromptType
 
 from embedloom.errors import DataError
-from embedloom.instructions import USUAL_TASK, PromptContract, Side
+from embedloom.instructions import USUAL_TASK, PromptContract, Side, is_instructed
 
 # mteb's task types in our words; what is missing here is not about text alone.
 TASK_TYPES = {
@@ -65,7 +65,7 @@ def role_of(
     if not instructed:
         # A search names no task, as the README's own call does not.
         return Role(side, contract.task_type_of() if task_type == USUAL_TASK else task_type, None)
-    if side == "document" and task_type not in contract.symmetric_task_types:
+    if not is_instructed(side, task_type, contract.symmetric_task_types):
         # A foreign model's files say what stands before a document, in every task.
         if metadata.name not in _table()["symmetric"] or contract.document_template is not None:
             return Role("document", task_type, None)

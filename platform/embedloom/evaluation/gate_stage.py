@@ -10,6 +10,7 @@ from embedloom import __version__
 from embedloom.config.gate import GateConfig
 from embedloom.config.resources import PoolConfig
 from embedloom.encoder.device import DTypeName
+from embedloom.encoder.registry import open_model
 from embedloom.errors import DataError
 from embedloom.evaluation.benchmark_instructions import TASK_TYPES
 from embedloom.evaluation.evaluator import Evaluator
@@ -17,13 +18,14 @@ from embedloom.evaluation.gate import Evidence, decide
 from embedloom.evaluation.jobs import Scorer, Unit
 from embedloom.evaluation.pinned import load_pool
 from embedloom.evaluation.results import SCORES_FILE
-from embedloom.evaluation.scorers import make_scorers, scored_contract
+from embedloom.evaluation.scorers import make_scorers
 from embedloom.evaluation.specs import TaskSpec
 from embedloom.evaluation.standings import OWN, ranked_among, read_strata
 from embedloom.instructions import USUAL_TASK
+from embedloom.model_folder import ModelFolder
 from embedloom.records import ScoreTable
 from embedloom.storage import Place
-from embedloom.verdict import GATE_FILE, VERDICTS_FOLDER, keeps_verdict, weights_fingerprint
+from embedloom.verdict import GATE_FILE, VERDICTS_FOLDER
 
 # Single queries of everyday lengths; what they ask does not matter, how long they are does.
 TIMED_QUERIES = tuple(
@@ -99,8 +101,8 @@ def judge(
         "prompts": prompts,
         "candidate": candidate.name,
         "against": current.name,
-        "weights": weights_fingerprint(candidate.folder),
-        "against_weights": weights_fingerprint(current.folder),
+        "weights": ModelFolder(candidate.folder).weights,
+        "against_weights": ModelFolder(current.folder).weights,
         "rules": config.model_dump(mode="json"),
         "created": datetime.datetime.now(tz=datetime.UTC).isoformat(timespec="seconds"),
         "version": __version__,
@@ -120,7 +122,7 @@ def check_prompts(table: ScoreTable, candidate: Contender) -> dict[str, str]:
     Raises:
         DataError: other prompts, with both texts.
     """
-    contract = scored_contract(candidate.folder)
+    contract = open_model(candidate.folder).scored_contract
     found = {}
     for task in table["models"][candidate.name]:
         entry = table.get("prompts", {}).get(task, {}).get(candidate.name)
@@ -148,7 +150,7 @@ def store_verdict(folder: Place, content: Mapping[str, Any], results: Place | No
         results: of the gate; a foreign model's verdict goes there, by the model's name. None: always beside the weights.
     """
     name = GATE_FILE
-    if results is not None and not (folder.is_local and keeps_verdict(folder.local)):
+    if results is not None and not (folder.is_local and ModelFolder(folder.local).keeps_verdict):
         folder, name = results, f"{VERDICTS_FOLDER}/{content['candidate']}.json"
     folder.write_json(name, content)
     return f"{folder.uri.rstrip('/')}/{name}"

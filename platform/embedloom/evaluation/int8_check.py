@@ -11,6 +11,7 @@ from embedloom.evaluation.scoring import run_mteb
 from embedloom.evaluation.specs import TaskSpec
 from embedloom.evaluation.tasks import build_task, task_size
 from embedloom.evaluation.wrapper import EncoderModel
+from embedloom.model_folder import ModelFolder
 from embedloom.verdict import int8_verdict
 
 
@@ -43,7 +44,9 @@ def measure_int8(folder: Path, corpus: Artefact, threads: int, split: str = "tes
         model = EncoderModel(Encoder.load(folder, threads=threads, dtype=dtype), f"embedloom/{dtype}", "1")
         model.instructed = spec.instructed
         scores[dtype] = _ndcg(run_mteb(model, task)[f"{task.metadata.name}.json"], split)
-    return int8_verdict(folder, scores["float32"], scores["int8"], task_size(task)["queries"])
+    return int8_verdict(
+        ModelFolder(folder).weights, scores["float32"], scores["int8"], task_size(task)["queries"]
+    )
 
 
 def _ndcg(result: bytes, split: str) -> float:

@@ -20,11 +20,11 @@ from mteb.cache import ResultCache
 from embedloom.artefacts import Artefact
 from embedloom.encoder.device import DTypeName
 from embedloom.encoder.model import DEFAULT_BATCH_TOKENS, Encoder
+from embedloom.encoder.registry import open_model
 from embedloom.errors import StageError
 from embedloom.evaluation.bm25 import load_bm25
 from embedloom.evaluation.items import ItemLog, log_clustering, watched
 from embedloom.evaluation.jobs import EmbedJob, Job, Outcome, ScoreJob, Scorer, Survey, SurveyJob, TimeJob
-from embedloom.evaluation.scorers import runs_in_library
 from embedloom.evaluation.specs import TaskSpec
 from embedloom.evaluation.tasks import build_task, task_size
 from embedloom.evaluation.texts import TextList, list_texts, scoring_subsets, sent_prompts
@@ -173,7 +173,7 @@ class EvaluationActor:
             self._model = load_bm25()
         else:
             encoder: Encoder | SentenceEncoder
-            if runs_in_library(scorer.folder):
+            if open_model(scorer.folder).beyond is not None:
                 encoder = SentenceEncoder(scorer.folder, self._dtype, self._threads)
             else:
                 encoder = Encoder.load(scorer.folder, threads=self._threads, dtype=self._dtype)

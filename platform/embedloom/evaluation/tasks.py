@@ -10,7 +10,7 @@ from mteb.abstasks import AbsTask, AbsTaskRetrieval
 from mteb.types import PromptType
 
 from embedloom.artefacts import Artefact
-from embedloom.encoder.foreign import tokenizer_folder
+from embedloom.encoder.registry import open_model
 from embedloom.encoder.tokenizer import InstructionTooLong, check_room, load_tokenizer
 from embedloom.errors import DataError, first_line
 from embedloom.evaluation.beir import check_beir, read_beir
@@ -21,7 +21,6 @@ from embedloom.evaluation.local_labelled import make_labelled_task
 from embedloom.evaluation.local_layout import RANKED_TYPES
 from embedloom.evaluation.local_retrieval import make_ranked_task
 from embedloom.evaluation.retrieval_task import make_retrieval_task
-from embedloom.evaluation.scorers import runs_in_library
 from embedloom.evaluation.specs import TaskSpec
 from embedloom.instructions import PromptContract
 
@@ -78,10 +77,13 @@ def check_rooms(units: Sequence[Unit], contracts: Mapping[str, PromptContract]) 
     tokenizers: dict[Path, Any] = {}
     for unit in units:
         folder, contract = unit.scorer.folder, contracts.get(unit.scorer.contract_hash)
-        if folder is None or contract is None or unit.task.kind != "mteb" or runs_in_library(folder):
+        if folder is None or contract is None or unit.task.kind != "mteb":
+            continue
+        model = open_model(folder)
+        if model.beyond is not None:
             continue
         if folder not in tokenizers:
-            tokenizers[folder] = load_tokenizer(tokenizer_folder(folder))
+            tokenizers[folder] = load_tokenizer(model.transformer)
         task = _mteb_task(unit.task)
         ranks = isinstance(task, AbsTaskRetrieval)  # elsewhere all texts play the same part
         kinds = (PromptType.query, PromptType.document) if ranks else (None,)

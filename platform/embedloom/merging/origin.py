@@ -5,8 +5,8 @@ from typing import Any
 import yaml
 
 from embedloom.artefacts import MANIFEST_FILE, Artefact, fingerprint
-from embedloom.contents import model_contents
 from embedloom.errors import DataError, one_line
+from embedloom.model_folder import ModelFolder
 from embedloom.storage import Place
 
 CARD_FILE = "README.md"
@@ -74,5 +74,5 @@ def model_state(place: Place) -> str:
     if place.exists(MANIFEST_FILE):
         return Artefact.open(place).fingerprint
     if place.is_local:
-        return fingerprint(model_contents(place.local))
+        return fingerprint(ModelFolder(place.local).contents)
     return fingerprint({name: place.state(name) for name in place.files()})

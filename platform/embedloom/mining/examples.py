@@ -1,14 +1,13 @@
 """Training examples out of mined candidates: the selection rules applied, every removal counted."""
 
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from embedloom.config.mining import SelectionConfig
+from embedloom.instructions import LABEL_TASK_TYPES, is_instructed, opposite_task_type
 from embedloom.mining.audit import NEAR_DUPLICATE, near_duplicate
-from embedloom.mining.given import LABEL_TASK_TYPES
 from embedloom.mining.mined import Found, Mined, negatives_given, positive_texts
 from embedloom.mining.select import Selection, blend, query_seed, select_negatives
 from embedloom.mining.teacher_pass import given_texts
@@ -55,18 +54,10 @@ SAMPLE_SCHEMA = pa.schema(
 )
 
 
-@dataclass(frozen=True, slots=True)
-class ExampleRules:
-    """What a worker needs to know."""
-
-    selection: SelectionConfig
-    symmetric_task_types: tuple[str, ...]
-
-
 class ExampleWorker:
     """Actor that turns one part of the queries into examples."""
 
-    def __init__(self, rules: ExampleRules, mined: Mined) -> None:
+    def __init__(self, rules: SelectionConfig, mined: Mined) -> None:
         self._rules = rules
         self._mined = mined
         self._texts = mined.open_texts()
@@ -95,7 +86,7 @@ class ExampleWorker:
         for number, (row, positive, one) in enumerate(zip(queries, positives, chosen, strict=True)):
             mined = found[0][number]
             negatives = [texts[key] if isinstance(key, int) else str(key) for key in one.ids]
-            if len(negatives) < self._rules.selection.min_negatives:
+            if len(negatives) < self._rules.min_negatives:
                 reason = _reject_reason(row, one)
                 rejects.append({"id": row["id"], "reason": reason, "detail": f"{len(negatives)} survived"})
             else:
@@ -133,7 +124,7 @@ class ExampleWorker:
         self, row: dict[str, Any], right: set[str], known: Positions, mined: list[tuple[Found, Positions]]
     ) -> Selection[Any]:
         """Negatives of one query: positions of documents, or the texts that came with the pair."""
-        rules = self._rules.selection
+        rules = self._rules
         if negatives_given(row):
             given = mined[0][0].given
             texts = given_texts(row)[-len(given) :] if given else []
@@ -169,9 +160,7 @@ class ExampleWorker:
     def _example(
         self, row: dict[str, Any], positive: str, mined: Found, negatives: list[str], scores: list[float]
     ) -> dict[str, Any]:
-        symmetric = row["task_type"] in self._rules.symmetric_task_types
-        # A label or a passage is bare; only texts that stand opposite each other both carry the instruction.
-        instructed = symmetric and row["task_type"] not in LABEL_TASK_TYPES
+        instructed = is_instructed("document", opposite_task_type(row["task_type"]))
         return {
             "id": row["id"],
             "query": row["text"],

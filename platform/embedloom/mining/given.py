@@ -7,6 +7,7 @@ import numpy as np
 import pyarrow as pa
 
 from embedloom.engines.shards import PART_PATTERN
+from embedloom.instructions import opposite_task_type
 from embedloom.mining.select import query_seed
 from embedloom.ngrams import folded
 from embedloom.storage import Place
@@ -16,7 +17,6 @@ CORPUS = "corpus"  # the collection of the corpus's own documents
 # Texts that are scored but never searched.
 UNSEARCHED = "unsearched"
 _WRONG_LABELS = 16  # drawn per query; the selection takes the first few
-LABEL_TASK_TYPES = ("classification", "multilabel_classification")
 GIVEN_SCHEMA = pa.schema(
     [("id", pa.string()), ("text", pa.string()), ("task_type", pa.string()), ("instruction", pa.string())]
 )
@@ -50,13 +50,11 @@ class GivenTexts:
                 continue
             seen.add(identifier)
             waiting = self._waiting.setdefault(group, [])
-            # A label is bare, as a passage is (paper §3.1), though texts to classify carry the instruction.
-            task_type = "retrieval" if row["task_type"] in LABEL_TASK_TYPES else row["task_type"]
             waiting.append(
                 {
                     "id": identifier,
                     "text": text,
-                    "task_type": task_type,
+                    "task_type": opposite_task_type(row["task_type"]),
                     "instruction": row["instruction"],
                 }
             )

@@ -6,8 +6,9 @@ from typing import Any
 
 from embedloom.artefacts import Artefact
 from embedloom.engines.shards import PART_PATTERN
+from embedloom.instructions import LABEL_TASK_TYPES
 from embedloom.mining.documents import ChunkedDocuments, DocumentTexts
-from embedloom.mining.given import CORPUS, GIVEN_FOLDER, LABEL_TASK_TYPES
+from embedloom.mining.given import CORPUS, GIVEN_FOLDER
 from embedloom.mining.teacher_pass import CANDIDATES_FOLDER, DOCUMENTS_FOLDER, SCORES_FOLDER, part_names
 from embedloom.storage import Place
 

@@ -16,8 +16,8 @@ import pyarrow.compute as pc
 from embedloom.artefacts import Artefact
 from embedloom.engines.shards import PART_PATTERN
 from embedloom.errors import DataError
-from embedloom.instructions import SYMMETRIC_TASK_TYPES, Side, check_task_type
-from embedloom.mining.given import CORPUS, LABEL_TASK_TYPES, GivenTexts, wrong_labels
+from embedloom.instructions import LABEL_TASK_TYPES, Side, check_task_type, is_instructed, opposite_task_type
+from embedloom.mining.given import CORPUS, GivenTexts, wrong_labels
 from embedloom.ngrams import folded, hash64, hashes64
 from embedloom.progress import note
 from embedloom.records import check_table, content_id, table_from_rows
@@ -105,7 +105,7 @@ def write_queries(
 
 def inline_id(text: str, task_type: str, instruction: str) -> str:
     """Id of a text that comes with a pair; the instruction belongs to it where documents carry one."""
-    return content_id("inline", text, task_type, instruction if task_type in SYMMETRIC_TASK_TYPES else "")
+    return content_id("inline", text, task_type, instruction if is_instructed("document", task_type) else "")
 
 
 def question_of(query: str, task_type: str, instruction: str) -> str:
@@ -219,7 +219,7 @@ class _Writer:
             return None
         task_type, instruction = pair["task_type"], pair["instruction"]
         sides: list[tuple[str, Side]] = [(pair["query"], "query")]
-        if task_type in SYMMETRIC_TASK_TYPES and task_type not in LABEL_TASK_TYPES:  # labels are bare
+        if is_instructed("document", opposite_task_type(task_type)):
             given = [None if in_corpus else pair["positive"], *(pair["negatives"] or [])]
             sides += [(text, "document") for text in given if text]
         found = (self._too_long(text, side, task_type, instruction) for text, side in sides)

@@ -13,14 +13,12 @@ from embedloom.config.mining import MiningConfig
 from embedloom.config.resources import PoolConfig
 from embedloom.engines.shards import run_sharded
 from embedloom.errors import StageError
-from embedloom.instructions import SYMMETRIC_TASK_TYPES
 from embedloom.mining.audit import audit_summary
 from embedloom.mining.examples import (
     AUDIT_FOLDER,
     EXAMPLES_FOLDER,
     REJECTS_FOLDER,
     SAMPLE_FOLDER,
-    ExampleRules,
     ExampleWorker,
 )
 from embedloom.mining.judge import judge_sample
@@ -116,7 +114,6 @@ def build_examples(
         StageError: not a single example came out, or a worker failed.
     """
     details = mined.manifest["details"]
-    rules = ExampleRules(config.selection, SYMMETRIC_TASK_TYPES)
     scored = Mined.of(mined, corpus) if rescored is None else Mined.of(mined, corpus).rescored(rescored)
     done = run_sharded(
         stage="examples",
@@ -126,7 +123,7 @@ def build_examples(
         done_folder=EXAMPLES_FOLDER,
         shard_rows=max(1, mined.counts["rows"]),
         worker=ExampleWorker,
-        worker_arguments={"rules": rules, "mined": scored},
+        worker_arguments={"rules": config.selection, "mined": scored},
         pool=pool,
         unit="queries",
         by_file=True,

@@ -5,15 +5,13 @@ from functools import lru_cache
 
 from embedloom.config.mining import MiningConfig
 from embedloom.config.teacher import Teacher
-from embedloom.encoder.foreign import tokenizer_folder
-from embedloom.encoder.registry import resolve_model
+from embedloom.encoder.registry import open_model, resolve_model
 from embedloom.encoder.tokenizer import load_tokenizer, prompt_ids, room_problem
 from embedloom.errors import ConfigError
-from embedloom.instructions import DEFAULT_INSTRUCTIONS, Side
+from embedloom.instructions import DEFAULT_INSTRUCTIONS, Side, Templates
 from embedloom.retrieval.cross_encoder import CrossEncoderSource, PairScorerSource, check_cross_encoder
 from embedloom.retrieval.embedder import EmbedderSource, EncoderSource
 from embedloom.retrieval.teachers import check_positions, teacher_source
-from embedloom.retrieval.templates import Templates
 
 
 def teacher_sources(config: MiningConfig) -> list[EmbedderSource]:
@@ -44,7 +42,7 @@ def rescoring_source(config: MiningConfig) -> PairScorerSource:
     folder = resolve_model(section.model, section.trust_remote_code)
     check_cross_encoder(folder)
     try:
-        check_positions(section.model, folder, {"max_tokens": section.max_tokens})
+        check_positions(section.model, open_model(folder), {"max_tokens": section.max_tokens})
     except ConfigError as error:
         raise ConfigError(f"mining.rescoring: {error}") from error
     return CrossEncoderSource(
@@ -77,7 +75,7 @@ def room_check(teachers: Sequence[EmbedderSource]) -> Callable[[str, Side, str, 
     Known of teachers that our encoder runs; sentence-transformers' refuse such a text when they meet it.
     """
     encoders = [
-        (source.name, load_tokenizer(tokenizer_folder(source.folder)), source.contract)
+        (source.name, load_tokenizer(open_model(source.folder).transformer), source.contract)
         for source in teachers
         if isinstance(source, EncoderSource) and source.contract is not None
     ]

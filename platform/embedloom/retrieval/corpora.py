@@ -1,16 +1,14 @@
 """``embedloom embed``: any corpus to Parquet vectors and, if wanted, a FAISS index."""
 
-from pathlib import Path
 from typing import Any
 
 from embedloom.artefacts import MANIFEST_FILE, Artefact, ArtefactWriter
 from embedloom.config.resources import PoolConfig
 from embedloom.config.use import EmbeddingConfig
-from embedloom.contents import is_trusted
-from embedloom.encoder.foreign import contract_of, tokenizer_folder
 from embedloom.encoder.tokenizer import InstructionTooLong, check_room, load_tokenizer
 from embedloom.errors import ConfigError, DataError
 from embedloom.instructions import PromptContract
+from embedloom.model_folder import ModelFolder
 from embedloom.progress import note
 from embedloom.retrieval.embed_rows import embed_rows
 from embedloom.retrieval.embedder import EncoderSource
@@ -26,15 +24,14 @@ __all__ = ["DOCUMENTS_FOLDER", "SPLITS", "VECTORS_FOLDER", "embed_artefact"]
 
 
 def embed_artefact(
-    config: EmbeddingConfig, corpus: str, model: Path, model_id: str, pool: PoolConfig, out: ArtefactWriter
+    config: EmbeddingConfig, corpus: str, model: ModelFolder, pool: PoolConfig, out: ArtefactWriter
 ) -> Artefact:
     """Embed every text of a corpus and commit the vectors.
 
     Args:
         config: the embedding section.
         corpus: a corpus artefact, a file, folder or glob of Parquet or JSON lines, or a folder of text files.
-        model: model folder.
-        model_id: fingerprint of the weights, stamped on the files.
+        model: its id is stamped on the files.
         pool: actors and what each reserves.
         out: writer of the vectors artefact; gets ``vectors``, ``rows``, ``rejects`` and the index.
 
@@ -44,15 +41,15 @@ def embed_artefact(
         MissingDependency: an index is wanted and FAISS is not installed.
     """
     out.place.sweep()
-    contract = contract_of(model)
+    contract = model.contract
     config = _with_task(config, contract)
     _check(config, contract)
-    tokenizer = load_tokenizer(tokenizer_folder(model))
+    tokenizer = load_tokenizer(model.transformer)
     try:
         check_room(tokenizer, contract, config.side, config.task_type, config.instruction)
     except InstructionTooLong as error:
         raise InstructionTooLong(f"embedding.instruction: {error}") from error
-    recipe = {**config.recipe, "model_id": model_id, "contract_hash": contract.hash}
+    recipe = {**config.recipe, "model_id": model.id, "contract_hash": contract.hash}
     earlier = _earlier(config, recipe, out.place)
     source = open_input(corpus, config, out.place)
     before = (earlier.fingerprint, earlier.place) if earlier else None
@@ -62,20 +59,20 @@ def embed_artefact(
         source=source,
         ledger=ledger,
         out=out.place,
-        model=EncoderSource(model_id, model, dtype=config.compute_dtype),
+        model=EncoderSource(model.id, model.path, dtype=config.compute_dtype),
         normalize=contract.normalize,
         config=config,
         pool=pool,
         previous=earlier.place if earlier else None,
     )
     details: dict[str, Any] = {
-        "model_id": model_id,
+        "model_id": model.id,
         "contract_hash": contract.hash,
         "recipe": recipe,
         "previous": ledger.previous or None,
         "input": {"path": absolute(corpus), **config.columns},
     }
-    if is_trusted(model):
+    if model.is_trusted:
         details["trust_remote_code"] = True
     if config.index is not None:
         details["index"] = build_index(config.index, out.place, contract.hash)

@@ -12,9 +12,9 @@ import torch
 from embedloom.artefacts import fingerprint
 from embedloom.encoder.device import DTypeName, pick_device, pick_dtype
 from embedloom.errors import DataError
-from embedloom.retrieval.fingerprints import folder_fingerprint
+from embedloom.instructions import Templates
+from embedloom.model_folder import ModelFolder
 from embedloom.retrieval.sentence_teacher import load_offline
-from embedloom.retrieval.templates import Templates
 
 PairScores = np.ndarray[Any, np.dtype[np.float32]]
 
@@ -90,9 +90,9 @@ class CrossEncoderScorer:
             raise DataError(
                 f"{source.folder}: this cross-encoder has {self._model.num_labels} labels; allowed: 1, the relevance"
             )
-
+        identity = ModelFolder(source.folder).fingerprint
         self._contract_hash = fingerprint(
-            "cross_encoder", folder_fingerprint(source.folder), source.templates.facts(), source.max_tokens
+            "cross_encoder", identity, source.templates.facts(), source.max_tokens
         )
 
     @property

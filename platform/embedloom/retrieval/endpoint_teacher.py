@@ -13,8 +13,7 @@ from embedloom.artefacts import fingerprint
 from embedloom.encoder.model import Vectors
 from embedloom.encoder.tokenizer import CutTexts
 from embedloom.errors import ConfigError, DataError, MissingDependency, StageError, one_line
-from embedloom.instructions import Side
-from embedloom.retrieval.templates import Templates
+from embedloom.instructions import Side, Templates
 from embedloom.retrieval.unit import unit_vectors
 
 if TYPE_CHECKING:

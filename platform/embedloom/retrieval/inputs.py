@@ -14,7 +14,8 @@ import pyarrow as pa
 
 from embedloom.artefacts import MANIFEST_FILE, Artefact
 from embedloom.config.use import EmbeddingConfig
-from embedloom.contents import contents_of
+from embedloom.contents import Contents, contents_of, digest
+from embedloom.encoder.registry import local_contents
 from embedloom.engines.shards import PART_PATTERN
 from embedloom.errors import ConfigError, DataError
 from embedloom.formats import (
@@ -26,7 +27,7 @@ from embedloom.formats import (
     named_below,
     read_text,
 )
-from embedloom.instructions import Side
+from embedloom.instructions import Side, is_instructed
 from embedloom.storage import Place
 
 DOCUMENTS_FOLDER = "documents"
@@ -71,6 +72,32 @@ def input_state(path: str) -> Any:
         return Artefact.open(Place(path), "corpus").fingerprint
     _, files = _local(path)
     return contents_of(named_below(path, files))
+
+
+def embedding_node(
+    config: EmbeddingConfig, own_models: set[str]
+) -> tuple[tuple[Any, ...], dict[str, Contents]]:
+    """What of the embedding section decides the vectors, and what the local files hold that they are made from.
+
+    Inputs and models of the run itself are left to the graph, and so is where vectors are taken over from, which does
+    not change them.
+    """
+    states: list[Any] = []
+    reads: dict[str, Contents] = {}
+    settings = config.model_dump(mode="json", exclude={"previous"})
+    if config.corpus is not None:
+        states.append(state := input_state(config.corpus))
+        if "://" not in config.corpus:
+            settings["corpus"] = None
+        if isinstance(state, dict):
+            reads[config.corpus] = state
+    code = config.trust_remote_code
+    held = None if config.model in own_models else local_contents(config.model, code=code)
+    if held is not None:
+        states.append(digest(held))
+        settings["model"] = None
+        reads[config.model] = held
+    return (settings, states), reads
 
 
 def open_input(path: str, config: EmbeddingConfig, out: Place) -> TextSource:
@@ -276,7 +303,7 @@ def check_instruction(config: EmbeddingConfig, symmetric_task_types: tuple[str, 
     Raises:
         ConfigError: an instruction for documents of an asymmetric task.
     """
-    if config.instruction and config.side == "document" and config.task_type not in symmetric_task_types:
+    if config.instruction and not is_instructed(config.side, config.task_type, symmetric_task_types):
         raise ConfigError(
             f"embedding.instruction: documents of task_type {config.task_type!r} carry no instruction; "
             f"allowed with side query, or with one of {', '.join(symmetric_task_types)}"

@@ -11,15 +11,15 @@ import torch
 from embedloom.artefacts import fingerprint
 from embedloom.encoder.batching import TokenCount
 from embedloom.encoder.device import DTypeName, pick_device, pick_dtype
-from embedloom.encoder.foreign import layout_templates, read_layout
+from embedloom.encoder.foreign import read_layout
 from embedloom.encoder.model import Vectors
 from embedloom.encoder.own_code import SWITCH, is_trusted
+from embedloom.encoder.registry import open_model
 from embedloom.encoder.tokenizer import MIN_TEXT_TOKENS, CutTexts, InstructionTooLong
 from embedloom.errors import DataError, one_line
-from embedloom.instructions import PLAIN_TEMPLATE, PromptContract, Side
+from embedloom.instructions import PLAIN_TEMPLATE, Side, Templates
+from embedloom.model_folder import ModelFolder
 from embedloom.progress import note
-from embedloom.retrieval.fingerprints import folder_fingerprint
-from embedloom.retrieval.templates import Templates
 from embedloom.retrieval.unit import unit_vectors
 
 _UNIT_TOLERANCE = 1e-2  # of a length; bfloat16 keeps three digits
@@ -69,8 +69,9 @@ class SentenceTransformerEmbedder:
         self.cuts = CutTexts()
         # The limits as given: "the model's own" is part of the folder's fingerprint already.
         asked = [source.max_query_tokens, source.max_document_tokens]
+        identity = ModelFolder(source.folder).fingerprint
         self._contract_hash = fingerprint(
-            "sentence_transformers", folder_fingerprint(source.folder), self._templates.facts(), asked, "unit"
+            "sentence_transformers", identity, self._templates.facts(), asked, "unit"
         )
 
     @property
@@ -201,7 +202,7 @@ class SentenceEncoder:
         if threads is not None:
             torch.set_num_threads(threads)
         self._embedder = SentenceTransformerSource(folder.name, folder, dtype=dtype).open()
-        self.contract = sentence_contract(folder)
+        self.contract = open_model(folder).scored_contract
         self.tokens = TokenCount()
 
     @property
@@ -234,14 +235,6 @@ class SentenceEncoder:
         vectors, tokens = self._embedder.embed(texts, side, [task_type] * len(texts), given)
         self.tokens.add(tokens)
         return vectors
-
-
-def sentence_contract(folder: Path) -> PromptContract:
-    """What can be said as a contract of a model that sentence-transformers runs: its prompts.
-
-    Pooling, lengths and attention are the library's; the fields of that name say nothing here.
-    """
-    return PromptContract(**layout_templates(read_layout(folder)))
 
 
 def load_offline(

@@ -6,15 +6,14 @@ from typing import Any
 
 from embedloom.config.teacher import Teacher
 from embedloom.encoder.architecture import position_limit, read_config
-from embedloom.encoder.foreign import beyond_encoder, contract_of, read_layout
 from embedloom.encoder.own_code import trusted_copy
-from embedloom.encoder.registry import resolve_model
+from embedloom.encoder.registry import open_model, resolve_model
 from embedloom.errors import ConfigError
-from embedloom.instructions import CONTRACT_FILE, DEFAULT_INSTRUCTIONS, PLAIN_TEMPLATE, PromptContract
+from embedloom.instructions import CONTRACT_FILE, DEFAULT_INSTRUCTIONS, PLAIN_TEMPLATE, Templates
+from embedloom.model_folder import ModelFolder
 from embedloom.retrieval.embedder import EmbedderSource, EncoderSource
 from embedloom.retrieval.endpoint_teacher import EndpointSource
 from embedloom.retrieval.sentence_teacher import SentenceTransformerSource
-from embedloom.retrieval.templates import Templates
 
 
 def teacher_source(
@@ -39,18 +38,20 @@ def teacher_source(
     named = {key: text for key, text in (instructions or {}).items() if text != DEFAULT_INSTRUCTIONS.get(key)}
     if teacher.engine == "openai":
         return _endpoint(teacher, named)
-    folder = teacher_folder(teacher)
+    model = open_model(teacher_folder(teacher))
     limits = {
         "max_query_tokens": teacher.max_query_tokens or max_query_tokens,
         "max_document_tokens": teacher.max_document_tokens or max_document_tokens,
     }
-    check_positions(teacher.model, folder, limits)
-    if pick_engine(teacher, folder) == "encoder":
-        contract = _contract(folder, limits, named)
-        return EncoderSource(teacher.model, folder, contract, teacher.dtype)
+    check_positions(teacher.model, model, limits)
+    if pick_engine(teacher, model) == "encoder":
+        own = model.contract
+        changes: dict[str, Any] = {key: limit for key, limit in limits.items() if limit is not None}
+        contract = own.model_copy(update={**changes, "instructions": {**own.instructions, **named}})
+        return EncoderSource(teacher.model, model.path, contract, teacher.dtype)
     return SentenceTransformerSource(
         name=teacher.model,
-        folder=folder,
+        folder=model.path,
         query_template=teacher.query_template,
         document_template=teacher.document_template,
         instructions={**DEFAULT_INSTRUCTIONS, **named},
@@ -68,7 +69,7 @@ def teacher_folder(teacher: Teacher) -> Path:
     return trusted_copy(path.absolute()) if trust else path.absolute()
 
 
-def pick_engine(teacher: Teacher, folder: Path) -> str:
+def pick_engine(teacher: Teacher, model: ModelFolder) -> str:
     """``encoder`` or ``sentence_transformers``.
 
     Raises:
@@ -76,7 +77,7 @@ def pick_engine(teacher: Teacher, folder: Path) -> str:
             a contract of its own.
     """
     templates = teacher.query_template is not None or teacher.document_template is not None
-    if (folder / CONTRACT_FILE).is_file():
+    if model.layout is None:
         if templates and teacher.engine == "auto":
             raise ConfigError(
                 f"teacher {teacher.model!r}: query_template and document_template do not fit, its {CONTRACT_FILE} has a template"
@@ -84,7 +85,7 @@ def pick_engine(teacher: Teacher, folder: Path) -> str:
         return "sentence_transformers" if teacher.engine == "sentence_transformers" else "encoder"
     if teacher.engine == "sentence_transformers":
         return teacher.engine
-    reason = beyond_encoder(folder)
+    reason = model.beyond
     if teacher.engine == "encoder" and reason:
         raise ConfigError(
             f"teacher {teacher.model!r}: engine 'encoder' cannot run it: {reason}; allowed: 'auto', 'sentence_transformers'"
@@ -92,22 +93,14 @@ def pick_engine(teacher: Teacher, folder: Path) -> str:
     return "sentence_transformers" if reason or templates else "encoder"
 
 
-def _contract(folder: Path, limits: Mapping[str, int | None], named: Mapping[str, str]) -> PromptContract:
-    """The folder's own contract, or one derived, with these limits and instructions."""
-    own = contract_of(folder)
-    changes: dict[str, Any] = {key: limit for key, limit in limits.items() if limit is not None}
-    return own.model_copy(update={**changes, "instructions": {**own.instructions, **named}})
-
-
-def check_positions(model: str, folder: Path, limits: Mapping[str, int | None]) -> None:
+def check_positions(name: str, model: ModelFolder, limits: Mapping[str, int | None]) -> None:
     """Raise ConfigError for a limit (by the name of its key) above the positions that a model has."""
-    root = folder if (folder / CONTRACT_FILE).is_file() else read_layout(folder).transformer
-    if not (root / "config.json").is_file():
+    if not (model.transformer / "config.json").is_file():
         return  # static embeddings have no positions
-    positions = position_limit(read_config(root).get_text_config())
+    positions = position_limit(read_config(model.transformer).get_text_config())
     for key, limit in limits.items():
         if positions is not None and limit is not None and limit > positions:
-            raise ConfigError(f"{key}: {limit} is above the {positions} positions of {model!r}")
+            raise ConfigError(f"{key}: {limit} is above the {positions} positions of {name!r}")
 
 
 def _endpoint(teacher: Teacher, named: Mapping[str, str]) -> EndpointSource:

@@ -12,12 +12,10 @@ from embedloom.config.application import ApplicationArgs
 from embedloom.config.base import validate
 from embedloom.config.resources import ServeScaling
 from embedloom.config.serving import ServingConfig
-from embedloom.contents import is_trusted
-from embedloom.encoder.foreign import checked_layout, contract_of
 from embedloom.encoder.own_code import trusted_copy
-from embedloom.errors import ConfigError, DataError
-from embedloom.instructions import CONTRACT_FILE, PromptContract
-from embedloom.retrieval.model_id import model_id
+from embedloom.encoder.registry import open_model
+from embedloom.errors import ConfigError
+from embedloom.model_folder import ModelFolder
 from embedloom.serving.aliases import check_aliases
 from embedloom.serving.applications import GATEWAY, SINGLE
 from embedloom.serving.calls import EndpointSettings
@@ -26,12 +24,11 @@ from embedloom.serving.gateway import Gateway
 from embedloom.serving.handles import ENCODERS
 from embedloom.serving.keys import read_keys
 from embedloom.serving.loading import ModelSpec
-from embedloom.serving.model_facts import read_gate, read_lineage
 from embedloom.serving.replica import EncoderEndpoint, EncoderReplica
+from embedloom.serving.replies import GateVerdict, Lineage
 from embedloom.serving.service import BatchSettings
 from embedloom.serving.weights import shares_weights, weights_actor
 from embedloom.trained_prompts import check_default
-from embedloom.verdict import check_gated, check_int8
 
 RETRY_AFTER_SECONDS = 1  # of Serve's own 429, which is not the usual one
 
@@ -61,13 +58,13 @@ def build_application(args: ApplicationArgs, encoders: str | None = None) -> App
         ConfigError: another name of the model is its own, or stands for a task that it does not know.
         DataError: the model folder is not one, or has not passed the gate.
     """
-    folder = check_model_folder(Path(args.model_folder), args.serving.trust_remote_code)
+    model = _opened(args)
     if args.serving.require_gate:
-        check_gated(folder, args.serving.verdict)
+        model.check_gated(args.serving.verdict)
         if args.serving.compute_dtype == "int8":
-            check_int8(folder)
-    contract = contract_of(folder)
-    check_default(contract, args.serving.default_task, str(folder))
+            model.check_int8()
+    contract = model.contract
+    check_default(contract, args.serving.default_task, str(model.path))
     check_aliases(args.serving.models, args.served_name, contract)
     scaling = args.scaling
     serving = args.serving.model_copy(update=scaling.limits)
@@ -77,7 +74,7 @@ def build_application(args: ApplicationArgs, encoders: str | None = None) -> App
         truncate=serving.truncate,
         token_ids=serving.token_ids,
         fingerprint=args.fingerprint,
-        created=int(_weights_of(folder)[0].stat().st_mtime),
+        created=int(model.weight_files[0].stat().st_mtime),
         max_items=serving.max_items,
         min_replicas=scaling.min_replicas,
         max_requests=scaling.max_replicas * serving.max_ongoing_requests + serving.max_queued_requests,
@@ -90,37 +87,52 @@ def build_application(args: ApplicationArgs, encoders: str | None = None) -> App
         allowed_origins=serving.allowed_origins,
         hosts=_hosts(args),
         request_log=serving.request_log,
-        lineage=read_lineage(folder),
-        gate=read_gate(folder, serving.verdict),
+        lineage=Lineage.of(model),
+        gate=GateVerdict.of(model, serving.verdict),
         tasks=tuple(contract.tasks or ()),
-        trust_remote_code=is_trusted(folder),
+        trust_remote_code=model.is_trusted,
     )
-    corpus = _corpus(serving, folder)
+    corpus = _corpus(serving, model)
     blueprint = args.model_dump(mode="json")
     ingress = _patience(serving) | _ingress_limits(settings.max_requests)
     if args.single:
         endpoint = serve.deployment(serve.ingress()(EncoderEndpoint), name=SINGLE, num_replicas=1)
         return endpoint.options(**ingress, **_computing(args)).bind(
-            _model(args, folder), settings, corpus, blueprint
+            _model(args, model), settings, corpus, blueprint
         )
     gateway = serve.deployment(serve.ingress()(Gateway), name=GATEWAY, num_replicas=1)
     return gateway.options(**ingress, ray_actor_options={"num_cpus": GATEWAY_CPUS}).bind(
-        encoders or build_encoders(args), settings, corpus, blueprint
+        encoders or _bound_encoders(args, model), settings, corpus, blueprint
     )
 
 
 def build_encoders(args: ApplicationArgs) -> Application:
-    """Bind the encoders of one model, without HTTP."""
-    folder = check_model_folder(Path(args.model_folder), args.serving.trust_remote_code)
+    """Bind the encoders of one model, without HTTP.
+
+    Raises:
+        DataError: the model folder is not one.
+    """
+    return _bound_encoders(args, _opened(args))
+
+
+def _opened(args: ApplicationArgs) -> ModelFolder:
+    model = open_model(Path(args.model_folder))
+    if args.serving.trust_remote_code and not model.is_trusted:
+        model = open_model(trusted_copy(model.path))
+    model.check_servable()
+    return model
+
+
+def _bound_encoders(args: ApplicationArgs, model: ModelFolder) -> Application:
     # Of int8 every replica has weights of its own, a quarter of float32's.
     plain = args.serving.engine == "torch" and args.serving.compute_dtype != "int8"
     shared = shares_weights(args.scaling) and plain
     options = _patience(args.serving) | _computing(args) | _replicas(args.scaling)
     if shared:
-        options["deployment_actors"] = [weights_actor(str(folder), args.serving.compute_dtype)]
+        options["deployment_actors"] = [weights_actor(str(model.path), args.serving.compute_dtype)]
     encoders = serve.deployment(EncoderReplica, name=ENCODERS)
     return encoders.options(**options, max_ongoing_requests=args.serving.max_ongoing_requests).bind(
-        _model(args, folder, shared)
+        _model(args, model, shared)
     )
 
 
@@ -136,7 +148,7 @@ def _hosts(args: ApplicationArgs) -> tuple[str, ...]:
     return ("localhost", "127.0.0.1", "::1", args.serving.host, *args.serving.allowed_hosts)
 
 
-def _model(args: ApplicationArgs, folder: Path, shared: bool = False) -> ModelSpec:
+def _model(args: ApplicationArgs, model: ModelFolder, shared: bool = False) -> ModelSpec:
     scaling, serving = args.scaling, args.serving
     if serving.engine != "torch" and scaling.streams not in (None, 1):
         raise ConfigError(
@@ -149,7 +161,7 @@ def _model(args: ApplicationArgs, folder: Path, shared: bool = False) -> ModelSp
             "'bfloat16'"
         )
     return ModelSpec(
-        folder=str(folder),
+        folder=str(model.path),
         fingerprint=args.fingerprint,
         batching=BatchSettings.of(serving),
         threads=scaling.compute_threads,
@@ -176,14 +188,11 @@ def _computing(args: ApplicationArgs) -> dict[str, Any]:
     }
 
 
-def _corpus(serving: ServingConfig, folder: Path) -> CorpusSource | None:
+def _corpus(serving: ServingConfig, model: ModelFolder) -> CorpusSource | None:
     """The corpus to search, checked against the model before anything starts."""
     if serving.corpus is None:
         return None
-    contract = contract_of(folder)
-    source = CorpusSource.of(
-        serving.corpus, serving.documents, contract.hash, model_id(folder), contract.normalize
-    )
+    source = CorpusSource.of(serving.corpus, serving.documents, model)
     source.check()
     return source
 
@@ -209,28 +218,3 @@ def _replicas(scaling: ServeScaling) -> dict[str, Any]:
             downscale_to_zero_delay_s=scaling.idle_to_zero_seconds,
         )
     }
-
-
-def check_model_folder(folder: Path, trust_remote_code: bool = False) -> Path:
-    """The absolute path of a model folder; of a model whose own code may be run, of the trusted copy.
-
-    Raises:
-        DataError: it is none, has no weights, a broken prompt contract, or is a foreign model that our encoder cannot
-            compute.
-    """
-    folder = folder.expanduser().absolute()
-    if not any((folder / name).is_file() for name in ("config.json", "modules.json")):
-        raise DataError(f"{folder}: no config.json, so this is not a model folder")
-    if not _weights_of(folder):
-        raise DataError(f"{folder}: no weights (*.safetensors) in this model folder")
-    if trust_remote_code and not is_trusted(folder):
-        folder = trusted_copy(folder)
-    if (folder / CONTRACT_FILE).exists():
-        PromptContract.load(folder)
-    else:
-        checked_layout(folder)
-    return folder
-
-
-def _weights_of(folder: Path) -> list[Path]:
-    return [*folder.rglob("*.safetensors"), *folder.rglob("pytorch_model*.bin")]

@@ -119,7 +119,7 @@ def load_corpus(
         place: the artefact.
         documents: the input it was embedded from; None: look beside it.
         contract_hash: of the served model.
-        model: what ``retrieval.model_id`` says of the served model.
+        model: what ``ModelFolder.id`` says of the served model.
         normalize: whether its vectors have unit length.
 
     Raises:

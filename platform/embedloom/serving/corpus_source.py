@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from embedloom.model_folder import ModelFolder
 from embedloom.storage import Place, absolute
 
 if TYPE_CHECKING:
@@ -20,12 +21,10 @@ class CorpusSource:
     normalize: bool
 
     @classmethod
-    def of(
-        cls, corpus: str, documents: str | None, contract_hash: str, model_id: str, normalize: bool
-    ) -> "CorpusSource":
+    def of(cls, corpus: str, documents: str | None, model: ModelFolder) -> "CorpusSource":
         """The source of a config's paths, absolute for replicas that run in other folders."""
         texts = None if documents is None else absolute(documents)
-        return cls(absolute(corpus), texts, contract_hash, model_id, normalize)
+        return cls(absolute(corpus), texts, model.contract.hash, model.id, model.contract.normalize)
 
     def check(self) -> None:
         """Raise DataError or ConfigError if another model made it; reads the manifest only."""

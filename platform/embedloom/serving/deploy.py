@@ -15,10 +15,9 @@ from ray import serve
 
 from embedloom.config.application import ApplicationArgs
 from embedloom.config.base import validate
-from embedloom.contents import is_trusted
-from embedloom.encoder.foreign import contract_of
 from embedloom.errors import ConfigError, ServeError
 from embedloom.instructions import PromptContract
+from embedloom.model_folder import ModelFolder
 from embedloom.progress import note
 from embedloom.serving.app import build_application, build_encoders
 from embedloom.serving.applications import (
@@ -44,8 +43,7 @@ _ASK_SECONDS = 1.0  # between two looks at the window; well below the lease of a
 class DeployRequest:
     """What is deployed, and how carefully."""
 
-    model_folder: Path
-    model_id: str
+    model: ModelFolder
     rules: TrialRules
     corpus: str | None = None
     documents: str | None = None
@@ -73,13 +71,13 @@ def successor(request: DeployRequest, live: ApplicationArgs, info: ModelInfo) ->
         ConfigError: its vectors would meet those of another contract, or a corpus of the old model.
         DataError: no model folder.
     """
-    contract = contract_of(request.model_folder)
+    contract = request.model.contract
     if contract.hash != info.contract_hash and not request.new_vectors:
         raise ConfigError(
-            f"{request.model_folder}: its contract is {contract.hash}, the endpoint's {info.contract_hash}{_prompts_differ(contract, info)}; "
+            f"{request.model.path}: its contract is {contract.hash}, the endpoint's {info.contract_hash}{_prompts_differ(contract, info)}; "
             "every vector that clients hold would be useless. If they will embed their corpora again: --new-vectors"
         )
-    same_weights = request.model_id == live.fingerprint
+    same_weights = request.model.id == live.fingerprint
     if live.serving.corpus is not None and request.corpus is None and not same_weights:
         raise ConfigError(
             f"--corpus: this endpoint searches {live.serving.corpus}, embedded by the model that is replaced; "
@@ -87,9 +85,9 @@ def successor(request: DeployRequest, live: ApplicationArgs, info: ModelInfo) ->
         )
     # The live model's permission is not the new one's.
     changes: dict[str, Any] = {
-        "model": str(request.model_folder),
+        "model": str(request.model.path),
         "verdict": request.verdict,
-        "trust_remote_code": is_trusted(request.model_folder),
+        "trust_remote_code": request.model.is_trusted,
     }
     if request.corpus is not None:
         changes |= {"corpus": request.corpus, "documents": request.documents}
@@ -97,8 +95,8 @@ def successor(request: DeployRequest, live: ApplicationArgs, info: ModelInfo) ->
         changes["require_gate"] = request.require_gate
     content = {
         **live.model_dump(mode="json"),
-        "model_folder": str(request.model_folder),
-        "model_id": request.model_id,
+        "model_folder": str(request.model.path),
+        "model_id": request.model.id,
         "serving": {**live.serving.model_dump(mode="json"), **changes},
     }
     return validate(ApplicationArgs, content, "deploy")
@@ -133,7 +131,7 @@ def deploy(request: DeployRequest) -> Outcome:
         if name != encoders:  # left by a deploy that was killed
             remove(name)
     name = version_name(new.fingerprint)
-    note("deploy", f"starting {request.model_folder} beside the live version")
+    note("deploy", f"starting {request.model.path} beside the live version")
     try:
         run(build_encoders(new), name, None)
         _golden(new, name)

@@ -12,7 +12,7 @@ from embedloom.encoder.parity import GOLDEN_FILE, GOLDEN_TEXTS, MIN_COSINE, lowe
 from embedloom.errors import ServeError
 from embedloom.serving.messages import EncodeJob, EncodeResult, Part, Refusal, Vectors
 
-# MiniLM's golden texts come out at 0.99; whether that is good enough is the gate's question (nDCG, verdict.check_int8), this
+# MiniLM's golden texts come out at 0.99; whether that is good enough is the gate's question (nDCG, ModelFolder.check_int8), this
 # one is only whether it is the same model.
 INT8_MIN_COSINE = 0.97
 Ask = Callable[[EncodeJob], EncodeResult | Refusal]

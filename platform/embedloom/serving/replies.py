@@ -7,6 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from embedloom.config.serving import Truncate
 from embedloom.instructions import USUAL_TASK, Side
+from embedloom.model_folder import ModelFolder
 
 
 class Reply(BaseModel):
@@ -168,12 +169,31 @@ class Lineage(Reply):
     inputs: dict[str, str]
     created: str
 
+    @classmethod
+    def of(cls, model: ModelFolder) -> "Lineage | None":
+        """Out of the model's manifest; None for a foreign model."""
+        if model.artefact is None:
+            return None
+        found = model.artefact.manifest
+        inputs = {name: str(value) for name, value in found["inputs"].items()}
+        return cls(
+            kind=found["kind"], fingerprint=found["fingerprint"], inputs=inputs, created=found["created"]
+        )
+
 
 class GateVerdict(Reply):
     """What the promotion gate said of this model."""
 
     verdict: str
     reasons: list[str] = []
+
+    @classmethod
+    def of(cls, model: ModelFolder, stated: str | None = None) -> "GateVerdict | None":
+        """Out of the model's folder or the stated file; None where the gate did not run."""
+        found = model.verdict(stated)
+        if found is None:
+            return None
+        return cls(verdict=found["verdict"], reasons=[str(reason) for reason in found.get("reasons", ())])
 
 
 class CorpusCard(Reply):

@@ -12,22 +12,18 @@ from typing import Any
 import numpy as np
 
 from embedloom.encoder.device import DTypeName
-from embedloom.encoder.foreign import contract_of, read_layout
+from embedloom.encoder.registry import open_model
 from embedloom.encoder.tokenizer import contract_ids, load_tokenizer
 from embedloom.engines.requirements import require_engine
 from embedloom.engines.vllm_engine import set_environment
 from embedloom.errors import DataError
-from embedloom.instructions import CONTRACT_FILE, PromptContract, Side
+from embedloom.instructions import PromptContract, Side
 from embedloom.serving.golden import check_golden, expected_vectors
 from embedloom.serving.messages import EncodeJob, EncodeResult, Refusal, Vectors
 from embedloom.serving.tokenizing import text_ids
 
 _MEMORY_SHARE = 0.9  # of what a replica reserved of a GPU
 _POOLING = {"mean": "MEAN", "last_token": "LAST", "cls": "CLS"}
-
-
-def _has_head(folder: Path) -> bool:
-    return not (folder / CONTRACT_FILE).exists() and bool(read_layout(folder).head)
 
 
 class VLLMEncoder:
@@ -53,8 +49,9 @@ class VLLMEncoder:
         from vllm import LLM, TokensPrompt
         from vllm.config import PoolerConfig
 
-        self.contract = contract_of(folder)
-        if self.contract.pooling not in _POOLING or _has_head(folder):
+        opened = open_model(folder)
+        self.contract = opened.contract
+        if self.contract.pooling not in _POOLING or opened.head:
             raise DataError(
                 f"{folder}: serving.engine: vllm computes a transformer with pooling {', '.join(_POOLING)}, and this model "
                 f"has pooling {self.contract.pooling} or layers behind it; allowed: torch"

@@ -9,7 +9,7 @@ from embedloom.config.families import FamilyConfig, TaskFamilyConfig
 from embedloom.config.synthesis import Generator, Sampling, SynthesisConfig
 from embedloom.config.teacher import Teacher
 from embedloom.contents import Contents, digest, path_contents
-from embedloom.encoder.registry import local_contents
+from embedloom.encoder.registry import models_here
 from embedloom.errors import DataError
 from embedloom.formats import files_at
 from embedloom.synthesis.families.registry import FAMILIES, family_prompt
@@ -85,7 +85,7 @@ def section_state(config: SynthesisConfig, teachers: Sequence[Teacher]) -> dict[
     guarded = {number: digest(held) for number, held in enumerate(_guarded(config).values())}
     state = {"section": plain, "prompts": prompts, "guarded": guarded, "teacher": teacher}
     opened = section_models(config, teachers)
-    models = {name: digest(held) for name in opened if (held := local_contents(name)) is not None}
+    models = {name: digest(held) for name, held in models_here(opened).items()}
     return {**state, "models": models} if models else state
 
 
@@ -100,11 +100,7 @@ def section_reads(config: SynthesisConfig, teachers: Sequence[Teacher]) -> dict[
     names += [] if config.quality.judge is None else [config.quality.judge.prompt]
     prompts = [name for name in names if _is_file(name)]
     opened = section_models(config, teachers)
-    return (
-        {name: held for name in opened if (held := local_contents(name)) is not None}
-        | _guarded(config)
-        | {str(name): path_contents(str(name)) for name in prompts}
-    )
+    return models_here(opened) | _guarded(config) | {str(name): path_contents(str(name)) for name in prompts}
 
 
 def section_models(config: SynthesisConfig, teachers: Sequence[Teacher]) -> list[str]:

@@ -26,13 +26,13 @@ from embedloom.encoder.tokenizer import (
     room_problem,
 )
 from embedloom.errors import DataError
-from embedloom.instructions import PromptContract, Side
+from embedloom.instructions import LABEL_TASK_TYPES, PromptContract, Side
 from embedloom.ngrams import folded
 from embedloom.storage import Place
 from embedloom.trained_prompts import Prompt, PromptCounter
 from embedloom.training.right_answers import KEY_SCHEMA, RightAnswers, seen_keys
 from embedloom.training.sources import read_source
-from embedloom.training.sources.example import LABEL_TASK_TYPES, SourceExample
+from embedloom.training.sources.example import SourceExample
 
 PART_ROWS = 4096
 _TOKENIZED_ROWS = 1024  # at a time
@@ -147,21 +147,13 @@ class TextTokens:
         return self.contract.format(text, "query", row.task_type, row.instruction)
 
     def _document(self, row: SourceExample, text: str) -> str:
-        instruction = self._document_instruction(row)
-        return self.contract.format(text, "query", row.task_type, instruction) if instruction else text
+        return self.contract.format_opposite(text, row.task_type, row.instruction, row.document_instruction)
 
     def _prompt(self, row: SourceExample) -> Prompt:
         """What stands before the row's texts."""
         instruction = self.contract.instruction_for(row.task_type, row.instruction)
-        return Prompt(row.task_type, instruction, self._document_instruction(row) or "")
-
-    def _document_instruction(self, row: SourceExample) -> str | None:
-        """Passages and label names are bare; texts that stand opposite each other both carry the instruction."""
-        if row.document_instruction:
-            return row.document_instruction
-        if row.document_instruction is None or row.task_type in LABEL_TASK_TYPES:
-            return None
-        return self.contract.prompt("document", row.task_type, row.instruction)
+        opposite = self.contract.opposite_prompt(row.task_type, row.instruction, row.document_instruction)
+        return Prompt(row.task_type, instruction, opposite or "")
 
 
 class RowRules:

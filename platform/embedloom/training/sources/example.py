@@ -8,7 +8,6 @@ from embedloom.config.training_data import TrainingSource
 from embedloom.errors import DataError
 
 # Their documents are label names, which carry no instruction (arXiv 2511.07025 §3.1).
-LABEL_TASK_TYPES = ("classification", "multilabel_classification")
 
 
 @dataclass(frozen=True, slots=True)
