@@ -16,7 +16,7 @@ from embedloom.encoder.registry import resolve_model
 from embedloom.evaluation.scoring import run_mteb
 from embedloom.evaluation.specs import expand_tasks
 from embedloom.evaluation.tasks import build_task
-from embedloom.retrieval.embed import read_vectors
+from embedloom.retrieval.vector_files import read_vectors
 from embedloom.serving.stage import Endpoint
 from embedloom.storage import Place
 from fakes_foreign import make_transformer, save_library_model, with_dense
