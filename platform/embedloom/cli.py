@@ -14,6 +14,7 @@ import typer
 from embedloom import __version__
 from embedloom.cli_ablate import ablate
 from embedloom.cli_cluster import app as cluster_app
+from embedloom.cli_config import app as config_app
 from embedloom.cli_deploy import deploy
 from embedloom.cli_embed import embed
 from embedloom.cli_merge import merge_models
@@ -27,6 +28,7 @@ app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None
 )
 app.add_typer(cluster_app, name="cluster")
+app.add_typer(config_app, name="config")
 
 Config = Annotated[
     Path,

@@ -9,8 +9,9 @@ from embedloom.config.ablation import AblationConfig
 from embedloom.config.application import ApplicationArgs
 from embedloom.config.rates import RatesConfig
 from embedloom.config.run import RunConfig
+from embedloom.synthesis.prompt import Prompt
 
-CONFIGS = [RunConfig, ClusterConfig, AblationConfig, RatesConfig, ApplicationArgs]
+CONFIGS = [RunConfig, ClusterConfig, AblationConfig, RatesConfig, Prompt, ApplicationArgs]
 FILLERS = {
     "a", "an", "and", "are", "as", "at", "be", "by", "each", "for", "from", "has", "have", "in", "is", "it",
     "its", "not", "of", "on", "or", "that", "the", "this", "to", "what", "with",
@@ -21,8 +22,9 @@ def properties(model):
     """(section.key, its schema) of every section of a config."""
     schema = model.model_json_schema()
     for name, section in [(model.__name__, schema), *schema.get("$defs", {}).items()]:
-        for key, value in section.get("properties", {}).items():
-            yield f"{name}.{key}", value
+        for shape in [section, *section.get("anyOf", [])]:
+            for key, value in shape.get("properties", {}).items():
+                yield f"{name}.{key}", value
 
 
 def words(text):

@@ -117,13 +117,12 @@ class TaskFamilyConfig(FamilyConfig):
 
 
 class SeedQueriesConfig(FamilyConfig):
-    """Queries for documents of the corpus (strategy S2); negatives are mined later."""
+    """Queries for documents of the corpus; negatives are mined later."""
 
     family: Literal["seed_queries"] = Field(
         default="seed_queries",
         description=(
-            "seed_queries: queries that an LLM writes for documents of the corpus; negatives are mined "
-            "later (strategy S2)."
+            "seed_queries: queries that an LLM writes for documents of the corpus; negatives are mined later."
         ),
     )
     queries_per_document: int = Field(
@@ -143,13 +142,11 @@ class SeedQueriesConfig(FamilyConfig):
 
 
 class ShortLongConfig(TaskFamilyConfig):
-    """A short query, a document that answers it and one that only seems to (strategy S1)."""
+    """A short query, a document that answers it and one that only seems to."""
 
     family: Literal["short_long"] = Field(
         default="short_long",
-        description=(
-            "short_long: a short query, a document that answers it and one that only seems to (strategy S1)."
-        ),
+        description=("short_long: a short query, a document that answers it and one that only seems to."),
     )
     max_query_characters: int = Field(
         default=200, ge=10, description="Longest query, in characters; longer ones are refused."
@@ -280,11 +277,11 @@ class ExistingQuestionsConfig(FamilyConfig):
 
 
 class TranslationConfig(FamilyConfig):
-    """Existing pairs, translated into ``languages`` (strategy S3)."""
+    """Existing pairs, translated into ``languages``."""
 
     family: Literal["translation"] = Field(
         default="translation",
-        description="translation: existing pairs, translated into the section's languages (strategy S3).",
+        description="translation: existing pairs, translated into the section's languages.",
     )
     pairs: Literal["corpus", "synthetic"] = Field(
         default="corpus",

@@ -2,7 +2,7 @@
 
 from typing import Any, Literal
 
-from pydantic import Field, ValidationInfo, field_validator, model_validator
+from pydantic import ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from embedloom.config.base import FrozenConfig
 from embedloom.config.training_data import SourceChanges, TrainingSource, changed_sources, check_sources
@@ -187,8 +187,19 @@ class MatryoshkaConfig(FrozenConfig):
         return self
 
 
+def _allow_older_name_of_runs(schema: dict[str, Any]) -> None:
+    """In the JSON Schema, as the section reads it: ``candidates`` in place of ``runs``."""
+    schema["properties"]["candidates"] = {
+        **schema["properties"]["runs"], "description": "Older name of `runs`.", "deprecated": True,
+    }  # fmt: skip
+    schema["required"].remove("runs")
+    schema["oneOf"] = [{"required": ["runs"]}, {"required": ["candidates"]}]
+
+
 class TrainingConfig(FrozenConfig):
     """Contrastive training on Ray Train and DeepSpeed."""
+
+    model_config = ConfigDict(json_schema_extra=_allow_older_name_of_runs)
 
     runs: tuple[Candidate, ...] = Field(
         min_length=1,

@@ -37,8 +37,11 @@ class PromptRules:
 class Message(FrozenConfig):
     """One chat message of a prompt."""
 
-    role: Literal["system", "user", "assistant"]
-    content: str = Field(min_length=1)
+    role: Literal["system", "user", "assistant"] = Field(description="Who speaks, as in a chat.")
+    content: str = Field(
+        min_length=1,
+        description="What is said. A lone word in braces is a placeholder, filled in for each attempt.",
+    )
 
     @property
     def placeholders(self) -> list[str]:
@@ -47,21 +50,25 @@ class Message(FrozenConfig):
 
 
 class Prompt(FrozenConfig):
-    """How an LLM is asked, and what its answer looks like.
+    """How an LLM is asked, and what its answer looks like."""
 
-    Attributes:
-        version: for people; the hash covers everything anyway.
-        instruction: training instruction of the rows where no task sentence gives one.
-        attributes: placeholder -> the values it is drawn from, one for each attempt.
-        messages: chat messages with placeholders.
-        fields: key of the answer -> JSON schema of its text, or of one text of its list.
-    """
-
-    version: int = Field(ge=1)
-    instruction: str | None = Field(default=None, min_length=1)
-    attributes: dict[str, tuple[str, ...]] = Field(default_factory=dict)
-    messages: tuple[Message, ...] = Field(min_length=1)
-    fields: dict[str, dict[str, Any]] = Field(min_length=1)
+    version: int = Field(
+        ge=1, description="Number for people; what identifies a prompt is a hash over all of it."
+    )
+    instruction: str | None = Field(
+        default=None,
+        min_length=1,
+        description="Training instruction of the rows. Null: the sentence of the task that a row was written for.",
+    )
+    attributes: dict[str, tuple[str, ...]] = Field(
+        default_factory=dict,
+        description="Placeholder -> values, of which one is drawn for each attempt, such as persona or length.",
+    )
+    messages: tuple[Message, ...] = Field(min_length=1, description="Chat messages that ask the LLM.")
+    fields: dict[str, dict[str, Any]] = Field(
+        min_length=1,
+        description="Key of the answer -> JSON Schema of its text, or of one text where it is a list.",
+    )
 
     @field_validator("attributes")
     @classmethod
