@@ -7,8 +7,9 @@ import pytest
 import yaml
 
 from embedloom.errors import DataError
-from embedloom.launch import execute, load, preflight
+from embedloom.launch import execute, load
 from embedloom.pipeline import build_missing, fingerprints, finished, graph, missing
+from embedloom.preflight import preflight
 from fakes_mining import make_tiny_cross_encoder
 
 ROOT = Path(__file__).parent.parent

@@ -1,6 +1,5 @@
 """What the commands share: load a run, check that it can work here, execute it, serve it."""
 
-import importlib.util
 from pathlib import Path
 
 from embedloom.artefacts import Artefact
@@ -10,25 +9,16 @@ from embedloom.cluster.placement import machines
 from embedloom.config.rates import RATES_FILE, RatesConfig, load_rates
 from embedloom.config.run import load_run
 from embedloom.config.shipped import cluster_file, config_file
-from embedloom.config.training import TrainingConfig
 from embedloom.encoder.registry import check_model_name
-from embedloom.errors import ConfigError, MissingDependency
+from embedloom.errors import ConfigError
 from embedloom.model_folder import ModelFolder
 from embedloom.pipeline import build_missing, graph, missing
+from embedloom.preflight import check_benchmark_names, check_port, looks_elsewhere, preflight
 from embedloom.progress import note
 from embedloom.run import Run
 from embedloom.run_file import open_run, write_run_file
 from embedloom.storage import Place
-from embedloom.synthesis.pools import waves
 from embedloom.verdict import INT8_FILE
-
-_NEEDS = {
-    "mine": (("faiss", "cpu"),),
-    "train": (("deepspeed", "cpu"),),
-    "evaluate": (("mteb", "cpu"), ("bm25s", "cpu")),
-    "gate": (("mteb", "cpu"),),
-    "synthesize": (("vllm", "cpu"),),
-}
 
 
 def load(config: str | Path, profile: str, cluster: Path | None, overrides: list[str]) -> Run:
@@ -79,68 +69,6 @@ def _check_generators(run: Run, config: Path) -> None:
                 raise ConfigError(f"{config}: {error}") from error
 
 
-def preflight(run: Run, verbs: set[str]) -> None:
-    """Fail before any actor starts if a model or an engine that these verbs need is missing.
-
-    Raises:
-        MissingDependency: naming the package and the extra.
-        DataError: a model that does not exist.
-    """
-    config = run.config
-    gpu = run.profile.stages.synthesis.gpus > 0
-    needs = _NEEDS if config.merging.search is None else {**_NEEDS, "merge": _NEEDS["evaluate"]}
-    for verb in sorted(verbs):
-        for package, extra in needs.get(verb, ()):
-            if importlib.util.find_spec(package) is None:
-                raise MissingDependency(package, "gpu" if gpu else extra, f"`embedloom {verb}`")
-    if "train" in verbs:
-        check_training_packages(config.training, run.profile.stages.training.gpus > 0)
-    if verbs & {"encoder", "corpus"}:
-        check_model_name(config.encoder.base, "encoder.base")
-    if verbs & {"mine", "evaluate"}:
-        for index, teacher in enumerate(config.mining.teachers):
-            if teacher.engine != "openai":
-                check_model_name(teacher.model, f"mining.teachers.{index}")
-    if "mine" in verbs and config.mining.rescoring is not None:
-        check_model_name(config.mining.rescoring.model, "mining.rescoring.model")
-    wants_index = "embed" in verbs and config.embedding.index is not None
-    if wants_index and importlib.util.find_spec("faiss") is None:
-        raise MissingDependency("faiss", "gpu" if gpu else "cpu", "embedding.index")
-    if "synthesize" in verbs and config.synthesis is not None:
-        for index, generator in enumerate(config.synthesis.generators):
-            check_model_name(generator.model, f"synthesis.generators.{index}.model")
-        if config.synthesis.quality.judge is not None:
-            check_model_name(config.synthesis.quality.judge.model, "synthesis.quality.judge.model")
-        if config.synthesis.quality.round_trip is not None and config.mining.teachers[0].engine != "openai":
-            check_model_name(config.mining.teachers[0].model, "mining.teachers.0")
-        waves(config.synthesis.generators, run.profile.stages.synthesis)
-
-
-def check_training_packages(config: TrainingConfig, gpu: bool) -> None:
-    """Fail before training starts if a package is missing that only some of its options need.
-
-    Args:
-        config: the training section.
-        gpu: whether workers reserve GPUs; decides which extra has the engine.
-
-    Raises:
-        MissingDependency: naming the option and how to install the package.
-    """
-    engines = "gpu" if gpu else "cpu"
-    wanted: list[tuple[str, str, str]] = [
-        (name, name, f"training.trackers: {name}") for name in config.trackers if name != "tensorboard"
-    ]
-    if config.dev is not None:
-        wanted.append(("mteb", engines, "training.dev"))
-    if config.lora is not None:
-        wanted.append(("peft", engines, "training.lora"))
-    if "vllm" in config.parity:
-        wanted.append(("vllm", engines, "training.parity: vllm"))
-    for package, extra, option in wanted:
-        if importlib.util.find_spec(package) is None:
-            raise MissingDependency(package, extra, option)
-
-
 def execute(run: Run, verb: str | None, dry_run: bool) -> str:
     """Run a verb (None: everything) and return the artefact's path; a dry run only prints the plan."""
     from embedloom.plan import keep_ledger, keep_plan, plan_table
@@ -149,9 +77,12 @@ def execute(run: Run, verb: str | None, dry_run: bool) -> str:
     if verb is not None and all(node.verb != verb for node in nodes.values()):
         raise ConfigError(f"{verb}: this run has no such stage (no section {verb!r} in its config)")
     todo = missing(run, nodes, verb)
+    verbs = {nodes[name].verb for name in todo}
+    if not dry_run or not looks_elsewhere(run.profile):
+        preflight(run, verbs)
     if dry_run:
         return f"{plan_table(run)}\n{run.place.uri}"
-    preflight(run, {nodes[name].verb for name in todo})
+    check_benchmark_names(run, verbs)
     write_run_file(run)
     if todo:
         from embedloom.cluster.session import ray_session
@@ -206,6 +137,7 @@ def serve_run(run: Run, questions: list[str], dry_run: bool, task: str | None = 
     """Serve the run's model until interrupted, or just long enough to answer ``questions`` as a task of the model's."""
     model, model_id = served_model(run)
     url = f"http://{run.config.serving.host}:{run.config.serving.port}/v1"
+    check_port(run.config.serving, run.profile)
     if dry_run:
         return f"would serve {model} ({model_id}) at {url}\n{model}"
     from embedloom.cluster.session import ray_session

@@ -20,8 +20,8 @@ from embedloom.cluster.config import load_cluster
 from embedloom.config.ablation import AblationConfig
 from embedloom.config.shipped import cluster_file, config_file
 from embedloom.errors import DataError
-from embedloom.launch import preflight
 from embedloom.pipeline import build_nodes
+from embedloom.preflight import preflight
 from embedloom.progress import note
 from embedloom.storage import Place
 

@@ -8,6 +8,7 @@ from embedloom.config.base import apply_overrides, validate
 from embedloom.config.serving import ServingConfig
 from embedloom.encoder.registry import check_model_name, open_model, resolve_model
 from embedloom.model_folder import ModelFolder
+from embedloom.preflight import check_port
 from embedloom.progress import note
 
 
@@ -50,6 +51,7 @@ def serve_model(config: ServingConfig, cluster: ClusterConfig, profile: str, dry
     """
     check_model_name(config.model, "MODEL")
     machine = cluster.profile(profile)
+    check_port(config, machine)
     name = config.served_name or Path(config.model).expanduser().absolute().name
     url = f"http://{config.host}:{config.port}{config.route_prefix.rstrip('/')}"
     if dry_run:

@@ -9,6 +9,7 @@ from embedloom.planning.ledger_file import LEDGER_FILE, RunLedger, read_ledger
 from embedloom.planning.lines import prediction_lines
 from embedloom.planning.schedule import Plan, make_plan
 from embedloom.planning.training_steps import training_steps
+from embedloom.preflight import looks_elsewhere, problems
 from embedloom.report.table import text_table
 from embedloom.run import Node, Run
 from embedloom.synthesis.prices import describe
@@ -36,8 +37,14 @@ def plan_table(run: Run, measured: RunLedger | None = None) -> str:
     )
     replaced = [f"{one.name} is built again: {one.reason}" for one in states(run) if one.state == "stale"]
     section = run.config.synthesis
+    verbs = {node.verb for name, node in nodes.items() if name not in done}
+    stops = (
+        []
+        if looks_elsewhere(run.profile)
+        else [f"cannot be built yet: {one}" for one in problems(run, verbs)]
+    )
     costs = [] if section is None or "synthesis" in done else describe(section, run.profile.stages.synthesis)
-    return "\n".join([head, *lines, *replaced, *costs, *_prediction(run, nodes, known)])
+    return "\n".join([head, *lines, *replaced, *stops, *costs, *_prediction(run, nodes, known)])
 
 
 def predicted(run: Run, nodes: dict[str, Node], known: Known) -> Plan | None:

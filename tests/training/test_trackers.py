@@ -7,7 +7,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 
 from embedloom.errors import MissingDependency
-from embedloom.launch import check_training_packages
+from embedloom.preflight import check_training_packages
 from embedloom.storage import Place
 from embedloom.training.dev import DevPoint
 from embedloom.training.metrics import StepRecord, StepWriter

@@ -6,6 +6,7 @@ from pydantic import Field, model_validator
 
 from embedloom.config.base import FrozenConfig
 
+NATURAL = "public"  # what training calls the pairs of a source without a dataset of its own
 SourceFormat = Literal["python_docs", "parquet", "jsonl", "csv", "text", "beir", "huggingface"]
 
 
@@ -102,6 +103,11 @@ class CorpusSource(FrozenConfig):
     limit: int | None = Field(
         default=None, ge=1, description="Most rows that are read, from the first on. Null: all."
     )
+
+    @property
+    def may_hold_pairs(self) -> bool:
+        """Whether its rows may be pairs: those of some formats are, those of tables with a column of queries."""
+        return self.format in ("python_docs", "beir") or self.query_column is not None
 
     @model_validator(mode="after")
     def _has_its_place(self) -> "CorpusSource":
@@ -201,6 +207,12 @@ class CorpusConfig(FrozenConfig):
         description="Tokens that a chunk repeats of the one before it; must be below chunk_tokens.",
     )
     split: SplitConfig = Field(default=SplitConfig(), description="Held-out shares.")
+
+    @property
+    def datasets(self) -> tuple[str, ...]:
+        """Names by which training asks for the sources' pairs; empty where no source has any."""
+        names = (source.dataset or NATURAL for source in self.sources if source.may_hold_pairs)
+        return tuple(dict.fromkeys(names))
 
     @model_validator(mode="after")
     def _overlap_is_smaller(self) -> "CorpusConfig":

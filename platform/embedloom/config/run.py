@@ -1,5 +1,6 @@
 """One run: the sections of ``jobs/configs/*.yaml``, in pipeline order."""
 
+import difflib
 from pathlib import Path
 
 from pydantic import Field, model_validator
@@ -97,6 +98,15 @@ class RunConfig(FrozenConfig):
         by_mix = [run for run, stage in mined if not stage.sources]
         if self.synthesis is None and any(run.mix.get("synthetic", 0.0) > 0 for run in by_mix):
             raise ValueError("training.mix.synthetic is above 0, but the config has no synthesis section")
+        for run in by_mix:
+            for name in (name for name, share in run.mix.items() if share > 0):
+                self._check_dataset(f"training.mix.{name}", name)
+        for _, stage in mined:
+            for source in stage.sources:
+                if source.format == "mined" and source.dataset is not None:
+                    self._check_dataset(
+                        f"training.stages.{stage.name}.sources.{source.name}.dataset", source.dataset
+                    )
         most = max((stage.negatives for _, stage in mined), default=0)
         if most > self.mining.selection.negatives:
             raise ValueError(
@@ -109,6 +119,24 @@ class RunConfig(FrozenConfig):
                     f"gate.{key} is {name!r}, no model of this run; allowed: {', '.join(models)}"
                 )
         return self
+
+    def _check_dataset(self, key: str, name: str) -> None:
+        """Raise ValueError if neither the corpus nor synthesis gives pairs of this name."""
+        written = () if self.synthesis is None else self.synthesis.datasets
+        known = tuple(dict.fromkeys((*self.corpus.datasets, *written)))
+        if name in known:
+            return
+        if not known:
+            raise ValueError(
+                f"{key}: this run has no pairs at all; allowed: corpus.sources with query_column (or of format beir or "
+                "python_docs), or a synthesis section"
+            )
+        near = difflib.get_close_matches(name, known, n=1)
+        meant = f" (the nearest is {near[0]!r})" if near else ""
+        raise ValueError(
+            f"{key}: no pairs of this run are called {name!r}{meant}; allowed: {', '.join(known)}, by "
+            "corpus.sources[].dataset and the synthesis section"
+        )
 
     @model_validator(mode="after")
     def _dev_tasks_are_not_judged(self) -> "RunConfig":

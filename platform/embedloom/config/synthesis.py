@@ -172,6 +172,15 @@ class SynthesisConfig(FrozenConfig):
         default=128, ge=1, description="Answers per shard, the unit that is written exactly once and resumed."
     )
 
+    @property
+    def datasets(self) -> tuple[str, ...]:
+        """Names by which training asks for the rows; questions that stood in documents already are natural pairs."""
+        return tuple(
+            dict.fromkeys(
+                "public" if one.family == "existing_questions" else "synthetic" for one in self.families
+            )
+        )
+
     @model_validator(mode="after")
     def _mix_is_possible(self) -> "SynthesisConfig":
         total = sum(generator.weight for generator in self.generators)

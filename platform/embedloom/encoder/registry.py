@@ -2,8 +2,11 @@
 
 import hashlib
 import importlib.util
+import json
+import os
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
+from difflib import get_close_matches
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -35,6 +38,11 @@ REGISTRY = {
     ),
 }
 
+_ALLOWED = (
+    f"allowed: a model folder, a .gguf file, a Hugging Face id, or one of {', '.join(sorted(REGISTRY))}"
+)
+_WEIGHT_ENDINGS = (".safetensors", ".bin", ".pt", ".gguf")
+
 
 def check_model_name(name: str, where: str) -> None:
     """Fail early, without loading anything, if a model cannot be found.
@@ -45,18 +53,56 @@ def check_model_name(name: str, where: str) -> None:
 
     Raises:
         MissingDependency: a registry model whose package is not installed.
-        DataError: a path that does not exist.
+        DataError: a path that does not exist, a folder without weights, a misspelt name of the registry, or a Hugging
+            Face id that is not cached where nothing may be fetched.
     """
     if name in REGISTRY:
         _packaged_file(name)
+    elif (
+        "/" not in name
+        and not Path(name).exists()
+        and (near := get_close_matches(name, REGISTRY, n=1, cutoff=0.7))
+    ):
+        raise DataError(
+            f"{where}: {name!r} is neither a folder nor a name of the registry (the nearest is {near[0]!r}); {_ALLOWED}"
+        )
+    elif Path(name).expanduser().is_dir():
+        _check_model_folder(Path(name).expanduser(), where)
     elif name.endswith(".gguf") or name.startswith((".", "/", "~")):
-        path = Path(name).expanduser()
-        if not path.exists():
+        if not Path(name).expanduser().exists():
+            raise DataError(f"{where}: {name!r} does not exist; {_ALLOWED}")
+    elif offline_without(name):
+        raise DataError(
+            f"{where}: {name!r} is not in the Hugging Face cache, and HF_HUB_OFFLINE forbids to fetch it; {_ALLOWED}"
+        )
+
+
+def _check_model_folder(folder: Path, where: str) -> None:
+    """Raise DataError naming what a model folder lacks: its description, its weights, or files that an index names."""
+    if not any((folder / file).is_file() for file in ("config.json", "modules.json")):
+        raise DataError(f"{where}: {str(folder)!r} has no config.json, so it is not a model folder")
+    weights = [path for ending in _WEIGHT_ENDINGS for path in folder.rglob(f"*{ending}")]
+    if not weights:
+        raise DataError(
+            f"{where}: {str(folder)!r} holds no weights; allowed: files ending in {', '.join(_WEIGHT_ENDINGS)}"
+        )
+    for index in folder.rglob("*.safetensors.index.json"):
+        named = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        if missing := [file for file in named if not (index.parent / file).is_file()]:
             raise DataError(
-                f"{where}: {name!r} does not exist; allowed: a model folder, a .gguf file, a Hugging Face id, or one of {', '.join(sorted(REGISTRY))}"
+                f"{where}: {index} names {missing[0]!r}, which is not beside it; the download is not complete"
             )
-        if path.is_dir() and not any((path / file).is_file() for file in ("config.json", "modules.json")):
-            raise DataError(f"{where}: {name!r} has no config.json, so it is not a model folder")
+
+
+def offline_without(name: str) -> bool:
+    """Whether a Hugging Face id can be neither fetched, as the environment says, nor found in the local cache."""
+    if os.environ.get("HF_HUB_OFFLINE", "").upper() not in ("1", "ON", "YES", "TRUE"):
+        return False
+    from huggingface_hub import try_to_load_from_cache
+
+    return not any(
+        isinstance(try_to_load_from_cache(name, file), str) for file in ("config.json", "modules.json")
+    )
 
 
 def local_contents(name: str, tokenizer: bool = False, code: bool = False) -> Contents | None:

@@ -6,23 +6,12 @@ from pathlib import Path
 
 from embedloom.errors import DataError
 from embedloom.evaluation.languages import UNKNOWN_LANGUAGE
+from embedloom.evaluation.local_layout import BEIR_CORPUS, BEIR_QUERIES, check_beir
 from embedloom.evaluation.retrieval_task import Query, RetrievalData
 from embedloom.formats import beir_entries, judgements
 from embedloom.progress import note
 
-CORPUS_FILE = "corpus.jsonl"
-QUERIES_FILE = "queries.jsonl"
 _ABSENT = "name documents that the corpus lacks; they count as not found, as in BEIR and mteb"
-
-
-def check_beir(folder: Path, split: str, where: str) -> None:
-    """Raise DataError naming the first file of the BEIR layout that is missing."""
-    for name in (CORPUS_FILE, QUERIES_FILE, f"qrels/{split}.tsv"):
-        if not (folder / name).is_file():
-            raise DataError(
-                f"{where}: {folder / name} is missing; a BEIR folder has {CORPUS_FILE}, {QUERIES_FILE} "
-                f"and qrels/{split}.tsv"
-            )
 
 
 def read_beir(folder: Path, split: str, where: str) -> RetrievalData:
@@ -32,12 +21,12 @@ def read_beir(folder: Path, split: str, where: str) -> RetrievalData:
         DataError: a missing file, a broken line, a repeated id, qrels of unknown queries, or no judged query.
     """
     check_beir(folder, split, where)
-    files = [folder / CORPUS_FILE, folder / QUERIES_FILE, folder / "qrels" / f"{split}.tsv"]
+    files = [folder / BEIR_CORPUS, folder / BEIR_QUERIES, folder / "qrels" / f"{split}.tsv"]
     documents, texts = list(_documents(files[0])), {key: text for key, _, text in _documents(files[1])}
     qrels = _qrels(files[2])
     unknown = sorted(set(qrels) - set(texts))
     if unknown:
-        raise DataError(f"{folder}/qrels/{split}.tsv: query {unknown[0]!r} is not in {QUERIES_FILE}")
+        raise DataError(f"{folder}/qrels/{split}.tsv: query {unknown[0]!r} is not in {BEIR_QUERIES}")
     queries = [Query(key, texts[key]) for key in sorted(qrels)]
     if not documents or not any(grade > 0 for grades in qrels.values() for grade in grades.values()):
         raise DataError(

@@ -1,10 +1,14 @@
-"""Where local tasks lie: ``retrieval/<name>/{corpus,queries,qrels}.parquet``, ``<type>/<name>.parquet``."""
+"""Where local tasks lie: ``retrieval/<name>/{corpus,queries,qrels}.parquet``, ``<type>/<name>.parquet``, BEIR folders.
+
+Light: what a command checks before it starts anything, so no mteb here.
+"""
 
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from embedloom.errors import DataError
+from embedloom.storage import Place
 
 LocalType = Literal[
     "retrieval", "reranking", "classification", "sts", "pair_classification", "bitext", "clustering"
@@ -15,6 +19,9 @@ CORPUS, QUERIES, QRELS, QRELS_TO_ENGLISH = (
     f"{name}.parquet" for name in ("corpus", "queries", "qrels", "qrels_to_eng")
 )
 _TO_ENGLISH = "-to-eng"
+BEIR_CORPUS, BEIR_QUERIES = "corpus.jsonl", "queries.jsonl"
+_SPLIT_COLUMN = "split"
+TRAIN_SPLIT = "train"  # what a classification task's classifier is fitted on
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +40,11 @@ class LocalTask:
         return (
             [root / name for name in (CORPUS, QUERIES, self.qrels)] if self.type in RANKED_TYPES else [root]
         )
+
+    @property
+    def queries(self) -> Path:
+        """The file whose rows belong to splits: the queries, or all there is."""
+        return Path(self.path) / QUERIES if self.type in RANKED_TYPES else Path(self.path)
 
     def named(self, name: str) -> str:
         """The name under which one task (with its cross-lingual half) is reported."""
@@ -96,3 +108,27 @@ def _ranked_task(folder: Path, where: str) -> list[LocalTask]:
     if (folder / QRELS_TO_ENGLISH).is_file():
         tasks.append(LocalTask(f"{folder.name}{_TO_ENGLISH}", kind, str(folder.absolute()), QRELS_TO_ENGLISH))
     return tasks
+
+
+def check_local_split(task: LocalTask, split: str, where: str) -> None:
+    """Raise DataError naming the splits that a task has, if ``split`` is none of them; reads one column."""
+    file = task.queries
+    place = Place(str(file.parent))
+    if _SPLIT_COLUMN not in place.parquet_footer(file.name)[0].names:
+        return  # the reader names all columns that are missing
+    there = sorted(set(place.read_table(file.name, [_SPLIT_COLUMN]).column(_SPLIT_COLUMN).to_pylist()))
+    for wanted in (split, TRAIN_SPLIT) if task.type == "classification" else (split,):
+        if wanted not in there:
+            raise DataError(f"{where}: {file}: no row of split {wanted!r}; the file has {there}")
+
+
+def check_beir(folder: Path, split: str, where: str) -> None:
+    """Raise DataError naming the first file of the BEIR layout that is missing, and the splits there are."""
+    for name in (BEIR_CORPUS, BEIR_QUERIES, f"qrels/{split}.tsv"):
+        if not (folder / name).is_file():
+            there = sorted(path.stem for path in folder.glob("qrels/*.tsv"))
+            splits = f"; splits found: {', '.join(there)}" if there else ""
+            raise DataError(
+                f"{where}: {folder / name} is missing; a BEIR folder has {BEIR_CORPUS}, {BEIR_QUERIES} "
+                f"and qrels/{split}.tsv{splits}"
+            )

@@ -13,12 +13,12 @@ from embedloom.artefacts import Artefact
 from embedloom.encoder.registry import open_model
 from embedloom.encoder.tokenizer import InstructionTooLong, check_room, load_tokenizer
 from embedloom.errors import DataError, first_line
-from embedloom.evaluation.beir import check_beir, read_beir
+from embedloom.evaluation.beir import read_beir
 from embedloom.evaluation.benchmark_instructions import role_of
 from embedloom.evaluation.heldout import check_heldout, read_heldout
 from embedloom.evaluation.jobs import Unit
 from embedloom.evaluation.local_labelled import make_labelled_task
-from embedloom.evaluation.local_layout import RANKED_TYPES
+from embedloom.evaluation.local_layout import RANKED_TYPES, check_beir, check_local_split
 from embedloom.evaluation.local_retrieval import make_ranked_task
 from embedloom.evaluation.retrieval_task import make_retrieval_task
 from embedloom.evaluation.specs import TaskSpec
@@ -41,6 +41,7 @@ def check_task(spec: TaskSpec, corpus: Artefact | None) -> bool:
         check_beir(_folder(spec), spec.split, spec.where)
         return True
     if spec.local is not None:
+        check_local_split(spec.local, spec.split, spec.where)
         return spec.local.type in RANKED_TYPES
     return isinstance(_mteb_task(spec), AbsTaskRetrieval)
 
