@@ -176,10 +176,17 @@ def test_yaml_is_accepted(block):
     content = yaml.safe_load(block.text)
     match block.mark.removeprefix("yaml").strip(": ") or "config":
         case "config":
-            validate(RunConfig, laid_over(QUICKSTART, content), block.where)
-        case "training":  # its sources stand in for the quickstart's mix
+            base = copy.deepcopy(QUICKSTART)
+            if "corpus" in content:  # whose pairs may be called otherwise than the quickstart's mix asks for
+                base["training"] |= {"runs": [{"name": "own", "seed": 1}]}
+                for stage in base["training"]["stages"]:
+                    stage["sources"] = [{"name": "own", "format": "mined"}]
+            validate(RunConfig, laid_over(base, content), block.where)
+        case "training":  # its sources stand in for the quickstart's mix, with the pairs that they ask for
             base = copy.deepcopy(QUICKSTART)
             del base["training"]["mix"], base["training"]["runs"]
+            faq = {"format": "parquet", "path": "faq.parquet", "query_column": "question", "dataset": "faq"}
+            base["corpus"]["sources"].append(faq)
             validate(RunConfig, laid_over(base, content), block.where)
         case "ablation":
             validate(AblationConfig, content, block.where)

@@ -39,6 +39,7 @@ def test_the_quickstart_has_all_it_needs():
 
 
 FAQ = "corpus.sources=[{format: jsonl, path: faq.jsonl, text_column: a, query_column: q, dataset: faq}]"
+WRITTEN = "training.mix={synthetic: 1}"
 ONE_RUN = "training.runs=[{name: a, seed: 1}]"
 
 
@@ -48,7 +49,7 @@ ONE_RUN = "training.runs=[{name: a, seed: 1}]"
         ([FAQ, ONE_RUN], "training.mix.public", "allowed: faq, synthetic"),
         ([FAQ, ONE_RUN, "training.mix={in_domain: 1}"], "training.mix.in_domain", "allowed: faq, synthetic"),
         (
-            [FAQ, "training.stages.0.sources=[{name: own, format: mined, dataset: faqs}]"],
+            [FAQ, ONE_RUN, WRITTEN, "training.stages.0.sources=[{name: own, format: mined, dataset: faqs}]"],
             "training.stages.pretrain.sources.own.dataset",
             "(the nearest is 'faq'); allowed: faq, synthetic",
         ),

@@ -17,6 +17,7 @@ from embedloom.cli_cluster import app as cluster_app
 from embedloom.cli_config import app as config_app
 from embedloom.cli_deploy import deploy
 from embedloom.cli_embed import embed
+from embedloom.cli_init import init
 from embedloom.cli_merge import merge_models
 from embedloom.cli_options import ClusterFile
 from embedloom.cli_rank import gate, leaderboard
@@ -96,6 +97,7 @@ def _add_stage_verb(verb: str, help_text: str) -> None:
 
 for _verb, _help in _STAGE_VERBS.items():
     _add_stage_verb(_verb, _help)
+app.command("init")(init)
 app.command("ablate")(ablate)
 app.command("embed")(embed)
 app.command("merge-models")(merge_models)

@@ -224,7 +224,7 @@ def _check_task(run: Run, task: EvaluationTask, where: str) -> None:
         if not corpus.datasets:
             raise DataError(
                 f"{where}: kind heldout scores held-out pairs, and no source of the corpus holds pairs; allowed: "
-                "corpus.sources with query_column (or of format beir or python_docs), or tasks of kind local, beir or mteb"
+                "corpus.sources with query_column or query_from (or of format beir or python_docs), or tasks of kind local, beir or mteb"
             )
         share = getattr(corpus.split, task.split)
         if not share:

@@ -7,6 +7,7 @@ from pydantic import Field, model_validator
 from embedloom.config.base import FrozenConfig
 
 NATURAL = "public"  # what training calls the pairs of a source without a dataset of its own
+_PAIRED = ("python_docs", "beir")  # formats whose rows are pairs by themselves
 SourceFormat = Literal["python_docs", "parquet", "jsonl", "csv", "text", "beir", "huggingface"]
 
 
@@ -73,6 +74,15 @@ class CorpusSource(FrozenConfig):
             "answers several queries is one document. Null: rows are documents alone."
         ),
     )
+    query_from: Literal["title", "first_sentence"] | None = Field(
+        default=None,
+        exclude_if=lambda value: value is None,
+        description=(
+            "Makes pairs of plain documents: the title, or the first sentence, is taken out of each document and becomes "
+            "a query that it answers (the inverse cloze task, arXiv 1906.00300). A document without one stays as it is. "
+            "Null: none."
+        ),
+    )
     instruction: str | None = Field(
         default=None,
         min_length=1,
@@ -107,7 +117,7 @@ class CorpusSource(FrozenConfig):
     @property
     def may_hold_pairs(self) -> bool:
         """Whether its rows may be pairs: those of some formats are, those of tables with a column of queries."""
-        return self.format in ("python_docs", "beir") or self.query_column is not None
+        return self.format in _PAIRED or self.query_column is not None or self.query_from is not None
 
     @model_validator(mode="after")
     def _has_its_place(self) -> "CorpusSource":
@@ -128,9 +138,14 @@ class CorpusSource(FrozenConfig):
         ):
             if given and self.format not in tables:
                 raise ValueError(f"{key} does not fit format {self.format}; allowed: {', '.join(tables)}")
-        if self.query_column is None and self.instruction is not None:
+        if self.query_from is not None and (self.format in _PAIRED or self.query_column is not None):
+            own = f"format {self.format}" if self.format in _PAIRED else "query_column"
             raise ValueError(
-                "instruction needs query_column: other rows have no queries, or an instruction of their own"
+                f"query_from is {self.query_from!r} beside {own}, which gives queries; allowed: one of them"
+            )
+        if self.instruction is not None and self.query_column is None and self.query_from is None:
+            raise ValueError(
+                "instruction needs query_column or query_from: other rows have no queries, or an instruction of their own"
             )
         return self
 

@@ -169,6 +169,11 @@ def short_code(code: str) -> str | None:
     return known[0] if known else None
 
 
+def long_code(short: str) -> str | None:
+    """ISO 639-3 code of an ISO 639-1 code, of several the usual written form; None for one the table lacks."""
+    return next((code for code, (own, _) in _LANGUAGES.items() if own == short), None)
+
+
 def base_code(code: str) -> str:
     """The language of a code that may name a script or region after a hyphen or underscore."""
     return code.replace("_", "-").split("-", 1)[0].lower()

@@ -128,7 +128,7 @@ class RunConfig(FrozenConfig):
             return
         if not known:
             raise ValueError(
-                f"{key}: this run has no pairs at all; allowed: corpus.sources with query_column (or of format beir or "
+                f"{key}: this run has no pairs at all; allowed: corpus.sources with query_column or query_from (or of format beir or "
                 "python_docs), or a synthesis section"
             )
         near = difflib.get_close_matches(name, known, n=1)

@@ -11,6 +11,7 @@ from embedloom.config.data import CorpusSource
 from embedloom.corpus.beir import read_beir
 from embedloom.corpus.columns import one_document_a_text
 from embedloom.corpus.hub import read_hub_dataset
+from embedloom.corpus.pseudo_queries import with_query
 from embedloom.corpus.python_docs import read_python_docs
 from embedloom.corpus.rejects import Rejects
 from embedloom.corpus.rows import SourceRow
@@ -46,6 +47,8 @@ def read_source(source: CorpusSource, rejects: Rejects | None = None) -> Iterato
     rows: Iterable[SourceRow] = islice(read, source.limit)
     for row in one_document_a_text(rows) if source.query_column is not None else rows:
         count += 1
+        if source.query_from is not None:
+            row = with_query(row, source.query_from, source.instruction)
         yield replace(row, dataset=source.dataset or "")
     if count == 0:
         place = source.path or f"packages {list(source.packages)}"

@@ -71,10 +71,15 @@ def _json_records(path: Path, source: CorpusSource) -> Iterator[Mapping[str, Any
         raise DataError(f"{path}: no line has the key {title!r} (corpus.sources.title_column)")
 
 
-def _csv_records(path: Path, source: CorpusSource) -> Iterator[Mapping[str, Any]]:
+def csv_reading(path: Path) -> tuple[pa.csv.ReadOptions, pa.csv.ParseOptions]:
+    """How a CSV file is read, by its name."""
     delimiter = "\t" if ".tsv" in path.suffixes else ","
-    read = pa.csv.ReadOptions(block_size=_CSV_BLOCK_BYTES)
     parse = pa.csv.ParseOptions(delimiter=delimiter, newlines_in_values=True)
+    return pa.csv.ReadOptions(block_size=_CSV_BLOCK_BYTES), parse
+
+
+def _csv_records(path: Path, source: CorpusSource) -> Iterator[Mapping[str, Any]]:
+    read, parse = csv_reading(path)
     try:
         with pa.csv.open_csv(path, read, parse) as reader:
             columns = check_columns(source, reader.schema.names, str(path))

@@ -7,11 +7,13 @@ queries of tldr pages (38 languages) and Natural Questions it refused none; with
 the tldr queries, which are half a dozen words long.
 """
 
+from collections import Counter
+from collections.abc import Sequence
 from functools import lru_cache
 
 from py3langid.langid import MODEL_FILE, LanguageIdentifier
 
-from embedloom.config.languages import short_code
+from embedloom.config.languages import long_code, short_code
 from embedloom.config.quality import LanguageCheck
 from embedloom.synthesis.families.base import Reject, reject
 
@@ -47,6 +49,7 @@ _CLOSE = (
     {"mk", "bg"},
 )
 _NO_LANGUAGE = "zxx"
+_JUDGED_CHARACTERS = 1000  # more tell nothing new
 
 
 def language_problem(text: str, language: str, check: LanguageCheck) -> Reject | None:
@@ -70,6 +73,20 @@ def language_problem(text: str, language: str, check: LanguageCheck) -> Reject |
     if probability < check.min_probability:
         return None
     return reject("language", f"{found} with {probability:.2f}, not {expected}: {text}")
+
+
+def language_of(texts: Sequence[str]) -> str | None:
+    """ISO 639-3 code of the language that most of the texts are in; None where fewer than two thirds agree.
+
+    Texts with fewer letters than the default check judges are passed over.
+    """
+    model, _ = _model()
+    judged = [text for text in texts if sum(map(str.isalpha, text)) >= LanguageCheck().min_letters]
+    found = Counter(str(model.classify(text[:_JUDGED_CHARACTERS])[0]) for text in judged)
+    if not found:
+        return None
+    label, count = found.most_common(1)[0]
+    return long_code(label) if 3 * count >= 2 * len(judged) else None
 
 
 def _close(found: str, expected: str) -> bool:
