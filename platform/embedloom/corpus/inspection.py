@@ -206,8 +206,8 @@ def _choose_columns(records: Sequence[Mapping[str, Any]], given: Columns, where:
     if source := _named(_SOURCE_NAMES, free):
         chosen["source_column"] = source
     # Rows of pairs repeat their texts, so an id of the row is none of the document.
-    if key := given.id or (_unique_id(records, names) if query is None else None):
-        chosen["id_column"] = key
+    if own := given.id or (_unique_id(records, names) if query is None else None):
+        chosen["id_column"] = own
     return chosen
 
 
