@@ -4,7 +4,9 @@ The last line on stdout is the artefact's path; progress goes to stderr. Exit co
 running, 2 bad config or data.
 """
 
+import io
 import sys
+import traceback
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -43,6 +45,7 @@ Overrides = Annotated[
     typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override a config value; repeatable."),
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")]
+Verbose = Annotated[bool, typer.Option("--verbose", help="Show all that Ray and other libraries print.")]
 
 
 class OnInterrupt(StrEnum):
@@ -62,12 +65,16 @@ def _stage(
     cluster: Path | None,
     overrides: list[str] | None,
     dry_run: bool,
+    verbose: bool,
 ) -> None:
     """Shared body of the pipeline verbs."""
+    from embedloom.command_output import command_output
     from embedloom.launch import execute, load
 
     run = load(config, profile, cluster, overrides or [])
-    print(execute(run, verb, dry_run))
+    with command_output(run.place, verbose or dry_run):
+        result = execute(run, verb, dry_run)
+    print(result)
 
 
 _STAGE_VERBS = {
@@ -89,8 +96,9 @@ def _add_stage_verb(verb: str, help_text: str) -> None:
         cluster: ClusterFile = None,
         overrides: Overrides = None,
         dry_run: DryRun = False,
+        verbose: Verbose = False,
     ) -> None:
-        _stage(None if verb == "run" else verb, config, profile, cluster, overrides, dry_run)
+        _stage(None if verb == "run" else verb, config, profile, cluster, overrides, dry_run, verbose)
 
     app.command(verb, help=help_text)(command)
 
@@ -154,13 +162,16 @@ def submit(
             "--render-job", metavar="FILE", help="Write a RayJob for KubeRay instead of submitting."
         ),
     ] = None,
+    verbose: Verbose = False,
 ) -> None:
     """The same through Ray Jobs: log streamed, exit code kept; the same command joins a job that still runs."""
     from embedloom.launch import load
     from embedloom.launch_submit import SubmitOptions, render_job, submit_run
 
     run = load(config, profile, cluster, overrides or [])
-    options = SubmitOptions(config, cluster, tuple(overrides or ()), stage, address, on_interrupt.value)
+    options = SubmitOptions(
+        config, cluster, tuple(overrides or ()), stage, address, on_interrupt.value, verbose
+    )
     if render is not None:
         if not dry_run:
             render_job(run, options, render)
@@ -186,13 +197,26 @@ def version() -> None:
 
 
 def main() -> None:
-    """Entry point: our own errors are one line and an exit code, anything else keeps its traceback."""
+    """Entry point: our own errors are a line and where the logs are, anything else keeps its traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(
+            stream, io.TextIOWrapper
+        ):  # a result in a script that the terminal's encoding lacks is no reason to fail
+            stream.reconfigure(errors="backslashreplace")
     try:
         app()
     except EmbedloomError as error:
         sys.stdout.flush()
-        sys.stderr.write(f"error: {error}\n")
+        sys.stderr.write("\n".join([f"error: {error}", *getattr(error, "__notes__", [])]) + "\n")
         sys.exit(error.exit_code)
+    except Exception as error:
+        sys.stdout.flush()
+        traceback.print_exception(error)
+        sys.exit(1)
+    finally:
+        # Not imported before it is needed: it brings what reads and writes artefacts, which --help does without.
+        if output := sys.modules.get("embedloom.command_output"):
+            output.end_quietly()
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ Overrides = Annotated[
     typer.Option("--set", metavar="KEY=VALUE", help="A key of the file, or of every run; repeatable."),
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what would be built and stop.")]
+Verbose = Annotated[bool, typer.Option("--verbose", help="Show all that Ray and other libraries print.")]
 
 
 def ablate(
@@ -29,8 +30,9 @@ def ablate(
     cluster: ClusterFile = None,
     overrides: Overrides = None,
     dry_run: DryRun = False,
+    verbose: Verbose = False,
 ) -> None:
     """Variants of a run with several seeds, in one table; stages that are alike are built once."""
     from embedloom.launch_ablate import ablate as run_ablation
 
-    print(run_ablation(ablation, profile, cluster, overrides or [], dry_run))
+    print(run_ablation(ablation, profile, cluster, overrides or [], dry_run, verbose))

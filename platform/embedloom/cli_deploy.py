@@ -48,6 +48,7 @@ Rules = Annotated[
     ),
 ]
 DryRun = Annotated[bool, _option("dry-run", "Print what would be deployed where and stop.")]
+Verbose = Annotated[bool, _option("verbose", "Show all that Ray and other libraries print.")]
 
 
 def deploy(
@@ -66,14 +67,17 @@ def deploy(
     cluster: ClusterFile = None,
     overrides: Rules = None,
     dry_run: DryRun = False,
+    verbose: Verbose = False,
 ) -> None:
     """Put a new version of the model into a running endpoint, carefully.
 
     The gate's verdict and golden vectors come first; then the new version answers a share of the requests and is taken
     away by itself on errors, latency or drift. Exit codes: 0 promoted, 1 rolled back, 2 bad input.
     """
+    from embedloom.command_output import command_output
     from embedloom.launch_deploy import DeployCommand, deploy_model, trial_rules
     from embedloom.launch_embed import load_machine
+    from embedloom.storage import Place
 
     rules, require_gate = trial_rules(watch, overrides or [])
     command = DeployCommand(
@@ -90,6 +94,7 @@ def deploy(
         verdict,
         trust_remote_code,
     )
-    text, code = deploy_model(command, load_machine(cluster), profile, dry_run)
+    with command_output(Place("runs/deploy"), verbose or dry_run, resumes=False):
+        text, code = deploy_model(command, load_machine(cluster), profile, dry_run)
     print(text)
     raise typer.Exit(code)

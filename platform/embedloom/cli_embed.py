@@ -51,6 +51,7 @@ Overrides = Annotated[
     ),
 ]
 DryRun = Annotated[bool, _option("dry-run", "Print the plan and stop.")]
+Verbose = Annotated[bool, _option("verbose", "Show all that Ray and other libraries print.")]
 
 
 def embed(
@@ -68,6 +69,7 @@ def embed(
     cluster: ClusterFile = None,
     overrides: Overrides = None,
     dry_run: DryRun = False,
+    verbose: Verbose = False,
 ) -> None:
     """A corpus becomes Parquet vectors and, if wanted, a FAISS index.
 
@@ -81,20 +83,28 @@ def embed(
         "instruction": instruction, "index": index, "previous": previous,
         "trust_remote_code": trust_remote_code or None,
     }  # fmt: skip
+    from embedloom.command_output import command_output
+
     if names_config(source):
         _refuse_options(given)
         from embedloom.launch import execute, load
 
-        print(execute(load(source, profile, cluster, overrides or []), "embed", dry_run))
+        run = load(source, profile, cluster, overrides or [])
+        with command_output(run.place, verbose or dry_run):
+            result = execute(run, "embed", dry_run)
+        print(result)
         return
     for key in ("model", "out"):
         if given[key] is None:
             raise ConfigError(f"--{key}: needed to embed {source!r}; or give a run config (.yaml)")
     from embedloom.launch_embed import embed_texts, embedding_config, load_machine
+    from embedloom.storage import Place
 
     section = {key: value for key, value in given.items() if key != "out"}
     config = embedding_config({**section, "corpus": source}, overrides or [])
-    print(embed_texts(config, str(out), load_machine(cluster), profile, dry_run))
+    with command_output(Place("runs/embed"), verbose or dry_run):
+        result = embed_texts(config, str(out), load_machine(cluster), profile, dry_run)
+    print(result)
 
 
 def _refuse_options(given: dict[str, Any]) -> None:

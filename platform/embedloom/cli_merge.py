@@ -47,6 +47,7 @@ Overrides = Annotated[
     _option("set", "Another key of the section merging, such as seed=1; repeatable.", metavar="KEY=VALUE"),
 ]
 DryRun = Annotated[bool, _option("dry-run", "Check the models, print the plan and stop.")]
+Verbose = Annotated[bool, _option("verbose", "Show all that Ray and other libraries print.")]
 
 
 def merge_models(
@@ -63,16 +64,21 @@ def merge_models(
     cluster: ClusterFile = None,
     overrides: Overrides = None,
     dry_run: DryRun = False,
+    verbose: Verbose = False,
 ) -> None:
     """Any model folders become one, tensor by tensor; a stopped merge continues."""
+    from embedloom.command_output import command_output
     from embedloom.launch_merge import merge_folders, merging_config
+    from embedloom.storage import Place
 
     given = {
         "method": method, "weights": _numbers(weights), "density": density, "scale": scale, "dtype": dtype,
         "allow": allow,
     }  # fmt: skip
     config = merging_config(given, overrides or [])
-    print(merge_folders(config, models, base, out, cluster, profile, dry_run))
+    with command_output(Place("runs/merge-models"), verbose or dry_run):
+        result = merge_folders(config, models, base, out, cluster, profile, dry_run)
+    print(result)
 
 
 def _numbers(text: str | None) -> list[float] | None:

@@ -50,6 +50,7 @@ Overrides = Annotated[
     list[str] | None, _option("set", "Override a config value; repeatable.", metavar="SECTION.KEY=VALUE")
 ]
 DryRun = Annotated[bool, _option("dry-run", "Print the plan and stop.")]
+Verbose = Annotated[bool, _option("verbose", "Show all that Ray and other libraries print.")]
 
 
 def gate(
@@ -67,15 +68,18 @@ def gate(
     cluster: ClusterFile = None,
     overrides: Overrides = None,
     dry_run: DryRun = False,
+    verbose: Verbose = False,
 ) -> None:
     """May this model be served? Paired tests, Borda, no-regression list, limits.
 
     Exit codes: 0 passed, 1 refused, 2 bad input. The verdict is kept as gate.json beside weights that
     embedloom made; of any other model in the results' folder, which is printed.
     """
+    from embedloom.command_output import command_output
     from embedloom.launch import load
     from embedloom.launch_embed import load_machine
     from embedloom.launch_rank import GateRequest, gate_models, gate_run
+    from embedloom.storage import Place
 
     given = list(overrides or [])
     if names_config(candidate):
@@ -84,16 +88,19 @@ def gate(
             raise ConfigError(
                 "--against, --config, --task, --prompts, --trust-remote-code and --pool go with a CANDIDATE; a CONFIG says them in gate and evaluation"
             )
-        text, code = gate_run(load(candidate, profile, cluster, given), dry_run)
+        run = load(candidate, profile, cluster, given)
+        with command_output(run.place, verbose or dry_run):
+            text, code = gate_run(run, dry_run)
     else:
         if against is None:
             raise ConfigError(f"--against: needed to judge {candidate!r}; or give a run config (.yaml)")
-        run = None if config is None else load(config, profile, cluster, [])
-        machine = load_machine(cluster) if run is None else run.cluster
+        rules = None if config is None else load(config, profile, cluster, [])
+        machine = load_machine(cluster) if rules is None else rules.cluster
         request = GateRequest(
             candidate, against, task or [], split, limit, pool, out, given, prompts, trust_remote_code
         )
-        text, code = gate_models(request, run, machine, profile, dry_run)
+        with command_output(Place(out), verbose or dry_run):
+            text, code = gate_models(request, rules, machine, profile, dry_run)
     print(text)
     raise typer.Exit(code)
 

@@ -9,6 +9,7 @@ from embedloom.cli_options import ClusterFile
 
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, such as runs/quickstart.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="List what is stale and stop.")]
+Verbose = Annotated[bool, typer.Option("--verbose", help="Show all that Ray and other libraries print.")]
 
 
 def explain(
@@ -48,14 +49,21 @@ def replay(
     ] = None,
     cluster: ClusterFile = None,
     dry_run: DryRun = False,
+    verbose: Verbose = False,
 ) -> None:
     """Execute a run again by its own run.json; only what is stale or missing is built."""
+    from embedloom.command_output import command_output
     from embedloom.launch import execute, reopen
     from embedloom.lineage.state import state_lines, states
 
     run = reopen(str(run_folder), cluster, profile)
     print("\n".join(state_lines(states(run))))
-    print(run.place.uri if dry_run else execute(run, None, dry_run=False))
+    if dry_run:
+        print(run.place.uri)
+        return
+    with command_output(run.place, verbose):
+        result = execute(run, None, dry_run=False)
+    print(result)
 
 
 def ledger(run_folder: RunFolder, cluster: ClusterFile = None) -> None:

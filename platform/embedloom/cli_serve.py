@@ -51,6 +51,7 @@ Overrides = Annotated[
     ),
 ]
 DryRun = Annotated[bool, _option("dry-run", "Print what would be served and stop.")]
+Verbose = Annotated[bool, _option("verbose", "Show all that Ray and other libraries print.")]
 
 
 def serve(
@@ -66,6 +67,7 @@ def serve(
     cluster: ClusterFile = None,
     overrides: Overrides = None,
     dry_run: DryRun = False,
+    verbose: Verbose = False,
 ) -> None:
     """The OpenAI-compatible endpoint and its search page, until Ctrl-C.
 
@@ -73,6 +75,8 @@ def serve(
 
     embedloom serve MODEL [--corpus VECTORS] needs no config.
     """
+    from embedloom.command_output import command_output
+
     given = {
         "corpus": corpus, "documents": documents, "served_name": name, "port": port,
         "trust_remote_code": trust_remote_code or None,
@@ -88,12 +92,18 @@ def serve(
             raise ConfigError("--task goes with --ask; what every request gets is serving.default_task")
         from embedloom.launch import load, serve_run
 
-        print(serve_run(load(source, profile, cluster, overrides or []), ask or [], dry_run, task))
+        run = load(source, profile, cluster, overrides or [])
+        with command_output(run.place, verbose or dry_run, resumes=False):
+            result = serve_run(run, ask or [], dry_run, task)
+        print(result)
         return
     if ask or task is not None:
         raise ConfigError("--ask goes with a CONFIG, whose run has documents to rank")
     from embedloom.launch_embed import load_machine
     from embedloom.launch_serve import serve_model, serving_config
+    from embedloom.storage import Place
 
     config = serving_config({**given, "model": source}, overrides or [])
-    print(serve_model(config, load_machine(cluster), profile, dry_run))
+    with command_output(Place("runs/serve"), verbose or dry_run, resumes=False):
+        result = serve_model(config, load_machine(cluster), profile, dry_run)
+    print(result)

@@ -17,6 +17,7 @@ from embedloom.ablation import (
 )
 from embedloom.artefacts import Artefact
 from embedloom.cluster.config import load_cluster
+from embedloom.command_output import command_output
 from embedloom.config.ablation import AblationConfig
 from embedloom.config.shipped import cluster_file, config_file
 from embedloom.errors import DataError
@@ -30,9 +31,22 @@ PAGE_FILE = "report.html"
 
 
 def ablate(
-    ablation: str | Path, profile: str | None, cluster: Path | None, overrides: Sequence[str], dry_run: bool
+    ablation: str | Path,
+    profile: str | None,
+    cluster: Path | None,
+    overrides: Sequence[str],
+    dry_run: bool,
+    verbose: bool = False,
 ) -> str:
     """Run an ablation, or plan it; a stopped one goes on with what is missing.
+
+    Args:
+        ablation: the grid file, or the name of a shipped one.
+        profile: of the cluster config; None: the file's own.
+        cluster: the cluster config; None: the one beside the file.
+        overrides: ``key=value`` items.
+        dry_run: print the plan only.
+        verbose: show what libraries print.
 
     Returns:
         The table, and the path of ``ablation.json`` on the last line.
@@ -59,7 +73,7 @@ def ablate(
         from embedloom.cluster.session import ray_session
 
         first = runs[0].run
-        with ray_session(first.profile, first.cluster.auth):
+        with command_output(folder, verbose), ray_session(first.profile, first.cluster.auth):
             for number, planned in enumerate(runs, start=1):
                 note(config.name, f"run {number} of {len(runs)}: {planned.label}")
                 build_run(planned, shelf)

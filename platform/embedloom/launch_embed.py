@@ -11,7 +11,7 @@ from embedloom.config.resources import PoolConfig, StageResources
 from embedloom.config.shipped import SHIPPED_CLUSTER, cluster_file
 from embedloom.config.use import EmbeddingConfig
 from embedloom.encoder.registry import check_model_name, open_model, resolve_model
-from embedloom.progress import duration, note
+from embedloom.progress import begun, ended, note
 from embedloom.retrieval.inputs import input_state
 from embedloom.retrieval.previous import set_aside
 from embedloom.storage import Place
@@ -81,7 +81,7 @@ def embed_texts(
         return place.uri
     set_aside(place, wanted, config.previous)
     writer = ArtefactWriter(place, "vectors", fingerprint(settings), inputs, profile)
-    note("embed", "continuing an interrupted build" if writer.resumed else "building")
+    begun("embed", "continuing an interrupted build" if writer.resumed else "building")
     from embedloom.cluster.session import ray_session
 
     with ray_session(machine, cluster.auth):
@@ -89,6 +89,5 @@ def embed_texts(
         from embedloom.retrieval.corpora import embed_artefact
 
         done = embed_artefact(config, corpus, model, machine.stages.embedding, writer)
-    counts = ", ".join(f"{key} {value}" for key, value in done.counts.items())
-    note("embed", f"done in {duration(done.manifest['seconds'])}: {counts}")
+    ended("embed", done.manifest["seconds"], done.counts)
     return place.uri

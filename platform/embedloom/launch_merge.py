@@ -11,7 +11,7 @@ from embedloom.config.base import apply_overrides, validate
 from embedloom.config.merging import MergingConfig
 from embedloom.config.shipped import cluster_file
 from embedloom.errors import ConfigError, DataError
-from embedloom.progress import duration, note
+from embedloom.progress import begun, ended, note
 from embedloom.storage import Place
 
 
@@ -67,7 +67,7 @@ def merge_folders(
         return out
     _check_free(place, [*models, *([] if base is None else [base])])
     writer = ArtefactWriter(place, "model", settings, inputs, profile or "none")
-    note("merge", f"{'continuing an interrupted build' if writer.resumed else 'building'}: {what}")
+    begun("merge", f"{'continuing an interrupted build' if writer.resumed else 'building'}: {what}")
     if profile is None:
         done = merge(config, places, origin, writer, threads=os.cpu_count() or 1)
     else:
@@ -77,7 +77,7 @@ def merge_folders(
         with ray_session(machine.profile(profile), machine.auth):
             pool = machine.profile(profile).stages.merging
             done = merge(config, places, origin, writer, pool)
-    note("merge", f"done in {duration(done.manifest['seconds'])}")
+    ended("merge", done.manifest["seconds"], {})
     return out
 
 

@@ -68,6 +68,5 @@ def serve_model(config: ServingConfig, cluster: ClusterConfig, profile: str, dry
         with start_endpoint(
             config, model.path, model.id, name, machine.serve, config.compute_dtype, own_ray
         ) as endpoint:
-            note("serve", f"{name} answers at {endpoint.url}/v1; the page is at {endpoint.url}/")
             endpoint.wait()
     return url

@@ -28,6 +28,7 @@ class SubmitOptions:
     stage: str | None = None
     address: str | None = None
     on_interrupt: Literal["stop", "detach"] = "stop"
+    verbose: bool = False
 
 
 def submit_run(run: Run, options: SubmitOptions, dry_run: bool) -> int:
@@ -53,6 +54,7 @@ def submit_run(run: Run, options: SubmitOptions, dry_run: bool) -> int:
         start_head=local,
         on_interrupt=options.on_interrupt,
         key=fingerprint(arguments),
+        verbose=options.verbose,
     )
     return submit(order, run.cluster)
 

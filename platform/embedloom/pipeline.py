@@ -26,7 +26,7 @@ from embedloom.encoder.registry import (
 )
 from embedloom.errors import DataError
 from embedloom.judging import build_evaluation, build_gate, evaluation_node
-from embedloom.progress import duration, note, stage_log
+from embedloom.progress import begun, ended, note, stage_log
 from embedloom.retrieval.inputs import embedding_node
 from embedloom.retrieval.previous import set_aside
 from embedloom.run import Inputs, Node, Run
@@ -228,9 +228,9 @@ def _build(run: Run, nodes: dict[str, Node], name: str, done: Inputs) -> None:
     with stage_log(run.place, name):
         if stale:
             note(name, f"what is there is replaced: {'; '.join(stale)}")
-        note(name, "continuing an interrupted build" if writer.resumed else "building")
+        begun(name, "continuing an interrupted build" if writer.resumed else "building")
         done[name] = node.build(run, inputs, writer)
-        note(name, f"done in {duration(done[name].manifest['seconds'])}: {_summary(done[name])}")
+        ended(name, done[name].manifest["seconds"], done[name].counts)
 
 
 def _stale(run: Run, nodes: dict[str, Node], name: str) -> list[str]:
@@ -239,12 +239,6 @@ def _stale(run: Run, nodes: dict[str, Node], name: str) -> list[str]:
     if not place.exists(MANIFEST_FILE):
         return []
     return stale_reasons(Artefact.open(place), nodes[name], wanted)
-
-
-def _summary(artefact: Artefact) -> str:
-    return ", ".join(
-        f"{key} {value}" for key, value in artefact.counts.items() if not isinstance(value, dict)
-    )
 
 
 def _kind(name: str) -> str:

@@ -94,7 +94,15 @@ def endpoint(
     )
     port = port or free_port()
     command = [sys.executable, "-m", "embedloom.cli", "serve", model, "--name", NAME, "--port", str(port)]
-    command += ["--cluster", str(cluster), "--set", "require_gate=false", "--set", "request_log=none"]
+    command += [
+        "--cluster",
+        str(cluster),
+        "--set",
+        "require_gate=false",
+        "--set",
+        "request_log=none",
+        "--verbose",
+    ]
     for item in settings:
         command += ["--set", item]
     with (folder / "serve.log").open("wb") as log:

@@ -6,6 +6,7 @@ import logging
 import re
 import sys
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -15,8 +16,10 @@ from ray.exceptions import AuthenticationError
 from ray.job_submission import JobStatus, JobSubmissionClient
 
 from embedloom.cluster.runtime_env import job_runtime_env
+from embedloom.command_output import REPORTS_VARIABLE
 from embedloom.errors import ConfigError, EmbedloomError, StageError, first_line
-from embedloom.progress import note
+from embedloom.progress import hear, note, shown_on
+from embedloom.terminal import screen_for
 
 CONNECT_SECONDS = 60.0
 STOP_SECONDS = 15.0
@@ -42,12 +45,14 @@ class JobOrder:
         key: what the job works on. A job of the same key that still runs is joined, for two drivers would write the
             same artefacts; None submits in any case.
         on_interrupt: stop ends the job; detach leaves it running.
+        verbose: whether the job's own lines are streamed as they are, instead of shown as this command's.
     """
 
     entrypoint: str
     working_dir: Path
     key: str | None = None
     on_interrupt: OnInterrupt = "stop"
+    verbose: bool = False
 
 
 def run_job(order: JobOrder, dashboard: str) -> int:
@@ -62,7 +67,12 @@ def run_job(order: JobOrder, dashboard: str) -> int:
     else:
         note("submit", f"joining job {job} on {dashboard}, which is at this already")
     try:
-        asyncio.run(_stream_log(client, job))
+        if order.verbose:
+            asyncio.run(_stream_log(client, job, lambda: None))
+        else:
+            screen = screen_for(sys.stderr)
+            with shown_on(screen), screen.running():
+                asyncio.run(_stream_log(client, job, screen.clear))
         return _exit_code(client, job)
     except (RuntimeError, OSError, aiohttp.ClientError) as error:
         raise StageError(f"lost the connection to job {job}: {first_line(error)}") from error
@@ -79,6 +89,7 @@ def _interrupted(client: JobSubmissionClient, job: str, on_interrupt: OnInterrup
     with contextlib.suppress(RuntimeError, OSError):
         client.stop_job(job)
         _wait_until_over(client, job, STOP_SECONDS)
+    note("submit", "what is finished is kept; the same command goes on from there")
 
 
 def _running(client: JobSubmissionClient, key: str | None) -> str | None:
@@ -111,6 +122,8 @@ def _connect(dashboard: str) -> JobSubmissionClient:
 
 def _submit(client: JobSubmissionClient, order: JobOrder) -> str:
     runtime_env = job_runtime_env(order.working_dir)
+    if not order.verbose:
+        runtime_env["env_vars"] |= {REPORTS_VARIABLE: "1"}
     metadata = {} if order.key is None else {_KEY: order.key}
     deadline = time.monotonic() + CONNECT_SECONDS
     while True:
@@ -126,9 +139,19 @@ def _submit(client: JobSubmissionClient, order: JobOrder) -> str:
         time.sleep(0.5)
 
 
-async def _stream_log(client: JobSubmissionClient, job: str) -> None:
-    async for lines in client.tail_job_logs(job):
-        sys.stdout.write(lines)
+async def _stream_log(client: JobSubmissionClient, job: str, make_room: Callable[[], None]) -> None:
+    """Show the job's reports; its other lines go to stdout as they are."""
+    rest = ""
+    async for text in client.tail_job_logs(job):
+        *lines, rest = (rest + text).split("\n")
+        _print_others(lines, make_room)
+    _print_others([rest] if rest else [], make_room)
+
+
+def _print_others(lines: Sequence[str], make_room: Callable[[], None]) -> None:
+    if others := [line for line in lines if not hear(line)]:
+        make_room()
+        sys.stdout.write("\n".join(others) + "\n")
         sys.stdout.flush()
 
 

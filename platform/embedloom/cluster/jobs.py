@@ -30,6 +30,7 @@ class Submission:
         start_head: start a head on this machine for the duration of the job.
         on_interrupt: whether Ctrl-C stops the job or leaves it running.
         key: what the job works on; a job of the same key that still runs is joined. None: never join one.
+        verbose: show all that the job prints.
     """
 
     arguments: tuple[str, ...]
@@ -39,6 +40,7 @@ class Submission:
     start_head: bool = False
     on_interrupt: Literal["stop", "detach"] = "stop"
     key: str | None = None
+    verbose: bool = False
 
 
 def submit(order: Submission, cluster: ClusterConfig) -> int:
@@ -65,13 +67,15 @@ def submit(order: Submission, cluster: ClusterConfig) -> int:
         )
     # On this machine "python" would be whatever the raylet finds first on its PATH; an image has just one.
     python = sys.executable if local else "python"
-    entrypoint = shlex.join([python, "-m", "embedloom.cli", *order.arguments])
+    entrypoint = shlex.join(
+        [python, "-m", "embedloom.cli", *order.arguments, *(["--verbose"] if order.verbose else [])]
+    )
     set_ray_environment(cluster.auth)
     ensure_token(cluster.auth)
     # Ray reads how to authenticate when it is first imported, so not before the environment says it.
     from embedloom.cluster.job_client import JobOrder, run_job
 
-    job = JobOrder(entrypoint, order.working_dir, order.key, order.on_interrupt)
+    job = JobOrder(entrypoint, order.working_dir, order.key, order.on_interrupt, order.verbose)
     with _termination_as_interrupt():
         if not local:
             return run_job(job, _dashboard(profile, order.address))

@@ -11,7 +11,10 @@ from typing import Any
 
 from embedloom.cluster.config import AuthConfig, Profile
 from embedloom.cluster.environment import serve_environment
-from embedloom.errors import MissingDependency
+from embedloom.cluster.worker_output import listen, settle
+from embedloom.command_output import current_logs
+from embedloom.errors import MissingDependency, UserError
+from embedloom.progress import note
 
 # Ray's workers import embedloom from here when it is not pip-installed in their image.
 PACKAGE_ROOT = Path(__file__).resolve().parents[2]
@@ -75,12 +78,29 @@ def ray_session(profile: Profile, auth: AuthConfig) -> Iterator[bool]:
     from ray.data import DataContext
 
     DataContext.get_current().target_max_block_size = int(profile.block_mib * 2**20)
+    listen()
     try:
         yield temporary is not None
+    except Exception as error:
+        _keep_failure(error, temporary)
+        raise
+    except KeyboardInterrupt:
+        note("ray", "interrupted: ending its processes")
+        raise
     finally:
         ray.shutdown()
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _keep_failure(error: Exception, temporary: str | None) -> None:
+    """Before Ray ends: what workers said last, and the files of a Ray of our own, which are deleted with it."""
+    logs = current_logs()
+    if logs is None or isinstance(error, UserError):
+        return
+    settle()
+    if temporary is not None:
+        logs.keep_ray(Path(temporary) / "session_latest" / "logs")
 
 
 def init_arguments(profile: Profile, address: str | None = None) -> dict[str, Any]:

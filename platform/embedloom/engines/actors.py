@@ -12,6 +12,7 @@ import pyarrow as pa
 from embedloom.config.resources import PoolConfig
 from embedloom.engines.protocol import EngineLostError
 from embedloom.errors import EmbedloomError, StageError
+from embedloom.progress import note
 from embedloom.storage import Place
 
 WRITTEN = "written"  # in place of folders: nothing left to do
@@ -95,8 +96,7 @@ class PoolActor:
             return row_of(row["position"], tables)
         except EngineLostError as error:
             # Ray starts the actor anew and gives it what it held; this process has nothing left to serve with.
-            sys.stderr.write(f"{error}; this actor ends and is started again\n")
-            sys.stderr.flush()
+            note("ray", f"{error}; this actor died and is started again")
             os._exit(1)
         except EmbedloomError as error:
             return row_of(row["position"], {}, error)

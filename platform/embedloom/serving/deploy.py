@@ -18,7 +18,7 @@ from embedloom.config.base import validate
 from embedloom.errors import ConfigError, ServeError
 from embedloom.instructions import PromptContract
 from embedloom.model_folder import ModelFolder
-from embedloom.progress import note
+from embedloom.progress import begun, ended, note
 from embedloom.serving.app import build_application, build_encoders
 from embedloom.serving.applications import (
     APPLICATION,
@@ -131,11 +131,15 @@ def deploy(request: DeployRequest) -> Outcome:
         if name != encoders:  # left by a deploy that was killed
             remove(name)
     name = version_name(new.fingerprint)
-    note("deploy", f"starting {request.model.path} beside the live version")
+    begun("deploy", f"starting {request.model.path} beside the live version")
+    started = time.monotonic()
     try:
         run(build_encoders(new), name, None)
         _golden(new, name)
+        ended("deploy", time.monotonic() - started, {}, "started")
+        begun("deploy", "watching")
         decision, window = _watch(_orders(request, new, name), request.rules)
+        ended("deploy", time.monotonic() - started, {}, "watched")
     except BaseException:
         _withdraw(name)
         raise

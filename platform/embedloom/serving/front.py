@@ -78,6 +78,13 @@ class Drain:
         return len(late)
 
 
+def _tell(request_id: str, error: Exception) -> None:
+    """Have the command that serves show a failure of ours in a line; its traceback is in the log."""
+    from embedloom.progress import note  # brings pyarrow, which a gateway's process does without
+
+    note("serve", f"request {request_id} failed: {type(error).__name__}: {error}")
+
+
 class Front:
     """ASGI middleware; plain ASGI because Starlette's helper class copies every body through a queue."""
 
@@ -123,8 +130,9 @@ class Front:
             await exchange.refuse(self._too_large())
         except ClientDisconnect:
             pass  # nobody is left to answer; counted as 499
-        except Exception:
+        except Exception as error:
             logger.exception("request %s failed", exchange.id.decode())
+            _tell(exchange.id.decode(), error)
             await exchange.refuse(
                 ApiError(500, f"internal error; quote request {exchange.id.decode()} when you report it")
             )

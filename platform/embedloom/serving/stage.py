@@ -16,13 +16,14 @@ from ray import serve
 from ray.serve import Application
 from ray.serve.exceptions import RayServeException
 
+from embedloom.command_output import WORKERS_LOG, current_logs
 from embedloom.config.application import ApplicationArgs
 from embedloom.config.base import validate
 from embedloom.config.resources import ServeScaling
 from embedloom.config.serving import ServingConfig
 from embedloom.encoder.device import DTypeName
 from embedloom.errors import ServeError, last_line
-from embedloom.progress import note
+from embedloom.progress import begun, ended, note
 from embedloom.serving.address import remember
 from embedloom.serving.app import build_application, build_encoders
 from embedloom.serving.applications import (
@@ -56,7 +57,11 @@ class Endpoint:
     address_file: Path | None = None
 
     def wait(self) -> None:
-        """Block until SIGINT or SIGTERM; call from the main thread, then ``stop``."""
+        """Say where it answers and block until SIGINT or SIGTERM; call from the main thread, then ``stop``."""
+        note("serve", f"{self.served_name} answers at {self.url}/v1; the page is at {self.url}/")
+        logs = current_logs()
+        if logs is not None:
+            note("serve", f"requests, and all that replicas print, are logged in {logs.name}/{WORKERS_LOG}")
         asked = threading.Event()
         numbers = (signal.SIGINT, signal.SIGTERM)
         previous = {number: signal.signal(number, lambda *_: asked.set()) for number in numbers}
@@ -162,8 +167,7 @@ def start_endpoint(
     if warning := scaling.cut_off(config.request_timeout_seconds):
         note("serve", warning)
     try:
-        _start(arguments, build_application(arguments, encoders), encoders)
-        _wait_until_ready(endpoint, START_SECONDS)
+        _start(arguments, build_application(arguments, encoders), encoders, endpoint)
         gcs = ray.get_runtime_context().gcs_address
         endpoint.address_file = remember(config.port, endpoint.url, gcs)
     except (RuntimeError, TimeoutError, ray.exceptions.RayError) as error:
@@ -190,8 +194,12 @@ def _opened(config: ServingConfig, scaling: ServeScaling, own_ray: bool) -> List
     return None
 
 
-def _start(arguments: ApplicationArgs, application: Application, encoders: str | None) -> None:
-    """Start Serve, the encoders where they are an application of their own, and what answers HTTP."""
+def _start(
+    arguments: ApplicationArgs, application: Application, encoders: str | None, endpoint: Endpoint
+) -> None:
+    """Start Serve, the encoders where they are an application of their own, and what answers HTTP, until it does."""
+    begun("serve", f"starting {endpoint.served_name}")
+    started = time.monotonic()
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     serving = arguments.serving
     serve.start(
@@ -202,6 +210,8 @@ def _start(arguments: ApplicationArgs, application: Application, encoders: str |
     if encoders is not None:
         run(build_encoders(arguments), encoders, None)
     run(application, APPLICATION, serving.route_prefix)
+    _wait_until_ready(endpoint, START_SECONDS)
+    ended("serve", time.monotonic() - started, {}, "ready")
 
 
 def _on_loopback(host: str) -> bool:
