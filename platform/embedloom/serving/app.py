@@ -66,9 +66,25 @@ def build_application(args: ApplicationArgs, encoders: str | None = None) -> App
     contract = model.contract
     check_default(contract, args.serving.default_task, str(model.path))
     check_aliases(args.serving.models, args.served_name, contract)
+    serving = args.serving.model_copy(update=args.scaling.limits)
+    settings = _settings(args, serving, model)
+    corpus = _corpus(serving, model)
+    blueprint = args.model_dump(mode="json")
+    ingress = _patience(serving) | _ingress_limits(settings.max_requests)
+    if args.single:
+        endpoint = serve.deployment(serve.ingress()(EncoderEndpoint), name=SINGLE, num_replicas=1)
+        return endpoint.options(**ingress, **_computing(args)).bind(
+            _model(args, model), settings, corpus, blueprint
+        )
+    gateway = serve.deployment(serve.ingress()(Gateway), name=GATEWAY, num_replicas=1)
+    return gateway.options(**ingress, ray_actor_options={"num_cpus": GATEWAY_CPUS}).bind(
+        encoders or _bound_encoders(args, model), settings, corpus, blueprint
+    )
+
+
+def _settings(args: ApplicationArgs, serving: ServingConfig, model: ModelFolder) -> EndpointSettings:
     scaling = args.scaling
-    serving = args.serving.model_copy(update=scaling.limits)
-    settings = EndpointSettings(
+    return EndpointSettings(
         served_name=args.served_name,
         models=serving.models,
         truncate=serving.truncate,
@@ -89,20 +105,8 @@ def build_application(args: ApplicationArgs, encoders: str | None = None) -> App
         request_log=serving.request_log,
         lineage=Lineage.of(model),
         gate=GateVerdict.of(model, serving.verdict),
-        tasks=tuple(contract.tasks or ()),
+        tasks=tuple(model.contract.tasks or ()),
         trust_remote_code=model.is_trusted,
-    )
-    corpus = _corpus(serving, model)
-    blueprint = args.model_dump(mode="json")
-    ingress = _patience(serving) | _ingress_limits(settings.max_requests)
-    if args.single:
-        endpoint = serve.deployment(serve.ingress()(EncoderEndpoint), name=SINGLE, num_replicas=1)
-        return endpoint.options(**ingress, **_computing(args)).bind(
-            _model(args, model), settings, corpus, blueprint
-        )
-    gateway = serve.deployment(serve.ingress()(Gateway), name=GATEWAY, num_replicas=1)
-    return gateway.options(**ingress, ray_actor_options={"num_cpus": GATEWAY_CPUS}).bind(
-        encoders or _bound_encoders(args, model), settings, corpus, blueprint
     )
 
 
