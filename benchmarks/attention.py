@@ -19,8 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from embedloom.encoder.packed_kernel import load_kernel
-from embedloom.encoder.packing import PackedLayout, packed_attention
+from embedloom.encoder.attention import PackedLayout, load_kernel, packed_attention
 
 QUERIES = sorted((random.Random(0).randint(7, 17) for _ in range(48)), reverse=True)
 LENGTHS = {

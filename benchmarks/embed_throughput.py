@@ -24,9 +24,9 @@ import pyarrow.parquet as pq
 import torch
 from sentence_transformers import SentenceTransformer
 
-from embedloom.config.data import CorpusSource
+from embedloom.config.corpus import CorpusSource
 from embedloom.corpus.python_docs import read_python_docs
-from embedloom.encoder.device import has_fast_bf16
+from embedloom.encoder.backbone import has_fast_bf16
 from embedloom.encoder.model import Encoder
 from embedloom.encoder.registry import resolve_model
 

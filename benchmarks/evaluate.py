@@ -105,24 +105,23 @@ def write(frame: pd.DataFrame, path: Path) -> None:
 
 
 def specs_of(folder: str) -> list[Any]:
-    from embedloom.config.use import EvaluationTask
+    from embedloom.config.evaluation import EvaluationTask
     from embedloom.evaluation.specs import expand_tasks
 
     return expand_tasks([EvaluationTask(name="bench", kind="local", path=folder)])
 
 
 def run_ours(folder: str, actors: int) -> dict[str, Any]:
-    from embedloom.cluster.config import AuthConfig, Profile
     from embedloom.cluster.session import ray_session
-    from embedloom.config.resources import PoolConfig
+    from embedloom.config.cluster import AuthConfig, PoolConfig, Profile
 
     session = ray_session(Profile(logical_cpus=8, object_store_mib=200), AuthConfig())
     with tempfile.TemporaryDirectory(prefix="embedloom-bench-") as scratch, session:
+        from embedloom.core.storage import Place
         from embedloom.encoder.registry import resolve_model
         from embedloom.evaluation.evaluator import Evaluator
         from embedloom.evaluation.jobs import Unit
         from embedloom.evaluation.scorers import make_scorers
-        from embedloom.storage import Place
 
         specs, pool = specs_of(folder), PoolConfig(max_actors=actors, threads=1)
         scorers, contracts = make_scorers({"minilm": resolve_model(MODEL)}, (), None)

@@ -35,7 +35,7 @@ os.environ.update(HF_HUB_OFFLINE="1", HF_HUB_DISABLE_PROGRESS_BARS="1", TRANSFOR
 import transformers  # noqa: E402
 from merge import MERGEKIT, install_peer  # noqa: E402
 
-from embedloom.launch_merge import merge_folders, merging_config  # noqa: E402
+from embedloom.pipeline.model_commands import merge_folders, merging_config  # noqa: E402
 from fakes import byte_tokenizer  # noqa: E402
 
 TOLERANCE, ALLOWED_SHARE = (

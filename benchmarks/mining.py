@@ -45,8 +45,7 @@ def write_vectors(folder: Path, queries: int, documents: int) -> None:
 def ours(queries: Any, documents: Any) -> Any:
     from embedloom.config.mining import SelectionConfig
     from embedloom.mining.select import select_negatives
-    from embedloom.retrieval.exact import pair_scores
-    from embedloom.retrieval.search import top_k
+    from embedloom.retrieval.search import pair_scores, top_k
 
     rules = SelectionConfig(margin_ratio=1 - MARGIN, negatives=NEGATIVES)
     found = top_k(queries, documents, TOP_K + 1)
@@ -174,9 +173,9 @@ def compare(queries: int, documents: int, exact: bool) -> dict[str, Any]:
 
 
 def scaling() -> dict[str, Any]:
+    from embedloom.core.storage import Place
     from embedloom.retrieval.embed import vector_table
-    from embedloom.retrieval.vectors import VectorCatalogue, VectorStore
-    from embedloom.storage import Place
+    from embedloom.retrieval.sharded import VectorCatalogue, VectorStore
 
     table: dict[str, float] = {}
     queries = unit_rows(np.random.default_rng(1), 1000)

@@ -31,14 +31,18 @@ os.environ.update(HF_HUB_OFFLINE="1", HF_HUB_DISABLE_PROGRESS_BARS="1", TRANSFOR
 
 import fakes_bases as bases  # noqa: E402
 import fakes_foreign as foreign  # noqa: E402
-from embedloom.config.model import EncoderConfig  # noqa: E402
+from embedloom.config.encoder import EncoderConfig  # noqa: E402
 from embedloom.encoder.export import prepare_base  # noqa: E402
 from embedloom.encoder.model import Encoder  # noqa: E402
-from embedloom.encoder.parity import check_export, embed_golden, save_golden  # noqa: E402
-from embedloom.encoder.readers import reader_verdicts  # noqa: E402
+from embedloom.encoder.parity import (  # noqa: E402
+    check_export,
+    embed_golden,
+    reader_verdicts,
+    save_golden,
+)
 from embedloom.encoder.registry import open_model  # noqa: E402
 from embedloom.errors import EmbedloomError  # noqa: E402
-from embedloom.retrieval.sentence_teacher import SentenceEncoder  # noqa: E402
+from embedloom.retrieval.teachers import SentenceEncoder  # noqa: E402
 
 Cells = tuple[str, ...]
 _WIDTH, _HEAD = 128, 32

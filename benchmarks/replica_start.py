@@ -30,7 +30,7 @@ def make_model(folder: Path, gib: float) -> Path:
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaModel, PreTrainedTokenizerFast
 
-    from embedloom.instructions import PromptContract
+    from embedloom.core.prompting import PromptContract
 
     hidden = 2048 if gib > 1 else 1024
     layer_bytes = 4 * (4 * hidden**2 + 3 * 4 * hidden**2)
@@ -90,9 +90,8 @@ def start(application: Any, replicas: int) -> float:
 
 def measure(model: Path, shared: bool) -> dict[str, Any]:
     """One replica, then two; in a Ray of its own."""
-    from embedloom.cluster.config import AuthConfig, Profile
     from embedloom.cluster.session import ray_session
-    from embedloom.config.resources import ServeScaling
+    from embedloom.config.cluster import AuthConfig, Profile, ServeScaling
     from embedloom.config.serving import ServingConfig
 
     store = int(sum(path.stat().st_size for path in model.iterdir()) * 1.3 / MIB) + 200
@@ -100,7 +99,8 @@ def measure(model: Path, shared: bool) -> dict[str, Any]:
     with ray_session(Profile(logical_cpus=8, object_store_mib=store), auth):
         from ray import serve
 
-        from embedloom.serving.app import ApplicationArgs, build_encoders
+        from embedloom.config.serving import ApplicationArgs
+        from embedloom.serving.app import build_encoders
 
         serve.start(proxy_location="Disabled")
         args = ApplicationArgs(

@@ -20,12 +20,10 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaModel, PreTrainedTokenizerFast
 
-from embedloom.cluster.config import AuthConfig, Profile
 from embedloom.cluster.session import ray_session
-from embedloom.config.resources import PoolConfig
-from embedloom.instructions import PromptContract
-from embedloom.retrieval.embedder import EmbedderSource, EncoderSource
-from embedloom.retrieval.shared_weights import share_weights
+from embedloom.config.cluster import AuthConfig, PoolConfig, Profile
+from embedloom.core.prompting import PromptContract
+from embedloom.retrieval.embedder import EmbedderSource, EncoderSource, share_weights
 
 WORDS = ("loom", "thread", "weave", "cloth")
 TEXTS = ["loom thread weave", "cloth", "weave weave cloth thread loom"]

@@ -101,11 +101,11 @@ def megabytes(count: float) -> float:
 
 def run_side(streamed: bool, rows: int, folder: Path) -> None:
     """Both stages in this process as driver, and what they did to the store."""
-    from embedloom.cluster.config import AuthConfig, Profile
     from embedloom.cluster.session import ray_session
-    from embedloom.launch import load
-    from embedloom.pipeline import build_nodes, graph
-    from embedloom.run import Inputs
+    from embedloom.config.cluster import AuthConfig, Profile
+    from embedloom.config.run import Inputs
+    from embedloom.pipeline.commands import load
+    from embedloom.pipeline.graph import build_nodes, graph
 
     overrides = [*SETTINGS, f"synthesis.families.0.rows={rows}", f"run.output_dir={folder}"]
     run = load(ROOT / "jobs/configs/quickstart.yaml", "local", ROOT / "cluster/cluster.yaml", overrides)

@@ -29,25 +29,24 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from embedloom.artefacts import ArtefactWriter
-from embedloom.cluster.config import AuthConfig, Profile
 from embedloom.cluster.session import ray_session
-from embedloom.config.resources import PoolConfig
-from embedloom.config.synthesis import EngineOptions, SynthesisConfig
-from embedloom.encoder.registry import resolve_model
-from embedloom.engines.generation import (
+from embedloom.compute.generation import (
     ANSWERS,
+    GenerationRequest,
+    GenerationResult,
     GenerationWorker,
     generation_arguments,
     read_requests,
     request_table,
 )
-from embedloom.engines.pool import Handling
-from embedloom.engines.protocol import GenerationRequest, GenerationResult
-from embedloom.engines.shards import run_sharded
-from embedloom.engines.vllm_engine import VLLMEngine
-from embedloom.records import table_from_rows
-from embedloom.storage import Place
+from embedloom.compute.shards import Handling, run_sharded
+from embedloom.compute.vllm_engine import VLLMEngine
+from embedloom.config.cluster import AuthConfig, PoolConfig, Profile
+from embedloom.config.synthesis import EngineOptions, SynthesisConfig
+from embedloom.core.artefacts import ArtefactWriter
+from embedloom.core.schemas import table_from_rows
+from embedloom.core.storage import Place
+from embedloom.encoder.registry import resolve_model
 from embedloom.synthesis.stage import synthesize
 
 TOPICS = ("graphs", "rivers", "sorting", "bread", "moons", "databases", "sockets", "paint", "chess", "trees")
@@ -89,7 +88,7 @@ class MeasuringWorker(GenerationWorker):
 
 def bare(engine: Any, requests: list[GenerationRequest]) -> tuple[list[str], int]:
     """Texts and output tokens of one ``LLM.generate``; the platform's loop sleeps meanwhile."""
-    from embedloom.engines.vllm_engine import _sampling
+    from embedloom.compute.vllm_engine import _sampling
 
     prompts = [{"prompt_token_ids": engine._prompt_tokens(one)} for one in requests]
     outputs = engine._llm.generate(prompts, [_sampling(one) for one in requests], use_tqdm=False)

@@ -47,7 +47,7 @@ def write_rows(folder: Path, negatives: int, rows: int, out: Path) -> None:
 
 
 def prepare_model(layers: int, out: Path) -> None:
-    from embedloom.config.model import EncoderConfig
+    from embedloom.config.encoder import EncoderConfig
     from embedloom.encoder.export import prepare_base
     from embedloom.encoder.registry import resolve_model
 
@@ -72,12 +72,10 @@ def run_ours(
     import torch
     import torch.distributed as dist
 
-    from embedloom.config.training import TrainingConfig, TrainingStage
-    from embedloom.config.training_data import TrainingSource
-    from embedloom.storage import Place
-    from embedloom.training.loop import StageTrainer
-    from embedloom.training.loop_config import LoopConfig
-    from embedloom.training.prepared import prepare_sources
+    from embedloom.config.training import TrainingConfig, TrainingSource, TrainingStage
+    from embedloom.core.storage import Place
+    from embedloom.training.data import prepare_sources
+    from embedloom.training.loop import LoopConfig, StageTrainer
 
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0", LOCAL_RANK="0", DS_ACCELERATOR="cpu")
     if threads:
@@ -145,8 +143,8 @@ def run_peer(folder: Path, negatives: int, steps: int, batch: int, micro_batch: 
     from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
     from transformers import TrainerCallback
 
-    from embedloom.encoder.device import has_fast_bf16
-    from embedloom.instructions import PromptContract
+    from embedloom.core.prompting import PromptContract
+    from embedloom.encoder.backbone import has_fast_bf16
 
     contract = PromptContract.load(folder / "model")
     rows = [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()]

@@ -18,8 +18,8 @@ from typer.cli import get_docs_for_click
 
 from embedloom import errors
 from embedloom.cli import app
-from embedloom.instructions import PromptContract
-from embedloom.records import SCHEMAS
+from embedloom.core.prompting import PromptContract
+from embedloom.core.schemas import SCHEMAS
 from embedloom.serving.api import create_api
 from embedloom.serving.calls import EndpointSettings
 from embedloom.serving.metrics import EndpointMetrics

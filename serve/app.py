@@ -17,7 +17,7 @@ from embedloom.serving.app import build as build_from_arguments
 
 
 def build(args: dict[str, Any]) -> Application:
-    """Bind the application; arguments are the fields of ``embedloom.config.application.ApplicationArgs``."""
+    """Bind the application; arguments are the fields of ``embedloom.config.serving.ApplicationArgs``."""
     environment = {"model_folder": "EMBEDLOOM_MODEL", "served_name": "EMBEDLOOM_MODEL_NAME"}
     given = {key: os.environ[name] for key, name in environment.items() if name in os.environ}
     return build_from_arguments({**given, **args})

@@ -22,7 +22,7 @@ os.environ.update(
 import pytest
 from hypothesis import settings
 
-from embedloom.cluster.config import AuthConfig, Profile
+from embedloom.config.cluster import AuthConfig, Profile
 from fakes import make_tiny_encoder, make_tiny_llama
 
 # A deadline would be a timed assertion: it failed a test on a busy machine.

@@ -6,7 +6,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from embedloom.config.model import EncoderConfig
+from embedloom.config.encoder import EncoderConfig
 from embedloom.encoder.export import prepare_base
 
 CHAT_TEMPLATE = (

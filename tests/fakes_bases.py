@@ -8,7 +8,7 @@ import torch
 import transformers
 from safetensors.torch import save_file
 
-from embedloom.config.model import EncoderConfig
+from embedloom.config.encoder import EncoderConfig
 from embedloom.encoder.export import prepare_base
 from fakes import byte_tokenizer
 

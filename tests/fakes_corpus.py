@@ -6,9 +6,9 @@ from pathlib import Path
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from embedloom.artefacts import ArtefactWriter
-from embedloom.config.data import CorpusSource
-from embedloom.storage import Place
+from embedloom.config.corpus import CorpusSource
+from embedloom.core.artefacts import ArtefactWriter
+from embedloom.core.storage import Place
 
 
 def save_word_tokenizer(folder: Path) -> Path:

@@ -12,8 +12,8 @@ import pyarrow as pa
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from embedloom.compute.generation import EngineLostError, GenerationRequest, GenerationResult
 from embedloom.config.synthesis import EngineOptions
-from embedloom.engines.protocol import EngineLostError, GenerationRequest, GenerationResult
 from embedloom.errors import DataError, MissingDependency
 from fakes import byte_tokenizer
 

@@ -7,12 +7,12 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from embedloom.artefacts import Artefact, ArtefactWriter
-from embedloom.encoder.batching import TokenCount
+from embedloom.core.artefacts import Artefact, ArtefactWriter
+from embedloom.core.prompting import PromptContract
+from embedloom.core.schemas import content_id, table_from_rows
+from embedloom.core.storage import Place
+from embedloom.encoder.model import TokenCount
 from embedloom.evaluation.jobs import Job, Outcome
-from embedloom.instructions import PromptContract
-from embedloom.records import content_id, table_from_rows
-from embedloom.storage import Place
 
 INSTRUCTION = "Given a summary of a Python object, retrieve its documentation"
 

@@ -10,15 +10,13 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
-from embedloom.artefacts import ArtefactWriter
 from embedloom.config.merging import MergingConfig
+from embedloom.core.artefacts import ArtefactWriter
+from embedloom.core.storage import Place
 from embedloom.merging import stage
 from embedloom.merging.methods import PREPARE
-from embedloom.merging.operands import Operands
-from embedloom.merging.reader import open_tensors
-from embedloom.merging.tensors import TensorFolder
-from embedloom.merging.weights import check_weights
-from embedloom.storage import Place
+from embedloom.merging.plan import check_weights
+from embedloom.merging.tensors import Operands, TensorFolder, open_tensors
 
 _NUMBERS = itertools.count()
 

@@ -6,9 +6,9 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
 
-from embedloom.artefacts import Artefact, ArtefactWriter
-from embedloom.records import table_from_rows
-from embedloom.storage import Place
+from embedloom.core.artefacts import Artefact, ArtefactWriter
+from embedloom.core.schemas import table_from_rows
+from embedloom.core.storage import Place
 
 WORDS = [
     "read", "write", "parquet", "table", "column", "filter", "sort", "join", "merge", "array", "vector", "matrix",

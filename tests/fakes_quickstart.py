@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-from embedloom.artefacts import Artefact
-from embedloom.launch import load
-from embedloom.pipeline import graph, writer_for
-from embedloom.run import Run
+from embedloom.config.run import Run
+from embedloom.core.artefacts import Artefact
+from embedloom.pipeline.commands import load
+from embedloom.pipeline.graph import graph, writer_for
 
 ROOT = Path(__file__).parent.parent
 QUICKSTART = ROOT / "jobs" / "configs" / "quickstart.yaml"

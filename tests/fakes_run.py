@@ -3,9 +3,9 @@
 import json
 from pathlib import Path
 
-from embedloom.artefacts import Artefact, ArtefactWriter
-from embedloom.records import table_from_rows
-from embedloom.storage import Place
+from embedloom.core.artefacts import Artefact, ArtefactWriter
+from embedloom.core.schemas import table_from_rows
+from embedloom.core.storage import Place
 from fakes_evaluation import document, make_corpus, pair
 
 SCORES = {

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 import embedloom.synthesis.stage  # noqa: F401 - so that every module that runs tasks is there to be patched
-from embedloom.engines.pool import PLAIN, Handling
+from embedloom.compute.shards import PLAIN, Handling
 
 
 def serial_tasks(stage: str, function: Any, items: Any, *shared: Any, cpus: float = 0.5) -> Iterator[Any]:
@@ -44,4 +44,4 @@ def patch_serial(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, module in list(sys.modules.items()):
         if name.startswith("embedloom.synthesis") and hasattr(module, "run_tasks"):
             monkeypatch.setattr(module, "run_tasks", serial_tasks)
-    monkeypatch.setattr("embedloom.engines.shards.stream", serial_stream)
+    monkeypatch.setattr("embedloom.compute.shards.stream", serial_stream)

@@ -10,10 +10,10 @@ import numpy as np
 from fastapi import FastAPI
 from starlette.testclient import TestClient
 
-from embedloom.instructions import PromptContract, Side
+from embedloom.core.prompting import PromptContract, Side
 from embedloom.serving.api import create_api
 from embedloom.serving.calls import EndpointSettings
-from embedloom.serving.replies import ErrorResponse
+from embedloom.serving.schemas import ErrorResponse
 from embedloom.serving.service import BatchSettings, EncoderService
 
 DIMENSION = 8

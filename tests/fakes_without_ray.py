@@ -16,8 +16,7 @@ def serial_search(
     *, stage: str, catalogue: Any, items: int, task: Any, k: int, pool: Any, memory_bytes: int = 2**30
 ) -> Iterator[int]:
     """In place of retrieval.sharded.search_sharded; one share."""
-    from embedloom.retrieval.sharded import merge_shares
-    from embedloom.retrieval.vectors import VectorStore
+    from embedloom.retrieval.sharded import VectorStore, merge_shares
 
     store = VectorStore(catalogue, memory_bytes, (0, 1))
     for number in range(items):

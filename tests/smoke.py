@@ -23,8 +23,8 @@ TOOLS = ("hypothesis", "pytest", "pytest-timeout")
 TESTS = (
     "config", "planning", "cluster/test_checks.py", "corpus/test_clean.py", "evaluation/test_statistics.py",
     "mining/test_audit.py", "mining/test_select.py", "serving/test_schemas.py", "serving/test_scheduling.py",
-    "synthesis/test_families.py", "synthesis/test_prompt.py", "synthesis/test_quotas.py", "test_artefacts.py",
-    "test_instructions.py", "test_progress.py", "test_records.py", "training/test_order.py", "training/test_schedule.py",
+    "synthesis/test_families.py", "synthesis/test_prompt.py", "synthesis/test_quotas.py", "core/test_artefacts.py",
+    "core/test_prompting.py", "core/test_progress.py", "core/test_schemas.py", "training/test_order.py", "training/test_schedule.py",
 )  # fmt: skip
 COMMANDS = (
     ("--help",),

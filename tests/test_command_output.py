@@ -11,24 +11,24 @@ from pathlib import Path
 
 import pytest
 
-from embedloom.command_output import (
+from embedloom.core.command_output import (
     CommandLogs,
     command_output,
     failure_lines,
     relevant_lines,
     worker_printed,
 )
+from embedloom.core.progress import NumberedLines, Report
+from embedloom.core.storage import Place
 from embedloom.errors import ConfigError, StageError
-from embedloom.progress import NumberedLines, Report
-from embedloom.storage import Place
 
 PACKAGE = str(Path(__file__).parents[1] / "platform")
 
 COMMAND = """
 import atexit, ctypes, os, sys
-from embedloom.command_output import command_output, end_quietly
-from embedloom.progress import begun, ended, note
-from embedloom.storage import Place
+from embedloom.core.command_output import command_output, end_quietly
+from embedloom.core.progress import begun, ended, note
+from embedloom.core.storage import Place
 
 def libraries(text):
     print("python", text)
@@ -190,9 +190,9 @@ def test_a_task_that_raised_is_quoted_from_rays_error(tmp_path):
 
 ON_A_TERMINAL = """
 import os, signal, sys, time
-from embedloom.command_output import command_output
-from embedloom.progress import Progress, begun, ended, note
-from embedloom.storage import Place
+from embedloom.core.command_output import command_output
+from embedloom.core.progress import Progress, begun, ended, note
+from embedloom.core.storage import Place
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job starts with it ignored
 with command_output(Place("run")):

@@ -32,15 +32,15 @@ import typer
 import uvicorn
 import yaml
 
-from embedloom.artefacts import ArtefactWriter
 from embedloom.cli import app
-from embedloom.cluster.config import ClusterConfig
 from embedloom.config.ablation import AblationConfig
 from embedloom.config.base import validate
+from embedloom.config.cluster import ClusterConfig
 from embedloom.config.run import RunConfig
-from embedloom.serving.keys import parse_keys
-from embedloom.serving.replies import CorpusCard, SearchHit
-from embedloom.storage import Place
+from embedloom.core.artefacts import ArtefactWriter
+from embedloom.core.storage import Place
+from embedloom.serving.front import parse_keys
+from embedloom.serving.schemas import CorpusCard, SearchHit
 from fakes_serving import FakeEncoder, api_of
 
 ROOT = Path(__file__).parent.parent

@@ -20,10 +20,10 @@ from unittest import mock
 import pytest
 import yaml
 
-from embedloom.ablation import load_ablation, plan_runs
-from embedloom.cluster.config import load_cluster
-from embedloom.launch import load
-from embedloom.pipeline import fingerprints, graph
+from embedloom.config.cluster import load_cluster
+from embedloom.pipeline.ablation import load_ablation, plan_runs
+from embedloom.pipeline.commands import load
+from embedloom.pipeline.graph import fingerprints, graph
 
 ROOT = Path(__file__).parent.parent
 RECORDED = Path(__file__).with_name("fingerprints.json")

@@ -11,14 +11,14 @@ from sentence_transformers import SentenceTransformer
 from typer.testing import CliRunner
 
 from embedloom.cli import app
-from embedloom.config.use import EvaluationTask
+from embedloom.config.evaluation import EvaluationTask
+from embedloom.core.storage import Place
 from embedloom.encoder.registry import resolve_model
 from embedloom.evaluation.scoring import run_mteb
 from embedloom.evaluation.specs import expand_tasks
 from embedloom.evaluation.tasks import build_task
 from embedloom.retrieval.vector_files import read_vectors
 from embedloom.serving.stage import Endpoint
-from embedloom.storage import Place
 from fakes_foreign import make_transformer, save_library_model, with_dense
 from fakes_own_code import own_code_model
 

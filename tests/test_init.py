@@ -11,15 +11,15 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from embedloom import cli_init
 from embedloom.cli import app
+from embedloom.cli import init as cli_init
 from embedloom.config.run import load_run
 from embedloom.errors import ConfigError, DataError
-from embedloom.launch import load
-from embedloom.pipeline import build_missing, finished, graph
-from embedloom.plan import plan_table
-from embedloom.preflight import problems
-from embedloom.starter import BUDGETS, run_name
+from embedloom.pipeline.commands import load
+from embedloom.pipeline.graph import build_missing, finished, graph
+from embedloom.pipeline.plan import plan_table
+from embedloom.pipeline.preflight import problems
+from embedloom.pipeline.starter import BUDGETS, run_name
 
 CLUSTER = Path(__file__).parent.parent / "cluster" / "cluster.yaml"
 TOPICS = ["rivers", "graphs", "sorting", "planets", "colours", "letters"]

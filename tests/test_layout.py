@@ -1,8 +1,11 @@
-"""The walls of the house: what must be where, and what must not be there at all."""
+"""The architecture, executable: which packages there are, which may import which, and what must not be there at all."""
 
 import ast
 import platform
 import subprocess
+import tomllib
+from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -15,12 +18,50 @@ TOP_LEVEL = {
     "tests",
 }  # fmt: skip
 LEFT_BY_RUNNING = set((ROOT / ".gitignore").read_text().replace("/\n", "\n").split()) | {".git"}
+PACKAGES = {
+    "cli", "cluster", "compute", "config", "core", "corpus", "encoder", "evaluation", "merging", "mining", "pipeline",
+    "planning", "report", "retrieval", "serving", "synthesis", "training",
+}  # fmt: skip
+INNER_PACKAGES = {"serving/rollout", "synthesis/families"}
 MAX_FUNCTION_LINES = 60
 MAX_JOB_LINES = 40
 
 
 def python_files() -> list[Path]:
     return sorted(PACKAGE.rglob("*.py"))
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imports_of(path: Path, modules: set[str]) -> Iterator[str]:
+    """Modules of ours that a file imports, in functions too."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        for name in names:
+            if name in modules:
+                yield name
+            elif name.rpartition(".")[0] in modules:
+                yield name.rpartition(".")[0]
+
+
+def import_graph() -> dict[str, set[str]]:
+    modules = {module_name(path): path for path in python_files()}
+    return {name: set(imports_of(path, set(modules))) - {name, "embedloom"} for name, path in modules.items()}
+
+
+def tiers() -> list[set[str]]:
+    """Packages by tier, the uppermost first, as import-linter checks them."""
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]
+    layers = next(one for one in settings["contracts"] if one["type"] == "layers")["layers"]
+    return [{name.strip().removeprefix("embedloom.") for name in layer.split("|")} for layer in layers]
 
 
 def test_platform_folder_has_no_init():
@@ -41,6 +82,32 @@ def test_top_level_holds_the_prescribed_entries_only():
     # Outside a git checkout (an unpacked archive) every file counts; what running leaves behind is hidden or ignored.
     entries = {line.split("/")[0] for line in tracked.splitlines()} or {path.name for path in ROOT.iterdir()}
     assert entries - LEFT_BY_RUNNING <= TOP_LEVEL
+
+
+def test_the_root_of_the_package_holds_packages_only():
+    assert {path.name for path in PACKAGE.glob("*.py")} == {"__init__.py", "__main__.py", "errors.py"}
+    found = {path.parent.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("__init__.py")} - {"."}
+    assert found == PACKAGES | INNER_PACKAGES
+
+
+def test_every_package_has_its_tier():
+    placed = [name for tier in tiers() for name in sorted(tier)]
+    assert sorted(placed) == sorted(PACKAGES | {"errors"})
+
+
+def test_imports_lead_down_the_tiers():
+    height = {name: -number for number, tier in enumerate(tiers()) for name in tier}
+    for module, imported in import_graph().items():
+        own = module.split(".")[1:2]
+        for other in imported:
+            package = other.split(".")[1]
+            if own and own[0] in height and package != own[0]:
+                assert height[package] < height[own[0]], f"{module} imports {other}"
+
+
+def test_files_import_each_other_in_no_circle():
+    order = list(TopologicalSorter(import_graph()).static_order())  # CycleError names the circle
+    assert order.index("embedloom.core.storage") < order.index("embedloom.pipeline.graph")
 
 
 def test_no_catch_all_modules():

@@ -5,14 +5,14 @@ import json
 
 import pytest
 
-from embedloom.artefacts import ArtefactWriter
+from embedloom.core.artefacts import ArtefactWriter
+from embedloom.core.model_folder import ModelFolder
+from embedloom.core.prompting import PromptContract
+from embedloom.core.storage import Place
 from embedloom.encoder import gguf
 from embedloom.encoder.registry import open_model, resolve_model
 from embedloom.errors import DataError
-from embedloom.instructions import PromptContract
-from embedloom.merging.origin import model_state
-from embedloom.model_folder import ModelFolder
-from embedloom.storage import Place
+from embedloom.merging.checks import model_state
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from embedloom.instructions import (
+from embedloom.core.prompting import (
     DEFAULT_INSTRUCTIONS,
     NamedTask,
     PromptContract,
@@ -19,7 +19,7 @@ from embedloom.instructions import (
     is_instructed,
     opposite_task_type,
 )
-from embedloom.records import TASK_TYPES
+from embedloom.core.schemas import TASK_TYPES
 
 TEXT, OWN = "A {task} of {text}", "Own {text}"
 CONTRACTS = {

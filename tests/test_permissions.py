@@ -11,11 +11,11 @@ import pyarrow as pa
 import pytest
 
 from embedloom.config.merging import MergingConfig
+from embedloom.core.storage import Place, apply_umask
 from embedloom.encoder import gguf
 from embedloom.encoder.export import save_model
 from embedloom.encoder.model import Encoder
 from embedloom.retrieval import index
-from embedloom.storage import Place, apply_umask
 from fakes_merging import merge, variant, writer
 
 

@@ -8,12 +8,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from embedloom import preflight as module
 from embedloom.encoder.registry import check_model_name
 from embedloom.errors import ConfigError, DataError, MissingDependency, UserError
-from embedloom.launch import execute, load
-from embedloom.plan import plan_table
-from embedloom.preflight import check_benchmark_names, check_port, preflight, problems
+from embedloom.pipeline import preflight as module
+from embedloom.pipeline.commands import execute, load
+from embedloom.pipeline.plan import plan_table
+from embedloom.pipeline.preflight import check_benchmark_names, check_port, preflight, problems
 
 ROOT = Path(__file__).parent.parent
 QUICKSTART = ROOT / "jobs" / "configs" / "quickstart.yaml"

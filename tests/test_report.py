@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from embedloom.core.storage import Place
 from embedloom.errors import DataError
-from embedloom.report import summary_table, write_report
 from embedloom.report.charts import Bar, bar_chart, line_chart, ticks
-from embedloom.storage import Place
+from embedloom.report.page import write_report
+from embedloom.report.summary import summary_table
 from fakes_run import SCORES, begin, make_run, unfinished_training
 
 VOID = {"meta", "link", "br", "hr", "img", "input"}

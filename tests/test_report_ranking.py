@@ -1,8 +1,8 @@
 """The report's leaderboard and gate sections, and the intervals beside the scores."""
 
-from embedloom.report import summary_table, write_report
 from embedloom.report.leaderboard import leaderboard_section, leaderboard_table
-from embedloom.report.verdict import gate_section
+from embedloom.report.page import gate_section, write_report
+from embedloom.report.summary import summary_table
 from fakes_run import SCORES, begin, make_run
 
 ROWS = [

@@ -3,9 +3,9 @@
 import html
 import re
 
+from embedloom.core.storage import Place
 from embedloom.report.summary import Stage
 from embedloom.report.synthesis import synthesis_lines, synthesis_section
-from embedloom.storage import Place
 from fakes_run import make_run
 from test_report import report_of
 

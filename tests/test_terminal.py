@@ -5,8 +5,8 @@ import io
 import pytest
 from rich.console import Console
 
-from embedloom.progress import Report, begun, ended, note, shown_on
-from embedloom.terminal import LINE_SECONDS, LiveScreen, PlainScreen, screen_for
+from embedloom.core.progress import Report, begun, ended, note, shown_on
+from embedloom.core.terminal import LINE_SECONDS, LiveScreen, PlainScreen, screen_for
 
 
 class Clock:

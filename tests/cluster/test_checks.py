@@ -1,12 +1,16 @@
-"""The cross-checks of a profile (``cluster/checks.py``): each refuses with the numbers it compared."""
+"""The cross-checks of a profile (``config/cluster.py``): each refuses with the numbers it compared."""
 
 import pytest
 
-from embedloom.cluster.checks import check_actor_gpus
-from embedloom.cluster.config import Profile, StorageConfig
-from embedloom.cluster.placement import Machine
 from embedloom.config.base import validate
-from embedloom.config.resources import PoolConfig, ServeScaling
+from embedloom.config.cluster import (
+    Machine,
+    PoolConfig,
+    Profile,
+    ServeScaling,
+    StorageConfig,
+    check_actor_gpus,
+)
 from embedloom.errors import ConfigError
 
 NODE = {"cpus": 16, "gpus": 8, "memory_gib": 64, "max_nodes": 2}

@@ -1,4 +1,4 @@
-"""Rendered resources against a definition (``cluster/crds.py``); a small one by hand, KubeRay's own in $KUBERAY_CRDS."""
+"""Rendered resources against a definition (``cluster/render.py``); a small one by hand, KubeRay's own in $KUBERAY_CRDS."""
 
 import os
 from pathlib import Path
@@ -6,10 +6,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from embedloom.cluster.config import load_cluster
-from embedloom.cluster.crds import check_custom_resource, read_crds
-from embedloom.cluster.documents import documents
-from embedloom.cluster.render import check
+from embedloom.cluster.manifests import documents
+from embedloom.cluster.render import check, check_custom_resource, read_crds
+from embedloom.config.cluster import load_cluster
 from embedloom.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]

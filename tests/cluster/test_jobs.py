@@ -13,11 +13,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from embedloom.cluster.config import AuthConfig, ClusterConfig, Profile, RayVersion
-from embedloom.cluster.head import free_ports, local_head
 from embedloom.cluster.job_client import JobOrder, run_job
-from embedloom.cluster.jobs import Submission, submit
+from embedloom.cluster.jobs import Submission, free_ports, local_head, submit
 from embedloom.cluster.session import ensure_token
+from embedloom.config.cluster import AuthConfig, ClusterConfig, Profile, RayVersion
 from embedloom.errors import ConfigError
 
 CLUSTER = ClusterConfig(
@@ -145,7 +144,7 @@ def test_a_detached_job_goes_on_and_the_same_command_joins_it(head, project, tmp
     process = started(
         f"""
         from pathlib import Path
-        from embedloom.cluster.config import AuthConfig
+        from embedloom.config.cluster import AuthConfig
         from embedloom.cluster.session import set_ray_environment
         set_ray_environment(AuthConfig(token_path={CLUSTER.auth.token_path!r}))
         from embedloom.cluster.job_client import JobOrder, run_job
@@ -176,7 +175,7 @@ def test_interrupted_submit_stops_job_and_head(project, tmp_path):
     process = started(
         f"""
         from pathlib import Path
-        from embedloom.cluster.config import ClusterConfig
+        from embedloom.config.cluster import ClusterConfig
         from embedloom.cluster.jobs import Submission, submit
         cluster = ClusterConfig.model_validate_json({CLUSTER.model_dump_json()!r})
         order = Submission(("sleep", {str(marker)!r}), "local", Path({str(project)!r}), start_head=True)

@@ -1,4 +1,4 @@
-"""What a profile's stages ask for and where it goes (``cluster/placement.py``), worked by hand and by Ray itself."""
+"""What a profile's stages ask for and where it goes (``config/cluster.py``), worked by hand and by Ray itself."""
 
 import json
 import os
@@ -9,8 +9,18 @@ from pathlib import Path
 
 import pytest
 
-from embedloom.cluster.config import Profile, load_cluster
-from embedloom.cluster.placement import Ask, Machine, asks, capacity, copies, machines, place, placement_table
+from embedloom.config.cluster import (
+    Ask,
+    Machine,
+    Profile,
+    asks,
+    capacity,
+    copies,
+    load_cluster,
+    machines,
+    place,
+    placement_table,
+)
 
 ROOT = Path(__file__).parents[2]
 NODES = [Machine("head-0", 30, 0), *(Machine(f"a100-{n}", 94, 8) for n in range(8))]
@@ -100,13 +110,13 @@ def test_every_shipped_profile_places_all_its_stages():
 
 SCRIPT = """
 import json
-from embedloom.cluster.config import AuthConfig, load_cluster
+from embedloom.config.cluster import AuthConfig, load_cluster
 from embedloom.cluster.session import ensure_token, set_ray_environment
 from embedloom.config.shipped import SHIPPED_CLUSTER
 auth = AuthConfig()
 set_ray_environment(auth)
 ensure_token(auth)
-from embedloom.cluster.placement import Ask, machines, place
+from embedloom.config.cluster import Ask, machines, place
 from embedloom.cluster.simulation import observe, release, report, simulated
 
 profile = load_cluster(SHIPPED_CLUSTER).profile("a100x64")

@@ -6,20 +6,19 @@ from pathlib import Path
 import pytest
 import yaml
 
-from embedloom.cluster.config import ClusterConfig, Profile, load_cluster
-from embedloom.cluster.documents import documents
-from embedloom.cluster.environment import serve_environment
-from embedloom.cluster.render import check, render
-from embedloom.cluster.runtime_env import job_runtime_env
-from embedloom.cluster.validation import (
+from embedloom.cluster.manifests import documents, job_runtime_env
+from embedloom.cluster.render import (
+    check,
     check_document,
     check_launcher_config,
     check_ray_cluster,
     check_runtime_env,
     check_serve_config,
+    render,
 )
+from embedloom.cluster.session import serve_environment
 from embedloom.config.base import validate
-from embedloom.config.resources import LISTENER_VARIABLE, ListenerConfig
+from embedloom.config.cluster import LISTENER_VARIABLE, ClusterConfig, ListenerConfig, Profile, load_cluster
 from embedloom.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]

@@ -5,10 +5,10 @@ import time
 import pytest
 
 from embedloom.cluster.worker_output import concerns, heard, process_name
-from embedloom.command_output import command_output, current_logs, failure_lines
+from embedloom.core.command_output import command_output, current_logs, failure_lines
+from embedloom.core.progress import Report, shown_on
+from embedloom.core.storage import Place
 from embedloom.errors import StageError
-from embedloom.progress import Report, shown_on
-from embedloom.storage import Place
 
 
 class Recorder:
@@ -60,7 +60,7 @@ def test_a_worker_that_dies_is_quoted_and_only_its_report_is_shown(ray_local, tm
     def die() -> None:
         import os
 
-        from embedloom.progress import Progress
+        from embedloom.core.progress import Progress
 
         Progress("train a/b", 9, "steps", every_seconds=0.0).advance(3, loss=0.5)
         os.write(1, b"a library's line on descriptor 1\n")

@@ -4,11 +4,11 @@ import re
 
 import pytest
 
-from embedloom.cluster.config import ClusterConfig
 from embedloom.config.ablation import AblationConfig
-from embedloom.config.application import ApplicationArgs
+from embedloom.config.cluster import ClusterConfig
 from embedloom.config.rates import RatesConfig
 from embedloom.config.run import RunConfig
+from embedloom.config.serving import ApplicationArgs
 from embedloom.synthesis.prompt import Prompt
 
 CONFIGS = [RunConfig, ClusterConfig, AblationConfig, RatesConfig, Prompt, ApplicationArgs]

@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 import yaml
 
-from embedloom.cluster.config import ClusterConfig
-from embedloom.cluster.validation import check_runtime_env, check_serve_config
+from embedloom.cluster.render import check_runtime_env, check_serve_config
 from embedloom.config.ablation import AblationConfig
 from embedloom.config.base import validate
+from embedloom.config.cluster import ClusterConfig
 from embedloom.config.rates import RatesConfig
 from embedloom.config.run import RunConfig
 from embedloom.errors import ConfigError
@@ -28,7 +28,7 @@ OWN_KEYS = {
     "profiles", "pools", "labels", "languages", "document_languages", "mix", "env_vars", "attributes", "fields",
     "devices", "models", "where", "stage_hours",
 }  # fmt: skip
-# An ablation's keys are paths into a run config; tests/test_ablation.py misspells those.
+# An ablation's keys are paths into a run config; tests/pipeline/test_ablation.py misspells those.
 PATHS = {"set", "grid"}
 
 Load = Callable[[dict[str, Any]], Any]

@@ -1,9 +1,14 @@
 import pytest
 from pydantic import TypeAdapter, ValidationError
 
-from embedloom.config.families import BitextConfig, FamilyUnion, SeedQueriesConfig
-from embedloom.config.languages import LANGUAGE_CODES, check_languages, language_name, short_code
-from embedloom.config.quality import ContaminationCheck, QualityConfig
+from embedloom.config.synthesis import (
+    BitextConfig,
+    ContaminationCheck,
+    FamilyUnion,
+    QualityConfig,
+    SeedQueriesConfig,
+)
+from embedloom.core.text import LANGUAGE_CODES, check_languages, language_name, short_code
 
 UNION = TypeAdapter(FamilyUnion)
 

@@ -10,7 +10,7 @@ import yaml
 from typer.testing import CliRunner
 
 from embedloom.cli import app
-from embedloom.cli_config import ConfigFile, schema_of
+from embedloom.cli.config import ConfigFile, schema_of
 from embedloom.config.keys import config_keys, find_keys, key_or_nearest
 from embedloom.errors import ConfigError
 

@@ -2,8 +2,8 @@ from pathlib import Path
 
 import pytest
 
-from embedloom.cluster.config import load_cluster
 from embedloom.config.base import apply_overrides
+from embedloom.config.cluster import load_cluster
 from embedloom.config.run import load_run
 from embedloom.errors import ConfigError
 

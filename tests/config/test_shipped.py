@@ -16,7 +16,7 @@ from embedloom.config.shipped import (
     shipped_configs,
 )
 from embedloom.errors import ConfigError
-from embedloom.launch_embed import load_machine
+from embedloom.pipeline.model_commands import load_machine
 
 ROOT = Path(__file__).parents[2]
 

@@ -1,7 +1,7 @@
 import pytest
 
 from embedloom.config.base import FrozenConfig, validate
-from embedloom.config.teacher import Teacher
+from embedloom.config.mining import Teacher
 from embedloom.errors import ConfigError
 
 URL = "http://localhost:8000/v1"

@@ -4,13 +4,12 @@ from collections import Counter
 
 import pytest
 
-from embedloom.artefacts import Artefact
-from embedloom.config.data import CorpusConfig, CorpusSource
-from embedloom.corpus.parts import PartWriter
-from embedloom.corpus.stage import build_corpus
+from embedloom.config.corpus import CorpusConfig, CorpusSource
+from embedloom.core.artefacts import Artefact
+from embedloom.core.schemas import check_unique_ids
+from embedloom.core.storage import Place
+from embedloom.corpus.stage import PartWriter, build_corpus
 from embedloom.errors import DataError
-from embedloom.records import check_unique_ids
-from embedloom.storage import Place
 from fakes_corpus import corpus_writer, jsonl_source, save_word_tokenizer, sentence, write_jsonl
 
 NO_SPLIT = {"dev": 0, "test": 0}

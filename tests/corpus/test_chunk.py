@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from embedloom.corpus.chunk import Chunker, cut_spans
-from embedloom.corpus.rows import SourceRow
+from embedloom.corpus.clean import SourceRow
 from embedloom.errors import DataError
 from fakes import byte_tokenizer
 from fakes_corpus import save_word_tokenizer, sentence

@@ -5,8 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from embedloom.corpus.clean import clean_line, clean_row, clean_text, reject_reason
-from embedloom.corpus.rows import SourceRow
+from embedloom.corpus.clean import SourceRow, clean_line, clean_row, clean_text, reject_reason
 
 
 @pytest.mark.parametrize(

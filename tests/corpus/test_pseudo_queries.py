@@ -3,9 +3,9 @@
 import pytest
 
 from embedloom.config.base import validate
-from embedloom.config.data import CorpusSource
+from embedloom.config.corpus import CorpusSource
+from embedloom.corpus.clean import SourceRow
 from embedloom.corpus.pseudo_queries import first_sentence, with_query
-from embedloom.corpus.rows import SourceRow
 from embedloom.corpus.sources import read_source
 from embedloom.errors import ConfigError
 from fakes_corpus import jsonl_source, write_jsonl

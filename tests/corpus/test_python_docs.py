@@ -3,7 +3,7 @@ import sys
 
 import pytest
 
-from embedloom.config.data import CorpusSource
+from embedloom.config.corpus import CorpusSource
 from embedloom.corpus.python_docs import INSTRUCTION, read_python_docs, split_docstring
 from embedloom.errors import DataError
 

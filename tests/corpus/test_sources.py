@@ -5,7 +5,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from embedloom.config.data import CorpusSource
+from embedloom.config.corpus import CorpusSource
 from embedloom.corpus.sources import READERS, read_source
 from embedloom.errors import DataError
 from fakes_corpus import jsonl_source, write_jsonl

@@ -1,8 +1,8 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from embedloom.config.data import SplitConfig
-from embedloom.corpus.split import SPLITS, split_of
+from embedloom.config.corpus import SplitConfig
+from embedloom.corpus.stage import SPLITS, split_of
 
 
 def test_shares_are_kept():

@@ -27,8 +27,8 @@ SHARD_TEXTS = 6
 
 def work(model: Path, tasks: Path, out: Path) -> None:
     """One evaluation in a Ray of its own; continues where the last one stopped."""
-    from embedloom.cluster.config import AuthConfig, Profile
     from embedloom.cluster.session import ray_session
+    from embedloom.config.cluster import AuthConfig, Profile
     from embedloom.encoder.registry import resolve_model
 
     folder = resolve_model(str(model))
@@ -38,11 +38,11 @@ def work(model: Path, tasks: Path, out: Path) -> None:
 
 def evaluate_here(folder: Path, tasks: Path, out: Path) -> None:
     """The same in the connected Ray, as the pipeline does it."""
-    from embedloom.artefacts import ArtefactWriter
-    from embedloom.config.resources import PoolConfig
-    from embedloom.config.use import EvaluationConfig, EvaluationTask
+    from embedloom.config.cluster import PoolConfig
+    from embedloom.config.evaluation import EvaluationConfig, EvaluationTask
+    from embedloom.core.artefacts import ArtefactWriter
+    from embedloom.core.storage import Place
     from embedloom.evaluation.stage import evaluate
-    from embedloom.storage import Place
 
     config = EvaluationConfig(
         tasks=(EvaluationTask(name="local", kind="local", path=str(tasks)),),

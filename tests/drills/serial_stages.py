@@ -6,13 +6,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 from drills.synthesis_corpus import section, write_corpus
-from embedloom.artefacts import Artefact, ArtefactWriter, fingerprint
-from embedloom.config.data import CorpusConfig
+from embedloom.config.cluster import PoolConfig
+from embedloom.config.corpus import CorpusConfig
+from embedloom.config.embedding import EmbeddingConfig
 from embedloom.config.merging import MergingConfig
 from embedloom.config.mining import MiningConfig
-from embedloom.config.resources import PoolConfig
-from embedloom.config.use import EmbeddingConfig
-from embedloom.storage import Place
+from embedloom.core.artefacts import Artefact, ArtefactWriter, fingerprint
+from embedloom.core.storage import Place
 from fakes import make_tiny_encoder, make_tiny_llama
 from fakes_engines import MumblingEngine
 from fakes_merging import shard, variant
@@ -93,8 +93,7 @@ def synthesis(inputs: Path, out: Path) -> None:
 
 def mining(inputs: Path, out: Path) -> None:
     """Candidates by a tiny teacher, then examples."""
-    from embedloom.mining.stage import build_examples, mine
-    from embedloom.mining.teachers import teacher_sources
+    from embedloom.mining.stage import build_examples, mine, teacher_sources
 
     config = MiningConfig.model_validate(
         {

@@ -439,8 +439,8 @@ def check(answers: Answers, encoder: Any) -> tuple[dict[str, float], list[str]]:
 
 def prompted_model(model: str, folder: Path) -> Path:
     """A copy of a model with an instruction before its queries, so that the two sides differ."""
+    from embedloom.core.prompting import DEFAULT_INSTRUCTIONS, NEMOTRON_TEMPLATE
     from embedloom.encoder.registry import open_model, resolve_model
-    from embedloom.instructions import DEFAULT_INSTRUCTIONS, NEMOTRON_TEMPLATE
 
     source = resolve_model(model)
     copy = Path(shutil.copytree(source, folder / "model"))

@@ -25,14 +25,14 @@ from mteb.models.abs_encoder import AbsEncoder
 from mteb.models.model_meta import ScoringFunction
 from mteb.types import PromptType
 
-from embedloom.artefacts import Artefact
-from embedloom.config.use import EvaluationConfig, EvaluationTask
+from embedloom.config.evaluation import EvaluationConfig, EvaluationTask
+from embedloom.core.artefacts import Artefact
+from embedloom.core.storage import Place
 from embedloom.encoder.model import Encoder
 from embedloom.encoder.registry import resolve_model
+from embedloom.evaluation.scoring import EncoderModel
 from embedloom.evaluation.specs import TaskSpec, expand_tasks
 from embedloom.evaluation.tasks import build_task
-from embedloom.evaluation.wrapper import EncoderModel
-from embedloom.storage import Place
 
 Post = Callable[[dict[str, Any]], dict[str, Any]]
 BATCH = 64

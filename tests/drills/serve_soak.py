@@ -20,7 +20,7 @@ from embed_kills import WORDS
 from scipy.stats import linregress, t
 from serve_process import MIB, NAME, Load, Running, endpoint, finish
 
-from embedloom.serving.memory import TRIM_SECONDS
+from embedloom.serving.service import TRIM_SECONDS
 
 _BUSY_SECONDS = 18.0
 _REFERENCE = 80  # more than the 64 shapes that a replica's compiled products are kept for

@@ -8,8 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from embedloom.artefacts import MANIFEST_FILE
-from embedloom.storage import Place
+from embedloom.core.artefacts import MANIFEST_FILE
+from embedloom.core.storage import Place
 
 FAULTS = ("kill", "full disk", "commit", "truncated")
 

@@ -3,10 +3,10 @@
 import time
 from pathlib import Path
 
-from embedloom.artefacts import MANIFEST_FILE, Artefact, ArtefactWriter
 from embedloom.config.synthesis import SynthesisConfig
-from embedloom.records import content_id, table_from_rows
-from embedloom.storage import Place
+from embedloom.core.artefacts import MANIFEST_FILE, Artefact, ArtefactWriter
+from embedloom.core.schemas import content_id, table_from_rows
+from embedloom.core.storage import Place
 from fakes_engines import WORDS, MumblingEngine
 
 SECONDS_PER_ANSWER = 0.01

@@ -40,9 +40,9 @@ def drive(folder: Path, rows: int, quick: bool) -> None:
     import ray
 
     from drills.synthesis_corpus import SleepyEngine, section, write_corpus
-    from embedloom.artefacts import ArtefactWriter
-    from embedloom.config.resources import PoolConfig
-    from embedloom.storage import Place
+    from embedloom.config.cluster import PoolConfig
+    from embedloom.core.artefacts import ArtefactWriter
+    from embedloom.core.storage import Place
     from embedloom.synthesis.stage import synthesize
 
     cluster = two_nodes()
@@ -130,7 +130,7 @@ def kill(kind: str, driver: subprocess.Popen[bytes], draw: random.Random) -> str
 
 def content(folder: Path) -> dict[str, Any]:
     """All rows by file."""
-    from embedloom.storage import Place
+    from embedloom.core.storage import Place
 
     place = Place(str(folder / "out"))
     names = [name for kind in ("tasks", "pairs", "rejects") for name in place.names(kind, ".parquet")]

@@ -35,9 +35,9 @@ _WORDS = ["red", "green", "blue", "grey", "pink", "gold"]
 
 def make_inputs(folder: Path) -> None:
     """A tiny encoder and 48 mined examples."""
-    from embedloom.artefacts import ArtefactWriter
-    from embedloom.records import table_from_rows
-    from embedloom.storage import Place
+    from embedloom.core.artefacts import ArtefactWriter
+    from embedloom.core.schemas import table_from_rows
+    from embedloom.core.storage import Place
     from fakes import make_tiny_encoder, make_tiny_llama
 
     make_tiny_encoder(make_tiny_llama(folder / "llama"), folder / "model")
@@ -60,12 +60,11 @@ def make_inputs(folder: Path) -> None:
 
 def work(inputs: Path, out: Path) -> None:
     """One training in a Ray of its own; goes on where the last one stopped."""
-    from embedloom.artefacts import Artefact, ArtefactWriter
-    from embedloom.cluster.config import AuthConfig, Profile
     from embedloom.cluster.session import ray_session
-    from embedloom.config.resources import TrainingGroup
+    from embedloom.config.cluster import AuthConfig, Profile, TrainingGroup
     from embedloom.config.training import TrainingConfig
-    from embedloom.storage import Place
+    from embedloom.core.artefacts import Artefact, ArtefactWriter
+    from embedloom.core.storage import Place
 
     config = TrainingConfig.model_validate(
         {

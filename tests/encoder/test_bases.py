@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 
-from embedloom.config.model import EncoderConfig
+from embedloom.config.encoder import EncoderConfig
 from embedloom.encoder.export import prepare_base
 from embedloom.encoder.model import Encoder
 from embedloom.encoder.parity import check_export, embed_golden, lowest_cosine, save_golden

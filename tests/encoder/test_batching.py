@@ -3,7 +3,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from embedloom.encoder.batching import (
+from embedloom.encoder.model import (
     MemoryLimit,
     TokenCount,
     is_out_of_memory,

@@ -14,7 +14,7 @@ from embedloom.encoder.foreign import read_layout
 from embedloom.encoder.model import Encoder
 from embedloom.encoder.registry import open_model
 from embedloom.errors import DataError
-from embedloom.retrieval.sentence_teacher import SentenceEncoder
+from embedloom.retrieval.teachers import SentenceEncoder
 from fakes_foreign import (
     E5,
     KINDS,
@@ -140,7 +140,7 @@ def test_limits_come_from_wherever_they_are_stated(transformers_made, tmp_path):
 
 
 def test_bare_roberta_counts_positions_from_two(transformers_made, tmp_path):
-    from embedloom.encoder.architecture import position_limit, read_config
+    from embedloom.encoder.backbone import position_limit, read_config
 
     kinds = {"XLMRoberta": 512, "MPNet": 512, "Roberta": 512, "Bert": 514}
     found = {kind: position_limit(read_config(transformers_made(kind))) for kind in kinds}

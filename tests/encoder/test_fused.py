@@ -4,10 +4,9 @@ import pytest
 import torch
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaModel
 
-from embedloom.encoder.fused import fuse
-from embedloom.encoder.linear import cast_for_inference, has_fast_linear
-from embedloom.encoder.packed_kernel import load_kernel
-from embedloom.encoder.packing import PackedLayout, use_packing
+from embedloom.encoder.attention import PackedLayout, load_kernel, use_packing
+from embedloom.encoder.backbone import cast_for_inference, has_fast_linear
+from embedloom.encoder.cpu_layers import fuse
 
 TEXTS = [[5, 6, 7, 8, 9, 10, 11, 12], [3, 4, 5, 6, 7, 8, 9], [9, 8, 7], [2, 3, 4], [6]]
 pytestmark = pytest.mark.skipif(load_kernel() is None, reason="needs the compiled attention")

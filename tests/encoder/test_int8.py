@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from embedloom.encoder import int8
-from embedloom.encoder.int8 import Int8Linear, load_int8_kernel, quantize_linears
+from embedloom.encoder import cpu_layers
+from embedloom.encoder.cpu_layers import Int8Linear, load_int8_kernel, quantize_linears
 from embedloom.encoder.model import Encoder
 from embedloom.errors import ConfigError
 from fakes import make_tiny_encoder, make_tiny_llama
@@ -121,7 +121,7 @@ def test_layers_of_other_sizes_stay_as_they_are():
 
 
 def test_a_cpu_without_vnni_is_told_what_else_there_is(monkeypatch):
-    monkeypatch.setattr(int8, "load_int8_kernel", lambda: None)
+    monkeypatch.setattr(cpu_layers, "load_int8_kernel", lambda: None)
     with pytest.raises(ConfigError, match=r"'int8' needs a CPU with AVX-512 VNNI.*'float32'"):
         quantize_linears(nn.Sequential(nn.Linear(16, 16)))
 

@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from embedloom.encoder.linear import InferenceLinear, cast_for_inference, has_fast_linear
+from embedloom.encoder.backbone import InferenceLinear, cast_for_inference, has_fast_linear
 from embedloom.encoder.model import Encoder
 
 TEXTS = ["a", "a much longer text than the first", "b c", "", "the last one, of middling length"]

@@ -7,19 +7,17 @@ import numpy as np
 import pytest
 from transformers import dynamic_module_utils
 
-from embedloom.config.application import ApplicationArgs
-from embedloom.config.mining import RescoringConfig
-from embedloom.config.serving import ServingConfig
-from embedloom.config.teacher import Teacher
-from embedloom.config.use import EmbeddingConfig
+from embedloom.config.embedding import EmbeddingConfig
+from embedloom.config.mining import RescoringConfig, Teacher
+from embedloom.config.serving import ApplicationArgs, ServingConfig
+from embedloom.core.contents import is_trusted
+from embedloom.core.model_folder import ModelFolder
 from embedloom.encoder.export import prepare_base
 from embedloom.encoder.model import Encoder
-from embedloom.encoder.own_code import is_trusted, trusted_copy
+from embedloom.encoder.own_code import trusted_copy
 from embedloom.encoder.registry import local_contents, open_model, resolve_model
 from embedloom.errors import DataError
-from embedloom.model_folder import ModelFolder
-from embedloom.retrieval.sentence_teacher import SentenceEncoder
-from embedloom.retrieval.teachers import teacher_source
+from embedloom.retrieval.teachers import SentenceEncoder, teacher_source
 from fakes_bases import make_base
 from fakes_foreign import TEXTS, make_transformer, save_library_model, write, write_old_layout
 from fakes_own_code import CODE, own_code_model, with_own_module
@@ -162,7 +160,7 @@ def test_code_of_another_repository_and_code_that_is_not_there_are_refused(tmp_p
 
 
 def test_a_base_is_never_one(tmp_path):
-    from embedloom.config.model import EncoderConfig
+    from embedloom.config.encoder import EncoderConfig
 
     folder = own_code_model(tmp_path / "model")
     with pytest.raises(DataError, match="a base is never one"):

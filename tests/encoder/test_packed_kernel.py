@@ -10,9 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from embedloom.encoder import packed_kernel
-from embedloom.encoder.packed_kernel import attend_packed, kernel_for, load_kernel
-from embedloom.encoder.packing import PackedLayout, packed_attention
+from embedloom.encoder import attention
+from embedloom.encoder.attention import PackedLayout, attend_packed, kernel_for, load_kernel, packed_attention
 
 needs_kernel = pytest.mark.skipif(load_kernel() is None, reason="not compiled, or no AVX2")
 # One, and below, at and above every width of vector.
@@ -167,7 +166,7 @@ def test_without_the_loop_attention_is_the_same(monkeypatch):
     given = sides(4, 2, 32)
     layout = PackedLayout(LENGTHS, False, torch.device("cpu"))
     with_loop, _ = packed_attention(None, *given, None, layout)
-    monkeypatch.setattr(packed_kernel, "load_kernel", lambda: None)
+    monkeypatch.setattr(attention, "load_kernel", lambda: None)
     module = torch.nn.Module()
     module.num_key_value_groups = 2
     without, _ = packed_attention(module, *given, None, layout)
@@ -178,11 +177,11 @@ def test_without_the_loop_attention_is_the_same(monkeypatch):
 def test_an_encoder_uses_it(tmp_path: Path, monkeypatch):
     from transformers import BertConfig, BertModel
 
-    from embedloom.encoder.packing import use_packing
+    from embedloom.encoder.attention import use_packing
 
     calls = []
     monkeypatch.setattr(
-        "embedloom.encoder.packing.attend_packed",
+        "embedloom.encoder.attention.attend_packed",
         lambda *args: calls.append(args) or attend_packed(*args),
     )
     torch.manual_seed(0)

@@ -4,14 +4,14 @@ import pytest
 import torch
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaModel, MistralConfig, MistralModel
 
-from embedloom.encoder.packing import (
+from embedloom.encoder.attention import (
     PackedLayout,
     filler_tokens,
     group_lengths,
     packed_attention,
     use_packing,
 )
-from embedloom.encoder.pooling import pool_packed
+from embedloom.encoder.model import pool_packed
 from embedloom.errors import ConfigError, DataError
 
 TEXTS = [[5, 6, 7, 8, 9, 10, 11, 12], [3, 4, 5, 6, 7, 8, 9], [9, 8, 7], [2, 3, 4], [6]]

@@ -8,7 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from embedloom.config.model import EncoderConfig
+from embedloom.config.encoder import EncoderConfig
+from embedloom.core.prompting import PromptContract
 from embedloom.encoder.export import prepare_base
 from embedloom.encoder.model import Encoder
 from embedloom.encoder.parity import (
@@ -22,7 +23,6 @@ from embedloom.encoder.parity import (
 from embedloom.encoder.registry import resolve_model
 from embedloom.encoder.tokenizer import InstructionTooLong
 from embedloom.errors import StageError
-from embedloom.instructions import PromptContract
 from embedloom.training.checkpoints import save_final_model
 from fakes_training import training_config
 

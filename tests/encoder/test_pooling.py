@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from embedloom.encoder.pooling import pool
+from embedloom.encoder.model import pool
 from embedloom.errors import ConfigError
 
 HIDDEN = torch.tensor([[[1.0, 1.0], [3.0, 5.0], [100.0, 100.0]], [[100.0, 100.0], [2.0, 2.0], [4.0, 6.0]]])

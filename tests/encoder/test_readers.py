@@ -2,7 +2,7 @@
 
 import pytest
 
-from embedloom.encoder.readers import READERS, reader_lines, reader_verdicts
+from embedloom.encoder.parity import READERS, reader_lines, reader_verdicts
 from fakes_bases import FAMILIES, make_base, prepare
 
 

@@ -6,9 +6,8 @@ import pytest
 import torch
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaModel
 
-from embedloom.encoder.linear import has_fast_linear
+from embedloom.encoder.backbone import SharedWeights, export_weights, has_fast_linear, shared_backbone
 from embedloom.encoder.model import Encoder
-from embedloom.encoder.shared import SharedWeights, export_weights, shared_backbone
 from embedloom.errors import DataError
 
 TEXTS = ["a", "a much longer text than the first", "b c", "", "the last one, of middling length"]

@@ -4,6 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from embedloom.core.prompting import PromptContract
 from embedloom.encoder.registry import resolve_model
 from embedloom.encoder.tokenizer import (
     CHARACTERS_PER_TOKEN,
@@ -15,7 +16,6 @@ from embedloom.encoder.tokenizer import (
     truncated_ids,
 )
 from embedloom.errors import DataError
-from embedloom.instructions import PromptContract
 from fakes import byte_tokenizer
 
 LIMIT = 16

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from embedloom.config.model import EncoderConfig
+from embedloom.config.encoder import EncoderConfig
 from embedloom.encoder.export import prepare_base
 from embedloom.encoder.model import Encoder
 from embedloom.encoder.parity import check_export, embed_golden, save_golden

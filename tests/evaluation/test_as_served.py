@@ -7,18 +7,18 @@ import numpy as np
 import pytest
 
 from drills.serve_scores import ServedModel, main_score
-from embedloom.config.use import EvaluationConfig, EvaluationTask
+from embedloom.config.evaluation import EvaluationConfig, EvaluationTask
+from embedloom.core.prompting import PromptContract
+from embedloom.core.trained_prompts import Prompt, TrainedPrompt, trained_contract
+from embedloom.encoder.export import write_sidecars
 from embedloom.encoder.model import Encoder
-from embedloom.encoder.sidecars import write_sidecars
 from embedloom.errors import DataError
-from embedloom.evaluation.gate_stage import Contender, check_prompts, verdict_text
-from embedloom.evaluation.heldout import read_heldout
+from embedloom.evaluation.gate import Contender, check_prompts, verdict_text
+from embedloom.evaluation.retrieval_task import read_heldout
+from embedloom.evaluation.scoring import EncoderModel
 from embedloom.evaluation.specs import expand_tasks
 from embedloom.evaluation.tasks import build_task
 from embedloom.evaluation.texts import list_texts, sent_prompts
-from embedloom.evaluation.wrapper import EncoderModel
-from embedloom.instructions import PromptContract
-from embedloom.trained_prompts import Prompt, TrainedPrompt, trained_contract
 from fakes_evaluation import INSTRUCTION, make_corpus, pair
 from fakes_serving import client_of
 from fakes_tasks import make_local_tasks

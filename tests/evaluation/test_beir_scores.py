@@ -14,13 +14,12 @@ from datasets import Dataset
 from mteb.abstasks import AbsTaskRetrieval
 from mteb.abstasks.task_metadata import TaskMetadata
 
-from embedloom.config.use import EvaluationTask
+from embedloom.config.evaluation import EvaluationTask
 from embedloom.encoder.model import Encoder
 from embedloom.errors import DataError
-from embedloom.evaluation.scoring import run_mteb, score_subset
+from embedloom.evaluation.scoring import EncoderModel, run_mteb, score_subset
 from embedloom.evaluation.specs import expand_tasks
 from embedloom.evaluation.tasks import build_task
-from embedloom.evaluation.wrapper import EncoderModel
 
 TOPICS = [
     "rivers",

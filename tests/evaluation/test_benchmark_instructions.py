@@ -7,8 +7,8 @@ import mteb
 import pytest
 from mteb.types import PromptType
 
-from embedloom.evaluation.benchmark_instructions import Role, _table, role_of
-from embedloom.instructions import PromptContract
+from embedloom.core.prompting import PromptContract
+from embedloom.evaluation.texts import Role, _table, role_of
 
 PROMPTS = Path(__file__).parents[3] / "shared" / "data" / "leaderboard" / "tasks_prompts.json"
 CONTRACT = PromptContract()

@@ -5,14 +5,12 @@ import math
 
 import pytest
 
-from embedloom.config.use import EvaluationTask
-from embedloom.evaluation.best_chunk import by_best_chunk
-from embedloom.evaluation.heldout import read_heldout
-from embedloom.evaluation.scoring import score_subset
+from embedloom.config.evaluation import EvaluationTask
+from embedloom.core.schemas import table_from_rows
+from embedloom.evaluation.retrieval_task import by_best_chunk, read_heldout
+from embedloom.evaluation.scoring import EncoderModel, score_subset
 from embedloom.evaluation.specs import expand_tasks
 from embedloom.evaluation.tasks import build_task
-from embedloom.evaluation.wrapper import EncoderModel
-from embedloom.records import table_from_rows
 from fakes_evaluation import FixedEncoder, document, make_corpus, pair
 
 # Angles to the query in degrees: the order of a ranking by cosine.

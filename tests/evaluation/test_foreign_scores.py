@@ -4,14 +4,14 @@ import json
 
 import pytest
 
-from embedloom.config.use import EvaluationTask
+from embedloom.config.evaluation import EvaluationTask
 from embedloom.encoder.tokenizer import CutTexts
 from embedloom.evaluation.jobs import Scorer
 from embedloom.evaluation.scorers import make_scorers
 from embedloom.evaluation.scoring import EvaluationActor, run_mteb
 from embedloom.evaluation.specs import expand_tasks
 from embedloom.evaluation.tasks import build_task
-from embedloom.retrieval.sentence_teacher import SentenceEncoder
+from embedloom.retrieval.teachers import SentenceEncoder
 from fakes_foreign import make_transformer, save_library_model, static_model, with_dense
 from fakes_tasks import make_local_tasks
 

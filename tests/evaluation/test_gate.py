@@ -6,18 +6,25 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file, save_file
 
-from embedloom.config.gate import GateConfig, Tolerance
-from embedloom.config.resources import PoolConfig
+from embedloom.config.cluster import PoolConfig
+from embedloom.config.evaluation import GateConfig, Tolerance
+from embedloom.core.model_folder import ModelFolder
+from embedloom.core.storage import Place
 from embedloom.errors import DataError
-from embedloom.evaluation.gate import Evidence, decide
-from embedloom.evaluation.gate_stage import Contender, _weight_bytes, judge, store_verdict, verdict_text
-from embedloom.evaluation.items import SCHEMA
-from embedloom.evaluation.ranking import rank_models
+from embedloom.evaluation.gate import (
+    Contender,
+    Evidence,
+    _weight_bytes,
+    decide,
+    judge,
+    store_verdict,
+    verdict_text,
+)
+from embedloom.evaluation.leaderboard import rank_models
+from embedloom.evaluation.scoring import SCHEMA
 from embedloom.evaluation.statistics import Stratum
-from embedloom.launch_serve import gate_rule, serving_config
-from embedloom.model_folder import ModelFolder
-from embedloom.serving.replies import GateVerdict
-from embedloom.storage import Place
+from embedloom.pipeline.model_commands import gate_rule, serving_config
+from embedloom.serving.schemas import GateVerdict
 from fakes_foreign import OLD, make_transformer, save_library_model, with_dense, write_old_layout
 
 RULES = GateConfig(resamples=500)

@@ -5,15 +5,14 @@ import json
 import numpy as np
 import pytest
 
-from embedloom.config.training_options import DevScoring
-from embedloom.config.use import EvaluationTask
+from embedloom.config.evaluation import EvaluationTask
+from embedloom.config.training import DevScoring
 from embedloom.encoder.model import Encoder
 from embedloom.errors import ConfigError, StageError
-from embedloom.evaluation.in_training import DevTasks, dev_tasks
-from embedloom.evaluation.scoring import score_subset
+from embedloom.evaluation.dev import DevTasks, dev_tasks
+from embedloom.evaluation.scoring import EncoderModel, score_subset
 from embedloom.evaluation.specs import expand_tasks
 from embedloom.evaluation.tasks import build_task
-from embedloom.evaluation.wrapper import EncoderModel
 from fakes_tasks import make_local_tasks
 
 RANKED = ("retrieval/topics", "reranking/pick")

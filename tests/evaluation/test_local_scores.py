@@ -5,16 +5,15 @@ import json
 import numpy as np
 import pytest
 
-from embedloom.config.use import EvaluationTask
+from embedloom.config.evaluation import EvaluationTask
 from embedloom.encoder.model import Encoder
 from embedloom.encoder.registry import resolve_model
-from embedloom.evaluation.scoring import run_mteb, score_subset
+from embedloom.evaluation.jobs import VectorTable
+from embedloom.evaluation.scoring import EncoderModel, run_mteb, score_subset
 from embedloom.evaluation.specs import expand_tasks
 from embedloom.evaluation.statistics import Stratum, observed
 from embedloom.evaluation.tasks import build_task
 from embedloom.evaluation.texts import list_texts, scoring_subsets
-from embedloom.evaluation.vector_store import VectorTable
-from embedloom.evaluation.wrapper import EncoderModel
 from fakes_tasks import make_local_tasks
 
 # A classifier of six texts may never predict one of the labels; mteb scores that as 0.

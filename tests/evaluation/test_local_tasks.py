@@ -3,7 +3,7 @@
 import pandas as pd
 import pytest
 
-from embedloom.config.use import EvaluationTask
+from embedloom.config.evaluation import EvaluationTask
 from embedloom.errors import ConfigError, DataError
 from embedloom.evaluation.specs import TaskSpec, expand_tasks
 from embedloom.evaluation.tasks import build_task, check_task

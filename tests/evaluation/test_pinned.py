@@ -6,8 +6,14 @@ import pandas as pd
 import pytest
 
 from embedloom.errors import DataError
-from embedloom.evaluation.pinned import LOCAL_TYPE, load_pool, task_type
-from embedloom.evaluation.standings import ranked_among, shown_standings, standings
+from embedloom.evaluation.leaderboard import (
+    LOCAL_TYPE,
+    load_pool,
+    ranked_among,
+    shown_standings,
+    standings,
+    task_type,
+)
 
 
 def result(folder, model, task, scores, revision="r1"):

@@ -9,8 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from mteb.benchmarks._create_table import _borda_rank_from_long
 
-from embedloom.evaluation.pinned import load_pool
-from embedloom.evaluation.ranking import borda_votes, rank_models, score_frame
+from embedloom.evaluation.leaderboard import borda_votes, load_pool, rank_models, score_frame
 
 LEADERBOARD = Path(__file__).parents[3] / "shared" / "data" / "leaderboard"
 TYPES = {"a": "Retrieval", "b": "Retrieval", "c": "STS"}

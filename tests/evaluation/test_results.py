@@ -4,11 +4,11 @@ import json
 
 import pytest
 
+from embedloom.core.storage import Place
+from embedloom.evaluation.evaluator import next_job
 from embedloom.evaluation.jobs import Job, Outcome, Scorer, Survey, Unit
-from embedloom.evaluation.pool import next_job
 from embedloom.evaluation.results import finish_task, missing_parts, read_scores, save_outcome, score_table
 from embedloom.evaluation.specs import TaskSpec
-from embedloom.storage import Place
 
 SCORER = Scorer("merged", "models", "embedloom/merged", "abc")
 BM25 = Scorer("bm25", "baselines", "mteb/baseline-bm25s", "1")

@@ -5,12 +5,12 @@ import shutil
 
 import pytest
 
+from embedloom.core.prompting import PromptContract
 from embedloom.errors import DataError
-from embedloom.evaluation.gate_stage import TIMED_QUERIES
+from embedloom.evaluation.gate import TIMED_QUERIES
 from embedloom.evaluation.jobs import ScoreJob, Scorer, TimeJob, Unit
 from embedloom.evaluation.scoring import EvaluationActor
 from embedloom.evaluation.specs import TaskSpec
-from embedloom.instructions import PromptContract
 from fakes_evaluation import make_corpus
 
 TASK = TaskSpec("heldout")

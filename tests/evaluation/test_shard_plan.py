@@ -4,10 +4,9 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from embedloom.evaluation.shard_plan import plan_shards
+from embedloom.core.storage import Place
+from embedloom.evaluation.jobs import VectorStore, VectorTable, plan_shards, shard_id
 from embedloom.evaluation.specs import TaskSpec
-from embedloom.evaluation.vector_store import VectorStore, VectorTable, shard_id
-from embedloom.storage import Place
 
 
 def keys_of(numbers):

@@ -6,15 +6,15 @@ from pathlib import Path
 import pytest
 from mteb.cache import ResultCache
 
-from embedloom.artefacts import ArtefactWriter
-from embedloom.config.resources import PoolConfig
-from embedloom.config.use import EvaluationConfig, EvaluationTask
+from embedloom.config.cluster import PoolConfig
+from embedloom.config.evaluation import EvaluationConfig, EvaluationTask
+from embedloom.core.artefacts import ArtefactWriter
+from embedloom.core.model_folder import ModelFolder
+from embedloom.core.storage import Place
 from embedloom.errors import ConfigError, DataError, StageError
+from embedloom.evaluation.evaluator import ScoringPool
 from embedloom.evaluation.jobs import Job
-from embedloom.evaluation.pool import ScoringPool
 from embedloom.evaluation.stage import evaluate
-from embedloom.model_folder import ModelFolder
-from embedloom.storage import Place
 from fakes_evaluation import DyingActor, make_beir, make_corpus
 
 POOL = PoolConfig()

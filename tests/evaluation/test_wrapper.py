@@ -12,18 +12,17 @@ import numpy as np
 import pytest
 from mteb.types import PromptType
 
+from embedloom.core.schemas import TASK_TYPES as OUR_TASK_TYPES
 from embedloom.encoder.model import Encoder
 from embedloom.encoder.registry import resolve_model
 from embedloom.errors import DataError
-from embedloom.evaluation.benchmark_instructions import TASK_TYPES, task_type_of
-from embedloom.evaluation.bm25 import load_bm25
-from embedloom.evaluation.int8_check import measure_int8
+from embedloom.evaluation.dev import measure_int8
 from embedloom.evaluation.retrieval_task import Query, RetrievalData, make_retrieval_task
-from embedloom.evaluation.scoring import run_mteb
+from embedloom.evaluation.scorers import load_bm25
+from embedloom.evaluation.scoring import EncoderModel, run_mteb
 from embedloom.evaluation.specs import TaskSpec
 from embedloom.evaluation.tasks import build_task
-from embedloom.evaluation.wrapper import EncoderModel
-from embedloom.records import TASK_TYPES as OUR_TASK_TYPES
+from embedloom.evaluation.texts import TASK_TYPES, task_type_of
 from fakes_evaluation import INSTRUCTION, FixedEncoder, make_corpus, pair
 
 

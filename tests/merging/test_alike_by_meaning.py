@@ -11,9 +11,9 @@ from typer.testing import CliRunner
 
 from embedloom.cli import app
 from embedloom.config.merging import MergingConfig
+from embedloom.core.storage import Place
 from embedloom.errors import DataError
-from embedloom.merging.meaning import pooling_meaning
-from embedloom.storage import Place
+from embedloom.merging.checks import pooling_meaning
 from fakes import byte_tokenizer
 from fakes_merging import edit_json, merge, variant, writer
 

@@ -10,11 +10,11 @@ from typer.testing import CliRunner
 
 from embedloom.cli import app
 from embedloom.config.merging import MergeSearch, MergingConfig
+from embedloom.core.storage import Place
 from embedloom.errors import ConfigError, DataError
-from embedloom.launch_merge import merging_config
-from embedloom.merging import trial
+from embedloom.merging import search as trial
 from embedloom.merging.plan import model_names
-from embedloom.storage import Place
+from embedloom.pipeline.model_commands import merging_config
 from fakes_merging import edit_json, variant
 
 WEIGHTS = "model.safetensors"

@@ -15,13 +15,14 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from embedloom.artefacts import ArtefactWriter
+from embedloom.config.cluster import PoolConfig
 from embedloom.config.merging import MergingConfig
-from embedloom.config.resources import PoolConfig
+from embedloom.core.artefacts import ArtefactWriter
+from embedloom.core.storage import Place
 from embedloom.errors import ConfigError, DataError
-from embedloom.merging import layout, stage
+from embedloom.merging import stage
+from embedloom.merging import tensors as layout
 from embedloom.merging import writer as writing
-from embedloom.storage import Place
 from fakes_merging import edit_json, merge, shard, variant, writer
 
 WEIGHTS = "model.safetensors"
@@ -78,10 +79,10 @@ def test_ray_tasks_write_the_same_bytes_and_bring_errors_back(ray_local, candida
 
 KILLED = """
 import sys, time
-from embedloom.artefacts import ArtefactWriter
+from embedloom.core.artefacts import ArtefactWriter
 from embedloom.config.merging import MergingConfig
 from embedloom.merging import plan, stage, tasks, writer
-from embedloom.storage import Place
+from embedloom.core.storage import Place
 plan._MIB = 20_000
 folders, out = sys.argv[1:-1], sys.argv[-1]
 put = writer._put
@@ -109,7 +110,7 @@ def test_a_killed_merge_goes_on_with_its_whole_files(candidates, tmp_path, small
     written = []
     write_file = writing.write_file
     monkeypatch.setattr(
-        "embedloom.merging.tasks.write_file",
+        "embedloom.merging.writer.write_file",
         lambda plan, file, *rest: (written.append(file.name), write_file(plan, file, *rest)),
     )
     again = writer(out)

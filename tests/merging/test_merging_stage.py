@@ -8,11 +8,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from embedloom.config.merging import MergingConfig
+from embedloom.core.prompting import PromptContract
+from embedloom.core.trained_prompts import Prompt, TrainedPrompt, trained_contract
+from embedloom.encoder.export import write_sidecars
 from embedloom.encoder.model import Encoder
-from embedloom.encoder.sidecars import write_sidecars
 from embedloom.errors import ConfigError, DataError
-from embedloom.instructions import PromptContract
-from embedloom.trained_prompts import Prompt, TrainedPrompt, trained_contract
 from fakes_merging import edit_json, merge, shard, variant, writer
 
 

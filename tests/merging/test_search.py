@@ -3,11 +3,10 @@
 import pytest
 from pydantic import ValidationError
 
+from embedloom.config.evaluation import EvaluationTask
 from embedloom.config.merging import MergeSearch, MergingConfig
-from embedloom.config.use import EvaluationTask
 from embedloom.errors import ConfigError
-from embedloom.merging.scores import Scored, difference_interval, set_apart, subset_mean
-from embedloom.merging.search import search_weights
+from embedloom.merging.search import Scored, difference_interval, search_weights, set_apart, subset_mean
 
 NAMES = ("a", "b", "c")
 

@@ -8,8 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from embedloom.errors import DataError
-from embedloom.merging import operands
-from embedloom.merging.methods import karcher, model_stock, slerp
+from embedloom.merging import methods, tensors
 from fakes_merging import merge_arrays
 
 ORTHOGONAL = np.array([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]])
@@ -111,7 +110,7 @@ def test_slerp_endpoints_and_straight_lines(tmp_path):
 def test_slerp_keeps_the_length_between_near_models():
     angle = 0.001  # the cosine is 0.9999995, where a straight line would still do, and the arc is exact
     products = np.array([[1.0, math.cos(angle)], [math.cos(angle), 1.0]])
-    a, b = slerp.coefficients(products, 0.5)
+    a, b = methods.slerp_coefficients(products, 0.5)
     assert math.isclose(a, b, rel_tol=1e-9)
     assert math.isclose(a * a + b * b + 2 * a * b * math.cos(angle), 1.0, rel_tol=1e-12)
 
@@ -145,7 +144,7 @@ def test_the_karcher_mean_minimises_squared_angles():
     def spread(point):
         return float(weights @ np.arccos(np.clip(units @ point / np.linalg.norm(point), -1, 1)) ** 2)
 
-    mean = np.array(karcher.coefficients(models @ models.T, list(weights))) @ models
+    mean = np.array(methods.karcher_coefficients(models @ models.T, list(weights))) @ models
     assert all(spread(mean) <= spread(mean + 1e-3 * generator.standard_normal(5)) for _ in range(200))
 
 
@@ -191,7 +190,7 @@ def test_model_stock_by_hand_and_formula(tmp_path):
 def test_model_stock_where_the_formula_has_no_value(tmp_path):
     base = np.array([1.0, 2.0])
     assert np.array_equal(merge_arrays(tmp_path, "model_stock", [base, base], None, base), base)
-    assert model_stock.interpolation(np.array([[1.0, -1.0], [-1.0, 1.0]])) == 0.0
+    assert methods.interpolation(np.array([[1.0, -1.0], [-1.0, 1.0]])) == 0.0
 
 
 @pytest.mark.parametrize(
@@ -200,9 +199,9 @@ def test_model_stock_where_the_formula_has_no_value(tmp_path):
 def test_blocks_and_threads_change_nothing(tmp_path, monkeypatch, method, weights):
     base, models = random_models(3, size=10_001)
     base = base if method == "model_stock" else None
-    monkeypatch.setattr(operands, "_BLOCK", 2**20)
+    monkeypatch.setattr(tensors, "_BLOCK", 2**20)
     whole = merge_arrays(tmp_path, method, models, weights, base)
-    monkeypatch.setattr(operands, "_BLOCK", 2**12)
+    monkeypatch.setattr(tensors, "_BLOCK", 2**12)
     one = merge_arrays(tmp_path, method, models, weights, base)
     assert np.array_equal(one, merge_arrays(tmp_path, method, models, weights, base, threads=3))
     np.testing.assert_allclose(whole, one, atol=1e-7)

@@ -6,11 +6,17 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from embedloom.core.storage import Place
 from embedloom.errors import DataError
-from embedloom.merging.layout import weight_files, write_index
-from embedloom.merging.reader import open_tensors
-from embedloom.merging.tensors import INDEX_FILE, WEIGHTS_FILE, TensorFolder, TensorInfo
-from embedloom.storage import Place
+from embedloom.merging.tensors import (
+    INDEX_FILE,
+    WEIGHTS_FILE,
+    TensorFolder,
+    TensorInfo,
+    open_tensors,
+    weight_files,
+    write_index,
+)
 
 TENSORS = {
     "a.weight": torch.randn(3, 5), "b.bias": torch.randn(7).to(torch.bfloat16), "c.ids": torch.arange(6).reshape(2, 3),

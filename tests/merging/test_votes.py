@@ -4,9 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from embedloom.merging import operands
-from embedloom.merging.methods.consensus import elected_mean
-from embedloom.merging.methods.dare import coins
+from embedloom.merging import tensors
+from embedloom.merging.methods import coins, elected_mean
 from fakes_merging import merge_arrays
 
 
@@ -115,7 +114,7 @@ def test_coins_depend_on_seed_and_position_alone(tmp_path, monkeypatch):
     assert not torch.equal(coins(8, 0, 1000, 0.3), whole)
     base, models = float32_models(2, 10_001)
     first = merge_arrays(tmp_path, "dare_linear", models, None, base, density=0.5, seed=1)
-    monkeypatch.setattr(operands, "_BLOCK", 2**12)
+    monkeypatch.setattr(tensors, "_BLOCK", 2**12)
     again = merge_arrays(tmp_path, "dare_linear", models, None, base, density=0.5, seed=1, threads=3)
     assert np.array_equal(first, again)
     other = merge_arrays(tmp_path, "dare_linear", models, None, base, density=0.5, seed=1, name="v")

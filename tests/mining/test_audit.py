@@ -5,9 +5,9 @@ import json
 import pyarrow as pa
 import pytest
 
+from embedloom.core.text import words_of
 from embedloom.errors import DataError
 from embedloom.mining.audit import GAP_EDGES, audit_summary, near_duplicate
-from embedloom.ngrams import words_of
 
 
 @pytest.mark.parametrize(

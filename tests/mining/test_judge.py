@@ -7,10 +7,10 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from embedloom.config.resources import PoolConfig
+from embedloom.config.cluster import PoolConfig
+from embedloom.core.storage import Place
 from embedloom.errors import DataError
-from embedloom.mining.judge import SAMPLE_SCHEMA, JudgeWorker, judge_sample
-from embedloom.storage import Place
+from embedloom.mining.audit import SAMPLE_SCHEMA, JudgeWorker, judge_sample
 
 
 @dataclass(frozen=True)

@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
+from embedloom.core.schemas import table_from_rows
+from embedloom.core.storage import Place
 from embedloom.errors import DataError
 from embedloom.mining.documents import DocumentTexts
-from embedloom.records import table_from_rows
-from embedloom.storage import Place
 from fakes_mining import document_row
 
 ROWS = [

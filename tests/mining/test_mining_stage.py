@@ -7,17 +7,16 @@ import numpy as np
 import pyarrow.compute as pc
 import pytest
 
-from embedloom.artefacts import Artefact, ArtefactWriter
+from embedloom.config.cluster import PoolConfig
 from embedloom.config.mining import MiningConfig
-from embedloom.config.resources import PoolConfig
+from embedloom.core.artefacts import Artefact, ArtefactWriter
+from embedloom.core.prompting import PromptContract
+from embedloom.core.schemas import SCHEMAS
+from embedloom.core.storage import Place
 from embedloom.encoder.model import Encoder
 from embedloom.errors import ConfigError
-from embedloom.instructions import PromptContract
-from embedloom.mining.stage import build_examples, mine
-from embedloom.mining.teachers import teacher_sources
-from embedloom.records import SCHEMAS
+from embedloom.mining.stage import build_examples, mine, teacher_sources
 from embedloom.retrieval.vector_files import read_vectors
-from embedloom.storage import Place
 from fakes_mining import document_row, make_corpus, make_synthesis, pair_row, random_documents
 
 CONFIG = {

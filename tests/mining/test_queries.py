@@ -2,13 +2,13 @@
 
 import pytest
 
+from embedloom.core.prompting import PromptContract
+from embedloom.core.storage import Place
 from embedloom.encoder.registry import open_model
 from embedloom.errors import DataError
-from embedloom.instructions import PromptContract
 from embedloom.mining.queries import inline_id, pair_files, write_queries
-from embedloom.mining.teachers import room_check
+from embedloom.mining.stage import room_check
 from embedloom.retrieval.embedder import EncoderSource
-from embedloom.storage import Place
 from fakes_foreign import OLD, make_transformer, write_old_layout
 from fakes_mining import document_row, make_corpus, make_synthesis, pair_row
 

@@ -8,19 +8,17 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from embedloom.artefacts import ArtefactWriter
+from embedloom.config.cluster import PoolConfig
 from embedloom.config.mining import MiningConfig, SelectionConfig
-from embedloom.config.resources import PoolConfig
+from embedloom.core.artefacts import ArtefactWriter
+from embedloom.core.schemas import table_from_rows
+from embedloom.core.storage import Place
 from embedloom.errors import DataError
+from embedloom.mining.candidates import SCORES_SCHEMA, Mined, part_names
 from embedloom.mining.examples import ExampleWorker
-from embedloom.mining.mined import Mined
 from embedloom.mining.queries import pair_files, write_queries
 from embedloom.mining.rescore import RescoringWorker, best_ranked, rescore
-from embedloom.mining.stage import build_examples
-from embedloom.mining.teacher_pass import SCORES_SCHEMA, part_names
-from embedloom.mining.teachers import rescoring_source
-from embedloom.records import table_from_rows
-from embedloom.storage import Place
+from embedloom.mining.stage import build_examples, rescoring_source
 from fakes_mining import document_row, make_corpus, make_tiny_cross_encoder, pair_row, random_documents
 
 

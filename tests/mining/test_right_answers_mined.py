@@ -4,12 +4,11 @@ import pyarrow as pa
 import pytest
 
 from embedloom.config.mining import SelectionConfig
+from embedloom.core.schemas import table_from_rows
+from embedloom.core.storage import Place
+from embedloom.mining.candidates import SCORES_SCHEMA, Mined, given_texts
 from embedloom.mining.examples import ExampleWorker
-from embedloom.mining.mined import Mined
 from embedloom.mining.queries import pair_files, write_queries
-from embedloom.mining.teacher_pass import SCORES_SCHEMA, given_texts
-from embedloom.records import table_from_rows
-from embedloom.storage import Place
 from fakes_mining import document_row, make_corpus, make_synthesis, pair_row
 
 NAIVE = SelectionConfig(method="naive", negatives=4)

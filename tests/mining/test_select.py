@@ -136,8 +136,7 @@ def test_equals_the_sentence_transformers_miner():
     from datasets import Dataset
     from sentence_transformers.util import mine_hard_negatives
 
-    from embedloom.retrieval.exact import pair_scores
-    from embedloom.retrieval.search import top_k
+    from embedloom.retrieval.search import pair_scores, top_k
 
     generator = np.random.default_rng(11)
     documents = generator.standard_normal((200, 8)).astype(np.float32)

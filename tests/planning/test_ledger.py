@@ -2,16 +2,14 @@
 
 import pytest
 
+from embedloom.core.storage import Place
 from embedloom.errors import DataError
-from embedloom.launch import load
-from embedloom.pipeline import fingerprints, finished, graph, writer_for
-from embedloom.plan import keep_ledger, keep_plan, plan_table
-from embedloom.planning.known import Known
-from embedloom.planning.ledger import build_ledger
-from embedloom.planning.ledger_file import read_ledger
-from embedloom.planning.lines import ledger_lines
-from embedloom.planning.schedule import make_plan
-from embedloom.storage import Place
+from embedloom.pipeline.commands import load
+from embedloom.pipeline.graph import fingerprints, finished, graph, writer_for
+from embedloom.pipeline.plan import keep_ledger, keep_plan, plan_table
+from embedloom.planning.cost import make_plan
+from embedloom.planning.ledger import build_ledger, ledger_lines
+from embedloom.planning.work import Known, read_ledger
 from fakes_quickstart import CLUSTER, MEASURED, ROOT, finish, quickstart
 
 

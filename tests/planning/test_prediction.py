@@ -4,13 +4,11 @@ import re
 
 import pytest
 
-from embedloom.launch import load
-from embedloom.pipeline import graph
-from embedloom.plan import plan_table
-from embedloom.planning.estimate import Estimate, Workers
-from embedloom.planning.known import Known
-from embedloom.planning.schedule import Plan, make_plan
-from embedloom.planning.work import Work
+from embedloom.pipeline.commands import load
+from embedloom.pipeline.graph import graph
+from embedloom.pipeline.plan import plan_table
+from embedloom.planning.cost import Estimate, Plan, Workers, make_plan
+from embedloom.planning.work import Known, Work
 from fakes_quickstart import CLUSTER, ROOT, quickstart
 
 NEMOTRON = ROOT / "jobs" / "configs" / "nemotron_8b.yaml"

@@ -4,11 +4,10 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from embedloom.config.resources import PoolConfig
+from embedloom.config.cluster import PoolConfig
+from embedloom.core.storage import Place
 from embedloom.encoder.tokenizer import InstructionTooLong
-from embedloom.retrieval.ahead import Ahead, AheadVectors, AheadWorker
-from embedloom.retrieval.embed import EmbeddingWorker, TextColumns
-from embedloom.storage import Place
+from embedloom.retrieval.embed import Ahead, AheadVectors, AheadWorker, EmbeddingWorker, TextColumns
 
 QUERIES = TextColumns(texts=("text",), task_type="task_type", instruction="instruction")
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from embedloom.config.mining import MiningConfig
+from embedloom.core.prompting import Templates
 from embedloom.errors import ConfigError, DataError
-from embedloom.instructions import Templates
-from embedloom.mining.teachers import rescoring_source
+from embedloom.mining.stage import rescoring_source
 from embedloom.retrieval.cross_encoder import CrossEncoderSource
 from fakes_mining import make_tiny_cross_encoder
 

@@ -8,20 +8,19 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from embedloom.artefacts import Artefact, ArtefactWriter
 from embedloom.cli import app
-from embedloom.cluster.config import load_cluster
-from embedloom.config.resources import PoolConfig
-from embedloom.config.use import EmbeddingConfig
+from embedloom.config.cluster import PoolConfig, load_cluster
+from embedloom.config.embedding import EmbeddingConfig
+from embedloom.core.artefacts import Artefact, ArtefactWriter
+from embedloom.core.prompting import PromptContract
+from embedloom.core.storage import Place
 from embedloom.encoder.model import Encoder
 from embedloom.encoder.registry import open_model
 from embedloom.encoder.tokenizer import InstructionTooLong
 from embedloom.errors import ConfigError, DataError, UserError
-from embedloom.instructions import PromptContract
-from embedloom.launch_embed import embed_texts
+from embedloom.pipeline.model_commands import embed_texts
 from embedloom.retrieval.corpora import embed_artefact
 from embedloom.retrieval.vector_files import read_vectors
-from embedloom.storage import Place
 from fakes_foreign import OLD, make_transformer, write_old_layout
 
 CLUSTER = Path(__file__).parents[2] / "cluster" / "cluster.yaml"

@@ -5,12 +5,12 @@ import json
 import numpy as np
 import pytest
 
-from embedloom.config.use import IndexConfig
+from embedloom.config.embedding import IndexConfig
+from embedloom.core.storage import Place
 from embedloom.errors import DataError, MissingDependency
 from embedloom.retrieval.embed import vector_table
 from embedloom.retrieval.index import build_index, load_index
 from embedloom.retrieval.search import top_k
-from embedloom.storage import Place
 
 ROWS, PARTS = 1200, 4
 IDS = [f"d{n:04d}" for n in range(ROWS)]

@@ -9,15 +9,14 @@ import pyarrow.parquet as pq
 import pytest
 
 from embedloom.config.base import validate
-from embedloom.config.use import EmbeddingConfig
+from embedloom.config.embedding import EmbeddingConfig
+from embedloom.core.prompting import PromptContract
+from embedloom.core.storage import Place
+from embedloom.core.trained_prompts import Prompt, TrainedPrompt, trained_contract
 from embedloom.errors import ConfigError, DataError
-from embedloom.instructions import PromptContract
 from embedloom.retrieval.corpora import _with_task
 from embedloom.retrieval.inputs import check_instruction, input_state, open_input
-from embedloom.retrieval.ledger import open_ledger, origin_column
-from embedloom.retrieval.scan import first_of_equals
-from embedloom.storage import Place
-from embedloom.trained_prompts import Prompt, TrainedPrompt, trained_contract
+from embedloom.retrieval.ledger import first_of_equals, open_ledger, origin_column
 
 
 def table(folder, name, **columns):
@@ -83,7 +82,7 @@ def test_bad_ids_are_named(tmp_path, ids, message):
 @pytest.mark.parametrize("scan_rows", [2, 100])
 def test_a_row_that_repeats_id_and_text_of_another_is_a_counted_reject(tmp_path, monkeypatch, scan_rows):
     """As building a corpus does, and BEIR's readers; equal texts of other ids stay rows of their own."""
-    monkeypatch.setattr("embedloom.retrieval.scan._SCAN_ROWS", scan_rows)
+    monkeypatch.setattr("embedloom.retrieval.ledger._SCAN_ROWS", scan_rows)
     ids, texts = ["a", "b", "a", "c", "a", "d", "b"], ["x", "y", " x", "x", "x", "z", "y "]
     table(tmp_path, "in.parquet", id=ids, text=texts)
     ledger, rows = ledger_rows(tmp_path / "in.parquet", tmp_path / "out", shard_rows=2)

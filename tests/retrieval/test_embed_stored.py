@@ -6,13 +6,13 @@ import pyarrow as pa
 import pytest
 from sentence_transformers.quantization import quantize_embeddings
 
+from embedloom.core.storage import Place
 from embedloom.errors import ConfigError, DataError
 from embedloom.retrieval.embed import vector_table
 from embedloom.retrieval.search import top_k
+from embedloom.retrieval.sharded import VectorCatalogue, VectorStore
 from embedloom.retrieval.stored import dequantize, quantize, shorten, stored_vectors
 from embedloom.retrieval.vector_files import read_vectors
-from embedloom.retrieval.vectors import VectorCatalogue, VectorStore
-from embedloom.storage import Place
 
 IDS = [f"d{n:03d}" for n in range(200)]
 

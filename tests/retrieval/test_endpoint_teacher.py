@@ -7,10 +7,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from embedloom.core.prompting import Templates
 from embedloom.encoder.tokenizer import CutTexts
 from embedloom.errors import ConfigError, DataError, MissingDependency, StageError
-from embedloom.instructions import Templates
-from embedloom.retrieval.endpoint_teacher import EndpointSource
+from embedloom.retrieval.teachers import EndpointSource
 from fakes_endpoint import DIMENSION, FakeEndpoint, serve, vector_of
 
 TEXTS = ["one", "two words", "three more words", "four", "five"]

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 
 from embedloom.errors import ConfigError
-from embedloom.retrieval import int8
+from embedloom.retrieval import search
 from embedloom.retrieval.search import pick_engine, top_k
 
-kernel = int8.load_kernel()
+kernel = search.load_kernel()
 needs_kernel = pytest.mark.skipif(kernel is None, reason="not compiled, or no AVX-512 VNNI")
 
 
@@ -67,7 +67,7 @@ def test_thresholds_learnt_keep_every_document_of_the_true_top_k(k):
     generator = np.random.default_rng(k)
     documents = generator.standard_normal((5000, 40)).astype(np.float32) ** 3
     queries = generator.standard_normal((20, 40)).astype(np.float32)
-    block = int8.Int8Block(documents)
+    block = search.Int8Block(documents)
     rows = block.nominate(queries, k, np.full(20, -np.inf, np.float32))
     true = queries.astype(np.float64) @ documents.astype(np.float64).T
     best = np.argsort(-true, axis=1)[:, :k]
@@ -79,7 +79,7 @@ def test_thresholds_learnt_keep_every_document_of_the_true_top_k(k):
 
 def test_without_the_kernel_the_engine_is_named_and_auto_takes_another(monkeypatch):
     monkeypatch.setattr("importlib.import_module", lambda name: (_ for _ in ()).throw(ImportError(name)))
-    assert int8.load_kernel() is None
+    assert search.load_kernel() is None
     assert pick_engine("auto") != "int8"
     vectors = np.eye(3, dtype=np.float32)
     with pytest.raises(ConfigError, match="search engine 'int8': needs a CPU with AVX-512 VNNI"):

@@ -6,9 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from embedloom.errors import DataError
-from embedloom.retrieval import int8
-from embedloom.retrieval.exact import pair_scores
-from embedloom.retrieval.search import DocumentBlock, TopK, check_vectors, merge_top_k, top_k
+from embedloom.retrieval import search
+from embedloom.retrieval.search import DocumentBlock, TopK, check_vectors, merge_top_k, pair_scores, top_k
 
 
 def brute_force(queries, documents, k):
@@ -186,7 +185,7 @@ def test_blocks_searched_one_after_another_prune_each_other(engine):
 def test_quantization_error_stays_below_its_bound():
     generator = np.random.default_rng(6)
     left, right = (generator.standard_normal((300, 64)).astype(np.float32) ** 3 for _ in range(2))
-    q, x = int8.quantize(left), int8.quantize(right)
+    q, x = search.quantize(left), search.quantize(right)
     rough = (q.codes.astype(np.float64) @ x.codes.astype(np.float64).T) * q.scales[:, None] * x.scales
     true = left.astype(np.float64) @ right.astype(np.float64).T
     lengths = np.linalg.norm(left, axis=1)
@@ -195,10 +194,10 @@ def test_quantization_error_stays_below_its_bound():
     assert np.abs(rough - true).max() > 0
 
 
-@pytest.mark.parametrize("most", [int8._MOST_NOMINEES, 10_000])
+@pytest.mark.parametrize("most", [search._MOST_NOMINEES, 10_000])
 def test_documents_that_8_bits_cannot_tell_apart(most, monkeypatch):
     """Thousands of copies of one vector with noise below the quantization step; too many nominees go by float32."""
-    monkeypatch.setattr(int8, "_MOST_NOMINEES", most)
+    monkeypatch.setattr(search, "_MOST_NOMINEES", most)
     generator = np.random.default_rng(7)
     base = unit_rows(generator, 1, 24)
     documents = (base + generator.standard_normal((3000, 24)) * 1e-5).astype(np.float32)

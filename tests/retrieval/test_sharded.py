@@ -8,14 +8,12 @@ import numpy as np
 import psutil
 import pytest
 
-from embedloom.config.resources import PoolConfig
+from embedloom.config.cluster import PoolConfig
+from embedloom.core.storage import Place
 from embedloom.errors import DataError
 from embedloom.retrieval.embed import vector_table
-from embedloom.retrieval.exact import pair_scores
-from embedloom.retrieval.search import top_k
-from embedloom.retrieval.sharded import Asked, search_sharded
-from embedloom.retrieval.vectors import VectorCatalogue
-from embedloom.storage import Place
+from embedloom.retrieval.search import pair_scores, top_k
+from embedloom.retrieval.sharded import Asked, VectorCatalogue, search_sharded
 
 IDS = [f"d{number:03d}" for number in range(140)]
 PAIRS = (np.array([0, 1, 1, 4]), np.array([7, 139, 0, -1]))

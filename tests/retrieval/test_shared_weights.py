@@ -6,13 +6,12 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from embedloom.config.resources import PoolConfig
+from embedloom.config.cluster import PoolConfig
+from embedloom.core.storage import Place
 from embedloom.encoder.model import Encoder
 from embedloom.retrieval.embed import TextColumns, embed_corpus
-from embedloom.retrieval.embedder import EncoderSource
-from embedloom.retrieval.shared_weights import SharedEncoderSource, share_weights
+from embedloom.retrieval.embedder import EncoderSource, SharedEncoderSource, share_weights
 from embedloom.retrieval.vector_files import read_vectors
-from embedloom.storage import Place
 
 
 @pytest.mark.parametrize("pool", [PoolConfig(), PoolConfig(max_actors=4, gpus=1)])

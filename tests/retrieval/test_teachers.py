@@ -9,15 +9,13 @@ import numpy as np
 import pytest
 import torch
 
-from embedloom.config.teacher import Teacher
+from embedloom.config.mining import Teacher
 from embedloom.encoder.foreign import read_layout
 from embedloom.encoder.model import Encoder
 from embedloom.encoder.registry import open_model, resolve_model
 from embedloom.errors import ConfigError, DataError
 from embedloom.retrieval.embedder import EncoderSource
-from embedloom.retrieval.endpoint_teacher import EndpointSource
-from embedloom.retrieval.sentence_teacher import SentenceTransformerSource
-from embedloom.retrieval.teachers import teacher_source
+from embedloom.retrieval.teachers import EndpointSource, SentenceTransformerSource, teacher_source
 
 TEXTS = ["sort a list", "how do I read a Parquet file, column by column?", "größer", "a"]
 

@@ -4,14 +4,13 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from embedloom.config.resources import PoolConfig
+from embedloom.config.cluster import PoolConfig
+from embedloom.core.storage import Place
 from embedloom.encoder.registry import resolve_model
 from embedloom.errors import ConfigError
 from embedloom.retrieval.embed import TextColumns, embed_corpus
-from embedloom.retrieval.endpoint_teacher import EndpointSource
-from embedloom.retrieval.sentence_teacher import SentenceTransformerSource
+from embedloom.retrieval.teachers import EndpointSource, SentenceTransformerSource
 from embedloom.retrieval.vector_files import read_vectors
-from embedloom.storage import Place
 from fakes_endpoint import FakeEndpoint, serve, vector_of
 
 TEXTS = [f"text number {n % 9}" for n in range(20)]

@@ -4,13 +4,13 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from embedloom.core.storage import Place
 from embedloom.errors import DataError
-from embedloom.retrieval import vectors as vectors_module
+from embedloom.retrieval import sharded as vectors_module
 from embedloom.retrieval.embed import vector_table
 from embedloom.retrieval.search import top_k
+from embedloom.retrieval.sharded import VectorCatalogue, VectorStore
 from embedloom.retrieval.vector_files import check_same_contract, read_vector_file
-from embedloom.retrieval.vectors import VectorCatalogue, VectorStore
-from embedloom.storage import Place
 
 IDS = [f"d{number:03d}" for number in range(90)]
 

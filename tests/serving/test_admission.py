@@ -9,7 +9,7 @@ import httpx
 import numpy as np
 import pytest
 
-from embedloom.serving.handles import HandleBackend
+from embedloom.serving.gateway import HandleBackend
 from embedloom.serving.messages import EncodeJob, EncodeResult, Part, Refusal
 from embedloom.serving.metrics import EndpointMetrics
 from fakes_serving import FakeEncoder, api_of, client_of, refused, service_of

@@ -9,7 +9,7 @@ from starlette.testclient import TestClient
 
 from embedloom.serving.api import create_api
 from embedloom.serving.calls import EndpointSettings
-from embedloom.serving.replies import EmbeddingsResponse
+from embedloom.serving.schemas import EmbeddingsResponse
 from fakes_serving import FakeEncoder, client_of, refused, service_of, settings_of, vector_of
 
 

@@ -6,11 +6,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from embedloom.config.application import ApplicationArgs
-from embedloom.config.resources import ServeScaling
-from embedloom.config.serving import ModelAlias, ServingConfig
+from embedloom.config.cluster import ServeScaling
+from embedloom.config.serving import ApplicationArgs, ModelAlias, ServingConfig
+from embedloom.core.model_folder import ModelFolder
 from embedloom.errors import ConfigError, DataError
-from embedloom.model_folder import ModelFolder
 from embedloom.serving.app import build, build_application, build_encoders
 from embedloom.serving.service import BatchSettings
 from embedloom.serving.stage import check_port_free

@@ -5,9 +5,7 @@ import time
 import numpy as np
 import pytest
 
-from embedloom.serving.batching import TokenBatcher
-from embedloom.serving.scheduling import LaneLimits
-from embedloom.serving.streams import ComputeStreams
+from embedloom.serving.scheduling import ComputeStreams, LaneLimits, TokenBatcher
 from fakes_serving import FakeEncoder, vector_of
 
 

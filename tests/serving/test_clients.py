@@ -11,15 +11,15 @@ import pytest
 
 from embedloom.config.base import validate
 from embedloom.config.serving import ModelAlias, ServingConfig
+from embedloom.core.prompting import PromptContract
 from embedloom.encoder.model import Encoder
 from embedloom.errors import ConfigError
-from embedloom.instructions import PromptContract
-from embedloom.serving.aliases import check_aliases
-from embedloom.serving.fields import ClosedRequest
-from embedloom.serving.keys import ApiKey
+from embedloom.serving.calls import check_aliases
+from embedloom.serving.front import ApiKey
 from embedloom.serving.messages import Part
 from embedloom.serving.refusals import ApiError, parse
-from embedloom.serving.tokenizing import Frame, cut_items, given_ids, text_ids
+from embedloom.serving.schemas import ClosedRequest
+from embedloom.serving.service import Frame, cut_items, given_ids, text_ids
 from fakes_serving import BOS, FakeEncoder, api_of, client_of, refused, vector_of
 
 JSON = {"content-type": "application/json"}

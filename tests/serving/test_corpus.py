@@ -6,19 +6,18 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from embedloom.artefacts import Artefact, ArtefactWriter
-from embedloom.config.data import CorpusConfig
-from embedloom.config.use import EmbeddingConfig, IndexConfig
+from embedloom.config.corpus import CorpusConfig
+from embedloom.config.embedding import EmbeddingConfig, IndexConfig
+from embedloom.core.artefacts import Artefact, ArtefactWriter
+from embedloom.core.storage import Place
 from embedloom.corpus.stage import build_corpus
 from embedloom.errors import ConfigError, DataError
 from embedloom.retrieval.embed import vector_table
 from embedloom.retrieval.index import build_index
 from embedloom.retrieval.inputs import open_input
 from embedloom.retrieval.ledger import open_ledger
-from embedloom.serving.corpus import load_corpus
-from embedloom.serving.corpus_texts import link_of
-from embedloom.serving.replies import SearchHit
-from embedloom.storage import Place
+from embedloom.serving.corpus import link_of, load_corpus
+from embedloom.serving.schemas import SearchHit
 from fakes_corpus import save_word_tokenizer
 from fakes_serving import FakeEncoder, client_of, refused
 

@@ -12,27 +12,26 @@ import pytest
 from typer.testing import CliRunner
 
 from embedloom.cli import app
-from embedloom.config.application import ApplicationArgs
-from embedloom.config.resources import ServeScaling
-from embedloom.config.serving import ServingConfig
+from embedloom.config.cluster import ServeScaling
+from embedloom.config.serving import ApplicationArgs, ServingConfig
+from embedloom.core.prompting import PromptContract
+from embedloom.core.trained_prompts import Prompt, TrainedPrompt, trained_contract
 from embedloom.encoder.model import Encoder
 from embedloom.encoder.parity import GOLDEN_TEXTS
 from embedloom.encoder.registry import open_model
 from embedloom.errors import ConfigError, ServeError
-from embedloom.instructions import PromptContract
-from embedloom.launch_deploy import trial_rules
+from embedloom.pipeline.model_commands import trial_rules
 from embedloom.serving import address
-from embedloom.serving.golden import check_golden, expected_vectors
 from embedloom.serving.messages import EncodeResult, ModelInfo, Refusal
-from embedloom.serving.trial import TrialRules
-from embedloom.trained_prompts import Prompt, TrainedPrompt, trained_contract
+from embedloom.serving.rollout.golden import check_golden, expected_vectors
+from embedloom.serving.rollout.trial import TrialRules
 from fakes import make_tiny_encoder, make_tiny_llama
 
 RULES = TrialRules(watch_seconds=3, min_requests=5, min_compared=5, latency_slack_seconds=5)
 
 
 def request_of(folder, **changes):
-    from embedloom.serving.deploy import DeployRequest
+    from embedloom.serving.rollout.deploy import DeployRequest
 
     return DeployRequest(open_model(folder), RULES, share=0.5, **changes)
 
@@ -47,7 +46,7 @@ def live_args(folder, **serving) -> tuple[ApplicationArgs, ModelInfo]:
 
 
 def test_the_successor_keeps_all_but_the_model(tiny_model, tmp_path):
-    from embedloom.serving.deploy import successor
+    from embedloom.serving.rollout.deploy import successor
 
     live, info = live_args(tiny_model, max_items=7, port=1234)
     copy = shutil.copytree(tiny_model, tmp_path / "copy")
@@ -61,7 +60,7 @@ def test_the_successor_keeps_all_but_the_model(tiny_model, tmp_path):
 
 
 def test_another_contract_and_a_corpus_of_the_old_model_are_refused(tiny_model, tmp_path):
-    from embedloom.serving.deploy import successor
+    from embedloom.serving.rollout.deploy import successor
 
     live, info = live_args(tiny_model)
     other = ModelInfo(8, "0" * 16, 64, 64, True)
@@ -164,7 +163,7 @@ def test_a_drifted_version_is_taken_away_and_a_sound_one_takes_over_without_a_fa
 ):
     from ray import serve
 
-    from embedloom.serving.deploy import deploy
+    from embedloom.serving.rollout.deploy import deploy
     from embedloom.serving.stage import start_endpoint
 
     monkeypatch.setenv("EMBEDLOOM_CACHE", str(tmp_path / "cache"))
@@ -189,7 +188,7 @@ def test_a_drifted_version_is_taken_away_and_a_sound_one_takes_over_without_a_fa
 
 
 def test_a_changed_default_instruction_is_another_contract_and_both_texts_are_named(tiny_model, tmp_path):
-    from embedloom.serving.deploy import successor
+    from embedloom.serving.rollout.deploy import successor
 
     shutil.copytree(tiny_model, tmp_path / "next")
     own = PromptContract.load(tiny_model)

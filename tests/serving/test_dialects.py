@@ -10,16 +10,15 @@ import numpy as np
 import pytest
 
 from embedloom.config.serving import ModelAlias
+from embedloom.core.prompting import NamedTask
 from embedloom.encoder.model import Encoder
 from embedloom.errors import ConfigError
-from embedloom.instructions import NamedTask
-from embedloom.serving.aliases import check_aliases
-from embedloom.serving.cohere import CohereEmbedResponse
-from embedloom.serving.keys import ApiKey
+from embedloom.serving.calls import check_aliases
+from embedloom.serving.dialects import NOT_OFFERED, CohereEmbedResponse, TeiInfo, TeiRanking, TeiTokens
+from embedloom.serving.front import ApiKey
 from embedloom.serving.messages import Part
-from embedloom.serving.replies import RerankResponse
-from embedloom.serving.tei import NOT_OFFERED, TeiInfo, TeiRanking, TeiTokens
-from embedloom.serving.tokenizing import pieces_of
+from embedloom.serving.schemas import RerankResponse
+from embedloom.serving.service import pieces_of
 from fakes_serving import BOS, FakeEncoder, client_of, refused
 
 LIMIT = 128

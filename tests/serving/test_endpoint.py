@@ -14,16 +14,16 @@ import openai
 import psutil
 import pytest
 
-from embedloom.artefacts import ArtefactWriter
-from embedloom.config.resources import ServeScaling
+from embedloom.config.cluster import ServeScaling
 from embedloom.config.serving import ServingConfig
+from embedloom.core.artefacts import ArtefactWriter
+from embedloom.core.model_folder import ModelFolder
+from embedloom.core.prompting import PromptContract
+from embedloom.core.storage import Place
 from embedloom.encoder.model import Encoder
 from embedloom.errors import ConfigError, DataError
-from embedloom.instructions import PromptContract
-from embedloom.model_folder import ModelFolder
 from embedloom.retrieval.embed import vector_table
 from embedloom.serving.stage import Endpoint, check_port_free, start_endpoint
-from embedloom.storage import Place
 from fakes import make_tiny_encoder
 
 pytestmark = pytest.mark.ray

@@ -5,11 +5,10 @@ import logging
 
 import pytest
 
-from embedloom.config.application import ApplicationArgs
-from embedloom.config.serving import ServingConfig
+from embedloom.config.serving import ApplicationArgs, ServingConfig
 from embedloom.serving.app import build_application
 from embedloom.serving.calls import EndpointSettings
-from embedloom.serving.keys import ApiKey
+from embedloom.serving.front import ApiKey
 from fakes_serving import FakeEncoder, client_of, refused
 
 HERE, ELSEWHERE = "https://search.example.org", "https://evil.example.org"

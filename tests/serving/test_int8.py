@@ -6,12 +6,11 @@ import shutil
 
 import pytest
 
-from embedloom.config.application import ApplicationArgs
 from embedloom.config.base import validate
-from embedloom.config.serving import ServingConfig
+from embedloom.config.serving import ApplicationArgs, ServingConfig
+from embedloom.core.model_folder import ModelFolder
+from embedloom.core.verdict import GATE_FILE, INT8_FILE, int8_verdict
 from embedloom.errors import ConfigError, DataError
-from embedloom.model_folder import ModelFolder
-from embedloom.verdict import GATE_FILE, INT8_FILE, int8_verdict
 
 
 @pytest.fixture

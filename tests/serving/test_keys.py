@@ -5,7 +5,7 @@ import pytest
 
 from embedloom.config.serving import ServingConfig
 from embedloom.errors import ConfigError
-from embedloom.serving.keys import ApiKey, KeyRing, Quota, parse_keys, read_keys
+from embedloom.serving.front import ApiKey, KeyRing, Quota, parse_keys, read_keys
 from embedloom.serving.refusals import ApiError
 from fakes_serving import FakeEncoder, client_of, refused
 

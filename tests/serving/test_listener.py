@@ -14,7 +14,7 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 from starlette.testclient import TestClient
 
-from embedloom.config.resources import ListenerConfig
+from embedloom.config.cluster import ListenerConfig
 from embedloom.serving.listener import BoundedProtocol, ServeAnswers
 
 LIMITS = ListenerConfig(max_header_kib=4, max_headers=20, header_seconds=0.5, max_client_connections=8)

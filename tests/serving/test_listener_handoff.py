@@ -9,7 +9,7 @@ import httpx
 import pytest
 
 from embedloom.errors import ConfigError
-from embedloom.serving.listener_handoff import ListenerOwner, ReplicaServer, _settings
+from embedloom.serving.listener import ListenerOwner, ReplicaServer, _settings
 
 
 def free_port() -> int:

@@ -4,7 +4,7 @@ import os
 import subprocess
 import sys
 
-from embedloom.serving.memory import HeapTrimmer, limit_compiled_products
+from embedloom.serving.service import HeapTrimmer, limit_compiled_products
 
 VARIABLE = "ONEDNN_PRIMITIVE_CACHE_CAPACITY"
 
@@ -19,7 +19,7 @@ def test_the_limit_reaches_a_library_that_asks_the_c_environment():
     """``getenv`` is what oneDNN calls; Python's own dictionary alone would not reach it."""
     program = (
         "import ctypes\n"
-        "from embedloom.serving.memory import limit_compiled_products\n"
+        "from embedloom.serving.service import limit_compiled_products\n"
         "limit_compiled_products()\n"
         "getenv = ctypes.CDLL(None).getenv\n"
         "getenv.restype = ctypes.c_char_p\n"

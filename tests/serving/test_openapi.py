@@ -18,8 +18,8 @@ from schemathesis.specs.openapi.checks import (
     unsupported_method,
 )
 
-from embedloom.serving.keys import ApiKey
-from embedloom.serving.replies import CorpusCard, SearchHit
+from embedloom.serving.front import ApiKey
+from embedloom.serving.schemas import CorpusCard, SearchHit
 from fakes_serving import FakeEncoder, api_of, client_of
 
 # What no schema can say: lengths in tokens, the vocabulary, the dimensions and instructions of the model.

@@ -12,8 +12,8 @@ import httpx
 import pytest
 import uvicorn
 
-from embedloom.serving.keys import ApiKey
-from embedloom.serving.replies import CorpusCard, GateVerdict, SearchHit
+from embedloom.serving.front import ApiKey
+from embedloom.serving.schemas import CorpusCard, GateVerdict, SearchHit
 from fakes_serving import FakeEncoder, api_of, client_of
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")

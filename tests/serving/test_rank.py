@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from embedloom.serving.replies import RerankResponse, SimilarityResponse, TokenizeResponse
-from embedloom.serving.values import similarities
+from embedloom.serving.routes import similarities
+from embedloom.serving.schemas import RerankResponse, SimilarityResponse, TokenizeResponse
 from fakes_serving import FakeEncoder, client_of, refused
 
 DOCUMENTS = ["ab", "cd", "efg", "ab"]

@@ -4,7 +4,8 @@ import struct
 
 import numpy as np
 
-from embedloom.serving.values import encode_vectors, shorten
+from embedloom.retrieval.stored import shorten
+from embedloom.serving.routes import encode_vectors
 
 
 def test_base64_is_little_endian_float32():

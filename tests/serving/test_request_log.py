@@ -4,7 +4,7 @@ import asyncio
 import io
 import logging
 
-from embedloom.serving.request_log import LineBuffer
+from embedloom.serving.front import LineBuffer
 
 
 class Stream(io.StringIO):

@@ -8,19 +8,18 @@ import pytest
 from pydantic import ValidationError
 from typer.testing import CliRunner
 
-from embedloom.artefacts import ArtefactWriter
 from embedloom.cli import app
-from embedloom.config.application import ApplicationArgs
-from embedloom.config.serving import ServingConfig
+from embedloom.config.serving import ApplicationArgs, ServingConfig
+from embedloom.core.artefacts import ArtefactWriter
+from embedloom.core.model_folder import ModelFolder
+from embedloom.core.prompting import PromptContract
+from embedloom.core.storage import Place
+from embedloom.core.trained_prompts import Prompt, TrainedPrompt, trained_contract
 from embedloom.errors import ConfigError, DataError
-from embedloom.instructions import PromptContract
-from embedloom.launch_serve import gate_rule, serving_config
-from embedloom.model_folder import ModelFolder
-from embedloom.serving import ask
+from embedloom.pipeline.model_commands import gate_rule, serving_config
+from embedloom.serving import stage
 from embedloom.serving.app import build_application
-from embedloom.serving.replies import GateVerdict, Lineage
-from embedloom.storage import Place
-from embedloom.trained_prompts import Prompt, TrainedPrompt, trained_contract
+from embedloom.serving.schemas import GateVerdict, Lineage
 
 QUICKSTART = "jobs/configs/quickstart.yaml"
 
@@ -158,7 +157,7 @@ def test_a_question_is_sent_as_the_readmes_call_and_its_task_only_where_stated(m
         return httpx.Response(200, json={"data": [{"embedding": [1.0]}]}, request=httpx.Request(method, url))
 
     monkeypatch.setattr(httpx, "request", answer)
-    assert ask._embed("http://here/v1", "m", "Why?", 1.0, task) == [1.0]
+    assert stage._embed("http://here/v1", "m", "Why?", 1.0, task) == [1.0]
     assert sent == {"model": "m", "input": "Why?", "input_type": "query", **expected}
 
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from embedloom.config.base import validate
-from embedloom.config.resources import ServeScaling
+from embedloom.config.cluster import ServeScaling
 from embedloom.errors import ConfigError
-from embedloom.serving.streams import ComputeStreams
+from embedloom.serving.scheduling import ComputeStreams
 
 
 @pytest.fixture(autouse=True)

@@ -3,7 +3,7 @@ import pytest
 
 from embedloom.encoder.model import Encoder
 from embedloom.serving.messages import Part, Refusal
-from embedloom.serving.tokenizing import given_ids, text_ids
+from embedloom.serving.service import given_ids, text_ids
 from fakes_serving import BOS, FakeEncoder
 
 EVERYTHING = slice(0, None)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from embedloom.serving.trial import Side, TrialRules, Window, decide
+from embedloom.serving.rollout.trial import Side, TrialRules, Window, decide
 
 RULES = TrialRules(watch_seconds=60, min_requests=10, min_compared=5, latency_slack_seconds=0.05)
 

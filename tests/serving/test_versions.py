@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 
 from embedloom.serving.messages import EncodeJob, EncodeResult, Part, Refusal
-from embedloom.serving.neighbours import MIN_TEXTS, NeighbourStore
-from embedloom.serving.versions import TrialOrders, VersionRouter
+from embedloom.serving.rollout.router import MIN_TEXTS, NeighbourStore, TrialOrders, VersionRouter
 
 RNG = np.random.default_rng(0)
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from embedloom.config.model import EncoderConfig
+from embedloom.config.encoder import EncoderConfig
 from embedloom.encoder.export import prepare_base
 from fakes import byte_tokenizer
 

@@ -10,15 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from embedloom.artefacts import Artefact, ArtefactWriter
-from embedloom.config.resources import PoolConfig
+from embedloom.compute.generation import GenerationResult
+from embedloom.config.cluster import PoolConfig
 from embedloom.config.synthesis import SynthesisConfig
-from embedloom.engines.protocol import GenerationResult
-from embedloom.records import content_id, table_from_rows
+from embedloom.core.artefacts import Artefact, ArtefactWriter
+from embedloom.core.schemas import content_id, table_from_rows
+from embedloom.core.storage import Place
 from embedloom.retrieval.embedder import EncoderSource
-from embedloom.storage import Place
-from embedloom.synthesis.duplicate_pass import bucket_count, short_signature, short_similarity
-from embedloom.synthesis.quality.duplicates import signature
+from embedloom.synthesis.duplicates import bucket_count, short_signature, short_similarity, signature
 from embedloom.synthesis.stage import synthesize
 from fakes_engines import WORDS, FakeEngine
 from fakes_serial import patch_serial

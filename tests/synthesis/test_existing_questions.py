@@ -2,10 +2,10 @@
 
 import pytest
 
-from embedloom.config.families import ExistingQuestionsConfig
-from embedloom.records import content_id, table_from_rows
+from embedloom.config.synthesis import ExistingQuestionsConfig
+from embedloom.core.schemas import content_id, table_from_rows
 from embedloom.synthesis.families.base import Attempt, SeedDocument
-from embedloom.synthesis.families.existing_questions import split_questions
+from embedloom.synthesis.families.from_documents import split_questions
 from embedloom.synthesis.families.registry import FAMILIES
 
 TEXT = (

@@ -6,7 +6,7 @@ from typing import Any
 import jsonschema
 import pytest
 
-from embedloom.config.families import (
+from embedloom.config.synthesis import (
     BitextConfig,
     ClassificationConfig,
     FamilyConfig,
@@ -17,12 +17,12 @@ from embedloom.config.families import (
     STSConfig,
     TranslationConfig,
 )
-from embedloom.instructions import DEFAULT_INSTRUCTIONS
-from embedloom.records import table_from_rows
+from embedloom.core.prompting import DEFAULT_INSTRUCTIONS
+from embedloom.core.schemas import table_from_rows
 from embedloom.synthesis.families.base import Attempt, Reject, SeedDocument, draw, positive_id, row_id
+from embedloom.synthesis.families.from_documents import shown_text
 from embedloom.synthesis.families.registry import FAMILIES, family_prompt
-from embedloom.synthesis.families.seed_queries import shown_text
-from embedloom.synthesis.families.tasks import ask_tasks, tasks_of, tasks_prompt
+from embedloom.synthesis.families.written import ask_tasks, tasks_of, tasks_prompt
 
 DOCUMENT = SeedDocument("doc-1", "sort", "Sort an array along an axis.", "deu")
 PAIR = {

@@ -5,16 +5,20 @@ from typing import Any
 
 import pytest
 
-from embedloom.config.families import ExistingQuestionsConfig, SeedQueriesConfig, ShortShortConfig
-from embedloom.config.quality import JudgeCheck, QualityConfig
-from embedloom.engines.protocol import GenerationResult
+from embedloom.compute.generation import GenerationResult
+from embedloom.config.synthesis import (
+    ExistingQuestionsConfig,
+    JudgeCheck,
+    QualityConfig,
+    SeedQueriesConfig,
+    ShortShortConfig,
+)
+from embedloom.synthesis.checks import build_index
 from embedloom.synthesis.families.base import Attempt, Reject, SeedDocument
 from embedloom.synthesis.families.registry import FAMILIES, family_prompt
-from embedloom.synthesis.families.tasks import ask_tasks, tasks_prompt
-from embedloom.synthesis.parse import read_answer, read_extracted, read_tasks
-from embedloom.synthesis.quality.contamination import build_index
-from embedloom.synthesis.quality.judge import judge_ask, judge_grade, judge_prompt
-from embedloom.synthesis.rejects import REASONS
+from embedloom.synthesis.families.written import ask_tasks, tasks_prompt
+from embedloom.synthesis.judge import judge_ask, judge_grade, judge_prompt
+from embedloom.synthesis.rows import REASONS, read_answer, read_extracted, read_tasks
 
 DOCUMENT = SeedDocument(
     "d",

@@ -1,9 +1,9 @@
 import pytest
 
-from embedloom.config.resources import PoolConfig
+from embedloom.config.cluster import PoolConfig
 from embedloom.config.synthesis import Generator
 from embedloom.errors import ConfigError
-from embedloom.synthesis.pools import waves
+from embedloom.synthesis.prices import waves
 
 GPU = PoolConfig(min_actors=1, max_actors=8, cpus=2, gpus=1)
 LAPTOP = PoolConfig(cpus=1, threads=2)

@@ -1,6 +1,6 @@
 import pytest
 
-from embedloom.config.resources import PoolConfig
+from embedloom.config.cluster import PoolConfig
 from embedloom.config.synthesis import SynthesisConfig
 from embedloom.synthesis.prices import describe, prices
 

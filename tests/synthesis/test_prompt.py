@@ -6,7 +6,7 @@ import jsonschema
 import pytest
 import yaml
 
-from embedloom.config.families import (
+from embedloom.config.synthesis import (
     BitextConfig,
     ClassificationConfig,
     FamilyConfig,
@@ -20,10 +20,10 @@ from embedloom.config.families import (
 )
 from embedloom.errors import ConfigError
 from embedloom.synthesis.families.registry import FAMILIES, family_prompt
-from embedloom.synthesis.families.tasks import RULES as TASK_RULES
-from embedloom.synthesis.families.tasks import tasks_prompt
+from embedloom.synthesis.families.written import RULES as TASK_RULES
+from embedloom.synthesis.families.written import tasks_prompt
+from embedloom.synthesis.judge import RULES as JUDGE_RULES
 from embedloom.synthesis.prompt import Prompt, PromptRules, load_prompt
-from embedloom.synthesis.quality.judge import RULES as JUDGE_RULES
 
 SECTIONS: list[FamilyConfig] = [
     SeedQueriesConfig(rows=1),

@@ -9,15 +9,21 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from embedloom.config.quality import ContaminationCheck, LanguageCheck, QualityConfig
+from embedloom.config.synthesis import ContaminationCheck, LanguageCheck, QualityConfig
+from embedloom.core.storage import Place
+from embedloom.core.text import band_rows
 from embedloom.errors import DataError
-from embedloom.ngrams import band_rows
-from embedloom.storage import Place
+from embedloom.synthesis.checks import (
+    RowContext,
+    build_index,
+    check_row,
+    evaluation_texts,
+    language_problem,
+    load_index,
+    save_index,
+)
+from embedloom.synthesis.duplicates import band_keys, exact_key, signature
 from embedloom.synthesis.families.base import Attempt, Reject, Row
-from embedloom.synthesis.quality.contamination import build_index, evaluation_texts, load_index, save_index
-from embedloom.synthesis.quality.duplicates import band_keys, exact_key, signature
-from embedloom.synthesis.quality.language import language_problem
-from embedloom.synthesis.quality.row import RowContext, check_row
 
 SENTENCES = {
     "eng": "The committee approved the new budget after a long debate.",

@@ -6,23 +6,31 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from embedloom.config.families import (
+from embedloom.config.synthesis import (
     BitextConfig,
     ClassificationConfig,
     ExistingQuestionsConfig,
     SeedQueriesConfig,
     TranslationConfig,
 )
+from embedloom.core.schemas import table_from_rows
+from embedloom.core.storage import Place
+from embedloom.core.text import hash64
 from embedloom.errors import StageError
-from embedloom.ngrams import hash64
-from embedloom.records import table_from_rows
-from embedloom.storage import Place
-from embedloom.synthesis.attempts import read_attempts, weighted
+from embedloom.synthesis.attempts import (
+    ATTEMPTS_FILE,
+    RoundWork,
+    RowSource,
+    Stretch,
+    Task,
+    TaskChoice,
+    picks_other,
+    read_attempts,
+    weighted,
+    write_attempts,
+)
 from embedloom.synthesis.families.base import Attempt
 from embedloom.synthesis.quotas import Cell
-from embedloom.synthesis.round_work import ATTEMPTS_FILE, RoundWork, Stretch, write_attempts
-from embedloom.synthesis.selection import RowSource
-from embedloom.synthesis.task_choice import Task, TaskChoice, picks_other
 
 FAMILIES = {
     "seed_queries": SeedQueriesConfig(rows=9),

@@ -6,17 +6,11 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from embedloom.core.prompting import document_text
+from embedloom.core.schemas import table_from_rows
+from embedloom.core.storage import Place
 from embedloom.errors import DataError
-from embedloom.instructions import document_text
-from embedloom.records import table_from_rows
-from embedloom.storage import Place
-from embedloom.synthesis.selection import (
-    RowSource,
-    chosen_rows,
-    fill_positives,
-    hash_ranks,
-    ordered_ranks,
-)
+from embedloom.synthesis.attempts import RowSource, chosen_rows, fill_positives, hash_ranks, ordered_ranks
 
 
 def documents(place: Place, langs: list[str | None]) -> RowSource:

@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 
-from embedloom.artefacts import MANIFEST_FILE, Artefact, ArtefactWriter
-from embedloom.config.resources import PoolConfig
+from embedloom.config.cluster import PoolConfig
 from embedloom.config.synthesis import SynthesisConfig
+from embedloom.core.artefacts import MANIFEST_FILE, Artefact, ArtefactWriter
+from embedloom.core.schemas import content_id, table_from_rows
+from embedloom.core.storage import Place
 from embedloom.errors import ConfigError, DataError, StageError
 from embedloom.mining.queries import pair_files, write_queries
-from embedloom.records import content_id, table_from_rows
-from embedloom.storage import Place
 from embedloom.synthesis.families.registry import FAMILIES
 from embedloom.synthesis.stage import synthesize
 from fakes_engines import WORDS, CrashingEngine, FakeEngine, MumblingEngine, MuteEngine

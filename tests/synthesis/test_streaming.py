@@ -3,16 +3,14 @@
 import numpy as np
 import pytest
 
-from embedloom.artefacts import Artefact, ArtefactWriter
-from embedloom.cluster.config import Profile
+from embedloom.config.cluster import PoolConfig, Profile
 from embedloom.config.mining import MiningConfig
-from embedloom.config.resources import PoolConfig
+from embedloom.core.artefacts import Artefact, ArtefactWriter
+from embedloom.core.schemas import content_id, table_from_rows
+from embedloom.core.storage import Place
 from embedloom.errors import DataError
-from embedloom.mining.stage import mine
-from embedloom.mining.teachers import teacher_sources
-from embedloom.records import content_id, table_from_rows
-from embedloom.retrieval.ahead import Ahead, AheadVectors
-from embedloom.storage import Place
+from embedloom.mining.stage import mine, teacher_sources
+from embedloom.retrieval.embed import Ahead, AheadVectors
 from synthesis.test_stage import WORDS, config, everything, run
 
 POOL = PoolConfig(cpus=1)

@@ -2,17 +2,10 @@
 
 import yaml
 
-from embedloom.artefacts import ArtefactWriter
-from embedloom.config.training_data import TrainingSource
-from embedloom.storage import Place
-from embedloom.training.cards import (
-    DATA_CARD,
-    MODEL_CARD,
-    Lineage,
-    model_card,
-    stage_facts,
-    write_cards,
-)
+from embedloom.config.training import TrainingSource
+from embedloom.core.artefacts import ArtefactWriter
+from embedloom.core.storage import Place
+from embedloom.training.cards import DATA_CARD, MODEL_CARD, Lineage, model_card, stage_facts, write_cards
 from fakes_training import training_config
 
 SOURCES = (

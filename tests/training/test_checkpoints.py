@@ -2,11 +2,11 @@ import json
 
 import pytest
 
+from embedloom.core.prompting import PromptContract
+from embedloom.core.storage import Place
 from embedloom.encoder.model import Encoder
 from embedloom.encoder.parity import check_export, embed_golden
 from embedloom.errors import DataError
-from embedloom.instructions import PromptContract
-from embedloom.storage import Place
 from embedloom.training.checkpoints import STATE_FILE, check_resumable, is_model, save_final_model
 from fakes_training import training_config
 

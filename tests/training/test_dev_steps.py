@@ -9,15 +9,13 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from embedloom.config.training import TrainingConfig, TrainingStage
-from embedloom.config.training_data import TrainingSource
+from embedloom.config.training import TrainingConfig, TrainingSource, TrainingStage
+from embedloom.core.storage import Place
 from embedloom.encoder.model import Encoder
 from embedloom.encoder.parity import check_export, lowest_cosine
-from embedloom.storage import Place
+from embedloom.training.data import prepare_sources
 from embedloom.training.dev import DEV_FILE, DevPoint, best_of
-from embedloom.training.loop import StageTrainer
-from embedloom.training.loop_config import LoopConfig
-from embedloom.training.prepared import prepare_sources
+from embedloom.training.loop import LoopConfig, StageTrainer
 from fakes_group import run_processes
 
 STEPS = 4

@@ -9,10 +9,9 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from embedloom.training.data import Group
 from embedloom.training.gradients import GradientPass
-from embedloom.training.groups import Group
-from embedloom.training.losses import LOSSES, Objective, get_loss
-from embedloom.training.losses.matryoshka import Prefixes
+from embedloom.training.losses import LOSSES, Objective, Prefixes, get_loss
 
 NAMES = sorted(LOSSES)
 
@@ -97,7 +96,7 @@ def test_cached_gradients_equal_those_of_one_batch(name):
 def test_whole_batch_gradient_is_the_derivative_of_the_mean_loss():
     def mean_loss(module):
         vectors = module(make_batch())
-        from embedloom.training.module import vector_groups
+        from embedloom.training.gradients import vector_groups
 
         groups = vector_groups(make_batch(), *vectors)
         return get_loss("gemini")[0](groups, groups, 0, 0.1).mean()
@@ -120,7 +119,7 @@ def test_dropout_of_the_second_pass_is_that_of_the_first():
     torch.manual_seed(5)
     engine = FakeEngine(MeanEmbedding(0.5))
     parts = [engine(batch[:4]), engine(batch[4:])]
-    from embedloom.training.module import vector_groups
+    from embedloom.training.gradients import vector_groups
 
     groups = vector_groups(batch, torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts]))
     own = get_loss("gecko")[0](groups, groups, 0, 0.1)

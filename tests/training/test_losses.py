@@ -8,9 +8,7 @@ import torch
 
 from embedloom.config.training import MatryoshkaConfig, TrainingConfig
 from embedloom.errors import ConfigError, DataError
-from embedloom.training.losses import LOSSES, Objective, get_loss
-from embedloom.training.losses.matryoshka import Prefixes
-from embedloom.training.losses.vectors import VectorGroups, text_key
+from embedloom.training.losses import LOSSES, Objective, Prefixes, VectorGroups, get_loss, text_key
 
 T = 0.07
 

@@ -5,10 +5,16 @@ import pytest
 from tensorboardX.proto.event_pb2 import Event
 
 from embedloom.config.rates import load_rates
-from embedloom.storage import Place
-from embedloom.training.groups import compute_cost
-from embedloom.training.metrics import PEAK_FLOPS, StepRecord, StepWriter, read_metrics, training_flops
-from embedloom.training.watch import LossWatch
+from embedloom.core.storage import Place
+from embedloom.training.data import compute_cost
+from embedloom.training.metrics import (
+    PEAK_FLOPS,
+    LossWatch,
+    StepRecord,
+    StepWriter,
+    read_metrics,
+    training_flops,
+)
 
 
 def record(step, loss=1.0):

@@ -7,14 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from embedloom.errors import DataError
-from embedloom.training.order import (
-    ExampleOrder,
-    Share,
-    balanced_ranks,
-    imbalance,
-    micro_batches,
-    quotas,
-)
+from embedloom.training.order import ExampleOrder, Share, balanced_ranks, imbalance, micro_batches, quotas
 
 
 def test_quotas_split_by_largest_remainder():

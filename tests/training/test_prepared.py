@@ -5,14 +5,13 @@ import shutil
 
 import pytest
 
-from embedloom.config.training_data import TrainingSource
+from embedloom.config.training import TrainingSource
+from embedloom.core.prompting import PromptContract
+from embedloom.core.schemas import table_from_rows
+from embedloom.core.storage import Place
+from embedloom.core.trained_prompts import Prompt, TrainedPrompt, trained_contract
 from embedloom.errors import DataError
-from embedloom.instructions import PromptContract
-from embedloom.records import table_from_rows
-from embedloom.storage import Place
-from embedloom.trained_prompts import Prompt, TrainedPrompt, trained_contract
-from embedloom.training.prepare import INDEX_FILE
-from embedloom.training.prepared import drawn_prompts, preparation_counts, prepare_sources
+from embedloom.training.data import INDEX_FILE, drawn_prompts, preparation_counts, prepare_sources
 from fakes_training import training_config
 
 

@@ -7,13 +7,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from embedloom.config.training_data import TrainingSource
+from embedloom.config.training import TrainingSource
+from embedloom.core.schemas import table_from_rows
+from embedloom.core.storage import Place
 from embedloom.errors import DataError
-from embedloom.records import table_from_rows
-from embedloom.storage import Place
-from embedloom.training.prepared import preparation_counts, prepare_sources
-from embedloom.training.right_answers import KEY_SCHEMA, RightAnswers
-from embedloom.training.store import ExampleStore
+from embedloom.training.data import (
+    KEY_SCHEMA,
+    ExampleStore,
+    RightAnswers,
+    preparation_counts,
+    prepare_sources,
+)
 from fakes_corpus import write_jsonl
 from fakes_training import training_config
 

@@ -1,7 +1,7 @@
 import pytest
 
 from embedloom.config.training import TrainingStage
-from embedloom.training.schedule import learning_rate, schedule_warnings
+from embedloom.training.order import learning_rate, schedule_warnings
 
 
 def test_linear_follows_the_hand_worked_line():

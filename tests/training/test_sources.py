@@ -6,12 +6,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from embedloom.config.training_data import TrainingSource, check_sources
+from embedloom.config.training import TrainingSource, check_sources
+from embedloom.core.schemas import table_from_rows
+from embedloom.core.storage import Place
 from embedloom.errors import DataError
-from embedloom.records import table_from_rows
-from embedloom.storage import Place
-from embedloom.training.sources import read_source, source_state
-from embedloom.training.sources.texts import TextTable
+from embedloom.training.sources import TextTable, read_source, source_state
 
 
 def read(tmp_path, mined=None, **settings):

@@ -12,15 +12,15 @@ import psutil
 import pytest
 from safetensors.numpy import load_file
 
-from embedloom.artefacts import Artefact, ArtefactWriter
-from embedloom.config.resources import TrainingGroup
+from embedloom.config.cluster import TrainingGroup
 from embedloom.config.training import Candidate, TrainingConfig, TrainingStage
+from embedloom.core.artefacts import Artefact, ArtefactWriter
+from embedloom.core.prompting import DEFAULT_INSTRUCTIONS, NamedTask
+from embedloom.core.schemas import table_from_rows
+from embedloom.core.storage import Place
 from embedloom.encoder.model import Encoder
 from embedloom.encoder.parity import GOLDEN_TEXTS
 from embedloom.errors import StageError
-from embedloom.instructions import DEFAULT_INSTRUCTIONS, NamedTask
-from embedloom.records import table_from_rows
-from embedloom.storage import Place
 from embedloom.training.dev import DEV_FILE
 from embedloom.training.metrics import METRICS_FILE
 from embedloom.training.stage import train_stage

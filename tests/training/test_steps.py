@@ -8,16 +8,14 @@ import numpy as np
 import pytest
 import torch
 
-from embedloom.config.training import TrainingConfig, TrainingStage
-from embedloom.config.training_data import TrainingSource
+from embedloom.config.training import TrainingConfig, TrainingSource, TrainingStage
+from embedloom.core.storage import Place
 from embedloom.encoder.parity import embed_golden, lowest_cosine
 from embedloom.errors import ConfigError
-from embedloom.storage import Place
 from embedloom.training.checkpoints import save_checkpoint
-from embedloom.training.deepspeed import deepspeed_settings
-from embedloom.training.loop import StageTrainer
-from embedloom.training.loop_config import LoopConfig
-from embedloom.training.prepared import prepare_sources
+from embedloom.training.data import prepare_sources
+from embedloom.training.loop import LoopConfig, StageTrainer
+from embedloom.training.model import deepspeed_settings
 from fakes_group import run_processes
 
 STEPS = 3

@@ -8,17 +8,21 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from embedloom.config.training_data import TrainingSource
+from embedloom.config.training import TrainingSource
+from embedloom.core.storage import Place
 from embedloom.encoder.model import Encoder
 from embedloom.errors import DataError
-from embedloom.storage import Place
-from embedloom.training import prepare, store
-from embedloom.training.batches import plan_batch
-from embedloom.training.build import shares_of
-from embedloom.training.order import ExampleOrder
-from embedloom.training.prepare import INDEX_FILE, RowRules, TextTokens, prepare_source
-from embedloom.training.prepared import prepare_sources
-from embedloom.training.store import ExampleStore
+from embedloom.training import data as prepare
+from embedloom.training import data as store
+from embedloom.training.data import (
+    INDEX_FILE,
+    ExampleStore,
+    RowRules,
+    TextTokens,
+    prepare_source,
+    prepare_sources,
+)
+from embedloom.training.order import ExampleOrder, plan_batch, shares_of
 from fakes_training import training_config
 
 

@@ -6,12 +6,11 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 
+from embedloom.core.storage import Place
 from embedloom.errors import MissingDependency
-from embedloom.preflight import check_training_packages
-from embedloom.storage import Place
+from embedloom.pipeline.preflight import check_training_packages
 from embedloom.training.dev import DevPoint
-from embedloom.training.metrics import StepRecord, StepWriter
-from embedloom.training.trackers import WANDB_FOLDER
+from embedloom.training.metrics import WANDB_FOLDER, StepRecord, StepWriter
 from fakes_training import training_config
 
 

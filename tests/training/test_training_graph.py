@@ -7,8 +7,8 @@ import pytest
 
 from embedloom.config.run import load_run
 from embedloom.errors import ConfigError
-from embedloom.launch import load
-from embedloom.pipeline import fingerprints, graph
+from embedloom.pipeline.commands import load
+from embedloom.pipeline.graph import fingerprints, graph
 
 ROOT = Path(__file__).parents[2]
 QUICKSTART = ROOT / "jobs" / "configs" / "quickstart.yaml"

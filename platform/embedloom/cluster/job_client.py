@@ -15,11 +15,11 @@ import aiohttp
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobStatus, JobSubmissionClient
 
-from embedloom.cluster.runtime_env import job_runtime_env
-from embedloom.command_output import REPORTS_VARIABLE
+from embedloom.cluster.manifests import job_runtime_env
+from embedloom.core.command_output import REPORTS_VARIABLE
+from embedloom.core.progress import hear, note, shown_on
+from embedloom.core.terminal import screen_for
 from embedloom.errors import ConfigError, EmbedloomError, StageError, first_line
-from embedloom.progress import hear, note, shown_on
-from embedloom.terminal import screen_for
 
 CONNECT_SECONDS = 60.0
 STOP_SECONDS = 15.0

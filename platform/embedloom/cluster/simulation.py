@@ -26,8 +26,7 @@ from ray.util.placement_group import (
     remove_placement_group,
 )
 
-from embedloom.cluster.config import Profile
-from embedloom.cluster.placement import Ask, Bundle, Machine, asks, format_table, machines, place
+from embedloom.config.cluster import Ask, Bundle, Machine, Profile, asks, format_table, machines, place
 
 STORE_BYTES = 80 * 2**20  # Ray takes no less than 75 MiB
 SETTLE_SECONDS = 1.5  # nothing changed for so long: what waits now, waits

@@ -9,8 +9,8 @@ import re
 import time
 from typing import Any
 
-from embedloom.command_output import current_logs, worker_printed
-from embedloom.progress import hear, note
+from embedloom.core.command_output import current_logs, worker_printed
+from embedloom.core.progress import hear, note
 
 _RAYS_PRINTER = "ray_print_logs"
 _OURS = "embedloom"

@@ -5,7 +5,7 @@ from typing import Literal
 from pydantic import Field, field_validator, model_validator
 
 from embedloom.config.base import FrozenConfig
-from embedloom.config.use import EvaluationTask
+from embedloom.config.evaluation import EvaluationTask
 
 MergeMethod = Literal[
     "linear", "slerp", "multislerp", "karcher", "task_arithmetic", "ties", "dare_linear", "dare_ties", "model_stock"

@@ -1,21 +1,32 @@
-"""One run: the sections of ``jobs/configs/*.yaml``, in pipeline order."""
+"""One run: its config (the sections of ``jobs/configs/*.yaml`` in pipeline order), the run itself, which is a config on a
+profile, the artefacts (nodes) that it consists of, and ``run.json`` in its folder.
+"""
 
 import difflib
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from pydantic import Field, model_validator
 
 from embedloom.config.base import FrozenConfig, apply_overrides, read_yaml, validate
-from embedloom.config.data import CorpusConfig
-from embedloom.config.gate import GateConfig
+from embedloom.config.cluster import ClusterConfig, Profile
+from embedloom.config.corpus import CorpusConfig
+from embedloom.config.embedding import EmbeddingConfig
+from embedloom.config.encoder import EncoderConfig
+from embedloom.config.evaluation import EvaluationConfig, GateConfig
 from embedloom.config.merging import MergingConfig
 from embedloom.config.mining import MiningConfig
-from embedloom.config.model import EncoderConfig
+from embedloom.config.rates import RatesConfig
 from embedloom.config.serving import ServingConfig
 from embedloom.config.synthesis import SynthesisConfig
-from embedloom.config.training import TrainingConfig
-from embedloom.config.training_options import check_not_judged
-from embedloom.config.use import EmbeddingConfig, EvaluationConfig
+from embedloom.config.training import TrainingConfig, check_not_judged
+from embedloom.core.artefacts import Artefact, ArtefactWriter, code_versions
+from embedloom.core.contents import Contents
+from embedloom.core.storage import Place
+from embedloom.errors import DataError
 
 
 class RunSection(FrozenConfig):
@@ -160,3 +171,107 @@ def load_run(path: Path, overrides: list[str] | None = None) -> RunConfig:
     """
     content = apply_overrides(read_yaml(path), overrides or [])
     return validate(RunConfig, content, str(path))
+
+
+Inputs = dict[str, Artefact]
+Build = Callable[["Run", Inputs, ArtefactWriter], Artefact]
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One run config on one profile."""
+
+    config: RunConfig
+    cluster: ClusterConfig
+    profile_name: str
+    rates: RatesConfig | None = None  # of the file beside the cluster config; None: there is none
+
+    @property
+    def profile(self) -> Profile:
+        """What the machines offer."""
+        return self.cluster.profile(self.profile_name)
+
+    @property
+    def place(self) -> Place:
+        """Root of the run's artefacts."""
+        return Place(self.profile.run_folder(self.config.folder))
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """One artefact of the graph."""
+
+    name: str  # its folder below the run
+    verb: str  # the command that builds it
+    settings: tuple[Any, ...]  # what of the config it depends on
+    inputs: tuple[str, ...]
+    build: Build
+    # What the files it reads hold, by what the config calls them: settings have it as a hash.
+    reads: Mapping[str, Contents] = field(default_factory=dict)
+    # The models it opens that are no artefacts of the run, as the config names them.
+    models: tuple[str, ...] = ()
+
+
+# ``run.json`` in a run's folder: the config it was executed with, so that it can be explained, compared and replayed.
+
+
+RUN_FILE = "run.json"
+_VERSION = 1
+
+
+def write_run_file(run: Run) -> None:
+    """Keep the config as written (for replays) and with all defaults (for comparisons)."""
+    run.place.write_json(
+        RUN_FILE,
+        {
+            "version": _VERSION,
+            "config": run.config.model_dump(mode="json", exclude_unset=True),
+            "resolved": run.config.model_dump(mode="json"),
+            "profile": run.profile_name,
+            "versions": code_versions(),
+            "written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        },
+    )
+
+
+def read_run_file(place: Place) -> dict[str, Any]:
+    """Content of ``run.json``.
+
+    Raises:
+        DataError: none there, or one that this version does not read.
+    """
+    if not place.exists(RUN_FILE):
+        raise DataError(
+            f"{place.uri}: no {RUN_FILE}, so its config is not known; `embedloom run CONFIG` writes it when it starts"
+        )
+    content = place.read_json(RUN_FILE)
+    if content.get("version") != _VERSION or not isinstance(content.get("config"), dict):
+        raise DataError(
+            f"{place.uri}/{RUN_FILE}: version {content.get('version')!r}, this version reads {_VERSION}"
+        )
+    return content
+
+
+def open_run(place: Place, cluster: ClusterConfig, profile: str | None, rates: RatesConfig | None) -> Run:
+    """The run that was executed in a folder, to be executed or examined there again.
+
+    Args:
+        place: the run's folder; where it lies now counts, not where it was written.
+        cluster: the machines.
+        profile: a profile's name; None: the one it was executed on.
+        rates: speeds and prices, if at hand.
+
+    Raises:
+        DataError: no ``run.json``.
+        ConfigError: a config that this version does not read, or an unknown profile.
+    """
+    content = read_run_file(place)
+    folder, _, name = place.uri.rstrip("/").rpartition("/")
+    config = content["config"]
+    section = {**config.get("run", {}), "output_dir": folder or ".", "name": name}
+    run = Run(
+        validate(RunConfig, {**config, "run": section}, f"{place.uri}/{RUN_FILE}"),
+        cluster, profile or str(content["profile"]), rates,
+    )  # fmt: skip
+    cluster.profile(run.profile_name)
+    return run

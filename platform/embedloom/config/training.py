@@ -1,20 +1,275 @@
-"""Sections about training: stages, runs, losses."""
+"""Section ``training``: stages, candidates, losses, the sources of the mix, and parts that are off or small by default."""
 
 from typing import Any, Literal
 
 from pydantic import ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from embedloom.config.base import FrozenConfig
-from embedloom.config.training_data import SourceChanges, TrainingSource, changed_sources, check_sources
-from embedloom.config.training_options import (
-    PARITY_READERS,
-    DevScoring,
-    LoraConfig,
-    ParityReader,
-    TrackerName,
-    check_different,
-)
-from embedloom.records import ORIGINS
+from embedloom.config.evaluation import EvaluationTask
+from embedloom.core.schemas import ORIGINS, TASK_TYPES
+
+# The sources of a training mix.
+
+
+TrainingFormat = Literal[
+    "mined", "examples", "embed_nemotron", "nemo_json", "sentence_transformers", "flagembedding", "beir"
+]
+
+
+class TrainingSource(FrozenConfig):
+    """One source of a training mix."""
+
+    name: str = Field(
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
+        description="Name of the source in metrics, data card and prompts.",
+    )
+    format: TrainingFormat = Field(
+        description=(
+            "mined: the run's own mined examples. examples: those of another run (its examples folder). "
+            "embed_nemotron: a subset of nvidia/embed-nemotron-dataset-v1. nemo_json: a NeMo AutoModel "
+            "training file with its corpus folders. sentence_transformers: Parquet or JSON lines with "
+            "anchor, positive, negative or negative_1 ... n. flagembedding: JSON lines with query, pos, "
+            "neg. beir: a folder, its train judgements."
+        )
+    )
+    path: str | None = Field(
+        default=None, description="Folder or file in that format. Null: only for format mined."
+    )
+    weight: float | None = Field(
+        default=None,
+        gt=0,
+        description=(
+            "Share of the mix, relative to the other sources'. All sources of a stage have a weight, or "
+            "none has. Null: all rows count, or cap of them."
+        ),
+    )
+    cap: int | None = Field(
+        default=None, ge=1, description="Most rows used, drawn once by the seed. Null: all."
+    )
+    instruction: str | None = Field(
+        default=None,
+        description="Instruction of the queries. Null: the data's own, else that of the task type.",
+    )
+    task_type: str = Field(
+        default="retrieval",
+        description=(
+            "Task type of the rows, where the format states none; decides the default instruction and "
+            "whether both sides get it."
+        ),
+    )
+    negatives: int | None = Field(
+        default=None, ge=0, description="Most negatives used of a query's own. Null: the stage's number."
+    )
+    license: str | None = Field(
+        default=None,
+        description="Licence as the source states it, for the data card. Null: the card says that none is stated.",
+    )
+    dataset: str | None = Field(
+        default=None,
+        description=(
+            "mined, examples: only rows of this dataset, as corpus.sources[].dataset names it ('public' "
+            "where it names none, 'synthetic' for written rows). Null: all."
+        ),
+    )
+    query_column: str = Field(default="anchor", description="sentence_transformers: column of the query.")
+    positive_column: str = Field(
+        default="positive", description="sentence_transformers: column of the right answer."
+    )
+    local_texts: dict[str, str] = Field(
+        default_factory=dict,
+        description=(
+            "embed_nemotron: original repository -> local folder or file with its texts, where a subset "
+            "ships ids only."
+        ),
+    )
+
+    @field_validator("task_type")
+    @classmethod
+    def _known_task_type(cls, value: str) -> str:
+        if value not in TASK_TYPES:
+            raise ValueError(f"unknown task_type {value!r}; allowed: {list(TASK_TYPES)}")
+        return value
+
+    @model_validator(mode="after")
+    def _has_its_place(self) -> "TrainingSource":
+        if (self.path is None) != (self.format == "mined"):
+            needs = "takes no path" if self.format == "mined" else "needs a path"
+            raise ValueError(f"source {self.name!r}: format {self.format} {needs}")
+        if self.weight is not None and self.cap is not None:
+            raise ValueError(f"source {self.name!r} has a weight and a cap; allowed: one of them")
+        return self
+
+
+class SourceChanges(FrozenConfig):
+    """What one run changes of a source."""
+
+    weight: float | None = Field(
+        default=None, gt=0, description="Share of the mix in this run. Null: as in the stage."
+    )
+    cap: int | None = Field(
+        default=None, ge=1, description="Most rows used in this run. Null: as in the stage."
+    )
+    negatives: int | None = Field(
+        default=None, ge=0, description="Most negatives of a query in this run. Null: as in the stage."
+    )
+    drop: bool = Field(default=False, description="Whether this run leaves the source out.")
+
+
+def changed_sources(
+    sources: tuple[TrainingSource, ...], changes: dict[str, SourceChanges], stage: str
+) -> tuple[TrainingSource, ...]:
+    """The sources of a stage with a run's changes.
+
+    Raises:
+        ValueError: a source that the stage does not have, none left, or sources that do not fit together.
+    """
+    names = [source.name for source in sources]
+    if unknown := sorted(set(changes) - set(names)):
+        allowed = ", ".join(names) or "none, the stage has the run's mined examples by mix"
+        raise ValueError(
+            f"stages.{stage}.sources: {unknown[0]!r} is no source of the stage; allowed: {allowed}"
+        )
+    kept = []
+    for source in sources:
+        change = changes.get(source.name, SourceChanges())
+        if change.drop:
+            continue
+        values = change.model_dump(exclude_none=True, exclude={"drop"})
+        if ("weight" in values and source.cap is not None) or ("cap" in values and source.weight is not None):
+            raise ValueError(
+                f"stages.{stage}.sources.{source.name}: a weight in place of a cap, or the other way; allowed: the kind it has"
+            )
+        kept.append(source.model_copy(update=values))
+    if sources and not kept:
+        raise ValueError(f"stages.{stage}.sources: all are dropped; allowed: one or more left")
+    return check_sources(tuple(kept))
+
+
+def check_sources(sources: tuple[TrainingSource, ...]) -> tuple[TrainingSource, ...]:
+    """Different names, and weights on all or on none."""
+    names = [source.name for source in sources]
+    if len(set(names)) != len(names):
+        raise ValueError(f"sources must have different names, found {names}")
+    weighted = [source.name for source in sources if source.weight is not None]
+    if weighted and len(weighted) != len(sources):
+        plain = next(source.name for source in sources if source.weight is None)
+        raise ValueError(
+            f"source {weighted[0]!r} has a weight and {plain!r} none; allowed: weights on all sources, or caps"
+        )
+    return sources
+
+
+# Parts of the training section that are off, or small, by default: dev scores, adapters, trackers, parity.
+
+
+TrackerName = Literal["tensorboard", "wandb", "mlflow"]
+ParityReader = Literal["embedloom", "transformers", "sentence-transformers", "vllm"]
+# Those that need nothing but what training itself needs; vllm starts an engine, half a minute on a CPU.
+PARITY_READERS: tuple[ParityReader, ...] = ("embedloom", "transformers", "sentence-transformers")
+
+
+class DevScoring(FrozenConfig):
+    """Scores on development tasks while a stage trains, by the same code that evaluates the finished models."""
+
+    tasks: tuple[EvaluationTask, ...] = Field(
+        default=(EvaluationTask(name="dev", split="dev"),),
+        description=(
+            "Development tasks, written as in evaluation.tasks; each must rank documents and be no task "
+            "that the run is judged on."
+        ),
+    )
+    every_steps: int = Field(
+        default=200,
+        ge=1,
+        description=(
+            "Optimiser steps between two scorings; the model is also scored before the first step and "
+            "after the last."
+        ),
+    )
+    metric: Literal["ndcg_at_10", "mrr_at_10", "recall_at_10", "recall_at_100"] = Field(
+        default="ndcg_at_10", description="Score that is watched, mean over the tasks."
+    )
+    keep: Literal["best", "last"] = Field(
+        default="best", description="Which weights the stage hands on: those of the best score, or the last."
+    )
+
+    @field_validator("tasks")
+    @classmethod
+    def _tasks_are_for_development(cls, value: tuple[EvaluationTask, ...]) -> tuple[EvaluationTask, ...]:
+        names = [task.name for task in value]
+        if not names or len(set(names)) != len(names):
+            raise ValueError(f"tasks must be a non-empty list of different names, found {names}")
+        for task in value:
+            if task.kind not in ("mteb", "benchmark") and task.split != "dev":
+                raise ValueError(
+                    f"task {task.name!r} is of split {task.split}, which is for the final score; allowed: split dev"
+                )
+        return value
+
+    @property
+    def needs_corpus(self) -> bool:
+        """Whether a task is the run's own held-out split."""
+        return any(task.kind == "heldout" for task in self.tasks)
+
+
+def check_not_judged(key: str, tasks: tuple[EvaluationTask, ...], judged: tuple[EvaluationTask, ...]) -> None:
+    """Refuse a dev task whose very texts the run is judged on: weights chosen by it would be tuned to the test.
+
+    Raises:
+        ValueError: naming the task.
+    """
+    for task in tasks:
+        for other in judged:
+            if _texts_of(task) == _texts_of(other):
+                raise ValueError(
+                    f"{key}: {task.name!r} is what evaluation.tasks scores as {other.name!r}; "
+                    "choosing weights by it would tune them to the test; allowed: tasks or splits that are not evaluated"
+                )
+
+
+def _texts_of(task: EvaluationTask) -> tuple[str | None, ...]:
+    """What decides a task's queries; mteb's tasks are known by name, others by their place."""
+    if task.kind in ("mteb", "benchmark"):
+        return ("mteb", task.name)
+    path = None if task.path is None else task.path.rstrip("/")
+    return (task.kind, path, task.split)
+
+
+class LoraConfig(FrozenConfig):
+    """Low-rank adapters instead of all weights (arXiv 2106.09685); the exported model is base + alpha / rank x B A."""
+
+    rank: int = Field(default=16, ge=1, description="Rank of the adapters: their inner dimension.")
+    alpha: float = Field(
+        default=32.0, gt=0, description="Scale of the adapters: base + alpha / rank x B A is exported."
+    )
+    dropout: float = Field(
+        default=0.0, ge=0, lt=1, description="Share of the adapters' inputs set to 0 while training."
+    )
+    target_modules: tuple[str, ...] | None = Field(
+        default=None,
+        description=(
+            "Last parts of the names of linear layers that get adapters, such as q_proj. Null: every "
+            "linear layer."
+        ),
+    )
+
+    @model_validator(mode="after")
+    def _some_target(self) -> "LoraConfig":
+        if self.target_modules is not None and not self.target_modules:
+            raise ValueError("lora.target_modules is empty; allowed: names of linear layers, or null for all")
+        return self
+
+
+def check_different(names: tuple[str, ...], label: str) -> tuple[str, ...]:
+    """The names, if no two are the same.
+
+    Raises:
+        ValueError: two are.
+    """
+    if len(set(names)) != len(names):
+        raise ValueError(f"{label} must be different, found {list(names)}")
+    return names
+
 
 LossName = Literal["infonce", "gecko", "qwen3", "gemini"]
 Schedule = Literal["linear", "cosine", "constant"]

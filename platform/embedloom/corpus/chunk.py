@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from embedloom.corpus.rows import SourceRow
+from embedloom.core.schemas import content_id
+from embedloom.corpus.clean import SourceRow
 from embedloom.encoder.tokenizer import load_tokenizer
-from embedloom.records import content_id
 
 # A cut moves back to a blank over at most a quarter of a chunk; a text without blanks is cut between characters.
 _SEARCHED = 4

@@ -1,11 +1,65 @@
-"""Text cleaning: Unicode NFC, no control characters, plain line ends and blanks; too short is a reject."""
+"""One document of a source, before and after cleaning, and the record of every row that is left out."""
 
 import re
 import unicodedata
-from dataclasses import replace
+from collections import Counter
+from dataclasses import dataclass, replace
 
-from embedloom.corpus.rows import SourceRow
-from embedloom.records import content_id
+from embedloom.core.schemas import content_id
+
+
+@dataclass(frozen=True, slots=True)
+class SourceRow:
+    """One document as its source gives it.
+
+    Attributes:
+        text: body of the document.
+        source: where it came from, down to the row or object.
+        group: what must not be torn between splits (a module, a file); empty: the document stands alone.
+        title: joined before the body when a model reads the document.
+        lang: ISO 639-3 code, where known.
+        id: the source's own id; empty until cleaning where there is none.
+        queries: texts that the document answers by the source's own word (a summary line, a judged query).
+        grades: how relevant it is to each of them, above 0; empty: 1 each.
+        instruction: training instruction of those queries.
+        dataset: what training calls those pairs; empty: their origin.
+    """
+
+    text: str
+    source: str
+    group: str = ""
+    title: str | None = None
+    lang: str | None = None
+    id: str = ""
+    queries: tuple[str, ...] = ()
+    grades: tuple[float, ...] = ()
+    instruction: str = ""
+    dataset: str = ""
+
+
+# Rejects: every row that is left out, with its reason, so that nothing vanishes silently.
+
+
+class Rejects:
+    """Collects rows of the ``rejects`` table and counts them by reason."""
+
+    def __init__(self) -> None:
+        self.rows: list[dict[str, object]] = []
+        self._counts: Counter[str] = Counter()
+
+    def add(self, row_id: str, reason: str, detail: str) -> None:
+        """Note one rejected row."""
+        self.rows.append({"id": row_id, "reason": reason, "detail": detail})
+        self._counts[reason] += 1
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Rejected rows by reason, in alphabetical order."""
+        return dict(sorted(self._counts.items()))
+
+
+# Text cleaning: Unicode NFC, no control characters, plain line ends and blanks; too short is a reject.
+
 
 _LINE_ENDS = re.compile("\r\n?|[\x0b\x0c\x85\u2028\u2029]")
 # Control characters but tab and newline, lone surrogates (JSON can carry them, UTF-8 cannot), byte-order

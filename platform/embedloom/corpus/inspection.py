@@ -12,11 +12,10 @@ import pyarrow.csv
 import pyarrow.parquet
 
 from embedloom.config.base import validate
-from embedloom.config.data import CorpusSource, SourceFormat
-from embedloom.corpus.sources import read_source
-from embedloom.corpus.tabular import CSV_ENDINGS, csv_reading
+from embedloom.config.corpus import CorpusSource, SourceFormat
+from embedloom.core.storage import JSONL_ENDINGS, PARQUET_ENDINGS, TEXT_ENDINGS, files_at, json_lines
+from embedloom.corpus.sources import CSV_ENDINGS, csv_reading, read_source
 from embedloom.errors import DataError
-from embedloom.formats import JSONL_ENDINGS, PARQUET_ENDINGS, TEXT_ENDINGS, files_at, json_lines
 
 ENDINGS: Mapping[SourceFormat, tuple[str, ...]] = {
     "text": TEXT_ENDINGS, "jsonl": JSONL_ENDINGS, "parquet": PARQUET_ENDINGS, "csv": CSV_ENDINGS,

@@ -4,8 +4,8 @@ import re
 from dataclasses import replace
 from typing import Literal
 
-from embedloom.corpus.rows import SourceRow
-from embedloom.instructions import DEFAULT_INSTRUCTIONS
+from embedloom.core.prompting import DEFAULT_INSTRUCTIONS
+from embedloom.corpus.clean import SourceRow
 
 # Fewer characters ask nothing ("FAQ"), more are no sentence (a table, a list without full stops).
 _FEWEST, _MOST = 8, 300

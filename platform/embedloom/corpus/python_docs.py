@@ -13,10 +13,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from embedloom.config.data import CorpusSource
-from embedloom.corpus.rows import SourceRow
+from embedloom.config.corpus import CorpusSource
+from embedloom.core.progress import note
+from embedloom.corpus.clean import SourceRow
 from embedloom.errors import DataError
-from embedloom.progress import note
 
 INSTRUCTION = "Given a summary of a Python object, retrieve its documentation"
 MIN_SUMMARY_CHARACTERS, MAX_SUMMARY_CHARACTERS = 15, 200

@@ -1,23 +1,451 @@
-"""Sources: one reader a format, all giving the same rows; a reader streams, it never holds a whole file.
-
-Pairs alone are gathered: a text that answers many queries must be one document, or the others would be its negatives.
+"""Sources of documents: one reader per format, all giving the same rows, and the state of a source for fingerprints. Readers
+stream, they never hold a whole file.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+import hashlib
+import importlib.util
+import platform
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
+from importlib import metadata
 from itertools import islice
+from pathlib import Path
+from typing import Any
 
-from embedloom.config.data import CorpusSource
-from embedloom.corpus.beir import read_beir
-from embedloom.corpus.columns import one_document_a_text
-from embedloom.corpus.hub import read_hub_dataset
+import pyarrow as pa
+import pyarrow.csv
+
+from embedloom.config.corpus import CorpusSource
+from embedloom.core.contents import Contents, digest, path_contents
+from embedloom.core.prompting import DEFAULT_INSTRUCTIONS
+from embedloom.core.storage import (
+    JSONL_ENDINGS,
+    PARQUET_ENDINGS,
+    TEXT_ENDINGS,
+    beir_entries,
+    files_at,
+    json_lines,
+    judgements,
+    parquet_records,
+    read_text,
+)
+from embedloom.corpus.clean import Rejects, SourceRow
 from embedloom.corpus.pseudo_queries import with_query
 from embedloom.corpus.python_docs import read_python_docs
-from embedloom.corpus.rejects import Rejects
-from embedloom.corpus.rows import SourceRow
-from embedloom.corpus.tabular import read_csv, read_jsonl, read_parquet
-from embedloom.corpus.text_files import read_text_files
-from embedloom.errors import DataError
+from embedloom.errors import DataError, one_line
+
+# The state of a corpus source, for fingerprints: a changed file or package makes the corpus stale.
+
+
+def source_files(source: CorpusSource) -> list[Path]:
+    """Files behind a path source, sorted: the file itself, a folder's files, or what a glob matches.
+
+    Raises:
+        DataError: nothing there.
+    """
+    files = files_at(source.path or "")
+    if not files:
+        raise DataError(
+            f"corpus.sources: {source.path!r} ({source.format}) does not exist or is empty; "
+            "give a file, a folder or a glob"
+        )
+    return files
+
+
+def source_settings(source: CorpusSource) -> dict[str, Any]:
+    """What of a source's section decides its documents: what files hold does, where they lie does not.
+
+    But for text files without a name of their own: each is a group, by its path, and groups fall into splits.
+    """
+    settings = source.model_dump(mode="json")
+    if source.format in ("huggingface", "python_docs") or (source.format == "text" and source.name is None):
+        return settings
+    return {**settings, "path": None}
+
+
+def source_contents(source: CorpusSource) -> Contents | None:
+    """What the files of a source hold, by path below its folder; None where it is not read from files.
+
+    Raises:
+        DataError: a path that does not exist.
+    """
+    if source.format in ("huggingface", "python_docs"):
+        return None
+    source_files(source)
+    return path_contents(source.path or "")
+
+
+def source_state(source: CorpusSource) -> dict[str, Any]:
+    """What the files of a source hold, or the version of every package.
+
+    Raises:
+        DataError: a path that does not exist, or a package that is not installed.
+    """
+    if source.format == "huggingface":
+        return {"dataset": source.path}
+    if source.format == "python_docs":
+        return {package: _package_state(package) for package in source.packages}
+    return {"contents": digest(source_contents(source) or {})}
+
+
+def _package_state(package: str) -> str:
+    try:
+        found = importlib.util.find_spec(package)
+    except (ImportError, ValueError):
+        found = None
+    if found is None:
+        raise DataError(
+            f"corpus.sources: package {package!r} is not installed, so it has no documentation to read"
+        )
+    # Asking which distribution owns a package scans every installed one (seconds); the version, or the
+    # package's first file where the two names differ (sklearn), tells releases apart as well.
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        origin = Path(found.origin) if found.origin else None
+        content = origin.read_bytes() if origin is not None and origin.is_file() else b""
+        return f"python {platform.python_version()} {hashlib.sha256(content).hexdigest()[:12]}"
+
+
+# Columns to rows: what Parquet, JSONL, CSV and Hugging Face sources share.
+
+
+def files_of(source: CorpusSource, suffixes: tuple[str, ...]) -> list[Path]:
+    """Files of a source in name order; of a folder only those with one of ``suffixes``, none hidden.
+
+    Raises:
+        DataError: no such file.
+    """
+    files = source_files(source)
+    root = Path(source.path or "").expanduser()
+    if not root.is_dir():
+        return files
+    fitting = [path for path in files if path.name.lower().endswith(suffixes)]
+    fitting = [path for path in fitting if not any(p.startswith(".") for p in path.relative_to(root).parts)]
+    if not fitting:
+        raise DataError(
+            f"corpus.sources: folder {source.path!r} holds no {source.format} file; "
+            f"allowed endings: {', '.join(suffixes)}"
+        )
+    return fitting
+
+
+def label_of(source: CorpusSource, path: Path) -> str:
+    """What the ``source`` column of a file's rows starts with: the path, or the source's own name for it."""
+    if source.name is None:
+        return str(path)
+    root = Path(source.path or "").expanduser()
+    if root == path:
+        return source.name
+    return f"{source.name}/{path.relative_to(root).as_posix() if root.is_dir() else path.name}"
+
+
+def used_columns(source: CorpusSource) -> dict[str, str]:
+    """The config's column keys that are set → the columns they name."""
+    named = {
+        "text_column": source.text_column,
+        "title_column": source.title_column,
+        "id_column": source.id_column,
+        "query_column": source.query_column,
+        "source_column": source.source_column,
+        **{f"where.{column}": column for column in source.where},
+    }
+    return {key: column for key, column in named.items() if column is not None}
+
+
+def check_columns(source: CorpusSource, found: Sequence[str], where: str) -> list[str]:
+    """Names of the columns to read.
+
+    Raises:
+        DataError: one of them is not among ``found``.
+    """
+    for key, column in used_columns(source).items():
+        if column not in found:
+            key = f"corpus.sources.{key}"
+            raise DataError(f"{where}: no column {column!r} ({key}); columns found: {list(found)}")
+    return list(dict.fromkeys(used_columns(source).values()))
+
+
+def rows_of(
+    source: CorpusSource, records: Iterable[Mapping[str, Any]], where: str, label: str
+) -> Iterator[SourceRow]:
+    """Turn records into rows.
+
+    Args:
+        source: names the columns.
+        records: mappings that hold at least these columns.
+        where: file or dataset, named in errors.
+        label: start of the ``source`` column; the row number, from 1, follows.
+
+    Raises:
+        DataError: a text or title that is not text, or a missing id.
+    """
+    for number, record in enumerate(records, start=1):
+        if any(str(record[column]) != value for column, value in source.where.items()):
+            continue
+        place = f"{where}: row {number}"
+        title, query = source.title_column, source.query_column
+        origin = (
+            _text(record[source.source_column], source.source_column, place) if source.source_column else ""
+        )
+        yield SourceRow(
+            text=_text(record[source.text_column], source.text_column, place),
+            title=_text(record[title], title, place) if title else None,
+            id=_id(record[source.id_column], source.id_column, place) if source.id_column else "",
+            lang=source.lang,
+            source=origin or f"{label}:{number}",
+            queries=(_text(record[query], query, place),) if query else (),
+            instruction=(source.instruction or DEFAULT_INSTRUCTIONS["retrieval"]) if query else "",
+        )
+
+
+def one_document_a_text(rows: Iterable[SourceRow]) -> list[SourceRow]:
+    """Rows of pairs with each text once, where it first stood, and all its queries; holds them in memory."""
+    found: dict[tuple[str | None, str], SourceRow] = {}
+    queries: dict[tuple[str | None, str], dict[str, None]] = {}
+    for row in rows:
+        key = (row.title, row.text)
+        found.setdefault(key, row)
+        queries.setdefault(key, {}).update(dict.fromkeys(row.queries))
+    return [replace(row, queries=tuple(queries[key])) for key, row in found.items()]
+
+
+def _text(value: Any, column: str, place: str) -> str:
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        seen = f"{type(value).__name__} {str(value)[:40]!r}"
+        raise DataError(f"{place}: column {column!r} holds {seen}; allowed: text or null")
+    return value
+
+
+def _id(value: Any, column: str, place: str) -> str:
+    if not isinstance(value, str | int) or value == "":
+        seen = repr(value)[:40]
+        raise DataError(f"{place}: column {column!r} holds {seen}; allowed: a text or whole number as id")
+    return str(value)
+
+
+# Reader of BEIR folders: ``corpus.jsonl``, and the judged train queries as natural pairs.
+#
+# Dev and test judgements are left alone: they are the benchmark's own measure.
+
+
+_CORPUS, _QUERIES, _JUDGEMENTS = "corpus.jsonl", "queries.jsonl", Path("qrels", "train.tsv")
+
+
+def read_beir(source: CorpusSource, rejects: Rejects | None = None) -> Iterator[SourceRow]:
+    """Rows with the benchmark's own ids; a row carries every train query that it was judged relevant to.
+
+    Args:
+        source: its section.
+        rejects: takes note of judgements whose query or document is not there; of documents only where all are read.
+
+    Raises:
+        DataError: no ``corpus.jsonl``, or a line of one of the files that does not fit.
+    """
+    root = Path(source.path or "").expanduser()
+    corpus = root / _CORPUS
+    if not corpus.is_file():
+        found = sorted(entry.name for entry in root.iterdir()) if root.is_dir() else "no such folder"
+        raise DataError(f"corpus.sources: {source.path!r} (beir) has no {_CORPUS}; found: {found}")
+    rejects = Rejects() if rejects is None else rejects
+    judged = _relevant(root, rejects)
+    missing = dict.fromkeys(judged)
+    columns = source.model_copy(update={"text_column": "text", "title_column": "title", "id_column": "_id"})
+    records = ({"_id": key, "title": title, "text": text} for key, title, text in beir_entries(corpus))
+    for row in rows_of(columns, records, str(corpus), source.name or str(corpus)):
+        own = judged.get(row.id, [])
+        missing.pop(row.id, None)
+        yield replace(
+            row,
+            queries=tuple(text for text, _ in own),
+            grades=tuple(grade for _, grade in own),
+            instruction=DEFAULT_INSTRUCTIONS["retrieval"],
+        )
+    for document_id in missing:
+        asked = len(judged[document_id])
+        rejects.add(
+            document_id, "judged_document_missing", f"not in {_CORPUS}; answers {asked} train queries"
+        )
+
+
+def _relevant(root: Path, rejects: Rejects) -> dict[str, list[tuple[str, float]]]:
+    """Document id → text of every train query it is judged relevant to (above 0), and the grade."""
+    if not (root / _QUERIES).is_file() or not (root / _JUDGEMENTS).is_file():
+        return {}
+    judged: dict[str, dict[str, float]] = {}
+    for query_id, document_id, score in judgements(root / _JUDGEMENTS):
+        if score > 0:
+            judged.setdefault(query_id, {})[document_id] = score
+    found: dict[str, list[tuple[str, float]]] = {}
+    known: set[str] = set()
+    for query_id, _, text in beir_entries(root / _QUERIES):
+        known.add(query_id)
+        for document_id, grade in judged.get(query_id, {}).items():
+            found.setdefault(document_id, []).append((text, grade))
+    for query_id in judged:
+        if query_id not in known:
+            rejects.add(query_id, "judged_query_missing", f"{_JUDGEMENTS}: not in {_QUERIES}")
+    return found
+
+
+# Reader of Hugging Face datasets by name, where the network or the local cache has them.
+
+
+_BATCH_ROWS = 1024
+
+
+def read_hub_dataset(source: CorpusSource) -> Iterator[SourceRow]:
+    """Rows of one split of a dataset; ``path`` is ``name``, ``name:config`` or ``name:config:split``.
+
+    Raises:
+        DataError: no such dataset, config, split or column, or no network to fetch it over.
+    """
+    name, _, rest = (source.path or "").partition(":")
+    config, _, split = rest.partition(":")
+    dataset = _load(name, config or None, split or None)
+    columns = check_columns(source, dataset.column_names, f"dataset {source.path!r}")
+    yield from rows_of(
+        source, _hub_records(dataset.select_columns(columns)), f"dataset {source.path!r}", source.name or name
+    )
+
+
+def _load(name: str, config: str | None, split: str | None) -> Any:
+    import datasets  # a second of import time, so only where it is asked for
+
+    try:
+        found = datasets.load_dataset(name, config)
+    # The library raises a dozen types here (hub, HTTP, builder, file); all mean the same to the user.
+    except Exception as error:
+        reason = f"{type(error).__name__}: {one_line(error, 300)}"
+        raise DataError(
+            f"corpus.sources: dataset {name!r} (huggingface, config {config or 'default'}) could not be "
+            f"loaded: {reason}; without a network give local files: parquet, jsonl, csv, text or beir"
+        ) from error
+    splits = list(found)
+    wanted = split or (splits[0] if len(splits) == 1 else "train")
+    if wanted not in splits:
+        raise DataError(
+            f"corpus.sources: dataset {name!r} has no split {wanted!r}; allowed: {splits}, "
+            "given as path: name:config:split"
+        )
+    return found[wanted]
+
+
+def _hub_records(dataset: Any) -> Iterator[Mapping[str, Any]]:
+    for start in range(0, len(dataset), _BATCH_ROWS):
+        batch = dataset[start : start + _BATCH_ROWS]
+        names = list(batch)
+        for values in zip(*batch.values(), strict=True):
+            yield dict(zip(names, values, strict=True))
+
+
+# Reader of plain text, Markdown and reStructuredText: one file is one document and one group.
+
+
+def read_text_files(source: CorpusSource) -> Iterator[SourceRow]:
+    """One row a file; the title is the first Markdown heading, else the file's name without its ending.
+
+    Raises:
+        DataError: no file, or one that is not UTF-8.
+    """
+    for path in files_of(source, TEXT_ENDINGS):
+        title, text = read_text(path)
+        label = label_of(source, path)
+        yield SourceRow(text=text, title=title, lang=source.lang, source=label, group=label)
+
+
+# Readers of Parquet, JSON lines and CSV: one file, a glob, or every fitting file below a folder.
+
+
+CSV_ENDINGS = tuple(f"{ending}{packed}" for ending in (".csv", ".tsv") for packed in (".gz", ".bz2", ""))
+_CSV_BLOCK_BYTES = 16 * 2**20  # no row may be longer than a block
+
+
+def read_parquet(source: CorpusSource) -> Iterator[SourceRow]:
+    """Rows of Parquet files, a batch at a time.
+
+    Raises:
+        DataError: not Parquet, or a column that is not there.
+    """
+    for path in files_of(source, PARQUET_ENDINGS):
+        found = parquet_records(path, partial(check_columns, source, where=str(path)))
+        yield from rows_of(source, (record for _, record in found), str(path), label_of(source, path))
+
+
+def read_jsonl(source: CorpusSource) -> Iterator[SourceRow]:
+    """Rows of JSON-lines files, plain or compressed; empty lines are passed over.
+
+    A title that is absent from a line is no title; one absent from a whole file is an error.
+
+    Raises:
+        DataError: a line that is not a JSON object, or lacks a column.
+    """
+    for path in files_of(source, JSONL_ENDINGS):
+        yield from rows_of(source, _json_records(path, source), str(path), label_of(source, path))
+
+
+def read_csv(source: CorpusSource) -> Iterator[SourceRow]:
+    """Rows of CSV files with a header line (``.tsv``: separated by tabs); quoted cells may span lines.
+
+    Raises:
+        DataError: not CSV in UTF-8, or a column that is not there.
+    """
+    for path in files_of(source, CSV_ENDINGS):
+        yield from rows_of(source, _csv_records(path, source), str(path), label_of(source, path))
+
+
+def _json_records(path: Path, source: CorpusSource) -> Iterator[Mapping[str, Any]]:
+    title = source.title_column
+    empty = True
+    titled = title is None
+    for number, record in json_lines(path):
+        empty = False
+        if title is not None:
+            titled = titled or title in record
+            record.setdefault(title, None)
+        for key, column in used_columns(source).items():
+            if column not in record:
+                found = [name for name in record if name != title or record[name] is not None]
+                raise DataError(
+                    f"{path}: line {number} has no key {column!r} (corpus.sources.{key}); keys found: {found}"
+                )
+        yield record
+    if not titled and not empty:
+        raise DataError(f"{path}: no line has the key {title!r} (corpus.sources.title_column)")
+
+
+def csv_reading(path: Path) -> tuple[pa.csv.ReadOptions, pa.csv.ParseOptions]:
+    """How a CSV file is read, by its name."""
+    delimiter = "\t" if ".tsv" in path.suffixes else ","
+    parse = pa.csv.ParseOptions(delimiter=delimiter, newlines_in_values=True)
+    return pa.csv.ReadOptions(block_size=_CSV_BLOCK_BYTES), parse
+
+
+def _csv_records(path: Path, source: CorpusSource) -> Iterator[Mapping[str, Any]]:
+    read, parse = csv_reading(path)
+    try:
+        with pa.csv.open_csv(path, read, parse) as reader:
+            columns = check_columns(source, reader.schema.names, str(path))
+        # Every cell as text: "007" stays an id, and "NA" a word.
+        convert = pa.csv.ConvertOptions(
+            include_columns=columns,
+            column_types={column: pa.string() for column in columns},
+            strings_can_be_null=False,
+        )
+        with pa.csv.open_csv(path, read, parse, convert) as reader:
+            for batch in reader:
+                yield from batch.to_pylist()
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{path}: not readable as CSV: {one_line(error)}") from error
+
+
+# Sources: one reader a format, all giving the same rows; a reader streams, it never holds a whole file.
+#
+# Pairs alone are gathered: a text that answers many queries must be one document, or the others would be its negatives.
+
 
 Reader = Callable[[CorpusSource], Iterator[SourceRow]]
 

@@ -1,9 +1,4 @@
-"""The corpus stage: read, clean, deduplicate, split by group, cut into chunks, write.
-
-Documents are held once in memory, cleaned: about 2 KB each beside their text, so a million documents of 1,000
-characters take some 3 GB. Everything is a function of the sources, the config and the seed: a rerun after a
-kill starts over and writes the same files.
-"""
+"""The corpus stage: read, clean, deduplicate, split by group, cut into chunks, write."""
 
 import json
 from collections import Counter
@@ -11,21 +6,85 @@ from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 
-from embedloom.artefacts import Artefact, ArtefactWriter
-from embedloom.config.data import CorpusConfig
+from embedloom.compute.shards import PART_PATTERN
+from embedloom.config.corpus import CorpusConfig, SplitConfig
+from embedloom.core.artefacts import Artefact, ArtefactWriter
+from embedloom.core.progress import Progress, note
+from embedloom.core.prompting import document_text
+from embedloom.core.schemas import GRADE, content_id, table_from_rows
+from embedloom.core.storage import Place
 from embedloom.corpus.chunk import Chunk, Chunker
-from embedloom.corpus.clean import clean_row, reject_reason
-from embedloom.corpus.dedup import exact_duplicates, near_duplicates
-from embedloom.corpus.parts import PartWriter
-from embedloom.corpus.questions import Question, Questions, gather_questions, in_one_split
-from embedloom.corpus.rejects import Rejects
-from embedloom.corpus.rows import SourceRow
+from embedloom.corpus.clean import Rejects, SourceRow, clean_row, reject_reason
+from embedloom.corpus.dedup import (
+    Question,
+    Questions,
+    exact_duplicates,
+    gather_questions,
+    in_one_split,
+    near_duplicates,
+)
 from embedloom.corpus.sources import read_source
-from embedloom.corpus.split import SPLITS, split_of
 from embedloom.errors import DataError
-from embedloom.instructions import document_text
-from embedloom.progress import Progress, note
-from embedloom.records import GRADE, content_id
+
+# Train, dev and test: drawn by group, so that neighbours (one module, one file) never stand on two sides.
+
+
+SPLITS = ("train", "dev", "test")
+
+
+def split_of(group: str, config: SplitConfig, seed: int) -> str:
+    """Split of a group: a function of its name, the shares and the seed alone.
+
+    Adding documents therefore never moves another group, and a larger test share only takes from train.
+    """
+    place = int(content_id("split", str(seed), group)[:16], 16) / 2**64  # uniform in [0, 1)
+    if place < config.dev:
+        return "dev"
+    # Counted from the other end: a change of one share leaves the other split as it was.
+    return "test" if place >= 1 - config.test else "train"
+
+
+# Writes rows of one kind as numbered Parquet parts of a fixed size, a part at a time.
+
+
+PART_ROWS = 10_000
+
+
+class PartWriter:
+    """Collects rows of a table kind for one folder; full parts are written at once, the rest by ``close``."""
+
+    def __init__(self, place: Place, folder: str, kind: str, part_rows: int = PART_ROWS) -> None:
+        self._place = place
+        self._folder = folder
+        self._kind = kind
+        self._part_rows = part_rows
+        self._rows: list[dict[str, object]] = []
+        self._parts = 0
+        self.count = 0
+
+    def add(self, row: dict[str, object]) -> None:
+        """Take one row."""
+        self._rows.append(row)
+        self.count += 1
+        if len(self._rows) == self._part_rows:
+            self.close()
+
+    def close(self) -> None:
+        """Write what is left; no rows, no file."""
+        if not self._rows:
+            return
+        name = f"{self._folder}/{PART_PATTERN.format(self._parts)}"
+        self._place.write_table(name, table_from_rows(self._kind, self._rows))
+        self._parts += 1
+        self._rows = []
+
+
+# The corpus stage: read, clean, deduplicate, split by group, cut into chunks, write.
+#
+# Documents are held once in memory, cleaned: about 2 KB each beside their text, so a million documents of 1,000
+# characters take some 3 GB. Everything is a function of the sources, the config and the seed: a rerun after a
+# kill starts over and writes the same files.
+
 
 _FOLDERS = ("documents", "pairs", "chunks", "rejects")
 _UNKNOWN_LANGUAGE = "und"  # ISO 639-3: undetermined

@@ -1,34 +1,346 @@
-"""The transformer below the pooling: a decoder made bidirectional, or an encoder as it is."""
+"""The transformer below the pooling: what a folder's ``config.json`` describes, loaded, made bidirectional where it is a
+decoder, cast for its device, and shared between processes.
+"""
 
+import copy
+import json
+import warnings
 from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import AutoModel, PreTrainedModel
-
-from embedloom.encoder.architecture import (
-    attention_kernel,
-    auto_class,
-    is_decoder,
-    read_config,
-    runs_own_code,
-    text_config,
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModel,
+    AutoModelForTextEncoding,
+    LlamaConfig,
+    PreTrainedModel,
 )
-from embedloom.encoder.linear import autocast_of
-from embedloom.errors import ConfigError, DataError, one_line
-from embedloom.progress import note
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES,
+    MODEL_MAPPING,
+)
 
-__all__ = [
-    "backbone_config",
-    "check_attention",
-    "check_layers",
-    "is_decoder",
-    "load_backbone",
-    "widen_windows",
-]
+from embedloom.core.contents import is_trusted
+from embedloom.core.progress import note
+from embedloom.encoder.own_code import SWITCH, read_as_llama
+from embedloom.errors import ConfigError, DataError, first_line, one_line
+
+# What this process can compute with.
+
+
+DTypeName = Literal["auto", "float32", "bfloat16", "int8"]  # int8: linear layers only (cpu_layers.py), on CPU
+_BF16_CPU_FLAGS = {"avx512_bf16", "amx_bf16"}
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    """``auto``: the GPU Ray gave this process, else the CPU.
+
+    Raises:
+        ConfigError: a CUDA device is asked for where there is none.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(name)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(
+            f"device: {name!r} is asked for, but torch sees no CUDA device; allowed here: 'auto', 'cpu'"
+        )
+    return device
+
+
+def has_fast_bf16(device: torch.device) -> bool:
+    """Whether bfloat16 matrix products run in hardware; emulated ones are slower than float32."""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    return bool(_BF16_CPU_FLAGS & _cpu_flags())
+
+
+def as_tensor(array: np.ndarray[Any, Any]) -> torch.Tensor:
+    """A tensor over an array's memory, to be read only: arrays out of Parquet or Ray's object store are read-only."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        return torch.from_numpy(array)
+
+
+def _cpu_flags() -> set[str]:
+    cpuinfo = Path("/proc/cpuinfo")
+    if not cpuinfo.is_file():
+        return set()
+    flags = next((line for line in cpuinfo.read_text().splitlines() if line.startswith("flags")), "")
+    return set(flags.split())
+
+
+def pick_dtype(name: DTypeName, device: torch.device) -> torch.dtype:
+    """``auto``: bfloat16 where it is fast, else float32; so is all of ``int8`` but its linear layers."""
+    if name == "auto":
+        return torch.bfloat16 if has_fast_bf16(device) else torch.float32
+    return torch.bfloat16 if name == "bfloat16" else torch.float32
+
+
+# What kind of model a folder's ``config.json`` describes; code beside the weights is run out of trusted folders alone.
+
+
+# In transformers' list of causal language models, and yet trained without a causal mask.
+_NOT_CAUSAL = {"xlnet", "bert-generation"}
+_OWN_CODE_KEYS = ("auto_map", "architectures", "model_type", "torch_dtype", "transformers_version", "dtype")
+
+
+def read_config(folder: Path) -> Any:
+    """The config of a model folder, as transformers' own class.
+
+    Args:
+        folder: holds ``config.json``.
+
+    Raises:
+        DataError: no model folder, an architecture that transformers does not have, or one that only code beside the
+            weights computes.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        raise DataError(f"{folder}: no config.json, so this is not a model folder")
+    try:
+        content = json.loads(path.read_text())
+    except ValueError as error:
+        raise DataError(f"{path}: not JSON: {error}") from error
+    if read_as_llama(content):
+        return _bidirectional_llama(content)
+    try:
+        # Said in words: left open, transformers asks on the terminal whether to run a folder's own code.
+        return AutoConfig.from_pretrained(folder, trust_remote_code=is_trusted(folder))
+    except (ValueError, KeyError, OSError, ImportError) as error:
+        raise DataError(_unreadable(path, content, error)) from error
+
+
+def _bidirectional_llama(content: dict[str, Any]) -> LlamaConfig:
+    config = LlamaConfig(**{key: value for key, value in content.items() if key not in _OWN_CODE_KEYS})
+    config.is_causal = False
+    config.architectures = ["LlamaModel"]
+    return config
+
+
+def _unreadable(path: Path, content: dict[str, Any], error: Exception) -> str:
+    kind = content.get("model_type")
+    if content.get("auto_map") and is_trusted(path.parent):
+        return (
+            f"{path}: the code beside the weights does not run ({type(error).__name__}: {first_line(error)})"
+        )
+    if content.get("auto_map"):
+        return (
+            f"{path}: model_type {kind!r} is computed by code that lies beside the weights (auto_map), which is run only by "
+            f"{SWITCH}; a base is never one. Allowed without: an architecture that transformers "
+            f"{transformers.__version__} has"
+        )
+    return f"{path}: transformers {transformers.__version__} cannot read model_type {kind!r}: {first_line(error)}"
+
+
+def text_config(config: Any) -> Any:
+    """The part of a config that describes the text model; of a text model the config itself.
+
+    Of an encoder-decoder it is the whole config, whose encoder ``auto_class`` opens.
+
+    Raises:
+        DataError: an encoder-decoder without an encoder to open alone, or a multimodal model without a language model to
+            take out.
+    """
+    if is_encoder_decoder(config):
+        if config.model_type in MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES:
+            return config
+        raise DataError(encoder_decoder(config))
+    text = config.get_text_config()
+    if text is not config and not is_decoder(text):
+        raise DataError(
+            f"model_type {config.model_type!r} is multimodal and has no language model to take out "
+            f"(its text part is {text.model_type!r}); allowed: encoders and decoders of text"
+        )
+    return text
+
+
+def runs_own_code(folder: Path, config: Any) -> bool:
+    """Whether the model of a folder is computed by the code in it: a person said so, and its config names a class."""
+    return is_trusted(folder) and "AutoModel" in (getattr(config, "auto_map", None) or {})
+
+
+def is_encoder_decoder(config: Any) -> bool:
+    """Whether the architecture has both; T5's encoder alone, once saved, says in its config that it has not."""
+    return getattr(config, "is_encoder_decoder", False) or _has_both(config.model_type)
+
+
+@cache
+def _has_both(kind: str) -> bool:
+    return kind in CONFIG_MAPPING and bool(getattr(CONFIG_MAPPING[kind](), "is_encoder_decoder", False))
+
+
+def encoder_decoder(config: Any) -> str:
+    """That a model cannot be taken, as it is an encoder-decoder."""
+    return (
+        f"model_type {config.model_type!r} is an encoder-decoder, which is not supported here; allowed: encoders such as "
+        "BERT and ModernBERT, and decoders such as Llama, Qwen3 and Gemma 3; the encoder of a T5 also, in a "
+        "sentence-transformers folder that is not trained further"
+    )
+
+
+def auto_class(config: Any) -> Any:
+    """The class of transformers that opens a text model: of an encoder-decoder (T5) its encoder alone."""
+    return AutoModelForTextEncoding if is_encoder_decoder(config) else AutoModel
+
+
+def has_own_code(model: nn.Module) -> bool:
+    """Whether a model is of a class that lay beside its weights; how it attends is its own affair."""
+    return type(model).__module__.startswith("transformers_modules")
+
+
+def is_decoder(config: Any) -> bool:
+    """Whether the architecture was made with a causal mask (Llama, Mistral, Qwen, ...), told by what it is.
+
+    That is: transformers has a causal language model of it and none with masked tokens; text models inside
+    multimodal ones, which are in neither list, are looked at layer by layer.
+    """
+    kind = config.model_type
+    if is_encoder_decoder(config):
+        return False  # its encoder is what is opened
+    if kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES or kind in _NOT_CAUSAL:
+        return bool(getattr(config, "is_decoder", False))
+    return kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or _has_causal_attention(kind)
+
+
+def attends_causally(config: Any) -> bool:
+    """Whether the model of a config, as it was saved, hides later tokens from earlier ones."""
+    return (
+        is_decoder(config)
+        and getattr(config, "is_causal", True)
+        and getattr(config, "use_bidirectional_attention", None) not in (True, "all")
+    )
+
+
+@cache
+def _has_causal_attention(kind: str) -> bool:
+    """Whether attention layers of this model_type, with the sizes of its default config, say that they are causal."""
+    if kind not in CONFIG_MAPPING or CONFIG_MAPPING[kind] not in MODEL_MAPPING:
+        return False
+    model = empty_model(CONFIG_MAPPING[kind]())
+    return any(getattr(module, "is_causal", False) is True for module in model.modules())
+
+
+def empty_model(config: Any) -> nn.Module:
+    """The model of a config with its first layer alone and without weights (on torch's meta device)."""
+    small = copy.deepcopy(config)
+    small.num_hidden_layers = 1
+    if getattr(small, "layer_types", None):
+        small.layer_types = list(small.layer_types)[:1]
+    with torch.device("meta"):
+        model: nn.Module = auto_class(small).from_config(small, trust_remote_code=False)
+    return model
+
+
+def first_position(model: nn.Module) -> int:
+    """Row of the position table that a text's first token takes: 2 in RoBERTa's descendants and MPNet, else 0.
+
+    Those put a padding index into their position table, and count from behind it.
+    """
+    for module in model.modules():
+        table = getattr(module, "position_embeddings", None)
+        if isinstance(table, nn.Embedding) and table.padding_idx is not None:
+            return int(table.padding_idx) + 1
+    return 0
+
+
+def position_limit(config: Any, model: nn.Module | None = None) -> int | None:
+    """Most tokens that a text may have by the architecture; None where positions have no end.
+
+    Args:
+        config: of the text model.
+        model: one of this config, if there is one already; None makes one without weights where the architecture
+            may begin its positions behind the padding index.
+    """
+    limit = getattr(config, "max_position_embeddings", None)
+    if not isinstance(limit, int) or limit < 1:
+        return None
+    if model is None and (is_decoder(config) or type(config) not in MODEL_MAPPING):
+        return limit  # of code beside the weights, as its library takes it
+    return limit - first_position(model if model is not None else empty_model(config))
+
+
+def attention_kernel(config: Any) -> str:
+    """``sdpa``, or ``eager`` where the architecture has no sdpa or sdpa would drop a part of it without a word.
+
+    No sdpa: MPNet, DeBERTa, gpt-oss. Dropped: the soft cap on attention scores of Gemma 2.
+    """
+    kind = MODEL_MAPPING.get(type(config), None)
+    model_class = kind[0] if isinstance(kind, tuple) else kind
+    supported = getattr(model_class, "_supports_sdpa", True)
+    return "sdpa" if supported and not getattr(config, "attn_logit_softcapping", None) else "eager"
+
+
+# Linear layers as the CPU multiplies them fastest, for inference; parameters keep their names, shapes and values.
+#
+# oneDNN reads a weight whose columns lie contiguous in memory as fast as one it has repacked for itself (within 3 %),
+# while torch's own path copies the bias first and, in float32, goes through MKL. On two Zen 4 cores: float32 192 →
+# 216 GFLOP/s at 4,096 tokens and 90 → 160 at 16; bfloat16 400 → 420. As nothing is repacked, the weights can lie in
+# memory that several processes share.
+
+
+class InferenceLinear(nn.Linear):
+    """``nn.Linear`` on oneDNN: computes in the weight's dtype whatever the input's, and has no gradient."""
+
+    def forward(self, states: Tensor) -> Tensor:
+        """[..., in_features] of any float type in, [..., out_features] of the weight's type out."""
+        states = states.to(self.weight.dtype)
+        product: Tensor = torch.ops.mkldnn._linear_pointwise(states, self.weight, self.bias, "none", [], "")
+        return product
+
+
+def has_fast_linear(dtype: torch.dtype) -> bool:
+    """Whether torch has oneDNN kernels for this dtype on this CPU."""
+    if not torch.backends.mkldnn.is_available():
+        return False
+    return dtype == torch.float32 or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def cast_for_inference(model: nn.Module, dtype: torch.dtype) -> None:
+    """Freeze a CPU model in place, and lay out the weights of its linear layers by columns, in ``dtype``.
+
+    Norms and embeddings keep their dtype: a float32 residual stream costs 3 % (MiniLM) and, as under autocast, keeps
+    the rounding of bfloat16 from adding up over the layers.
+    """
+    model.requires_grad_(False)
+    for module in model.modules():
+        if type(module) is nn.Linear:
+            module.weight = _frozen(module.weight.to(dtype).t().contiguous().t())
+            if module.bias is not None:
+                module.bias = _frozen(module.bias.to(dtype))
+    use_inference_linear(model)
+
+
+def use_inference_linear(model: nn.Module) -> None:
+    """Make every linear layer an ``InferenceLinear``; the weights are taken as they lie."""
+    for module in model.modules():
+        if type(module) is nn.Linear:
+            module.__class__ = InferenceLinear
+
+
+def autocast_of(model: nn.Module) -> torch.autocast:
+    """Autocast where bfloat16 products stand beside a float32 residual stream, so that attention sees one dtype.
+
+    Rotary positions otherwise leave queries and keys in float32 and values in bfloat16.
+    """
+    parameters = list(model.parameters())
+    mixed = len({parameter.dtype for parameter in parameters}) > 1
+    return torch.autocast(parameters[0].device.type, dtype=torch.bfloat16, enabled=mixed)
+
+
+def _frozen(tensor: Tensor) -> nn.Parameter:
+    return nn.Parameter(tensor, requires_grad=False)
+
 
 # Hidden states of two runs of the same causal prefix differ by float noise only; a mask that lets later tokens
 # through moves them by whole units (21 on SmolLM2).
@@ -295,3 +607,101 @@ def _causal_layers(config: Any, causal: list[int], count: int, length: int) -> s
         f"encoder.attention: 'bidirectional' does not fit {config.model_type}: of its {count} layers, {named} do not let the "
         f"last of {length} tokens change the first; allowed: 'causal', with pooling last_token, or another base"
     )
+
+
+# Weights as plain numpy arrays, and an encoder's backbone over such arrays without a copy.
+#
+# The arrays of one process, put into Ray's object store, are mapped read-only by every process of the node, so the
+# second actor costs no memory for weights. Arrays and not tensors, because Ray maps only what pickles out of band.
+
+
+@dataclass(frozen=True, slots=True)
+class SharedWeights:
+    """Parameters and buffers of a backbone by name; tied ones are one array under two names."""
+
+    arrays: dict[str, np.ndarray[Any, Any]]
+    bfloat16: frozenset[str]  # names whose arrays are the bits of bfloat16 in uint16, which numpy lacks
+    dtype: torch.dtype  # what the linear layers compute in
+    inference_linear: bool
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all arrays, tied ones counted once."""
+        return sum({id(array): array.nbytes for array in self.arrays.values()}.values())
+
+
+def export_weights(backbone: nn.Module, dtype: torch.dtype) -> SharedWeights:
+    """Views of a CPU model's weights; nothing is copied, strides are kept.
+
+    Args:
+        backbone: the model, laid out as the readers shall compute with it.
+        dtype: what its linear layers compute in.
+    """
+    arrays: dict[str, np.ndarray[Any, Any]] = {}
+    bfloat16 = set()
+    seen: dict[tuple[int, Any], np.ndarray[Any, Any]] = {}
+    for name, tensor in _named_tensors(backbone):
+        if tensor.dtype == torch.bfloat16:
+            bfloat16.add(name)
+        key = (tensor.data_ptr(), tensor.shape)
+        if key not in seen:
+            plain = tensor.detach()
+            seen[key] = (plain.view(torch.uint16) if name in bfloat16 else plain).numpy()
+        arrays[name] = seen[key]
+    fast = any(isinstance(module, InferenceLinear) for module in backbone.modules())
+    return SharedWeights(arrays, frozenset(bfloat16), dtype, fast)
+
+
+def shared_backbone(folder: Path, attention: str, weights: SharedWeights) -> PreTrainedModel:
+    """The model of a folder over given arrays: no weight is read, allocated or copied; inference only.
+
+    Raises:
+        DataError: the arrays are not those of this folder's model, or it does not attend as ``attention`` says.
+    """
+    own = runs_own_code(folder, config := read_config(folder))
+    config = config if own else backbone_config(folder, attention)
+    kernel = {} if own else {"attn_implementation": attention_kernel(config)}
+    with torch.device("meta"):
+        model = auto_class(config).from_config(config, dtype=torch.float32, trust_remote_code=own, **kernel)
+    expected = dict(_named_tensors(model))
+    if expected.keys() != weights.arrays.keys():
+        odd = sorted(expected.keys() ^ weights.arrays.keys())
+        raise DataError(f"{folder}: shared weights of another model; on one side only: {', '.join(odd[:3])}")
+    made: dict[int, Tensor] = {}
+    for name, before in expected.items():
+        array = weights.arrays[name]
+        if before.shape != array.shape:
+            raise DataError(
+                f"{folder}: shared {name} has shape {array.shape}, the model {tuple(before.shape)}"
+            )
+        if id(array) not in made:
+            made[id(array)] = _tensor(array, name in weights.bfloat16)
+        _assign(model, name, made[id(array)])
+    if weights.inference_linear:
+        use_inference_linear(model)
+    model.eval()
+    if not own:
+        check_attention(model, attention)
+    return model
+
+
+def _named_tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
+    """Parameters and buffers, also those no checkpoint holds (rotary frequencies), and tied ones twice."""
+    return [
+        *model.named_parameters(remove_duplicate=False),
+        *model.named_buffers(remove_duplicate=False),
+    ]
+
+
+def _tensor(array: np.ndarray[Any, Any], bfloat16: bool) -> Tensor:
+    tensor = as_tensor(array)
+    return tensor.view(torch.bfloat16) if bfloat16 else tensor
+
+
+def _assign(model: nn.Module, name: str, tensor: Tensor) -> None:
+    path, _, leaf = name.rpartition(".")
+    owner = model.get_submodule(path)
+    if leaf in owner._parameters:
+        owner._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+    else:
+        owner._buffers[leaf] = tensor

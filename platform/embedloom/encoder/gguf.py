@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
+from embedloom.core.progress import note
+from embedloom.core.storage import apply_umask
 from embedloom.errors import DataError, MissingDependency, one_line
-from embedloom.progress import note
-from embedloom.storage import apply_umask
 
 _DONE = ".converted"  # written last; a folder without it is an interrupted conversion
 

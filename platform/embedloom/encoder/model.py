@@ -1,6 +1,8 @@
-"""The encoder: texts in, unit vectors out. The same class mines, evaluates, embeds and serves."""
+"""The encoder: texts in, unit vectors out, in batches of a token budget. The same class mines, evaluates, embeds and serves."""
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -8,20 +10,225 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from embedloom.encoder.backbone import is_decoder, load_backbone
-from embedloom.encoder.batching import MemoryLimit, TokenCount, run_batches
-from embedloom.encoder.device import DTypeName, pick_device, pick_dtype
-from embedloom.encoder.fused import fuse
-from embedloom.encoder.head import Head, HeadModule
-from embedloom.encoder.int8 import quantize_linears
-from embedloom.encoder.linear import cast_for_inference, has_fast_linear
-from embedloom.encoder.packing import PackedLayout, filler_tokens, use_packing
-from embedloom.encoder.pooling import pool, pool_packed
+from embedloom.core.prompting import PromptContract, Side, pooling_modes
+from embedloom.encoder.attention import PackedLayout, filler_tokens, use_packing
+from embedloom.encoder.backbone import (
+    DTypeName,
+    SharedWeights,
+    cast_for_inference,
+    export_weights,
+    has_fast_linear,
+    is_decoder,
+    load_backbone,
+    pick_device,
+    pick_dtype,
+    shared_backbone,
+)
+from embedloom.encoder.cpu_layers import fuse, quantize_linears
+from embedloom.encoder.foreign import Head, HeadModule
 from embedloom.encoder.registry import open_model
-from embedloom.encoder.shared import SharedWeights, export_weights, shared_backbone
 from embedloom.encoder.tokenizer import CutTexts, contract_ids, formatted_ids, load_tokenizer
 from embedloom.errors import ConfigError, DataError
-from embedloom.instructions import PromptContract, Side, pooling_modes
+
+# From token states to one vector per text. ``b`` texts, ``t`` tokens, ``d`` dimensions.
+
+
+def pool(hidden: Tensor, mask: Tensor, pooling: str) -> Tensor:
+    """Pool token states in float32.
+
+    Args:
+        hidden: [b, t, d] states of the last layer.
+        mask: [b, t], 1 at real tokens; every row has at least one. Padding may stand on either side.
+        pooling: one of ``POOLINGS``, or several joined by ``+``, whose vectors are put behind one another:
+            ``mean`` over real tokens (arXiv 2511.07025 §2, instruction tokens included), ``cls`` the first real token,
+            ``last_token`` the last real one, ``max`` the largest value of each dimension, ``mean_sqrt_len`` the sum
+            over the square root of the length, ``weighted_mean`` with weights 1, 2, 3, ... (arXiv 2202.08904).
+
+    Returns:
+        [b, d x modes] float32.
+
+    Raises:
+        ConfigError: unknown pooling.
+    """
+    hidden = hidden.float()
+    found = [_pool_one(hidden, mask, mode) for mode in _modes(pooling)]
+    return found[0] if len(found) == 1 else torch.cat(found, dim=-1)
+
+
+def _pool_one(hidden: Tensor, mask: Tensor, mode: str) -> Tensor:
+    rows = torch.arange(hidden.shape[0], device=hidden.device)
+    if mode == "cls":
+        return hidden[rows, mask.argmax(dim=1)]
+    if mode == "last_token":
+        return hidden[rows, mask.shape[1] - 1 - mask.flip(1).argmax(dim=1)]
+    weights = mask.unsqueeze(-1).to(hidden.dtype)
+    if mode == "max":
+        return hidden.masked_fill(weights == 0, float("-inf")).amax(dim=1)
+    if mode == "weighted_mean":
+        weights = weights * mask.cumsum(dim=1).unsqueeze(-1)
+    total, size = (hidden * weights).sum(dim=1), weights.sum(dim=1)
+    return total / (size.sqrt() if mode == "mean_sqrt_len" else size)
+
+
+def pool_packed(hidden: Tensor, starts: Tensor, pooling: str) -> Tensor:
+    """Pool texts that lie behind one another without padding, in float32.
+
+    Args:
+        hidden: [tokens, d] states of the last layer.
+        starts: [texts + 1], where each text starts; the last entry is the number of tokens.
+        pooling: as for ``pool``.
+
+    Returns:
+        [texts, d x modes] float32.
+
+    Raises:
+        ConfigError: unknown pooling.
+    """
+    hidden, starts = hidden.float(), starts.long()
+    found = [_pool_one_packed(hidden, starts, mode) for mode in _modes(pooling)]
+    return found[0] if len(found) == 1 else torch.cat(found, dim=-1)
+
+
+def _pool_one_packed(hidden: Tensor, starts: Tensor, mode: str) -> Tensor:
+    if mode == "cls":
+        return hidden[starts[:-1]]
+    if mode == "last_token":
+        return hidden[starts[1:] - 1]
+    if mode in ("mean", "max"):
+        return torch.segment_reduce(hidden, mode, offsets=starts)
+    lengths = (starts[1:] - starts[:-1]).to(hidden.dtype).unsqueeze(1)
+    if mode == "mean_sqrt_len":
+        return torch.segment_reduce(hidden, "sum", offsets=starts) / lengths.sqrt()
+    first = torch.repeat_interleave(starts[:-1], starts[1:] - starts[:-1])
+    weights = (torch.arange(len(hidden), device=hidden.device) - first + 1).to(hidden.dtype).unsqueeze(1)
+    return torch.segment_reduce(hidden * weights, "sum", offsets=starts) / (lengths * (lengths + 1) / 2)
+
+
+def _modes(pooling: str) -> list[str]:
+    try:
+        return pooling_modes(pooling)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+# Token-budget batches: texts of like length together, as many as the budget holds. Pure functions.
+#
+# Padding, not attention, is what short-text encoders waste (attention is 2 % of the FLOPs at 512 tokens), and a
+# row count as batch size makes both memory and time depend on the longest text of an unlucky draw.
+
+
+# What torch says when the allocator of the CPU, or oneDNN's, got nothing; CUDA has its own type of error.
+_OUT_OF_MEMORY = (
+    "DefaultCPUAllocator: can't allocate memory",
+    "DefaultCPUAllocator: not enough memory",
+    "out of memory",
+)
+
+
+def token_budget_batches(lengths: Sequence[int], max_batch_tokens: int) -> list[list[int]]:
+    """Group positions into batches whose padded size (rows x longest) stays within the budget.
+
+    Longest first, so that a batch too large for memory fails at once and not after an hour. A single text
+    longer than the budget gets a batch of its own.
+
+    Args:
+        lengths: token count of each text.
+        max_batch_tokens: padded tokens per batch.
+
+    Returns:
+        Batches of positions into ``lengths``; each position stands in exactly one.
+    """
+    order = sorted(range(len(lengths)), key=lambda position: (-lengths[position], position))
+    batches: list[list[int]] = []
+    for position in order:
+        longest = lengths[batches[-1][0]] if batches else 0
+        if batches and longest * (len(batches[-1]) + 1) <= max_batch_tokens:
+            batches[-1].append(position)
+        else:
+            batches.append([position])
+    return batches
+
+
+@dataclass(slots=True)
+class MemoryLimit:
+    """Padded tokens that were found to fit into memory; no limit until a batch did not."""
+
+    tokens: int = sys.maxsize
+
+
+def run_batches(
+    lengths: Sequence[int],
+    max_batch_tokens: int,
+    limit: MemoryLimit,
+    work: Callable[[list[int]], None],
+) -> None:
+    """Call ``work`` on token-budget batches of all positions; one that does not fit into memory is cut in half.
+
+    The half stays the limit, for the batches that follow and for later calls: memory that was short once will be
+    short again, and every attempt costs a failed forward.
+
+    Args:
+        lengths: token count of each text.
+        max_batch_tokens: padded tokens per batch.
+        limit: lowered where memory runs out.
+        work: gets positions into ``lengths``; must not have done anything lasting when it raises.
+
+    Raises:
+        DataError: a single text does not fit.
+    """
+    rest = list(range(len(lengths)))
+    while rest:
+        budget = min(max_batch_tokens, limit.tokens)
+        planned = token_budget_batches([lengths[position] for position in rest], budget)
+        failed: list[int] = []
+        done = 0
+        for batch in planned:
+            positions = [rest[index] for index in batch]
+            if failed := [] if _fits(work, positions) else positions:
+                break
+            done += 1
+        if len(failed) == 1:
+            raise DataError(
+                f"a text of {lengths[failed[0]]:,} tokens does not fit into memory even alone; "
+                "lower encoder.max_document_tokens, or give the process more memory"
+            )
+        if failed:
+            limit.tokens = lengths[failed[0]] * len(failed) // 2
+        rest = [rest[index] for batch in planned[done:] for index in batch]
+
+
+def _fits(work: Callable[[list[int]], None], positions: list[int]) -> bool:
+    try:
+        work(positions)
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        return False
+    return True
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception of torch or numpy means that memory ran out."""
+    return isinstance(error, MemoryError) or any(text in str(error) for text in _OUT_OF_MEMORY)
+
+
+@dataclass(slots=True)
+class TokenCount:
+    """Real and padded tokens seen so far."""
+
+    real: int = 0
+    padded: int = 0
+
+    def add(self, lengths: Sequence[int], packed: bool = False, filler: int = 0) -> None:
+        """Count one batch of texts with these lengths; a packed one has no padding but its filler."""
+        self.real += sum(lengths)
+        self.padded += sum(lengths) + filler if packed else max(lengths, default=0) * len(lengths)
+
+    @property
+    def padding_share(self) -> float:
+        """Share of the computed tokens that was padding, 0 to 1."""
+        return 1 - self.real / self.padded if self.padded else 0.0
+
 
 DEFAULT_BATCH_TOKENS = 4096
 

@@ -13,11 +13,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from embedloom.contents import cache_folder, contents_of, digest, is_trusted
+from embedloom.core.contents import cache_folder, contents_of, digest
+from embedloom.core.progress import note
 from embedloom.errors import DataError
-from embedloom.progress import note
-
-__all__ = ["SWITCH", "is_trusted", "read_as_llama", "trusted_copy"]
 
 # Where a person may say it, as errors name it.
 SWITCH = (

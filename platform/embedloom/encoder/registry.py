@@ -11,10 +11,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from embedloom.contents import Contents, cache_folder, contents_of, digest
+from embedloom.core.contents import Contents, cache_folder, contents_of, digest
+from embedloom.core.model_folder import ForeignLayout, ModelFolder
 from embedloom.encoder.own_code import trusted_copy
 from embedloom.errors import DataError, MissingDependency, first_line
-from embedloom.model_folder import ForeignLayout, ModelFolder
 
 _KEY_DIGITS = 12  # of a GGUF file's hash, in the name of the folder it is converted into
 

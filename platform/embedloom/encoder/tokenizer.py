@@ -10,10 +10,10 @@ from tokenizers import normalizers
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from embedloom.encoder.architecture import read_config
-from embedloom.encoder.own_code import is_trusted
+from embedloom.core.contents import is_trusted
+from embedloom.core.prompting import PromptContract, Side
+from embedloom.encoder.backbone import read_config
 from embedloom.errors import ConfigError, DataError, first_line
-from embedloom.instructions import PromptContract, Side
 
 # Prose has 2 to 7 characters a token; 16 leaves room for runs of spaces and rules of dashes. No number is safe for
 # every text (a WordPiece tokenizer turns a word of a megabyte into one token), so ``truncated_ids`` checks.

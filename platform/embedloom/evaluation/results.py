@@ -17,10 +17,10 @@ from typing import Any
 
 from mteb.results import TaskResult
 
+from embedloom.core.schemas import ScoreTable
+from embedloom.core.storage import Place
 from embedloom.encoder.tokenizer import CutTexts
 from embedloom.evaluation.jobs import Outcome, Survey, Unit
-from embedloom.records import ScoreTable
-from embedloom.storage import Place
 
 SCORES_FILE = "scores.json"
 RUN_SETTINGS_FILE = "run_settings.jsonl"

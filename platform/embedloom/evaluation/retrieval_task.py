@@ -1,16 +1,87 @@
-"""Local data as an mteb retrieval or reranking task: mteb ranks, scores and writes the result, as for its own."""
+"""Local data as an mteb retrieval or reranking task, and two readers of it: BEIR folders, and a run's held-out split."""
 
-from collections.abc import Iterable, Mapping
+import hashlib
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Literal
 
 from datasets import Dataset
 from mteb.abstasks import AbsTaskRetrieval
 from mteb.abstasks.task_metadata import TaskMetadata
+from mteb.models import ModelMeta
+from mteb.models.models_protocols import SearchProtocol
+from mteb.models.search_wrappers import SearchEncoderWrapper
 
-from embedloom.evaluation.best_chunk import chunked_members
-from embedloom.evaluation.languages import UNKNOWN_LANGUAGE, language_code
-from embedloom.records import content_id
+from embedloom.core.artefacts import Artefact, fingerprint
+from embedloom.core.progress import note
+from embedloom.core.schemas import GRADE, check_unique_ids, content_id
+from embedloom.core.storage import beir_entries, judgements
+from embedloom.core.text import folded
+from embedloom.errors import DataError
+from embedloom.evaluation.specs import BEIR_CORPUS, BEIR_QUERIES, UNKNOWN_LANGUAGE, check_beir, language_code
+
+# Documents that are cut into chunks, ranked as documents: each by its best chunk, whatever ranks the chunks.
+#
+# A judgement is of a whole document. That its first chunk alone should answer would score a model by where in a document
+# the answer stands; the best chunk is what a search over chunks shows (MaxP of Dai and Callan, arXiv 1905.09217).
+
+
+Ranking = dict[str, dict[str, float]]  # query id -> document id -> score
+
+
+def by_best_chunk(ranking: Mapping[str, Mapping[str, float]], owners: Mapping[str, str]) -> Ranking:
+    """Scores of documents: of each the highest that a chunk of it has.
+
+    Args:
+        ranking: query id -> chunk or whole document -> score.
+        owners: chunk -> its document; what is not in it is a whole document.
+    """
+    found: Ranking = {}
+    for query, scores in ranking.items():
+        best: dict[str, float] = {}
+        for chunk, score in scores.items():
+            owner = owners.get(chunk, chunk)
+            best[owner] = max(score, best.get(owner, score))
+        found[query] = best
+    return found
+
+
+class BestChunkSearch:
+    """mteb's search protocol around a model that ranks chunks."""
+
+    def __init__(self, model: Any, owners: Mapping[str, str]) -> None:
+        self._chunks: Any = model if isinstance(model, SearchProtocol) else SearchEncoderWrapper(model)
+        self._owners = owners
+
+    @property
+    def mteb_model_meta(self) -> ModelMeta:
+        """Of the model that ranks."""
+        meta: ModelMeta = self._chunks.mteb_model_meta
+        return meta
+
+    def index(self, corpus: Any, **options: Any) -> None:
+        """Hand the chunks on."""
+        self._chunks.index(corpus, **options)
+
+    def search(self, queries: Any, **options: Any) -> Ranking:
+        """Rank, then let each document stand where its best chunk does."""
+        return by_best_chunk(self._chunks.search(queries, **options), self._owners)
+
+
+def chunked_members(owners: Mapping[str, str]) -> dict[str, Any]:
+    """What a retrieval task's class needs so that it ranks documents by their best chunk."""
+
+    def _evaluate_subset(task: AbsTaskRetrieval, model: Any, *arguments: Any, **options: Any) -> Any:
+        return AbsTaskRetrieval._evaluate_subset(task, BestChunkSearch(model, owners), *arguments, **options)
+
+    return {"_evaluate_subset": _evaluate_subset}
+
+
+# Local data as an mteb retrieval or reranking task: mteb ranks, scores and writes the result, as for its own.
+
 
 MAIN_SCORES = {"Retrieval": "ndcg_at_10", "Reranking": "map_at_1000"}  # as mteb's own tasks of these types
 # Extra column of the queries where a task has more than one instruction; the wrapper reads it.
@@ -148,3 +219,169 @@ def _split_data(data: RetrievalData, several_instructions: bool) -> dict[str, An
         },
         "top_ranked": data.candidates,
     }
+
+
+# A BEIR folder as retrieval data: ``corpus.jsonl``, ``queries.jsonl``, ``qrels/<split>.tsv``.
+
+
+_ABSENT = "name documents that the corpus lacks; they count as not found, as in BEIR and mteb"
+
+
+def read_beir(folder: Path, split: str, where: str) -> RetrievalData:
+    """Read a BEIR folder. Queries without qrels are left out, as in BEIR and mteb.
+
+    Raises:
+        DataError: a missing file, a broken line, a repeated id, qrels of unknown queries, or no judged query.
+    """
+    check_beir(folder, split, where)
+    files = [folder / BEIR_CORPUS, folder / BEIR_QUERIES, folder / "qrels" / f"{split}.tsv"]
+    documents, texts = list(_documents(files[0])), {key: text for key, _, text in _documents(files[1])}
+    qrels = _qrels(files[2])
+    unknown = sorted(set(qrels) - set(texts))
+    if unknown:
+        raise DataError(f"{folder}/qrels/{split}.tsv: query {unknown[0]!r} is not in {BEIR_QUERIES}")
+    queries = [Query(key, texts[key]) for key in sorted(qrels)]
+    if not documents or not any(grade > 0 for grades in qrels.values() for grade in grades.values()):
+        raise DataError(
+            f"{where}: {folder} has {len(documents)} documents and no relevant judgement in qrels/{split}.tsv"
+        )
+    known = {key for key, _, _ in documents}
+    absent = sum(grade > 0 and key not in known for grades in qrels.values() for key, grade in grades.items())
+    if absent:
+        note("evaluate", f"{where}: {absent} relevant judgements {_ABSENT}")
+    digest = hashlib.sha256()
+    for path in files:
+        with path.open("rb") as stream:
+            hashlib.file_digest(stream, lambda: digest)
+    return RetrievalData(
+        documents=documents,
+        queries=queries,
+        qrels=qrels,
+        languages=(UNKNOWN_LANGUAGE,),
+        revision=digest.hexdigest()[:16],
+        description=f"BEIR folder {folder.name}, split {split}"
+        + (f"; {absent} relevant judgements {_ABSENT}" if absent else ""),
+    )
+
+
+def _documents(path: Path) -> Iterator[tuple[str, str, str]]:
+    """(id, title, text) of each line; a line that says again what an earlier one said is passed over."""
+    seen: dict[str, int] = {}
+    for key, title, text in beir_entries(path):
+        entry = (title or "", text)
+        if key in seen:
+            if seen[key] != hash(entry):
+                raise DataError(f"{path}: _id {key!r} stands twice; ids must be unique")
+            continue
+        seen[key] = hash(entry)
+        yield key, *entry
+
+
+def _qrels(path: Path) -> dict[str, dict[str, int]]:
+    """Grades by query and document; whole numbers, as trec_eval computes gains of them, however they are written."""
+    found: dict[str, dict[str, int]] = {}
+    for query, document, grade in judgements(path):
+        if not grade.is_integer():
+            raise DataError(f"{path}: {query}, {document}: {grade} is no whole-number score (1 or 1.0)")
+        found.setdefault(query, {})[document] = int(grade)
+    return found
+
+
+# The run's own held-out split as retrieval data: documents are the corpus, natural pairs the queries.
+
+
+_SCORED_TASK_TYPES = ("retrieval",)
+
+
+def check_heldout(corpus: Artefact, split: str, where: str) -> None:
+    """Raise DataError if the corpus artefact has no held-out documents or pairs in ``split``."""
+    for folder in ("documents", "pairs"):
+        if not corpus.place.names(f"{folder}/{split}", ".parquet"):
+            raise DataError(
+                f"{where}: {corpus.place.uri}/{folder}/{split} has no Parquet file; a heldout task needs "
+                f"documents and natural pairs in its split (raise corpus.split.{split}, or use a source "
+                "that has pairs)"
+            )
+
+
+def read_heldout(corpus: Artefact, split: str, where: str, own_instructions: bool = False) -> RetrievalData:
+    """Read one split; pairs that ask the same under one instruction become one query with several positives.
+
+    Every document that any pair names for the question counts, under whatever instruction, with its best grade. A
+    document that was cut counts by its best chunk, see ``best_chunk``.
+
+    With ``own_instructions``, pairs with the same text and different instructions stay two queries; without, they are
+    one, as they are to a model that is asked without any.
+
+    Raises:
+        DataError: no pairs, a pair whose document is not in the split, or pairs of another task type.
+    """
+    check_heldout(corpus, split, where)
+    documents = corpus.place.read_tables(f"documents/{split}", "documents")
+    check_unique_ids(documents, f"{corpus.place.uri}/documents/{split}")
+    columns = documents.select(["id", "title", "text"]).to_pydict()
+    rows = [
+        (i, title or "", text)
+        for i, title, text in zip(columns["id"], columns["title"], columns["text"], strict=True)
+    ]
+    known = set(columns["id"])
+    owners = _chunk_owners(corpus, known)
+    pairs = corpus.place.read_tables(f"pairs/{split}", "pairs").to_pylist()
+    for pair in pairs:
+        _check_pair(pair, known, split, where)
+    groups: dict[tuple[str, str | None], list[dict[str, str]]] = {}
+    judged: dict[str, dict[str, int]] = {}
+    for pair in pairs:
+        question = folded(pair["query"])
+        groups.setdefault((question, pair["instruction"] if own_instructions else None), []).append(pair)
+        grades = judged.setdefault(question, {})
+        document = owners.get(pair["document_id"], pair["document_id"])
+        grades[document] = max(_grade(pair), grades.get(document, 1))
+    queries = {}
+    for (question, _), group in groups.items():
+        instructions = {pair["instruction"] for pair in group}
+        own = instructions.pop() if len(instructions) == 1 else ""
+        first = min(group, key=lambda pair: pair["id"])
+        queries[Query(first["id"], first["query"], own)] = judged[question]
+    return RetrievalData(
+        documents=rows,
+        queries=sorted(queries, key=lambda query: query.id),
+        qrels={query.id: grades for query, grades in queries.items()},
+        languages=tuple(sorted({pair[key] for pair in pairs for key in ("lang", "document_lang")})),
+        revision=fingerprint(corpus.fingerprint, split),
+        description=f"Held-out {split} split of the run's own corpus",
+        owners=owners,
+    )
+
+
+def _chunk_owners(corpus: Artefact, known: set[str]) -> dict[str, str]:
+    """Of every chunk among these documents, the first chunk of its document: pairs name that one."""
+    first: dict[str, tuple[int, str]] = {}
+    chunks = [
+        row
+        for name in corpus.place.names("chunks", ".parquet")
+        for row in corpus.place.read_table(name, ["id", "document_id", "chunk"]).to_pylist()
+        if row["id"] in known
+    ]
+    for row in chunks:
+        place = (row["chunk"], row["id"])
+        first[row["document_id"]] = min(place, first.get(row["document_id"], place))
+    return {row["id"]: first[row["document_id"]][1] for row in chunks}
+
+
+def _grade(pair: dict[str, str]) -> int:
+    """How relevant a pair's document is; the measures know whole numbers, so a fraction counts as the next one up."""
+    attributes: dict[str, float] = json.loads(pair["attributes"] or "{}")
+    return math.ceil(attributes.get(GRADE, 1))
+
+
+def _check_pair(pair: dict[str, str], documents: set[str], split: str, where: str) -> None:
+    if pair["document_id"] not in documents:
+        raise DataError(
+            f"{where}: pair {pair['id']!r} names document {pair['document_id']!r}, which is not in documents/{split}"
+        )
+    if pair["task_type"] not in _SCORED_TASK_TYPES:
+        raise DataError(
+            f"{where}: pair {pair['id']!r} has task_type {pair['task_type']!r}; "
+            f"allowed: {', '.join(_SCORED_TASK_TYPES)}"
+        )

@@ -1,12 +1,39 @@
-"""Who gets scored: model folders, the teacher and BM25, each with the identity its results are kept under."""
+"""What is scored: model folders, the teacher and BM25, each with the identity its results are kept under."""
 
+import importlib.util
 from pathlib import Path
+from typing import Any
 
+import mteb
+
+from embedloom.core.prompting import PromptContract
 from embedloom.encoder.registry import open_model
-from embedloom.errors import ConfigError
-from embedloom.evaluation.bm25 import BM25_NAME, bm25_revision, check_bm25
+from embedloom.errors import ConfigError, MissingDependency
 from embedloom.evaluation.jobs import Group, Scorer
-from embedloom.instructions import PromptContract
+
+# The BM25 baseline: mteb's own, so that its score compares with the one on mteb's leaderboard.
+
+
+BM25_NAME = "mteb/baseline-bm25s"
+_PACKAGES = {"bm25s": "bm25s", "Stemmer": "PyStemmer"}  # import name -> distribution
+
+
+def check_bm25() -> None:
+    """Raise MissingDependency if a package that mteb's BM25 needs is absent."""
+    for module, distribution in _PACKAGES.items():
+        if importlib.util.find_spec(module) is None:
+            raise MissingDependency(distribution, "cpu", "the bm25 baseline of evaluation.baselines")
+
+
+def bm25_revision() -> str:
+    """mteb's revision of the baseline, which names its result folder."""
+    return str(mteb.get_model_meta(BM25_NAME).revision)
+
+
+def load_bm25() -> Any:
+    """BM25 behind mteb's search protocol: Lucene scoring, stop words and stemmer by the task's language."""
+    check_bm25()
+    return mteb.get_model_meta(BM25_NAME).load_model()
 
 
 def make_scorers(

@@ -3,21 +3,21 @@
 from pathlib import Path
 from typing import Any, cast
 
-from embedloom.artefacts import Artefact, ArtefactWriter
-from embedloom.config.resources import PoolConfig
-from embedloom.config.use import EvaluationConfig
-from embedloom.encoder.device import DTypeName
+from embedloom.config.cluster import PoolConfig
+from embedloom.config.evaluation import EvaluationConfig
+from embedloom.core.artefacts import Artefact, ArtefactWriter
+from embedloom.core.schemas import ScoredPrompts
+from embedloom.core.storage import Place
+from embedloom.encoder.backbone import DTypeName
 from embedloom.errors import StageError
 from embedloom.evaluation.evaluator import Evaluator
 from embedloom.evaluation.jobs import Unit
+from embedloom.evaluation.leaderboard import check_pool, score_intervals, standings
 from embedloom.evaluation.results import SCORES_FILE, score_table
 from embedloom.evaluation.scorers import make_scorers
 from embedloom.evaluation.specs import expand_tasks
-from embedloom.evaluation.standings import check_pool, score_intervals, standings
 from embedloom.evaluation.tasks import check_task
-from embedloom.records import ScoredPrompts
 from embedloom.retrieval.vector_files import CUT_COUNTS
-from embedloom.storage import Place
 
 VECTORS_FOLDER = "_vectors"
 Figures = dict[Unit, dict[str, Any]]

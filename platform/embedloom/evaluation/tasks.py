@@ -9,20 +9,16 @@ import mteb
 from mteb.abstasks import AbsTask, AbsTaskRetrieval
 from mteb.types import PromptType
 
-from embedloom.artefacts import Artefact
+from embedloom.core.artefacts import Artefact
+from embedloom.core.prompting import PromptContract
 from embedloom.encoder.registry import open_model
 from embedloom.encoder.tokenizer import InstructionTooLong, check_room, load_tokenizer
 from embedloom.errors import DataError, first_line
-from embedloom.evaluation.beir import read_beir
-from embedloom.evaluation.benchmark_instructions import role_of
-from embedloom.evaluation.heldout import check_heldout, read_heldout
 from embedloom.evaluation.jobs import Unit
-from embedloom.evaluation.local_labelled import make_labelled_task
-from embedloom.evaluation.local_layout import RANKED_TYPES, check_beir, check_local_split
-from embedloom.evaluation.local_retrieval import make_ranked_task
-from embedloom.evaluation.retrieval_task import make_retrieval_task
-from embedloom.evaluation.specs import TaskSpec
-from embedloom.instructions import PromptContract
+from embedloom.evaluation.local_tasks import make_labelled_task, make_ranked_task
+from embedloom.evaluation.retrieval_task import check_heldout, make_retrieval_task, read_beir, read_heldout
+from embedloom.evaluation.specs import RANKED_TYPES, TaskSpec, check_beir, check_local_split
+from embedloom.evaluation.texts import role_of
 
 
 def check_task(spec: TaskSpec, corpus: Artefact | None) -> bool:

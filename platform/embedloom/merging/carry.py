@@ -4,15 +4,14 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from embedloom.artefacts import BUILDING_FILE, MANIFEST_FILE
-from embedloom.encoder.readers import Verdict, reader_lines
+from embedloom.core.artefacts import BUILDING_FILE, MANIFEST_FILE
+from embedloom.core.prompting import CONTRACT_FILE, PromptContract
+from embedloom.core.storage import Place
+from embedloom.core.trained_prompts import hub_card, merged_contract, prompt_lines, reader_prompts
+from embedloom.encoder.parity import Verdict, reader_lines
 from embedloom.errors import DataError
-from embedloom.instructions import CONTRACT_FILE, PromptContract
-from embedloom.merging.checks import CONFIG_FILE, PROMPTS_FILE
-from embedloom.merging.origin import CARD_FILE, card_header, stated_base
+from embedloom.merging.checks import CARD_FILE, CONFIG_FILE, PROMPTS_FILE, card_header, stated_base
 from embedloom.merging.plan import MergePlan
-from embedloom.storage import Place
-from embedloom.trained_prompts import hub_card, merged_contract, prompt_lines, reader_prompts
 
 LINEAGE_FILE = "lineage.json"
 SEARCH_FILE = "search.json"

@@ -1,19 +1,304 @@
-"""Whether models can be merged: the same architecture, tokenizer, contract, base and tensors. Nothing is written."""
+"""Whether models can be merged: where they come from, and what the files of their folders mean, compared."""
 
 import hashlib
+import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from embedloom.errors import DataError
-from embedloom.instructions import CONTRACT_FILE, PromptContract
-from embedloom.merging import meaning
-from embedloom.merging.meaning import CONFIG_FILE, PROMPTS_FILE, TOKENIZER_FILE, TOKENIZER_SETTINGS, read_json
-from embedloom.merging.origin import stated_base
-from embedloom.merging.tensors import TensorFolder
-from embedloom.storage import Place
+import yaml
 
-__all__ = ["BASE", "CONFIG_FILE", "PROMPTS_FILE", "Difference", "check_mergeable", "check_tensors"]
+from embedloom.core.artefacts import MANIFEST_FILE, Artefact, fingerprint
+from embedloom.core.model_folder import ModelFolder
+from embedloom.core.prompting import CONTRACT_FILE, PromptContract
+from embedloom.core.storage import Place
+from embedloom.errors import DataError, one_line
+from embedloom.merging.tensors import TensorFolder
+
+# Where a model comes from: the base it was trained from, and what identifies its files.
+
+
+CARD_FILE = "README.md"
+_DEPTH = 8  # training stages that may follow each other
+
+
+def stated_base(place: Place, *, itself: bool = False) -> tuple[str, str] | None:
+    """What a model folder says it was trained from: ("artefact", fingerprint) or ("base_model", name), or None.
+
+    An artefact of training names its start in its manifest, and so on back to the untrained base; any other folder
+    may name a base in the header of its model card.
+
+    Args:
+        place: a model folder.
+        itself: it is the base, so an artefact stands for itself.
+    """
+    if place.exists(MANIFEST_FILE):
+        manifest = place.read_json(MANIFEST_FILE)
+        if itself:
+            return "artefact", str(manifest.get("fingerprint"))
+        return _from_manifest(place, manifest)
+    named = card_header(place).get("base_model")
+    if itself or not isinstance(named, str):
+        return None
+    return "base_model", named
+
+
+def _from_manifest(place: Place, manifest: dict[str, Any]) -> tuple[str, str] | None:
+    root = Place(place.uri.rstrip("/").rsplit("/", 3)[0])  # <run>/training/<candidate>/<stage>
+    for _ in range(_DEPTH):
+        inputs = manifest.get("inputs", {})
+        if "encoder" in inputs:
+            return "artefact", str(inputs["encoder"])
+        before = next((name for name in inputs if name.startswith("training/")), None)
+        if before is None or not root.exists(f"{before}/{MANIFEST_FILE}"):
+            return None
+        earlier = root.read_json(f"{before}/{MANIFEST_FILE}")
+        if earlier.get("fingerprint") != inputs[before]:
+            return None  # rebuilt since; what it was then is not known any more
+        manifest = earlier
+    return None
+
+
+def card_header(place: Place) -> dict[str, Any]:
+    """The YAML header of the model card; empty if there is none.
+
+    Raises:
+        DataError: a header that is not YAML.
+    """
+    if not place.exists(CARD_FILE):
+        return {}
+    parts = place.read_bytes(CARD_FILE).decode(errors="replace").split("---", 2)
+    if len(parts) < 3 or parts[0].strip():
+        return {}
+    try:
+        header = yaml.safe_load(parts[1])
+    except yaml.YAMLError as error:
+        raise DataError(f"{place.uri}/{CARD_FILE}: its header is not YAML: {one_line(error)}") from error
+    return header if isinstance(header, dict) else {}
+
+
+def model_state(place: Place) -> str:
+    """Fingerprint of a model folder: an artefact's own, else of what its files hold; in an object store, of their sizes
+    and tags."""
+    if place.exists(MANIFEST_FILE):
+        return Artefact.open(place).fingerprint
+    if place.is_local:
+        return fingerprint(ModelFolder(place.local).contents)
+    return fingerprint({name: place.state(name) for name in place.files()})
+
+
+# What the files of a model folder mean, in a form in which models that compute alike are equal.
+#
+# Libraries write one thing in several ways: transformers 4 ``rope_theta`` and 5 ``rope_parameters``, defaults spelt out or
+# left out, sentence-transformers a pooling mode by name or by six flags, and into ``tokenizer.json`` the truncation and
+# padding of the last call. Compared is what they come to.
+
+
+CONFIG_FILE = "config.json"
+TOKENIZER_FILE = "tokenizer.json"
+TOKENIZER_SETTINGS = "tokenizer_config.json"
+PROMPTS_FILE = "config_sentence_transformers.json"
+LENGTH_FILE = "sentence_bert_config.json"
+POOLING_FILE = "1_Pooling/config.json"
+MODULES_FILE = "modules.json"
+
+# Where a model was loaded from, in which type it was stored, and what only training or generating reads.
+_INCIDENTAL = {
+    "_name_or_path", "name_or_path", "transformers_version", "torch_dtype", "dtype", "_attn_implementation",
+    "_attn_implementation_autoset", "_commit_hash", "_experts_implementation", "unsloth_version", "unsloth_fixed",
+    "architectures", "auto_map", "use_cache", "return_dict", "output_attentions", "output_hidden_states", "tie_word_embeddings",
+    "tie_encoder_decoder", "initializer_range", "initializer_factor", "gradient_checkpointing", "pretraining_tp",
+    "chunk_size_feed_forward", "id2label", "label2id", "num_labels", "problem_type", "finetuning_task",
+}  # fmt: skip
+_TRAINING_ONLY = ("dropout", "dropout_prob", "dropout_rate", "drop", "pdrop")  # ends of keys
+# A base need not be an embedding model: these are what makes one of it, or only generating reads them.
+BASE_FREE = {
+    "is_causal", "use_bidirectional_attention", "pooling", "bos_token_id", "eos_token_id", "pad_token_id",
+}  # fmt: skip
+_SPECIAL_TOKENS = (
+    "bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token", "additional_special_tokens",
+)  # fmt: skip
+# Keys that change which ids a text becomes, through code: what they come to is tried out on texts.
+HABITS = (
+    "add_bos_token", "add_eos_token", "add_prefix_space", "do_lower_case", "strip_accents", "tokenize_chinese_chars",
+    "split_special_tokens",
+)  # fmt: skip
+_POOLING_FLAGS = "pooling_mode_"
+_POOLING_NAMES = {
+    "cls": "cls_token",
+    "max": "max_tokens",
+    "mean": "mean_tokens",
+    "weightedmean": "weightedmean_tokens",
+}  # new name -> end of the flag
+
+
+def read_json(place: Place, file: str) -> Any:
+    """A JSON file of a folder.
+
+    Raises:
+        DataError: not JSON.
+    """
+    try:
+        return json.loads(place.read_bytes(file))
+    except ValueError as error:
+        raise DataError(f"{place.uri}/{file}: not valid JSON: {error}") from error
+
+
+def config_meaning(place: Place) -> dict[str, Any]:
+    """``config.json`` with its defaults filled in by transformers, without what changes no vector.
+
+    Raises:
+        DataError: not a JSON object.
+    """
+    raw = read_json(place, CONFIG_FILE)
+    if not isinstance(raw, dict):
+        raise DataError(f"{place.uri}/{CONFIG_FILE}: expected a JSON object, found {type(raw).__name__}")
+    found: dict[str, Any] = _computing(_with_defaults(raw))
+    return found
+
+
+def _with_defaults(raw: dict[str, Any]) -> dict[str, Any]:
+    from transformers import CONFIG_MAPPING
+
+    kind = raw.get("model_type")
+    if kind not in CONFIG_MAPPING:  # custom code, which is never run: compared as it is written
+        return raw
+    try:
+        filled: dict[str, Any] = CONFIG_MAPPING[kind].from_dict(dict(raw)).to_dict()
+    except Exception:  # a value the library refuses, by a dozen types; the model itself will say so
+        return raw
+    return filled
+
+
+def _computing(value: Any) -> Any:
+    """The keys that decide what is computed, at every depth."""
+    if not isinstance(value, dict):
+        return value
+    kept = {
+        key: _computing(held)
+        for key, held in value.items()
+        if key not in _INCIDENTAL and not key.endswith(_TRAINING_ONLY)
+    }
+    if isinstance(kept.get("rope_parameters"), dict):  # "type" is the old name of "rope_type", kept beside it
+        kept["rope_parameters"] = {
+            key: held for key, held in kept["rope_parameters"].items() if key != "type"
+        }
+    return kept
+
+
+def tokenizer_meaning(place: Place) -> dict[str, Any]:
+    """``tokenizer.json`` as the tokenizers library writes it now, without the truncation and padding of the last call,
+    which every caller sets anew.
+
+    Raises:
+        DataError: not JSON.
+    """
+    from tokenizers import Tokenizer
+
+    content = read_json(place, TOKENIZER_FILE)
+    try:
+        backend = Tokenizer.from_str(json.dumps(content))
+    except Exception:  # the library raises plain exceptions; what it cannot read is compared as it is written
+        return {key: held for key, held in content.items() if key not in ("truncation", "padding")}
+    backend.no_truncation()
+    backend.no_padding()
+    found: dict[str, Any] = json.loads(backend.to_str())
+    return {key: held for key, held in found.items() if key not in ("truncation", "padding", "version")}
+
+
+def vocabulary_meaning(place: Place) -> dict[str, Any]:
+    """What of a tokenizer decides which row of the embedding a piece of text becomes."""
+    whole = tokenizer_meaning(place)
+    return {key: whole.get(key) for key in ("model", "normalizer", "pre_tokenizer")}
+
+
+def added_tokens(place: Place) -> dict[str, int]:
+    """Ids of the tokens beside the vocabulary, by their text."""
+    return {
+        str(token["content"]): int(token["id"])
+        for token in tokenizer_meaning(place).get("added_tokens") or ()
+    }
+
+
+def settings_meaning(place: Place) -> dict[str, Any]:
+    """What the other files of a tokenizer say: special tokens, sides and the chat template, wherever they stand."""
+    settings = _said(place, TOKENIZER_SETTINGS)
+    tokens = {**_said(place, "special_tokens_map.json"), **settings}
+    template = settings.get("chat_template")
+    if place.exists("chat_template.jinja"):
+        template = place.read_bytes("chat_template.jinja").decode(errors="replace")
+    found = {
+        "padding_side": settings.get("padding_side", "right"),
+        "truncation_side": settings.get("truncation_side", "right"),
+        "chat_template": template or None,
+        **{name: _token(tokens.get(name)) for name in _SPECIAL_TOKENS},
+    }
+    return {**found, **{name: settings.get(name) for name in HABITS}}
+
+
+def _token(value: Any) -> Any:
+    """A special token's text, written as text or with its properties; none for an empty list."""
+    if isinstance(value, dict):
+        return value.get("content")
+    return sorted(str(_token(one)) for one in value) or None if isinstance(value, list) else value
+
+
+def modules_meaning(place: Place) -> list[list[str]]:
+    """Kind and folder of every module of sentence-transformers; their classes moved between its versions."""
+    modules = read_json(place, MODULES_FILE)
+    return [[str(one.get("type", "")).rpartition(".")[2], str(one.get("path", ""))] for one in modules]
+
+
+def pooling_meaning(place: Place) -> dict[str, Any]:
+    """How token states become one vector, named or flagged."""
+    content = read_json(place, POOLING_FILE)
+    named = content.get("pooling_mode")
+    names = [named] if isinstance(named, str) else list(named or ())
+    flags = {
+        key.removeprefix(_POOLING_FLAGS)
+        for key, on in content.items()
+        if key.startswith(_POOLING_FLAGS) and on
+    }
+    modes = {_POOLING_NAMES.get(name, name) for name in names} or flags
+    return {"pooling_mode": sorted(modes), "include_prompt": content.get("include_prompt", True)}
+
+
+def prompts_meaning(place: Place) -> dict[str, Any]:
+    """Prompts and similarity of sentence-transformers; an empty prompt is none."""
+    content = _said(place, PROMPTS_FILE)
+    prompts = {name: text for name, text in (content.get("prompts") or {}).items() if text}
+    return {
+        "prompts": prompts,
+        "default_prompt_name": content.get("default_prompt_name") if prompts else None,
+        "similarity_fn_name": content.get("similarity_fn_name") or "cosine",
+    }
+
+
+def length_meaning(place: Place) -> dict[str, Any]:
+    """What sentence-transformers does to a text before the tokenizer; the length it cuts at is ``longest``'s."""
+    return {"do_lower_case": bool(_said(place, LENGTH_FILE).get("do_lower_case"))}
+
+
+def longest(place: Place) -> int | None:
+    """Tokens at which sentence-transformers cuts, from every place its versions keep them; None: a contract says it."""
+    if place.exists(CONTRACT_FILE):
+        return None
+    stated = _said(place, LENGTH_FILE).get("max_seq_length")
+    positions = read_json(place, CONFIG_FILE).get("max_position_embeddings")
+    if stated is None:
+        stated = _said(place, TOKENIZER_SETTINGS).get("model_max_length")
+    known = [value for value in (stated, positions) if isinstance(value, int | float)]
+    return int(min(known)) if known else None
+
+
+def _said(place: Place, file: str) -> dict[str, Any]:
+    """A file that may be left out where it says nothing but defaults."""
+    found: dict[str, Any] = read_json(place, file) if place.exists(file) else {}
+    return found
+
+
+# Whether models can be merged: the same architecture, tokenizer, contract, base and tensors. Nothing is written.
+
 
 BASE = "the base"  # how errors call the model that all others were trained from
 _ORIGIN = "base"  # how a difference of origins is allowed
@@ -92,21 +377,21 @@ def _differences(
     left: tuple[str, Place], others: Sequence[tuple[str, Place]], base: Place | None
 ) -> Iterator[Difference]:
     for right in others:
-        yield from _compared(CONFIG_FILE, left, right, meaning.config_meaning)
+        yield from _compared(CONFIG_FILE, left, right, config_meaning)
         yield from _file_differences(CONTRACT_FILE, left, right)
         yield from _tokenizer_differences(left, right)
-        yield from _file_differences(meaning.MODULES_FILE, left, right, meaning.modules_meaning)
-        yield from _file_differences(meaning.POOLING_FILE, left, right, meaning.pooling_meaning)
-        yield from _compared(meaning.LENGTH_FILE, left, right, meaning.length_meaning)
+        yield from _file_differences(MODULES_FILE, left, right, modules_meaning)
+        yield from _file_differences(POOLING_FILE, left, right, pooling_meaning)
+        yield from _compared(LENGTH_FILE, left, right, length_meaning)
         own = {"prompts", "default_prompt_name"} if left[1].exists(CONTRACT_FILE) else set()
-        yield from _compared(PROMPTS_FILE, left, right, meaning.prompts_meaning, own)
+        yield from _compared(PROMPTS_FILE, left, right, prompts_meaning, own)
     if base is None:
         return
     right = (BASE, base)
-    yield from _compared(CONFIG_FILE, left, right, meaning.config_meaning, meaning.BASE_FREE)
+    yield from _compared(CONFIG_FILE, left, right, config_meaning, BASE_FREE)
     if left[1].exists(TOKENIZER_FILE) and base.exists(TOKENIZER_FILE):
-        yield from _compared(TOKENIZER_FILE, left, right, meaning.vocabulary_meaning)
-        ours, theirs = meaning.added_tokens(left[1]), meaning.added_tokens(base)
+        yield from _compared(TOKENIZER_FILE, left, right, vocabulary_meaning)
+        ours, theirs = added_tokens(left[1]), added_tokens(base)
         for token in sorted(ours.keys() & theirs.keys()):  # a model may have more
             yield from _value_differences(
                 ours[token], theirs[token], (TOKENIZER_FILE, "added_tokens", token), left, right
@@ -120,12 +405,12 @@ def _tokenizer_differences(left: tuple[str, Place], right: tuple[str, Place]) ->
     (_, ours), (_, theirs) = left, right
     if ours.exists(TOKENIZER_FILE) and theirs.exists(TOKENIZER_FILE):
         if ours.read_bytes(TOKENIZER_FILE) != theirs.read_bytes(TOKENIZER_FILE):
-            yield from _compared(TOKENIZER_FILE, left, right, meaning.tokenizer_meaning)
+            yield from _compared(TOKENIZER_FILE, left, right, tokenizer_meaning)
     else:
         yield from _file_differences(TOKENIZER_FILE, left, right)
         yield from _vocabulary_files(left, right)
-    found = list(_compared(TOKENIZER_SETTINGS, left, right, meaning.settings_meaning))
-    habits = [one for one in found if one.key in meaning.HABITS]
+    found = list(_compared(TOKENIZER_SETTINGS, left, right, settings_meaning))
+    habits = [one for one in found if one.key in HABITS]
     yield from (one for one in found if one not in habits)
     if habits and not _same_ids(ours, theirs):
         yield from habits
@@ -151,7 +436,7 @@ def _same_ids(ours: Place, theirs: Place) -> bool:
 
 def _other_length(left: tuple[str, Place], right: tuple[str, Place]) -> Difference | None:
     """Where sentence-transformers cuts: no matter of the weights, so the first model's counts, and it is said."""
-    here, there = meaning.longest(left[1]), meaning.longest(right[1])
+    here, there = longest(left[1]), longest(right[1])
     if here == there:
         return None
     return Difference("max_seq_length", "", str(here), str(there), (left[0], right[0]))

@@ -5,11 +5,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from embedloom.artefacts import Artefact, ArtefactWriter
+from embedloom.config.cluster import PoolConfig
 from embedloom.config.merging import MergingConfig
-from embedloom.config.resources import PoolConfig
-from embedloom.encoder.readers import Verdict, reader_verdicts
-from embedloom.instructions import PromptContract
+from embedloom.core.artefacts import Artefact, ArtefactWriter
+from embedloom.core.progress import Progress, note
+from embedloom.core.prompting import PromptContract
+from embedloom.core.storage import Place
+from embedloom.encoder.parity import Verdict, reader_verdicts
 from embedloom.merging.carry import (
     DATA_CARD_FILE,
     LINEAGE_FILE,
@@ -19,13 +21,10 @@ from embedloom.merging.carry import (
     merged_data_card,
     model_card,
 )
-from embedloom.merging.checks import CONFIG_FILE
-from embedloom.merging.layout import write_index
-from embedloom.merging.origin import CARD_FILE
+from embedloom.merging.checks import CARD_FILE, CONFIG_FILE
 from embedloom.merging.plan import MergePlan, plan_merge
-from embedloom.merging.tasks import write_here, write_with_ray
-from embedloom.progress import Progress, note
-from embedloom.storage import Place
+from embedloom.merging.tensors import write_index
+from embedloom.merging.writer import write_here, write_with_ray
 
 
 def merge(

@@ -1,24 +1,35 @@
-"""Writing one weight file of a merge: block by block, under another name, renamed when whole."""
+"""Writing the files of a merge, block by block, in this process or spread over Ray tasks."""
 
 import math
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from embedloom.compute.shards import run_tasks
+from embedloom.config.cluster import PoolConfig
+from embedloom.core.progress import Progress
+from embedloom.core.storage import Place
 from embedloom.errors import DataError, StageError
 from embedloom.merging.checks import BASE
-from embedloom.merging.layout import WeightFile
 from embedloom.merging.methods import PREPARE
-from embedloom.merging.operands import BlockFunction, Operands
 from embedloom.merging.plan import MergePlan
-from embedloom.merging.reader import Scratch, TensorReader, open_tensors
-from embedloom.merging.tensors import TensorInfo
-from embedloom.storage import Place
+from embedloom.merging.tensors import (
+    BlockFunction,
+    Operands,
+    Scratch,
+    TensorInfo,
+    TensorReader,
+    WeightFile,
+    open_tensors,
+)
+
+# Writing one weight file of a merge: block by block, under another name, renamed when whole.
+
 
 Report = Callable[[int], None]
 
@@ -147,3 +158,33 @@ def _put(descriptor: int, content: bytes | memoryview, offset: int) -> int:
         written = os.pwrite(descriptor, rest, offset)
         rest, offset = rest[written:], offset + written
     return offset
+
+
+# Writing the files of a merge: one after another in this process, or spread over Ray tasks.
+
+
+def write_here(
+    plan: MergePlan, files: Sequence[WeightFile], place: Place, threads: int, progress: Progress
+) -> None:
+    """Write files without Ray, each with all threads."""
+    for file in files:
+        write_file(plan, file, place, threads, progress.advance)
+
+
+def write_with_ray(
+    plan: MergePlan, files: Sequence[WeightFile], place: Place, pool: PoolConfig, progress: Progress
+) -> None:
+    """Write files in Ray tasks, at most ``pool.max_actors`` at a time; a task whose worker dies is run again.
+
+    Raises:
+        EmbedloomError: whatever a task raised.
+        StageError: a task could not be placed, or died too often.
+    """
+    shared = (plan, place.absolute(), pool.compute_threads)
+    for nbytes in run_tasks("merge", _write_one, files, *shared, pool=pool):
+        progress.advance(nbytes)
+
+
+def _write_one(file: WeightFile, plan: MergePlan, place: Place, threads: int) -> int:
+    write_file(plan, file, place, threads)
+    return sum(info.nbytes for info in file.infos)

@@ -1,19 +1,53 @@
-"""The texts behind document ids, without holding the corpus in memory."""
+"""The texts behind document ids, and the Parquet files they stand in, without holding the corpus in memory."""
 
 import itertools
 from collections.abc import Iterable, Sequence
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from embedloom.compute.shards import parquet_rows
+from embedloom.core.prompting import document_text
+from embedloom.core.storage import Place
+from embedloom.core.text import folded, hash64, hashes64
 from embedloom.errors import DataError
-from embedloom.instructions import document_text
-from embedloom.ngrams import folded, hash64, hashes64
-from embedloom.retrieval.exact import Positions
-from embedloom.retrieval.parts import PartReader
-from embedloom.storage import Place
+from embedloom.retrieval.search import Positions
+
+
+class PartReader:
+    """Arrow tables of a folder's files by number; kept in memory while they fit, else read again each time."""
+
+    def __init__(self, place: Place, folder: str, columns: list[str], memory_bytes: int) -> None:
+        files = parquet_rows(place, folder)
+        self.place = place
+        self.folder = folder
+        self.names = [name for name, _ in files]
+        self.rows = [rows for _, rows in files]
+        self.starts = list(accumulate(self.rows, initial=0))[:-1]
+        self._columns = columns
+        self._room = memory_bytes
+        self._kept: dict[int, pa.Table] = {}
+
+    def __len__(self) -> int:
+        """Number of files."""
+        return len(self.names)
+
+    def table(self, number: int) -> pa.Table:
+        """The asked columns (those the file has) of one file."""
+        if number in self._kept:
+            return self._kept[number]
+        schema, _ = self.place.parquet_footer(self.names[number])
+        table = self.place.read_table(
+            self.names[number], [name for name in self._columns if name in schema.names]
+        )
+        if table.nbytes <= self._room:
+            self._kept[number] = table
+            self._room -= table.nbytes
+        return table
+
 
 MEMORY_BYTES = 2**30  # of texts one actor keeps; files beyond it are read again
 

@@ -6,14 +6,13 @@ import numpy as np
 import pyarrow as pa
 
 from embedloom.config.mining import SelectionConfig
-from embedloom.instructions import LABEL_TASK_TYPES, is_instructed, opposite_task_type
+from embedloom.core.prompting import LABEL_TASK_TYPES, is_instructed, opposite_task_type
+from embedloom.core.schemas import table_from_rows
+from embedloom.core.text import folded
 from embedloom.mining.audit import NEAR_DUPLICATE, near_duplicate
-from embedloom.mining.mined import Found, Mined, negatives_given, positive_texts
+from embedloom.mining.candidates import Found, Mined, given_texts, negatives_given, positive_texts
 from embedloom.mining.select import Selection, blend, query_seed, select_negatives
-from embedloom.mining.teacher_pass import given_texts
-from embedloom.ngrams import folded
-from embedloom.records import table_from_rows
-from embedloom.retrieval.exact import Positions
+from embedloom.retrieval.search import Positions
 
 EXAMPLES_FOLDER = "examples"
 AUDIT_FOLDER = "audit"

@@ -7,15 +7,21 @@ from typing import Any
 
 import pyarrow as pa
 
-from embedloom.artefacts import Artefact, ArtefactWriter
+from embedloom.compute.shards import run_sharded
+from embedloom.config.cluster import PoolConfig
 from embedloom.config.mining import MiningConfig
-from embedloom.config.resources import PoolConfig
-from embedloom.engines.shards import run_sharded
+from embedloom.core.artefacts import Artefact, ArtefactWriter
+from embedloom.core.schemas import table_from_rows
 from embedloom.errors import ConfigError, DataError
-from embedloom.mining.mined import Mined, negatives_given, positive_texts
+from embedloom.mining.candidates import (
+    CANDIDATES_FOLDER,
+    SCORES_FOLDER,
+    SCORES_SCHEMA,
+    Mined,
+    negatives_given,
+    positive_texts,
+)
 from embedloom.mining.queries import QUERIES_FOLDER
-from embedloom.mining.teacher_pass import CANDIDATES_FOLDER, SCORES_FOLDER, SCORES_SCHEMA
-from embedloom.records import table_from_rows
 from embedloom.retrieval.cross_encoder import PairScorerSource
 
 

@@ -8,7 +8,7 @@ from typing import Generic, TypeVar
 import numpy as np
 
 from embedloom.config.mining import SelectionConfig
-from embedloom.ngrams import hash64
+from embedloom.core.text import hash64
 
 Key = TypeVar("Key", bound=Hashable)
 

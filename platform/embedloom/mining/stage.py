@@ -1,19 +1,25 @@
 """Hard-negative mining in two artefacts: candidates of every teacher, and the examples that rules make of them."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from embedloom.artefacts import Artefact, ArtefactWriter
-from embedloom.config.mining import MiningConfig
-from embedloom.config.resources import PoolConfig
-from embedloom.engines.shards import run_sharded
-from embedloom.errors import StageError
-from embedloom.mining.audit import audit_summary
+from embedloom.compute.shards import run_sharded
+from embedloom.config.cluster import PoolConfig
+from embedloom.config.mining import MiningConfig, Teacher
+from embedloom.core.artefacts import Artefact, ArtefactWriter
+from embedloom.core.prompting import DEFAULT_INSTRUCTIONS, Side, Templates
+from embedloom.core.storage import Place
+from embedloom.encoder.registry import open_model, resolve_model
+from embedloom.encoder.tokenizer import load_tokenizer, prompt_ids, room_problem
+from embedloom.errors import ConfigError, StageError
+from embedloom.mining.audit import audit_summary, judge_sample
+from embedloom.mining.candidates import DOCUMENTS_FOLDER, Mined, TeacherPass, part_names
 from embedloom.mining.examples import (
     AUDIT_FOLDER,
     EXAMPLES_FOLDER,
@@ -21,14 +27,100 @@ from embedloom.mining.examples import (
     SAMPLE_FOLDER,
     ExampleWorker,
 )
-from embedloom.mining.judge import judge_sample
-from embedloom.mining.mined import Mined
 from embedloom.mining.queries import QUERIES_FOLDER, pair_files, write_queries
-from embedloom.mining.teacher_pass import DOCUMENTS_FOLDER, TeacherPass, part_names
-from embedloom.mining.teachers import room_check
-from embedloom.retrieval.embedder import EmbedderSource
+from embedloom.retrieval.cross_encoder import CrossEncoderSource, PairScorerSource, check_cross_encoder
+from embedloom.retrieval.embedder import EmbedderSource, EncoderSource
+from embedloom.retrieval.teachers import check_positions, teacher_source
 from embedloom.retrieval.vector_files import CUT_COUNTS
-from embedloom.storage import Place
+
+# The teachers a mining section names, ready to be opened in actors.
+
+
+def teacher_sources(config: MiningConfig) -> list[EmbedderSource]:
+    """One source per teacher, with the section's token limits and changed instructions.
+
+    Raises:
+        ConfigError: a limit above the positions a teacher has, or settings that do not fit it; the teacher is named.
+        DataError: no such model.
+    """
+    return [_source(config, teacher, f"mining.teachers.{n}") for n, teacher in enumerate(config.teachers)]
+
+
+def judge_source(config: MiningConfig) -> EmbedderSource | None:
+    """The judge of the audit, if there is one; see ``teacher_sources``."""
+    return None if config.audit.judge is None else _source(config, config.audit.judge, "mining.audit.judge")
+
+
+def rescoring_source(config: MiningConfig) -> PairScorerSource:
+    """What opens the cross-encoder of the rescoring section; a model of the hub is fetched here.
+
+    Raises:
+        ConfigError: no such section, or a limit above the model's positions.
+        DataError: no such model, or no cross-encoder.
+    """
+    section = config.rescoring
+    if section is None:
+        raise ConfigError("mining.rescoring: the section is missing")
+    folder = resolve_model(section.model, section.trust_remote_code)
+    check_cross_encoder(folder)
+    try:
+        check_positions(section.model, open_model(folder), {"max_tokens": section.max_tokens})
+    except ConfigError as error:
+        raise ConfigError(f"mining.rescoring: {error}") from error
+    return CrossEncoderSource(
+        name=section.model,
+        folder=folder,
+        templates=Templates(query=section.query_template, instructions=config.instructions),
+        max_tokens=section.max_tokens,
+        batch_size=section.batch_size,
+        dtype=section.dtype,
+    )
+
+
+def _source(config: MiningConfig, teacher: Teacher, where: str) -> EmbedderSource:
+    # Instructions change only where the config's differ from the defaults; pairs bring their own in any case.
+    named = {key: text for key, text in config.instructions.items() if text != DEFAULT_INSTRUCTIONS.get(key)}
+    try:
+        return teacher_source(
+            teacher,
+            max_query_tokens=config.max_query_tokens,
+            max_document_tokens=config.max_document_tokens,
+            instructions=named,
+        )
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from error
+
+
+def room_check(teachers: Sequence[EmbedderSource]) -> Callable[[str, Side, str, str], str | None]:
+    """What says why one of the teachers would see next to nothing of a text (side, task type, instruction), if so.
+
+    Known of teachers that our encoder runs; sentence-transformers' refuse such a text when they meet it.
+    """
+    encoders = [
+        (source.name, load_tokenizer(open_model(source.folder).transformer), source.contract)
+        for source in teachers
+        if isinstance(source, EncoderSource) and source.contract is not None
+    ]
+
+    @lru_cache(maxsize=4096)
+    def problems(side: Side, task_type: str, instruction: str) -> list[tuple[int, str]]:
+        found = []
+        for number, (name, tokenizer, contract) in enumerate(encoders):
+            prompt = contract.format("", side, task_type, instruction)
+            problem = room_problem(tokenizer, contract, side, prompt)
+            if problem is not None:
+                found.append((number, f"teacher {name!r}: {problem}"))
+        return found
+
+    def too_long(text: str, side: Side, task_type: str, instruction: str) -> str | None:
+        for number, problem in problems(side, task_type, instruction):
+            _, tokenizer, contract = encoders[number]
+            whole = prompt_ids(tokenizer, contract.format(text, side, task_type, instruction))
+            if len(whole) > contract.max_tokens(side):
+                return problem
+        return None
+
+    return too_long
 
 
 def mine(
@@ -52,7 +144,7 @@ def mine(
         teachers: one source per ``config.teachers``.
         pool: actors and what each reserves, for embedding and for search.
         out: writer of the mining artefact.
-        ahead: query vectors made while the rows were written; see ``retrieval/ahead.py``.
+        ahead: query vectors made while the rows were written; see ``retrieval/embed.py``.
 
     Raises:
         UserError: no pairs, pair ids that stand twice, vectors that do not fit each other.

@@ -1,17 +1,15 @@
-"""The ledger of a run: actual beside planned, and the speeds that other plans can be calibrated with."""
+"""The ledger of a run: actual beside planned, the speeds that other plans are calibrated with, and both as text."""
 
 from dataclasses import replace
 from typing import Any
 
-from embedloom.artefacts import Artefact
-from embedloom.config.rates import RatesConfig
-from embedloom.planning.estimate import workers_of
-from embedloom.planning.known import Known, gpus_of
-from embedloom.planning.ledger_file import PLAN_FILE, LedgerEntry, RunLedger
-from embedloom.planning.schedule import Plan
-from embedloom.planning.work import Work, work_of
-from embedloom.run import Node, Run
-from embedloom.storage import Place
+from embedloom.config.rates import Published, RatesConfig
+from embedloom.config.run import Node, Run
+from embedloom.core.artefacts import Artefact
+from embedloom.core.storage import Place
+from embedloom.core.tables import text_table
+from embedloom.planning.cost import Estimate, Plan, workers_of
+from embedloom.planning.work import PLAN_FILE, Known, LedgerEntry, RunLedger, Work, gpus_of, work_of
 from embedloom.synthesis.prices import prices
 
 _START_SHARE = 0.8  # of the measured seconds, at most, are taken for start-up where the stage does not say
@@ -133,3 +131,199 @@ def write_plan(place: Place, plan: Plan) -> None:
             "source": one.source,
         }
     place.write_json(PLAN_FILE, {"version": PLAN_VERSION, "currency": plan.currency, "stages": stages})
+
+
+# The prediction as text, for ``plan``, and the ledger beside it.
+
+
+_IDLE_SHOWN = 3
+
+
+def prediction_lines(run: Run, plan: Plan, rates: RatesConfig, calibrated: str | None) -> list[str]:
+    """A table of the artefacts to build, the sums, the training stages, and where the numbers are from."""
+    basis = f"speeds of {calibrated}" if calibrated else "speeds of the rates file"
+    head = ("predicted", "rows", "tokens", "FLOPs", "bytes", "devices", "device-hours", "time", plan.currency)
+    rows = [head, *(_row(plan, one) for one in plan.estimates.values())]
+    lines = [f"prediction by {basis}:", *text_table(rows[0], rows[1:], style=None), *_sums(plan)]
+    lines += _training_lines(run, plan, rates)
+    return [*lines, *_sources(plan)]
+
+
+def _row(plan: Plan, one: Estimate) -> tuple[str, ...]:
+    work, least = one.work, "≥ " if one.work.is_bound else ""
+    sizes = [count(work.rows), count(work.tokens), scaled(work.flops), scaled(work.nbytes)]
+    costs = [hours(one.device_hours), time_text(one.seconds), money(plan.cost(work.name))]
+    devices = f"{one.workers.devices:g} {one.device or '?'}"
+    marked = [[text if text == "-" else f"{least}{text}" for text in texts] for texts in (sizes, costs)]
+    return (work.name, *marked[0], devices, *marked[1])
+
+
+def _sums(plan: Plan) -> list[str]:
+    chain, longest = plan.critical_path()
+    lines = [
+        f"one stage after another: {'at least ' if plan.is_bound else ''}{time_text(plan.seconds)}, {money(plan.total_cost)} {plan.currency} for the devices at work",
+        f"critical path: {time_text(longest)}: {' > '.join(chain)}",
+    ]
+    if plan.machine_gpus:
+        idle = plan.idle_gpu_hours()
+        worst = sorted(idle, key=lambda name: -idle[name])[:_IDLE_SHOWN]
+        total = sum(idle.values())
+        share = total / plan.held_gpu_hours if plan.held_gpu_hours else 0.0
+        where = ", ".join(f"{name} {idle[name]:,.0f}" for name in worst)
+        lines.append(
+            f"GPUs: {plan.gpu_hours:,.0f} GPU-hours at work; with all {plan.machine_gpus} held all the time "
+            f"{total:,.0f} more are idle ({share:.1%}), most in {where or 'none'}"
+        )
+    if plan.unknown:
+        lines.append(f"not predicted, and in no sum: {', '.join(plan.unknown)}")
+    return lines
+
+
+def _training_lines(run: Run, plan: Plan, rates: RatesConfig) -> list[str]:
+    """Every training stage once: candidates differ in seeds and mixes, not in size."""
+    lines: list[str] = []
+    shown: dict[str, Estimate] = {}
+    copies: dict[str, int] = {}
+    for one in plan.estimates.values():
+        if one.work.steps is not None:
+            stage = one.work.steps.stage.name
+            shown.setdefault(stage, one)
+            copies[stage] = copies.get(stage, 0) + 1
+    for stage, one in shown.items():
+        lines.append(f"training: {_steps_text(one, copies[stage])}; {_cost_text(plan, one)}")
+    for published in rates.published:
+        if published.base == run.config.encoder.base and set(published.stage_hours) == set(shown):
+            lines.append(_published_line(published, shown))
+    return lines
+
+
+def _steps_text(one: Estimate, runs: int) -> str:
+    steps = one.work.steps
+    assert steps is not None  # noqa: S101 - only training has lines here
+    stage = steps.stage
+    total = "steps unknown" if steps.steps is None else f"{steps.steps:,} steps"
+    each = f" (each of {runs} candidates)" if runs > 1 else ""
+    return (
+        f"{stage.name}{each}: {total} x {stage.global_batch:,} queries, {stage.negatives} negatives, "
+        f"lr {stage.learning_rate:g}, on {one.workers.label}"
+    )
+
+
+def _cost_text(plan: Plan, one: Estimate) -> str:
+    if one.seconds is None:
+        return f"not predicted: {one.source}"
+    unit = "GPU-hours" if one.workers.gpus else "core-hours"
+    mfu = plan.mfu(one.work.name)
+    at = "" if mfu is None else f" at {mfu:.1%} MFU"
+    return f"{time_text(one.seconds)}{at}, {hours(one.device_hours)} {unit}, {money(plan.cost(one.work.name))} {plan.currency}"
+
+
+def _published_line(published: Published, shown: dict[str, Estimate]) -> str:
+    theirs = sum(published.stage_hours.values())
+    ours = [one.seconds for one in shown.values()]
+    parts = " + ".join(f"{value:.1f}" for value in published.stage_hours.values())
+    known = [value for value in ours if value is not None]
+    total = f"{sum(known) / 3600:.1f} h" if len(known) == len(ours) else "not predicted"
+    return (
+        f"training: both stages of one candidate {total}; published {parts} = {theirs:.1f} h on {published.gpus} "
+        f"{published.device}, {theirs * published.gpus:,.0f} GPU-hours ({published.source})"
+    )
+
+
+def _sources(plan: Plan) -> list[str]:
+    """What each number rests on, equal ones together."""
+    by_source: dict[str, list[str]] = {}
+    for name, one in plan.estimates.items():
+        kind = name.split("/")[0]
+        names = by_source.setdefault(one.source, [])
+        if kind not in names:
+            names.append(kind)
+    lines = [f"rate of {', '.join(names)}: {source}" for source, names in by_source.items()]
+    basis = {
+        one.work.basis.strip()
+        for one in plan.estimates.values()
+        if one.work.basis and one.seconds is not None
+    }
+    return [*lines, *(f"sizes: {text}" for text in sorted(basis) if text != "counted")]
+
+
+def ledger_lines(ledger: RunLedger) -> list[str]:
+    """Planned beside actual, with padding, waiting and MFU where a stage measured them."""
+    rows: list[tuple[str, ...]] = [
+        (
+            "artefact",
+            "planned",
+            "actual",
+            "off by",
+            "device-hours",
+            "rows",
+            "tokens",
+            "steps",
+            "tokens/s",
+            "padding",
+            "waiting",
+            "MFU",
+        )
+    ]
+    planned = actual = 0.0
+    for name, entry in ledger.entries.items():
+        counts = entry.counts
+        if entry.planned_seconds is not None:
+            planned, actual = planned + entry.planned_seconds, actual + entry.seconds
+        tokens = counts.get("tokens")
+        speed = counts.get("tokens_per_second") or (
+            tokens / entry.seconds if tokens and entry.seconds else None
+        )
+        rows.append(
+            (
+                name, time_text(entry.planned_seconds), time_text(entry.seconds),
+                off_by(entry.planned_seconds, entry.seconds), hours(entry.seconds * entry.devices / 3600),
+                count(counts.get("rows")), count(tokens), count(counts.get("steps")), count(speed),
+                percent(counts.get("padding_share")), percent(counts.get("imbalance")), percent(counts.get("mfu")),
+            )
+        )  # fmt: skip
+    lines = text_table(rows[0], rows[1:], style=None)
+    if planned:
+        lines.append(
+            f"of what was planned: {time_text(planned)} planned, {time_text(actual)} actual, {off_by(planned, actual)}"
+        )
+    return lines
+
+
+def count(value: object) -> str:
+    """Whole number with thousands, or a dash."""
+    return f"{value:,.0f}" if isinstance(value, int | float) else "-"
+
+
+def scaled(value: float | None) -> str:
+    """``7.75e+20``, or a dash."""
+    return "-" if value is None else f"{value:.2e}"
+
+
+def percent(value: object) -> str:
+    """``1.2%``, or a dash."""
+    return f"{value:.1%}" if isinstance(value, int | float) else "-"
+
+
+def hours(value: float | None) -> str:
+    """Hours with as many digits as matter, or a dash."""
+    return "-" if value is None else f"{value:,.0f}" if value >= 100 else f"{value:,.2f}"
+
+
+def money(value: float | None) -> str:
+    """An amount without its currency, or a dash."""
+    return "-" if value is None else f"{value:,.0f}" if value >= 100 else f"{value:,.2f}"
+
+
+def time_text(seconds: float | None) -> str:
+    """``26.9 h``, ``4.7 min`` or ``9 s``, or a dash."""
+    if seconds is None:
+        return "-"
+    if seconds >= 7200:
+        return f"{seconds / 3600:,.1f} h"
+    return f"{seconds / 60:,.1f} min" if seconds >= 120 else f"{seconds:,.0f} s"
+
+
+def off_by(planned: float | None, actual: float) -> str:
+    """How far the plan was from what happened, ``+12%``: it took longer."""
+    return "-" if not planned else f"{actual / planned - 1:+.0%}"

@@ -1,4 +1,4 @@
-"""The leaderboard as a table for the terminal, a section of the report and a page of its own."""
+"""The leaderboard, and the table of an ablation: on the terminal, as a section of the report, as a page of its own."""
 
 import string
 from collections.abc import Mapping, Sequence
@@ -6,9 +6,8 @@ from html import escape
 from importlib import resources
 from typing import Any
 
-from embedloom.report.charts import Bar, bar_chart
-from embedloom.report.markup import table_markup
-from embedloom.report.table import text_table
+from embedloom.core.tables import text_table
+from embedloom.report.charts import Bar, bar_chart, table_markup
 
 Row = Mapping[str, Any]  # model, own, rank, votes, mean_task, mean_type, types
 _SHORT_TYPES = {
@@ -78,3 +77,64 @@ def leaderboard_page(rows: Sequence[Row], about: str) -> str:
     template = string.Template(resources.files("embedloom.report").joinpath("template.html").read_text())
     content = f"<header><h1>Leaderboard</h1></header><section><p>{escape(about)}</p>\n{leaderboard_markup(rows)}</section>"
     return template.substitute(title="embedloom leaderboard", content=content)
+
+
+_HEADER = ("variant", "seeds", "mean", "95 % interval", "less the first", "95 % interval of that")
+
+
+def ablation_rows(result: dict[str, Any]) -> list[tuple[str, ...]]:
+    """Cells of each variant, as ``ablation.json`` has them."""
+    rows: list[tuple[str, ...]] = []
+    for variant in result["variants"]:
+        scores = variant["scores"]
+        done = f"{len(scores)} of {len(result['seeds'])}"
+        if not scores:
+            rows.append((variant["name"], done, "-", "-", "-", "-"))
+            continue
+        difference = variant["difference"]
+        rows.append(
+            (
+                variant["name"],
+                done,
+                f"{variant['mean']:.4f}",
+                _interval(variant["interval"], ""),
+                "-" if difference is None else f"{difference['mean']:+.4f}",
+                "-" if difference is None else _interval(difference["interval"], "+"),
+            )
+        )
+    return rows
+
+
+def ablation_table(result: dict[str, Any]) -> str:
+    """A Markdown table, with a line of what was measured above it."""
+    return "\n".join([_measured(result), "", *text_table(_HEADER, ablation_rows(result))])
+
+
+def ablation_page(result: dict[str, Any]) -> str:
+    """``report.html`` of an ablation."""
+    settings = [
+        (variant["name"], ", ".join(f"{key} = {value}" for key, value in variant["set"].items()))
+        for variant in result["variants"]
+    ]
+    content = [
+        f"<header><h1>{escape(result['name'])}</h1><p>{escape(result['description'])}</p>"
+        f"<p>{escape(_measured(result))}</p></header>",
+        f"<section><h2>Scores</h2>{table_markup(_HEADER, ablation_rows(result))}</section>",
+        f"<section><h2>Variants</h2>{table_markup(('variant', 'differs in'), settings, (0, 1))}</section>",
+    ]
+    template = string.Template(resources.files("embedloom.report").joinpath("template.html").read_text())
+    return template.substitute(
+        title=escape(f"embedloom ablation {result['name']}"), content="\n".join(content)
+    )
+
+
+def _measured(result: dict[str, Any]) -> str:
+    task = result["task"] or "the mean over all tasks"
+    return (
+        f"{result['metric']} of {result['model']} on {task}, seeds {', '.join(map(str, result['seeds']))}; "
+        "t intervals over seeds, differences seed by seed"
+    )
+
+
+def _interval(bounds: list[float] | None, sign: str) -> str:
+    return "-" if bounds is None else f"{bounds[0]:{sign}.4f} to {bounds[1]:{sign}.4f}"

@@ -1,20 +1,214 @@
-"""``report.html``: one file without scripts or outside assets."""
+"""``report.html`` of a run: one file without scripts or outside assets, section by section, and ``summary.json`` beside it."""
 
 import string
+from collections.abc import Mapping
 from html import escape
 from importlib import resources
 from typing import Any
 
-from embedloom.progress import duration
-from embedloom.report.charts import Bar, bar_chart, line_chart
+from embedloom.core.progress import duration
+from embedloom.core.storage import Place
+from embedloom.report.charts import Bar, bar_chart, histogram, line_chart, number_text, table_markup
 from embedloom.report.leaderboard import leaderboard_section
-from embedloom.report.lineage_graph import lineage_graph
-from embedloom.report.markup import number_text, table_markup
-from embedloom.report.negatives import negatives_section
-from embedloom.report.summary import Curve, Stage
+from embedloom.report.summary import (
+    Curve,
+    Stage,
+    build_summary,
+    in_order,
+    interval_text,
+    label_of,
+    loss_curve,
+    read_score_file,
+    read_stages,
+    score_rows,
+    task_names,
+)
 from embedloom.report.synthesis import synthesis_section
-from embedloom.report.table import in_order, interval_text, label_of, score_rows, task_names
-from embedloom.report.verdict import gate_section
+
+# The section "Gate": the verdict, its rules and the differences on every task.
+
+
+def gate_section(gate: Mapping[str, Any]) -> str:
+    """Tables of a verdict; empty where the gate has not run."""
+    if "checks" not in gate:
+        return ""
+    title = f"{gate['candidate']} against {gate['against']}: {gate['verdict']}"
+    checks = [
+        ["ok" if check["passed"] else "refused", check["name"], check["text"]] for check in gate["checks"]
+    ]
+    tasks = [
+        [
+            task,
+            f"{entry['current']:.4f}",
+            f"{entry['candidate']:.4f}",
+            f"{entry['difference']:+.4f}",
+            "" if entry["low"] is None else f"{entry['low']:+.4f} to {entry['high']:+.4f}",
+            "" if entry["p_worse"] is None else f"{entry['p_worse']:.4f}",
+            entry["result"],
+        ]
+        for task, entry in gate["tasks"].items()
+    ]
+    header = ["task", "current", "candidate", "difference", "95 % interval", "p of a loss (Holm)", "result"]
+    rules = table_markup(["", "rule", "seen and required"], checks, words=(0, 1, 2))
+    return f"<h3>{escape(title)}</h3>\n{rules}\n{table_markup(header, tasks, words=(0, 6))}"
+
+
+# The section "Hard negatives": what the mining rules removed, how close the kept ones are, a judge's opinion.
+
+
+# Keys of mining's audit summary -> what people read.
+_RULES = {
+    "positive": "known positive",
+    "margin": "above the margin",
+    "rank": "by rank",
+    "floor": "below the floor",
+}
+_KINDS = {"selected": "selected", "naive": "naive top candidates"}
+
+
+def negatives_section(stages: list[Stage]) -> str:
+    """Tables and a histogram for every artefact that recorded an audit; empty where none did, as in older runs.
+
+    Args:
+        stages: artefacts; ``details["audit"]`` of a manifest is what ``mining.audit.audit_summary`` returns and,
+            below ``"judged"``, what ``mining.judge.judge_sample`` returns; ``details["scored_by"]`` names the models
+            whose scores the rules read.
+    """
+    found = [(stage.name, stage.manifest["details"]) for stage in stages if stage.manifest]
+    audited = {name: details for name, details in found if details.get("audit")}
+    parts = []
+    for name, details in audited.items():
+        audit, scored_by = details["audit"], ", ".join(details.get("scored_by", []))
+        parts += [f"<h3>{escape(name)}</h3>"] if len(audited) > 1 else []
+        parts += [f"<p>Scores of {escape(scored_by)}.</p>"] if scored_by else []
+        parts += [_figures(audit), _gaps(audit), _judged(audit.get("judged"))]
+    return "\n".join(filter(None, parts))
+
+
+def _figures(audit: Mapping[str, Any]) -> str:
+    """A row a dataset and one for all of them."""
+    groups = {**audit["datasets"], "all": audit["total"]} if len(audit["datasets"]) > 1 else audit["datasets"]
+    header = ["dataset", "queries", "candidates", *(f"removed: {name}" for name in _RULES.values())]
+    header += ["naive false negatives", "selected", "near-duplicates", f"fewer than {audit['negatives']}"]
+    body = [
+        [
+            name,
+            number_text(group["queries"]),
+            number_text(group["candidates"]),
+            *(_percent(group["removed"][rule]["share"]) for rule in _RULES),
+            _percent(group["naive"]["share"]),
+            number_text(group["selected"]),
+            _percent(group["near_duplicates"]["share"]),
+            _percent(group["short"]["share"]),
+        ]
+        for name, group in groups.items()
+    ]
+    return table_markup(header, body)
+
+
+def _gaps(audit: Mapping[str, Any]) -> str:
+    gaps = audit["total"]["gaps"]
+    count = sum(gaps["counts"]) + gaps["below"] + gaps["above"]
+    if not count:
+        return ""
+    edges = audit["gap_edges"]
+    note = (
+        f"Positive's score less the negative's, {count:,} selected negatives, mean {gaps['mean']:g}; "
+        f"{gaps['below']:,} below {edges[0]:g}, {gaps['above']:,} at or above {edges[-1]:g}."
+    )
+    chart = histogram("Score gaps of the selected negatives", edges, gaps["counts"], "gap", "negatives")
+    return f"<h3>Score gaps</h3>\n<p>{escape(note)}</p>\n{chart}"
+
+
+def _judged(judged: Mapping[str, Any] | None) -> str:
+    if not judged:
+        return ""
+    level = f"{judged['confidence']:.0%}"
+    header = ["negatives", "judged", "false", "share", f"{level} from", f"{level} to"]
+    body = [
+        [
+            label,
+            number_text(judged[kind]["rows"]),
+            number_text(judged[kind]["false"]),
+            *(_percent(judged[kind][key]) for key in ("share", "low", "high")),
+        ]
+        for kind, label in _KINDS.items()
+    ]
+    title = f"False negatives according to {judged['judge']}, margin ratio {judged['margin_ratio']:g}"
+    return f"<h3>{escape(title)}</h3>\n{table_markup(header, body)}"
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{share:.2%}"
+
+
+# The artefacts of a run as a graph: columns by how far from the corpus, lines from what was made to what it was made from.
+
+
+_WIDTH, _HEIGHT = 168, 40  # of a box, in pixels
+_ACROSS, _DOWN = 46, 14  # between boxes
+_SHOWN = 8  # digits of a fingerprint
+
+
+def lineage_graph(stages: list[Stage]) -> str:
+    """An inline SVG; inputs that were rebuilt since are drawn dashed."""
+    columns = _columns(stages)
+    place = {
+        stage.name: (column * (_WIDTH + _ACROSS), row * (_HEIGHT + _DOWN))
+        for column, found in enumerate(columns)
+        for row, stage in enumerate(found)
+    }
+    width = len(columns) * (_WIDTH + _ACROSS) - _ACROSS
+    height = max(len(found) for found in columns) * (_HEIGHT + _DOWN) - _DOWN
+    title = "Artefacts and what they were made from"
+    parts = [*_edges(stages, place), *(_box(stage, *place[stage.name]) for stage in stages)]
+    return (
+        f'<svg viewBox="-1 -1 {width + 2} {height + 2}" width="{width + 2}" height="{height + 2}" role="img" '
+        f'aria-label="{title}"><title>{title}</title>{"".join(parts)}</svg>'
+    )
+
+
+def _columns(stages: list[Stage]) -> list[list[Stage]]:
+    """Stages by the longest way to an artefact without inputs."""
+    by_name = {stage.name: stage for stage in stages}
+    depth: dict[str, int] = {}
+    for stage in stages:  # pipeline order: inputs come first
+        depth[stage.name] = max(
+            (depth.get(name, -1) + 1 for name in stage.inputs if name in by_name), default=0
+        )
+    columns: list[list[Stage]] = [[] for _ in range(max(depth.values()) + 1)]
+    for stage in stages:
+        columns[depth[stage.name]].append(stage)
+    return [column for column in columns if column]
+
+
+def _edges(stages: list[Stage], place: dict[str, tuple[int, int]]) -> list[str]:
+    now = {stage.name: stage.manifest["fingerprint"] for stage in stages if stage.manifest}
+    lines = []
+    for stage in stages:
+        x, y = place[stage.name]
+        for name, recorded in stage.inputs.items():
+            if name in place:
+                from_x, from_y = place[name]
+                start, end = (from_x + _WIDTH, from_y + _HEIGHT // 2), (x, y + _HEIGHT // 2)
+                middle = end[0] - _ACROSS // 2
+                dashed = "" if now.get(name) == recorded else ' stroke-dasharray="4 3"'
+                lines.append(
+                    f'<path class="edge" d="M{start[0]} {start[1]} C{middle} {start[1]} {middle} {end[1]} {end[0]} {end[1]}"'
+                    f"{dashed}><title>{escape(stage.name)} was made from {escape(name)}</title></path>"
+                )
+    return lines
+
+
+def _box(stage: Stage, x: int, y: int) -> str:
+    mark = stage.manifest["fingerprint"][:_SHOWN] if stage.manifest else "unfinished"
+    name = stage.name.removeprefix("training/")
+    return (
+        f'<rect class="node" x="{x}" y="{y}" width="{_WIDTH}" height="{_HEIGHT}" rx="4"/>'
+        f'<text x="{x + 8}" y="{y + 17}">{escape(name)}</text>'
+        f'<text class="tick" x="{x + 8}" y="{y + 33}">{escape(mark)}</text>'
+    )
+
 
 _METRIC_NAMES = {
     "ndcg_at_10": "nDCG@10",
@@ -210,3 +404,27 @@ def _lineage(stages: list[Stage]) -> str:
         body.append([stage.name, mark, made_from or "-"])
     table = table_markup(["artefact", "fingerprint", "made from"], body, words=(0, 1, 2))
     return f'<div class="scroll">{lineage_graph(stages)}</div>\n{table}'
+
+
+SUMMARY_FILE = "summary.json"
+REPORT_FILE = "report.html"
+
+
+def write_report(run_place: Place) -> str:
+    """Write both files from the manifests of a run, finished or not.
+
+    Args:
+        run_place: the run folder, ``runs/<name>``.
+
+    Returns:
+        Where the report is.
+
+    Raises:
+        DataError: no artefact there, or a corrupt manifest.
+    """
+    stages = read_stages(run_place)
+    summary = build_summary(run_place, stages)
+    curves = {stage.name: loss_curve(stage) for stage in stages if stage.name.startswith("training/")}
+    run_place.write_json(SUMMARY_FILE, summary)
+    run_place.write_bytes(REPORT_FILE, render_page(summary, stages, curves, read_score_file(stages)).encode())
+    return f"{run_place.uri.rstrip('/')}/{REPORT_FILE}"

@@ -5,10 +5,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from html import escape
 from typing import Any
 
-from embedloom.report.charts import Bar, bar_chart
-from embedloom.report.markup import number_text, table_markup
+from embedloom.core.tables import text_table
+from embedloom.report.charts import Bar, bar_chart, number_text, table_markup
 from embedloom.report.summary import Stage
-from embedloom.report.table import text_table
 
 Cell = Mapping[str, Any]
 _NO_GENERATOR = "none (extracted)"

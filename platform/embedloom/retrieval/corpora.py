@@ -1,26 +1,304 @@
-"""``embedloom embed``: any corpus to Parquet vectors and, if wanted, a FAISS index."""
+"""``embedloom embed``: any corpus to Parquet vectors and, if wanted, a FAISS index; equal and earlier texts are embedded once."""
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
-from embedloom.artefacts import MANIFEST_FILE, Artefact, ArtefactWriter
-from embedloom.config.resources import PoolConfig
-from embedloom.config.use import EmbeddingConfig
+import numpy as np
+import pyarrow as pa
+
+from embedloom.compute.shards import parquet_rows, stream
+from embedloom.config.cluster import PoolConfig
+from embedloom.config.embedding import EmbeddingConfig
+from embedloom.core.artefacts import MANIFEST_FILE, Artefact, ArtefactWriter
+from embedloom.core.model_folder import ModelFolder
+from embedloom.core.progress import Progress, note
+from embedloom.core.prompting import PromptContract
+from embedloom.core.storage import Place, absolute
 from embedloom.encoder.tokenizer import InstructionTooLong, check_room, load_tokenizer
 from embedloom.errors import ConfigError, DataError
-from embedloom.instructions import PromptContract
-from embedloom.model_folder import ModelFolder
-from embedloom.progress import note
-from embedloom.retrieval.embed_rows import embed_rows
-from embedloom.retrieval.embedder import EncoderSource
-from embedloom.retrieval.fill_in import OWN_FOLDER, VECTORS_FOLDER
+from embedloom.retrieval.embedder import EmbedderSource, EncoderSource, taken_cuts
+from embedloom.retrieval.identity import aside_of
 from embedloom.retrieval.index import build_index, require_faiss
-from embedloom.retrieval.inputs import DOCUMENTS_FOLDER, SPLITS, check_instruction, open_input
-from embedloom.retrieval.ledger import open_ledger
-from embedloom.retrieval.previous import aside_of
-from embedloom.retrieval.vector_files import cut_line
-from embedloom.storage import Place, absolute
+from embedloom.retrieval.inputs import TextSource, check_instruction, open_input
+from embedloom.retrieval.ledger import (
+    OWN_FOLDER,
+    ROWS_FOLDER,
+    VECTORS_FOLDER,
+    Ledger,
+    Numbers,
+    open_ledger,
+    origin_column,
+    text_digest,
+    texts_of,
+)
+from embedloom.retrieval.search import check_vectors
+from embedloom.retrieval.stored import (
+    SCALE_COLUMN,
+    dequantize,
+    final_table,
+    quantize,
+    shorten,
+    vector_columns,
+)
+from embedloom.retrieval.vector_files import (
+    CONTRACT_KEY,
+    CUT_KEYS,
+    MODEL_KEY,
+    TOKENS_KEY,
+    cost_counts,
+    cost_metadata,
+    cut_line,
+)
 
-__all__ = ["DOCUMENTS_FOLDER", "SPLITS", "VECTORS_FOLDER", "embed_artefact"]
+# Shards that take vectors from elsewhere: from an equal text in another shard, or from an earlier artefact.
+
+
+_CACHED_PARTS = 64  # vector files kept in memory
+
+
+class _Finished:
+    """Vector columns of finished rows by number: of this build, or below zero of the earlier artefact."""
+
+    def __init__(self, ledger: Ledger, out: Place, previous: Place | None) -> None:
+        self._ledger, self._out, self._previous = ledger, out, previous
+        files = parquet_rows(previous, VECTORS_FOLDER) if previous else []
+        self._before = [name for name, _ in files]
+        self._ends = np.cumsum([rows for _, rows in files], dtype=np.int64)
+        self._table = lru_cache(maxsize=_CACHED_PARTS)(self._read)
+
+    def take(self, origins: Numbers) -> pa.Table:
+        """Columns vector and scale of these rows, in this order; schema metadata of one of the files."""
+        files = np.where(
+            origins >= 0,
+            origins // self._ledger.shard_rows,
+            -1 - np.searchsorted(self._ends, -1 - origins, side="right"),
+        )
+        tables, places = [], []
+        for file in np.unique(files):
+            here = np.flatnonzero(files == file)
+            tables.append(self._rows(int(file), origins[here]))
+            places.append(here)
+        order = np.argsort(np.concatenate(places))
+        return pa.concat_tables(tables).take(pa.array(order))
+
+    def _rows(self, file: int, origins: Numbers) -> pa.Table:
+        table, offsets = self._table(file)
+        if file >= 0:
+            wanted = origins - file * self._ledger.shard_rows
+            rows = wanted if offsets is None else np.searchsorted(offsets, wanted)
+        else:
+            first = self._ends[-2 - file] if file < -1 else 0
+            rows = -1 - origins - first
+        return table.take(pa.array(rows))
+
+    def _read(self, file: int) -> tuple[pa.Table, Numbers | None]:
+        """Vectors of a file and, if it holds only a shard's own rows, their offsets in the shard."""
+        offsets = None
+        if file < 0:
+            assert self._previous is not None  # noqa: S101 - the ledger was opened with the same artefact
+            table = self._previous.read_table(self._before[-1 - file])
+        elif self._out.exists(f"{OWN_FOLDER}/{self._ledger.parts[file]}"):
+            table = self._out.read_table(f"{OWN_FOLDER}/{self._ledger.parts[file]}")
+            offsets = np.asarray(table.column("offset"))
+        else:
+            table = self._out.read_table(f"{VECTORS_FOLDER}/{self._ledger.parts[file]}")
+        return table.select([n for n in ("vector", SCALE_COLUMN) if n in table.column_names]), offsets
+
+
+def fill_in(stage: str, ledger: Ledger, out: Place, previous: Place | None) -> None:
+    """Put together the shards that take vectors from elsewhere; all own vectors must be there."""
+    done = set(out.names(VECTORS_FOLDER, ".parquet"))
+    missing = [n for n, part in enumerate(ledger.parts) if f"{VECTORS_FOLDER}/{part}" not in done]
+    if not missing:
+        return
+    note(stage, f"filling in shared vectors of {len(missing)} of {len(ledger.parts)} shards")
+    finished = _Finished(ledger, out, previous)
+    for shard in missing:
+        part = ledger.parts[shard]
+        rows = out.read_table(f"{ROWS_FOLDER}/{part}")
+        table = finished.take(origin_column(rows))
+        cost = (TOKENS_KEY, *CUT_KEYS)
+        metadata = {key: value for key, value in (table.schema.metadata or {}).items() if key not in cost}
+        own = (
+            out.parquet_footer(f"{OWN_FOLDER}/{part}")[0].metadata
+            if ledger.own[shard]
+            else {TOKENS_KEY: b"0"}
+        )
+        metadata |= {key: own[key] for key in cost if key in own}
+        table = table.add_column(0, "id", rows.column("id"))
+        out.write_table(f"{VECTORS_FOLDER}/{part}", final_table(table, metadata))
+
+
+# Vectors of a ledger's rows: new texts go through the model shard by shard, then shared vectors are filled in.
+#
+# A shard whose texts are all its own goes straight into ``vectors``. Of the others the own vectors go into ``own``,
+# and when all are there, every such shard is put together from ``own``, ``vectors`` and the earlier artefact. A
+# killed build keeps every finished file of both folders.
+
+
+_DTYPE_KEY, _SIDE_KEY, _DIMENSION_KEY = b"dtype", b"side", b"dimension"
+
+
+class RowsWorker:
+    """Actor that embeds the new texts of one shard."""
+
+    def __init__(self, source: EmbedderSource, config: EmbeddingConfig, normalize: bool) -> None:
+        self.embedder = source.open()
+        self.model_id = source.name
+        self.config = config
+        self.normalize = normalize
+
+    def __call__(self, rows: pa.Table) -> dict[str, pa.Table]:
+        """Vectors of the rows' texts in their stored type, checked after rounding.
+
+        Raises:
+            DataError: a vector that is zero or not finite, named by id.
+            ConfigError: dimensions that the model does not have.
+        """
+        config = self.config
+        texts = rows.column("text").to_pylist()
+        vectors, tokens = self.embedder.embed(
+            texts, config.side, [config.task_type] * len(texts), [config.instruction] * len(texts)
+        )
+        vectors = shorten(vectors, config.dimensions, self.normalize)
+        check_vectors(vectors, f"model {self.model_id}", rows.column("id"))
+        if config.dtype == "float16":  # a value beyond 65504 becomes infinite, a tiny vector zero
+            check_vectors(
+                dequantize(*quantize(vectors, config.dtype)),
+                f"model {self.model_id}, as float16",
+                rows.column("id"),
+            )
+        columns = {"id": rows.column("id"), "offset": rows.column("offset")}
+        table = pa.table({**columns, **vector_columns(vectors, config.dtype)})
+        metadata = {
+            CONTRACT_KEY: self.embedder.contract_hash.encode(),
+            MODEL_KEY: self.model_id.encode(),
+            **cost_metadata(sum(tokens), taken_cuts(self.embedder)),
+            _DTYPE_KEY: config.dtype.encode(),
+            _SIDE_KEY: config.side.encode(),
+            _DIMENSION_KEY: str(vectors.shape[1]).encode(),
+        }
+        return {OWN_FOLDER: final_table(table, metadata)}
+
+
+@dataclass(frozen=True, slots=True)
+class OwnTexts:
+    """Reads the texts that a shard embeds; runs in a Ray task."""
+
+    source: TextSource
+    out: Place
+    parts: tuple[str, ...]
+    shard_rows: int
+    shards: tuple[int, ...]
+
+    def __call__(self, item: int) -> pa.Table:
+        """id, offset in the shard, and text of the new texts of shard ``shards[item]``.
+
+        Raises:
+            DataError: the input was changed since the ledger was written.
+        """
+        shard = self.shards[item]
+        rows = self.out.read_table(f"{ROWS_FOLDER}/{self.parts[shard]}")
+        offsets = np.flatnonzero(origin_column(rows) == shard * self.shard_rows + np.arange(rows.num_rows))
+        rows = rows.take(pa.array(offsets))
+        texts = self._texts(np.asarray(rows.column("file")), np.asarray(rows.column("row")))
+        for text, digest, name in zip(
+            texts, rows.column("digest").to_pylist(), rows.column("id").to_pylist(), strict=True
+        ):
+            if text_digest(text) != digest:
+                raise DataError(
+                    f"{self.source.place.uri}: the text of id {name!r} was changed while it was being embedded; "
+                    f"delete {self.out.uri} and run again"
+                )
+        columns = {"id": rows.column("id"), "offset": pa.array(offsets, pa.int64())}
+        return pa.table({**columns, "text": pa.array(texts, pa.string())})
+
+    def _texts(self, files: Numbers, rows: Numbers) -> list[str]:
+        """Texts of (file, row), which ascend."""
+        texts: list[str] = []
+        for file in np.unique(files):
+            mine = rows[files == file]
+            table = self.source.place.read_rows(
+                self.source.files[file][0], int(mine[0]), int(mine[-1]) + 1, self.source.columns
+            )
+            texts.extend(texts_of(table.take(pa.array(mine - mine[0])), self.source))
+        return texts
+
+
+def embed_rows(
+    *,
+    stage: str,
+    source: TextSource,
+    ledger: Ledger,
+    out: Place,
+    model: EmbedderSource,
+    normalize: bool,
+    config: EmbeddingConfig,
+    pool: PoolConfig,
+    previous: Place | None,
+) -> dict[str, int]:
+    """Write ``vectors/part-*.parquet`` of every shard that is missing; returns the ``cost_counts`` of all new texts.
+
+    Args:
+        stage: name on the progress lines.
+        source: the texts.
+        ledger: which row takes which vector.
+        out: the artefact being built.
+        model: opened once in every actor; its name is stamped on the files.
+        normalize: whether the model's vectors have unit length.
+        config: side, stored type and dimensions.
+        pool: actors and what each reserves.
+        previous: the earlier artefact that the ledger takes vectors from.
+    """
+    done = {
+        name.rsplit("/", 1)[1]
+        for folder in (VECTORS_FOLDER, OWN_FOLDER)
+        for name in out.names(folder, ".parquet")
+    }
+    missing = [n for n, part in enumerate(ledger.parts) if ledger.own[n] and part not in done]
+    todo = sum(ledger.own[n] for n in missing)
+    total = sum(ledger.own)
+    progress = Progress(stage, total, "texts", done=total - todo)
+    if missing:
+        items = stream(
+            stage=stage,
+            items=len(missing),
+            read=OwnTexts(source, out, tuple(ledger.parts), ledger.shard_rows, tuple(missing)),
+            write=_writer(out, ledger, missing),
+            written=_written(out, ledger, missing),
+            worker=RowsWorker,
+            worker_arguments=dict(source=model, config=config, normalize=normalize),
+            done_folder=OWN_FOLDER,
+            pool=pool,
+        )
+        for item in items:
+            progress.advance(ledger.own[missing[item]])
+    fill_in(stage, ledger, out, previous)
+    return _cost(out)
+
+
+def _writer(out: Place, ledger: Ledger, missing: list[int]) -> Callable[[int, str, pa.Table], None]:
+    def write(item: int, folder: str, table: pa.Table) -> None:
+        shard = missing[item]
+        if ledger.own[shard] == ledger.rows[shard]:
+            folder, table = VECTORS_FOLDER, table.drop_columns(["offset"])
+        out.write_table(f"{folder}/{ledger.parts[shard]}", table)
+
+    return write
+
+
+def _written(out: Place, ledger: Ledger, missing: list[int]) -> Callable[[int], bool]:
+    def written(item: int) -> bool:
+        part = ledger.parts[missing[item]]
+        return out.exists(f"{VECTORS_FOLDER}/{part}") or out.exists(f"{OWN_FOLDER}/{part}")
+
+    return written
+
+
+def _cost(out: Place) -> dict[str, int]:
+    return cost_counts(out.parquet_footer(name)[0] for name in out.names(VECTORS_FOLDER, ".parquet"))
 
 
 def embed_artefact(

@@ -9,12 +9,12 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from embedloom.artefacts import fingerprint
-from embedloom.encoder.device import DTypeName, pick_device, pick_dtype
+from embedloom.core.artefacts import fingerprint
+from embedloom.core.model_folder import ModelFolder
+from embedloom.core.prompting import Templates
+from embedloom.encoder.backbone import DTypeName, pick_device, pick_dtype
 from embedloom.errors import DataError
-from embedloom.instructions import Templates
-from embedloom.model_folder import ModelFolder
-from embedloom.retrieval.sentence_teacher import load_offline
+from embedloom.retrieval.teachers import load_offline
 
 PairScores = np.ndarray[Any, np.dtype[np.float32]]
 

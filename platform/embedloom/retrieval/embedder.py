@@ -1,14 +1,36 @@
-"""What turns texts into vectors, whichever library or server runs the model."""
+"""What turns texts into vectors, whichever library or server runs the model, and how actors of a node share its weights."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
-from embedloom.encoder.device import DTypeName
+import numpy as np
+
+from embedloom.config.cluster import PoolConfig
+from embedloom.core.prompting import PromptContract, Side
+from embedloom.encoder.backbone import DTypeName
 from embedloom.encoder.model import Encoder, Vectors
 from embedloom.encoder.tokenizer import CutTexts, InstructionTooLong
-from embedloom.instructions import PromptContract, Side
+from embedloom.retrieval.search import check_vectors
+
+# Vectors of length 1, whose inner product is the cosine.
+
+
+def unit_vectors(vectors: Any, source: str) -> Vectors:
+    """The same directions at length 1: float32 [n, d], divided in float64.
+
+    Args:
+        vectors: [n, d], any float type.
+        source: what they are, named in the error.
+
+    Raises:
+        DataError: a zero, NaN or infinite vector.
+    """
+    given: Vectors = np.asarray(vectors, dtype=np.float32)
+    check_vectors(given, source)
+    wide = given.astype(np.float64)
+    return np.asarray(wide / np.linalg.norm(wide, axis=1, keepdims=True), dtype=np.float32)
 
 
 class Embedder(Protocol):
@@ -119,3 +141,43 @@ def count_prefetched(embedder: Embedder, asked: Sequence[tuple[str, str, str | N
     if asked and isinstance(embedder, EncoderEmbedder):
         texts, task_types, instructions = zip(*asked, strict=True)
         embedder.encoder.tokenize(texts, side, task_types, instructions)
+
+
+# One copy of an encoder's weights per node: they lie in Ray's object store, and every actor maps them.
+
+
+@dataclass(frozen=True, slots=True)
+class SharedEncoderSource:
+    """An encoder whose weights are in the object store; they stay there as long as this object lives."""
+
+    name: str
+    folder: Path
+    contract: PromptContract | None
+    weights: Any  # ray.ObjectRef of SharedWeights; ray ships no types
+
+    def open(self) -> EncoderEmbedder:
+        """Build the encoder over the mapped arrays."""
+        import ray
+
+        weights = ray.get(self.weights)
+        return EncoderEmbedder(Encoder.load(self.folder, contract=self.contract, weights=weights), self.name)
+
+
+def share_weights(source: EmbedderSource, pool: PoolConfig) -> EmbedderSource:
+    """Put an encoder's weights into the object store, if several actors compute with them on CPU.
+
+    The driver loads the model once for it. ``dtype: auto`` is decided by the driver's CPU for all actors.
+
+    Args:
+        source: what the pool's actors would open.
+        pool: one with GPUs keeps its source, as weights then live on the device, and so does a single actor.
+
+    Returns:
+        What the actors open instead.
+    """
+    if not isinstance(source, EncoderSource) or pool.gpus or pool.max_actors == 1:
+        return source
+    import ray
+
+    encoder = Encoder.load(source.folder, dtype=source.dtype, device="cpu", contract=source.contract)
+    return SharedEncoderSource(source.name, source.folder, source.contract, ray.put(encoder.share_weights()))

@@ -15,14 +15,13 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from embedloom.config.use import IndexConfig
+from embedloom.config.embedding import IndexConfig
+from embedloom.core.storage import Place
 from embedloom.errors import DataError, MissingDependency
-from embedloom.retrieval.exact import row_scores
-from embedloom.retrieval.fill_in import VECTORS_FOLDER
-from embedloom.retrieval.search import TopK, check_vectors, merge_top_k, top_k
+from embedloom.retrieval.ledger import VECTORS_FOLDER
+from embedloom.retrieval.search import TopK, check_vectors, merge_top_k, row_scores, top_k
 from embedloom.retrieval.stored import Matrix, stored_vectors
 from embedloom.retrieval.vector_files import check_same_contract
-from embedloom.storage import Place
 
 INDEX_FILE, IDS_FILE, FACTS_FILE = "index.faiss", "index_ids.parquet", "index.json"
 _DEPTH = 10  # of the recall

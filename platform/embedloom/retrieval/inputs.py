@@ -12,23 +12,23 @@ from typing import Any
 
 import pyarrow as pa
 
-from embedloom.artefacts import MANIFEST_FILE, Artefact
-from embedloom.config.use import EmbeddingConfig
-from embedloom.contents import Contents, contents_of, digest
-from embedloom.encoder.registry import local_contents
-from embedloom.engines.shards import PART_PATTERN
-from embedloom.errors import ConfigError, DataError
-from embedloom.formats import (
+from embedloom.compute.shards import PART_PATTERN
+from embedloom.config.embedding import EmbeddingConfig
+from embedloom.core.artefacts import MANIFEST_FILE, Artefact
+from embedloom.core.contents import Contents, contents_of, digest
+from embedloom.core.prompting import Side, is_instructed
+from embedloom.core.storage import (
     JSONL_ENDINGS,
     PARQUET_ENDINGS,
     TEXT_ENDINGS,
+    Place,
     files_at,
     json_lines,
     named_below,
     read_text,
 )
-from embedloom.instructions import Side, is_instructed
-from embedloom.storage import Place
+from embedloom.encoder.registry import local_contents
+from embedloom.errors import ConfigError, DataError
 
 DOCUMENTS_FOLDER = "documents"
 ORIGIN_COLUMNS = ("source", "url")  # what a document of any input may say of where it comes from

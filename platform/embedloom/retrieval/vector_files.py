@@ -5,12 +5,11 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 import pyarrow as pa
 
+from embedloom.core.storage import Place
 from embedloom.encoder.tokenizer import CutTexts
 from embedloom.errors import DataError
-from embedloom.retrieval.exact import Matrix
-from embedloom.retrieval.search import check_vectors
+from embedloom.retrieval.search import Matrix, check_vectors
 from embedloom.retrieval.stored import stored_dimension, stored_vectors
-from embedloom.storage import Place
 
 # Schema metadata of every vectors file.
 CONTRACT_KEY = b"contract_hash"

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from embedloom.contents import cache_folder
+from embedloom.core.contents import cache_folder
 from embedloom.errors import ConfigError, ServeError
 
 

@@ -1,4 +1,4 @@
-"""Builds the Serve application of one model."""
+"""Builds the Serve application of one model, from what its folder says of itself."""
 
 from pathlib import Path
 from typing import Any
@@ -7,28 +7,27 @@ from ray import serve
 from ray.serve import Application
 from ray.serve.config import AutoscalingConfig, BackpressureConfig
 
-from embedloom.cluster.placement import GATEWAY_CPUS
-from embedloom.config.application import ApplicationArgs
 from embedloom.config.base import validate
-from embedloom.config.resources import ServeScaling
-from embedloom.config.serving import ServingConfig
+from embedloom.config.cluster import GATEWAY_CPUS, ServeScaling
+from embedloom.config.serving import ApplicationArgs, ServingConfig
+from embedloom.core.model_folder import ModelFolder
+from embedloom.core.trained_prompts import check_default
 from embedloom.encoder.own_code import trusted_copy
 from embedloom.encoder.registry import open_model
 from embedloom.errors import ConfigError
-from embedloom.model_folder import ModelFolder
-from embedloom.serving.aliases import check_aliases
 from embedloom.serving.applications import GATEWAY, SINGLE
-from embedloom.serving.calls import EndpointSettings
-from embedloom.serving.corpus_source import CorpusSource
-from embedloom.serving.gateway import Gateway
-from embedloom.serving.handles import ENCODERS
-from embedloom.serving.keys import read_keys
-from embedloom.serving.loading import ModelSpec
-from embedloom.serving.replica import EncoderEndpoint, EncoderReplica
-from embedloom.serving.replies import GateVerdict, Lineage
+from embedloom.serving.calls import EndpointSettings, check_aliases
+from embedloom.serving.front import read_keys
+from embedloom.serving.gateway import ENCODERS, CorpusSource, Gateway
+from embedloom.serving.replica import (
+    EncoderEndpoint,
+    EncoderReplica,
+    ModelSpec,
+    shares_weights,
+    weights_actor,
+)
+from embedloom.serving.schemas import GateVerdict, Lineage
 from embedloom.serving.service import BatchSettings
-from embedloom.serving.weights import shares_weights, weights_actor
-from embedloom.trained_prompts import check_default
 
 RETRY_AFTER_SECONDS = 1  # of Serve's own 429, which is not the usual one
 

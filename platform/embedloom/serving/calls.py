@@ -1,11 +1,11 @@
-"""What every route does around its own work: read the body, admit, ask the encoder in time, notice who left."""
+"""What every route does around its own work: read the body, say what holds for it, admit, ask the encoder, notice who left."""
 
 import asyncio
 import codecs
 import re
 import time
-from collections.abc import Coroutine
-from dataclasses import replace
+from collections.abc import Coroutine, Mapping
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol, TypeVar
 
 from pydantic import Field
@@ -13,13 +13,20 @@ from starlette.requests import ClientDisconnect, Request
 
 from embedloom.config.base import FrozenConfig
 from embedloom.config.serving import ModelAlias, Truncate
-from embedloom.serving.fields import HASH_PATTERN, ClosedRequest
-from embedloom.serving.keys import ApiKey
-from embedloom.serving.messages import EncodeJob, EncodeResult, ModelInfo, Refusal, TokenizeResult
+from embedloom.core.prompting import PromptContract, Side
+from embedloom.errors import ConfigError, DataError
+from embedloom.serving.front import ApiKey, RequestLog, facts_of
+from embedloom.serving.messages import EncodeJob, EncodeResult, ModelInfo, Part, Refusal, TokenizeResult
 from embedloom.serving.metrics import EndpointMetrics
 from embedloom.serving.refusals import ApiError, Body, check_content_type, read_into, read_json
-from embedloom.serving.replies import GateVerdict, Lineage
-from embedloom.serving.request_log import RequestLog, facts_of
+from embedloom.serving.schemas import (
+    HASH_PATTERN,
+    JINA_TASKS,
+    ClosedRequest,
+    GateVerdict,
+    Lineage,
+    TextOptions,
+)
 
 Answer = TypeVar("Answer")
 Other = TypeVar("Other", bound=ClosedRequest)
@@ -266,3 +273,99 @@ def refused(refusal: Refusal) -> ApiError:
 
 def _is_hash(text: str) -> bool:
     return re.fullmatch(HASH_PATTERN, text) is not None
+
+
+# What holds for a request: its own words, then those of the model name it asks for, then the operator's, then the route's.
+#
+# Many clients can send nothing but a model's name and texts (Open WebUI, AnythingLLM, Haystack's OpenAI classes, LiteLLM).
+# For them the one served model has other names, each with a side, a task, an instruction, a way to cut.
+
+
+_NOTHING = ModelAlias()
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """How one request wants its texts; nothing is left open."""
+
+    model: str  # as the client named it
+    side: Side
+    task: str | None  # None: the model's default task
+    instruction: str | None
+    truncate: Truncate
+    own_ids_only: bool
+
+    def texts(self, texts: list[str], side: Side, name: str, is_list: bool = True) -> Part:
+        """Texts of one side of the request, from the field ``name``."""
+        return Part(side, texts, None, self.task, self.instruction, name, is_list)
+
+    def ids(self, token_ids: list[list[int]], name: str) -> Part:
+        """Token ids of the request, which carry no prompt."""
+        return Part(self.side, None, token_ids, name=name)
+
+    def job(
+        self, *parts: Part, contract_hash: str | None = None, fingerprint: str | None = None
+    ) -> EncodeJob:
+        """The request for the encoder."""
+        return EncodeJob(parts, self.truncate, contract_hash, fingerprint, self.own_ids_only)
+
+
+def terms_of(request: TextOptions, settings: EndpointSettings) -> Terms:
+    """The terms of a request.
+
+    A request's own ``task`` also sets aside the instruction of its model name, which belongs to another task.
+
+    Raises:
+        ApiError: 404, a model that is not served.
+    """
+    name = getattr(request, "model", None) or settings.served_name
+    alias = alias_of(name, settings)
+    own_side, own_task = request.prompt_said
+    side, task = JINA_TASKS.get(alias.task or "", (None, alias.task))
+    truncate = (
+        request.truncation_said or alias.truncate or settings.truncate or type(request).usual_truncation
+    )
+    return Terms(
+        model=name,
+        side=own_side or alias.side or side or "document",
+        task=own_task or task,
+        instruction=request.instruction or (None if own_task else alias.instruction),
+        truncate="start" if truncate == "end" and request.cuts_start else truncate,
+        own_ids_only=settings.token_ids == "refuse",
+    )
+
+
+def alias_of(name: str, settings: EndpointSettings) -> ModelAlias:
+    """What a model name stands for; nothing where it is the served name itself.
+
+    Raises:
+        ApiError: 404, neither of them.
+    """
+    if name == settings.served_name:
+        return _NOTHING
+    if (alias := settings.models.get(name)) is not None:
+        return alias
+    allowed = ", ".join(map(repr, (settings.served_name, *settings.models)))
+    raise ApiError(
+        404,
+        f"model: {name!r:.80} is not served here; allowed: {allowed:.400}",
+        param="model",
+        code="model_not_found",
+    )
+
+
+def check_aliases(models: Mapping[str, ModelAlias], served_name: str, contract: PromptContract) -> None:
+    """Refuse names that cannot be told apart or stand for a task that the model does not know, before anything starts.
+
+    Raises:
+        ConfigError: names the alias and what is allowed.
+    """
+    for name, alias in models.items():
+        if name == served_name:
+            raise ConfigError(f"serving.models.{name}: is the served name itself; allowed: any other name")
+        if alias.instruction is not None and not alias.instruction.strip():
+            raise ConfigError(f"serving.models.{name}.instruction: blank; allowed: a text, or none stated")
+        try:
+            contract.instruction_for(JINA_TASKS.get(alias.task or "", (None, alias.task))[1])
+        except DataError as error:
+            raise ConfigError(f"serving.models.{name}.task: {error}") from error

@@ -1,27 +1,220 @@
-"""An embedded corpus to search: its FAISS index, or exact search over its vectors, and the texts behind the rows.
+"""An embedded corpus to search: its FAISS index, or exact search over its vectors, and the texts behind the rows."""
 
-Loads torch through ``retrieval``; a gateway without a corpus never imports it.
-"""
-
-from dataclasses import asdict
+import re
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Protocol
+from urllib.parse import urlsplit
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from embedloom.artefacts import Artefact
+from embedloom.config.embedding import EmbeddingConfig
+from embedloom.core.artefacts import MANIFEST_FILE, Artefact, fingerprint
+from embedloom.core.progress import note
+from embedloom.core.storage import Place
 from embedloom.errors import ConfigError, DataError
-from embedloom.retrieval.fill_in import VECTORS_FOLDER
 from embedloom.retrieval.index import FACTS_FILE, load_index
+from embedloom.retrieval.inputs import DOCUMENTS_FOLDER, TextSource, open_input
+from embedloom.retrieval.ledger import ROWS_FOLDER, VECTORS_FOLDER, text_digest, texts_of
 from embedloom.retrieval.search import DocumentBlock
 from embedloom.retrieval.vector_files import check_same_contract, read_vectors
-from embedloom.serving.corpus_texts import CorpusText, CorpusTexts, open_texts
 from embedloom.serving.messages import Vectors
-from embedloom.serving.replies import CorpusCard, SearchHit
-from embedloom.storage import Place
+from embedloom.serving.schemas import CorpusCard, SearchHit
+
+# The texts behind the rows of a vectors artefact, and where they come from, read from the input it was embedded from.
+#
+# The artefact's ``rows/`` says for each vector which file and row its text stands in, and the text's digest: a text that
+# was edited since is not shown as if it were what was embedded.
+
+
+_MEMORY_BYTES = 512 * 2**20  # of texts kept ready; files beyond it are read again, row group by row group
+_COPIED = f"{DOCUMENTS_FOLDER}.json"  # there, JSON lines and text files were copied into the artefact
+_CHUNKS_FOLDER = "chunks"
+# Nothing that a browser would drop or take for a blank: a link must be what it looks like.
+_NOT_IN_A_URL = re.compile(r"[\x00-\x20\x7f-\xa0\u2028\u2029\\<>\"]")
 
 Rows = np.ndarray[Any, np.dtype[np.int64]]
+
+
+@dataclass(frozen=True, slots=True)
+class CorpusText:
+    """What is known of one row.
+
+    Attributes:
+        title: of its document.
+        text: as it was embedded.
+        source: where it comes from: what its input says, else the file and the row, from 1.
+        url: the same as a link, where it is one.
+        chunk: which piece of a document that was cut, from 1; None: it is whole.
+        chunks: how many pieces there are.
+    """
+
+    title: str | None = None
+    text: str | None = None
+    source: str | None = None
+    url: str | None = None
+    chunk: int | None = None
+    chunks: int | None = None
+
+
+def link_of(text: str | None) -> str | None:
+    """The text where it is an address that a browser may be sent to, else None.
+
+    Only http and https, so that no document brings a script along (``javascript:``) or names a file (``file:``);
+    without a user's name, which would make ``https://bank.example@evil.example`` look like the bank.
+    """
+    if not text or _NOT_IN_A_URL.search(text):
+        return None
+    try:
+        parts = urlsplit(text)
+    except ValueError:
+        return None
+    safe = parts.scheme.lower() in ("http", "https") and bool(parts.hostname) and "@" not in parts.netloc
+    return text if safe else None
+
+
+class CorpusTexts:
+    """Title, text and origin of rows."""
+
+    def __init__(self, source: TextSource, rows: pa.Table, chunks: pa.Table | None, in_place: bool) -> None:
+        """Build one.
+
+        Args:
+            source: the input.
+            rows: where each row's text stands: id, file, row and digest.
+            chunks: which of them are pieces of longer documents.
+            in_place: whether the input's files are the user's own, so that their names say something.
+        """
+        self._source = source
+        self._in_place = in_place
+        self._files = rows.column("file").to_numpy()
+        self._rows = rows.column("row").to_numpy()
+        self._digests = rows.column("digest").combine_chunks()
+        self._chunks = chunks
+        # Row of a document's chunk in ``chunks``; null where it is whole.
+        self._places = pc.index_in(rows.column("id"), chunks.column("id")) if chunks is not None else None
+        self._columns = list(dict.fromkeys((*source.columns, *source.origin)))
+        self._kept: dict[int, pa.Table] = {}
+        self._room = _MEMORY_BYTES
+
+    def read(self, rows: Rows) -> list[CorpusText]:
+        """What is known of each row; nothing where the text is no longer the embedded one."""
+        return [self._read(int(row)) for row in rows]
+
+    def _read(self, row: int) -> CorpusText:
+        file, number = int(self._files[row]), int(self._rows[row])
+        if file >= len(self._source.files) or number >= self._source.files[file][1]:
+            return CorpusText()
+        table = self._row(file, number)
+        if text_digest(texts_of(table, self._source)[0]) != self._digests[row].as_py():
+            return CorpusText()
+        said = {name: table.column(name)[0].as_py() for name in self._columns}
+        source = said.get("source") or said.get("url")
+        if source is None and self._in_place:
+            source = f"{self._source.files[file][0]}:{number + 1}"
+        chunk, chunks = self._chunk(row)
+        return CorpusText(
+            title=(said[self._source.title] if self._source.title else None) or None,
+            text=said[self._source.text],
+            source=source,
+            url=link_of(said.get("url")) or link_of(source),
+            chunk=chunk,
+            chunks=chunks,
+        )
+
+    def _chunk(self, row: int) -> tuple[int | None, int | None]:
+        place = None if self._places is None else self._places[row].as_py()
+        if self._chunks is None or place is None:
+            return None, None
+        return self._chunks.column("chunk")[place].as_py(), self._chunks.column("chunks")[place].as_py()
+
+    def _row(self, file: int, number: int) -> pa.Table:
+        name, columns = self._source.files[file][0], self._columns
+        if file not in self._kept:
+            whole = self._source.place.read_table(name, columns) if self._room > 0 else None
+            if whole is None or whole.nbytes > self._room:
+                return self._source.place.read_rows(name, number, number + 1, columns)
+            self._kept[file] = whole
+            self._room -= whole.nbytes
+        return self._kept[file].slice(number, 1)
+
+
+def open_texts(vectors: Artefact, documents: str | None) -> CorpusTexts | None:
+    """The texts of a vectors artefact, or None where they are nowhere to be found.
+
+    Args:
+        vectors: the artefact.
+        documents: the input it was embedded from; None takes the copy that the artefact holds (of JSON lines and
+            text files), the corpus artefact beside it, if it is the one that was embedded, or the input that the
+            artefact says it was made from.
+
+    Raises:
+        DataError: an input that cannot be read, or the artefact says of no row where its text stands.
+    """
+    place = vectors.place
+    source = _source(vectors, documents)
+    if source is None:
+        return None
+    names = place.names(ROWS_FOLDER, ".parquet")
+    if not names:
+        raise DataError(
+            f"{place.uri}/{ROWS_FOLDER}: missing, so which text belongs to which vector is unknown; embed again"
+        )
+    tables = [place.read_table(name, ["id", "file", "row", "digest"]) for name in names]
+    rows, in_place = pa.concat_tables(tables), not place.exists(_COPIED)
+    texts = CorpusTexts(source, rows, _chunks(source.place), in_place)
+    if documents is not None and texts.read(np.zeros(1, np.int64))[0].text is None:
+        raise DataError(
+            f"serving.documents: {documents}: is not what {place.uri} was embedded from, or has changed since"
+        )
+    return texts
+
+
+def _chunks(corpus: Place) -> pa.Table | None:
+    """Which documents of a corpus artefact are pieces of longer ones."""
+    names = corpus.names(_CHUNKS_FOLDER, ".parquet") if corpus.exists(MANIFEST_FILE) else []
+    return pa.concat_tables(corpus.read_table(name) for name in names) if names else None
+
+
+def _source(vectors: Artefact, documents: str | None) -> TextSource | None:
+    place, given = vectors.place, dict(vectors.manifest["details"].get("input") or {})
+    path = given.pop("path", None)
+    config = EmbeddingConfig(**given)
+    if place.exists(_COPIED):
+        copied = place.names(DOCUMENTS_FOLDER, ".parquet")
+        return open_input(str(place.local / DOCUMENTS_FOLDER), EmbeddingConfig(), place) if copied else None
+    if documents is not None:
+        return open_input(documents, config, place)
+    beside = _beside(vectors)
+    if beside is not None:
+        return open_input(str(beside), config, place)
+    if path is None:
+        return None
+    try:
+        return open_input(path, config, place)
+    except DataError as error:
+        note("serve", f"hits are shown without their texts: {error}; serving.documents says where they are")
+        return None
+
+
+def _beside(vectors: Artefact) -> Path | None:
+    """The corpus artefact beside the vectors of a run, if they are its vectors."""
+    if not vectors.place.is_local:
+        return None
+    beside = vectors.place.local.parent / "corpus"
+    if not (beside / MANIFEST_FILE).is_file():
+        return None
+    corpus = Artefact.open(Place(str(beside)), "corpus")
+    # A run states the corpus's own fingerprint, `embedloom embed CORPUS` that of its state.
+    known = {corpus.fingerprint, fingerprint(corpus.fingerprint)}
+    return beside if not known.isdisjoint(vectors.manifest["inputs"].values()) else None
+
+
+# An embedded corpus to search: its FAISS index, or exact search over its vectors, and the texts behind the rows.
+#
+# Loads torch through ``retrieval``; a gateway without a corpus never imports it.
 
 
 class _Searcher(Protocol):

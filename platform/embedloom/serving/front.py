@@ -1,22 +1,317 @@
-"""What happens to every request around its route: id, key, body limit, metrics, log, and no stack trace outside."""
+"""What happens to every request around its route: path, id, API key, body limit, metrics, log, and no stack trace outside."""
 
 import asyncio
+import contextlib
+import hashlib
+import hmac
 import logging
+import os
 import re
+import sys
 import time
 import uuid
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TextIO
 
+import yaml
+from pydantic import Field
 from pydantic_core import to_json
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from embedloom.config.base import FrozenConfig, validate
+from embedloom.config.serving import ServingConfig
+from embedloom.errors import ConfigError
 from embedloom.serving.decoding import BodyDecoder, BodyTooLarge, codings_of
-from embedloom.serving.keys import KeyRing, key_headers
 from embedloom.serving.metrics import EndpointMetrics
 from embedloom.serving.refusals import ApiError
-from embedloom.serving.request_log import Facts, RequestLog, facts_of, write_line
+
+# API keys: who asks, and how much they may ask for.
+#
+# Only hashes are kept. A plain SHA-256 is enough because keys are meant to be random (``openssl rand -hex 32``): there
+# is no dictionary to try. ``printf %s "$KEY" | sha256sum`` gives the hash for the key document:
+#
+#     search-page: {sha256: 9f86…, requests_per_minute: 600, tokens_per_minute: 2000000}
+
+
+_HASH = re.compile(r"[0-9a-f]{64}")
+_BEARER = re.compile(rb"(?i:bearer)[ \t]+(\S+)[ \t]*")
+_ALLOWED = "Authorization: Bearer KEY, or api-key: KEY"
+
+
+class ApiKey(FrozenConfig):
+    """One client: the hash of its key and its quotas."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
+    sha256: str
+    requests_per_minute: int | None = Field(default=None, ge=1)
+    tokens_per_minute: int | None = Field(default=None, ge=1)
+
+
+def read_keys(config: ServingConfig) -> tuple[ApiKey, ...]:
+    """The keys that a serving section points to; none where it points nowhere.
+
+    Raises:
+        ConfigError: file or variable missing, empty or malformed; no message repeats what might be a key.
+    """
+    if config.keys_file is not None:
+        path = Path(config.keys_file).expanduser()
+        if not path.is_file():
+            raise ConfigError(f"serving.keys_file: {path}: no such file")
+        return parse_keys(path.read_text(), str(path))
+    if config.keys_variable is not None:
+        text = os.environ.get(config.keys_variable)
+        if text is None:
+            raise ConfigError(f"serving.keys_variable: {config.keys_variable} is not in the environment")
+        return parse_keys(text, f"${config.keys_variable}")
+    return ()
+
+
+def parse_keys(text: str, source: str) -> tuple[ApiKey, ...]:
+    """Read a key document.
+
+    Raises:
+        ConfigError: see ``read_keys``.
+    """
+    try:
+        content = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{source}: not readable as YAML") from error
+    if not isinstance(content, dict) or not content:
+        raise ConfigError(f"{source}: holds no keys; expected name: {{sha256: ...}}")
+    keys = []
+    for name, values in content.items():
+        if isinstance(values, dict) and "sha256" not in values:  # perhaps misspelt, which the model says best
+            validate(ApiKey, {"name": str(name), **values}, f"{source}: {name}")
+        if not isinstance(values, dict) or not _HASH.fullmatch(str(values.get("sha256", ""))):
+            raise ConfigError(
+                f"{source}: {name}: sha256 is missing or is not 64 lower-case hex digits (the hash of the key)"
+            )
+        keys.append(validate(ApiKey, {"name": str(name), **values}, f"{source}: {name}"))
+    if len({key.sha256 for key in keys}) != len(keys):
+        raise ConfigError(f"{source}: two names have the same key")
+    return tuple(keys)
+
+
+class Quota:
+    """So many a minute, a minute's worth at once; what is taken beyond it is made up for before more is given."""
+
+    def __init__(self, per_minute: int, clock: Callable[[], float]) -> None:
+        self._most = float(per_minute)
+        self._clock = clock
+        self._left = self._most
+        self._seen = clock()
+
+    def seconds_until(self, amount: float) -> float:
+        """How long until so much is left; 0 when it is."""
+        now = self._clock()
+        self._left = min(self._most, self._left + (now - self._seen) * self._most / 60)
+        self._seen = now
+        return max(0.0, (amount - self._left) * 60 / self._most)
+
+    def take(self, amount: float) -> None:
+        """Use some up."""
+        self._left -= amount
+
+
+class Client:
+    """A known client and what is left of its quotas."""
+
+    def __init__(self, key: ApiKey, clock: Callable[[], float]) -> None:
+        self.name = key.name
+        self.digest = key.sha256
+        self._requests = Quota(key.requests_per_minute, clock) if key.requests_per_minute else None
+        self._tokens = Quota(key.tokens_per_minute, clock) if key.tokens_per_minute else None
+
+    def begin(self) -> None:
+        """Count one request.
+
+        Raises:
+            ApiError: 429, a quota is used up; Retry-After says until when.
+        """
+        # Tokens are known only afterwards, so the last request of a minute may overdraw; the next one waits for it.
+        for quota, amount, unit in ((self._requests, 1.0, "requests"), (self._tokens, 1.0, "tokens")):
+            if quota is not None and (seconds := quota.seconds_until(amount)) > 0:
+                raise ApiError(
+                    429,
+                    f"the {unit} per minute of this key are used up; try again in {seconds:.0f} s",
+                    code="rate_limit_exceeded",
+                    retry_after_seconds=seconds,
+                )
+        if self._requests is not None:
+            self._requests.take(1)
+
+    def charge(self, tokens: int) -> None:
+        """Count tokens that were computed."""
+        if self._tokens is not None:
+            self._tokens.take(tokens)
+
+
+class KeyRing:
+    """All clients of an endpoint."""
+
+    def __init__(self, keys: Sequence[ApiKey], clock: Callable[[], float] = time.monotonic) -> None:
+        self._clients = [Client(key, clock) for key in keys]
+
+    def identify(self, authorization: bytes | None, api_key: bytes | None = None) -> Client:
+        """The client whose key stands in an Authorization header, or in Azure's.
+
+        Every hash is compared, each in constant time, so that how long it takes tells nothing. Where both headers are
+        there, either may hold the key: gateways put credentials of their own into Authorization.
+
+        Raises:
+            ApiError: 401, no key or an unknown one.
+        """
+        if authorization is None and api_key is None:
+            raise ApiError(401, f"no API key; send the header {_ALLOWED}", code="missing_api_key")
+        given = _BEARER.fullmatch(authorization or b"")
+        secrets = [given.group(1) if given else b""] + ([api_key.strip()] if api_key is not None else [])
+        found: Client | None = None
+        for secret in secrets:
+            digest = hashlib.sha256(secret).hexdigest()
+            for client in self._clients:
+                if hmac.compare_digest(client.digest, digest) and secret:
+                    found = client
+        if found is None:
+            raise ApiError(401, f"the API key is not known here; allowed: {_ALLOWED}", code="invalid_api_key")
+        return found
+
+
+def key_headers(headers: Mapping[bytes, bytes]) -> tuple[bytes | None, bytes | None]:
+    """The headers that may hold a key: Authorization, and Azure's ``api-key`` or its other spelling."""
+    return headers.get(b"authorization"), headers.get(b"api-key") or headers.get(b"x-api-key")
+
+
+# One JSON line a request, on stderr: what was asked and what it cost, and its texts only where that is wanted.
+
+
+RequestLog = Literal["none", "facts", "texts"]
+SCOPE_KEY = "embedloom.facts"
+request_logger = logging.getLogger("embedloom.serving.requests")
+_TEXT_CHARACTERS = 1000  # of one logged text
+_FLUSH_SECONDS = 0.1
+
+
+@dataclass(slots=True)
+class Facts:
+    """What handlers learn about a request; the front writes it down when the request is over."""
+
+    client: Any = None  # keys.Client, where keys are wanted
+    values: dict[str, Any] = field(default_factory=dict)
+    texts: list[str] | None = None
+
+
+def facts_of(scope: Any) -> Facts:
+    """The facts of the request being handled."""
+    facts: Facts = scope.setdefault(SCOPE_KEY, Facts())
+    return facts
+
+
+def write_line(
+    mode: RequestLog, facts: Facts, request_id: str, method: str, path: str, status: int, seconds: float
+) -> None:
+    """Log one request that is over."""
+    if mode == "none":
+        return
+    line: dict[str, Any] = {
+        "time": round(time.time(), 3),
+        "request_id": request_id,
+        "method": method,
+        "path": path,
+        "status": status,
+        "seconds": round(seconds, 6),
+    }
+    if facts.client is not None:
+        line["key"] = facts.client.name
+    line |= facts.values
+    if mode == "texts" and facts.texts is not None:
+        line["texts"] = [text[:_TEXT_CHARACTERS] for text in facts.texts]
+    request_logger.info("%s", to_json(line).decode())
+
+
+class LineBuffer(logging.Handler):
+    """Writes the lines of a tenth of a second at once; a process that is killed loses those.
+
+    Every write gives up Python's lock, and the event loop then waits for the computing threads to get it back: a line at
+    a time, that was a third of what the loop did under load, and 5 to 8 % of the requests. (``MemoryHandler`` of logging
+    hands its records on one by one.)
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        super().__init__()
+        self._stream = stream
+        self._lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Keep the line; the first one sees to it that all are written."""
+        self._lines.append(self.format(record))
+        if len(self._lines) > 1:
+            return
+        try:
+            asyncio.get_running_loop().call_later(_FLUSH_SECONDS, self.flush)
+        except RuntimeError:  # no event loop, so nothing that a write holds up
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what is kept; ``logging`` does so too when the process ends."""
+        with self.lock or contextlib.nullcontext():
+            lines, self._lines = self._lines, []
+            if lines:
+                self._stream.write("".join(f"{line}\n" for line in lines))
+                self._stream.flush()
+
+
+def log_to_stderr() -> None:
+    """Write the lines to this process's stderr, which Ray keeps beside a replica's other output."""
+    if not request_logger.handlers:
+        handler = LineBuffer(sys.stderr)
+        handler.setFormatter(logging.Formatter("%(message)s"))
+        request_logger.addHandler(handler)
+    request_logger.setLevel(logging.INFO)
+    request_logger.propagate = False
+
+
+# Paths as clients really write them: what is meant beyond doubt is answered, for the rest a hint says what there is.
+
+
+_SLASHES = re.compile("/{2,}")
+
+
+class TidyPaths:
+    """ASGI middleware: ``/v1//embeddings/`` is ``/v1/embeddings``, as a base URL with a slash at its end makes it."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Hand on one connection event."""
+        if scope["type"] == "http":
+            path: str = scope["path"]
+            prefix = scope.get("root_path", "")
+            if "//" in path or (path.endswith("/") and path.removeprefix(prefix) != "/"):
+                tidy = _SLASHES.sub("/", path)
+                tidy = tidy.rstrip("/") if tidy.removeprefix(prefix) != "/" else tidy
+                scope = {**scope, "path": tidy, "raw_path": tidy.encode()}
+        await self._app(scope, receive, send)
+
+
+def hint(path: str, known: Iterable[str]) -> str:
+    """What is said of a path that is not there: the one that its end names, where there is one.
+
+    >>> hint("/v1/v1/embeddings", ["/v1/embeddings"])
+    '; did you mean /v1/embeddings? A base URL ends with /v1 once'
+    """
+    last = path.rstrip("/").rsplit("/", 1)[-1]
+    # The longest, so that /v1/rerank and not /rerank answers to /api/v1/rerank.
+    ends = sorted((one for one in known if one != "/" and path.endswith(one)), key=len)
+    named = ends[-1:] or sorted(one for one in known if last and one.rsplit("/", 1)[-1] == last)[-1:]
+    if not named:
+        return ""
+    doubled = " A base URL ends with /v1 once" if "/v1/v1" in path else ""
+    return f"; did you mean {named[0]}?{doubled}"
+
 
 REQUEST_ID_HEADER = b"x-request-id"
 _GIVEN_ID = re.compile(rb"[A-Za-z0-9._-]{1,128}")
@@ -80,7 +375,7 @@ class Drain:
 
 def _tell(request_id: str, error: Exception) -> None:
     """Have the command that serves show a failure of ours in a line; its traceback is in the log."""
-    from embedloom.progress import note  # brings pyarrow, which a gateway's process does without
+    from embedloom.core.progress import note  # brings pyarrow, which a gateway's process does without
 
     note("serve", f"request {request_id} failed: {type(error).__name__}: {error}")
 

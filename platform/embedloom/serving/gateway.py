@@ -1,21 +1,237 @@
-"""The gateway: HTTP in front of several encoder replicas.
-
-A hop of its own, so that encoders can be scaled (to zero, too) and replaced behind one address, a request
-whose replica died runs again on another, and one registry sees every request.
+"""HTTP in front of encoder replicas: the gateway, the handle to its replicas, and what both HTTP deployments share. Imports no
+torch, which a gateway without a corpus never needs.
 """
 
-from typing import Any
+import asyncio
+import math
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI
+from ray import serve
+from ray.exceptions import RayActorError
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
+from embedloom.config.base import validate
+from embedloom.config.serving import ApplicationArgs
+from embedloom.core.model_folder import ModelFolder
+from embedloom.core.storage import Place, absolute
 from embedloom.serving.api import create_api
-from embedloom.serving.calls import EndpointSettings
-from embedloom.serving.corpus_source import CorpusSource
-from embedloom.serving.handles import HandleBackend, encoders_of
-from embedloom.serving.ingress import Ingress
+from embedloom.serving.applications import running_replicas
+from embedloom.serving.calls import Backend, EndpointSettings
+from embedloom.serving.front import Drain, log_to_stderr
+from embedloom.serving.listener import ReplicaServer
+from embedloom.serving.messages import EncodeJob, EncodeResult, ModelInfo, Refusal, TokenizeResult
 from embedloom.serving.metrics import EndpointMetrics
-from embedloom.serving.request_log import log_to_stderr
+from embedloom.serving.refusals import ApiError
+from embedloom.serving.rollout.router import TrialOrders, VersionRouter
+from embedloom.serving.rollout.trial import Window
+from embedloom.serving.scheduling import LANES
+
+if TYPE_CHECKING:
+    from embedloom.serving.corpus import SearchCorpus
+
+
+# Which corpus is searched, in a form that is cheap to send: a gateway without one must not import torch.
+
+
+@dataclass(frozen=True, slots=True)
+class CorpusSource:
+    """A vectors artefact, and the model that must have made it."""
+
+    uri: str
+    documents: str | None
+    contract_hash: str
+    model_id: str
+    normalize: bool
+
+    @classmethod
+    def of(cls, corpus: str, documents: str | None, model: ModelFolder) -> "CorpusSource":
+        """The source of a config's paths, absolute for replicas that run in other folders."""
+        texts = None if documents is None else absolute(documents)
+        return cls(absolute(corpus), texts, model.contract.hash, model.id, model.contract.normalize)
+
+    def check(self) -> None:
+        """Raise DataError or ConfigError if another model made it; reads the manifest only."""
+        from embedloom.serving.corpus import check_corpus
+
+        check_corpus(Place(self.uri), self.contract_hash, self.model_id)
+
+    def open(self) -> "SearchCorpus":
+        """The corpus, loaded."""
+        from embedloom.serving.corpus import load_corpus
+
+        return load_corpus(Place(self.uri), self.documents, self.contract_hash, self.model_id, self.normalize)
+
+
+# Encoder replicas behind a Serve handle, as a backend of the HTTP side.
+
+
+ENCODERS = "encoder"  # the deployment
+_SILENT_SECONDS = 60.0
+_COUNT_SECONDS = 1.0  # how long a count of replicas is believed
+_CONTROLLER_SECONDS = 2.0  # that it may take to say so
+_ATTEMPTS = 3  # encoding changes nothing, so a request whose replica died may run again
+
+
+class HandleBackend:
+    """Encoder replicas behind a Serve handle."""
+
+    def __init__(self, handle: DeploymentHandle) -> None:
+        self._handle = handle
+        self._queues: dict[str, tuple[float, dict[str, int]]] = {}  # by replica: when told, tokens by lane
+        self._replicas, self._counted = 0, -math.inf  # and when it was so
+
+    async def encode(self, job: EncodeJob) -> EncodeResult | Refusal:
+        """Vectors, or why not.
+
+        Raises:
+            ApiError: 503, no replica lives long enough to answer.
+        """
+        result: EncodeResult | Refusal = await self._call("encode", job)
+        if isinstance(result, EncodeResult):
+            self._queues[result.replica] = time.monotonic(), result.queued
+        return result
+
+    async def tokenize(self, job: EncodeJob) -> TokenizeResult | Refusal:
+        """Token ids, or why not.
+
+        Raises:
+            ApiError: as ``encode``.
+        """
+        result: TokenizeResult | Refusal = await self._call("tokenize", job)
+        return result
+
+    async def describe(self) -> ModelInfo:
+        """The loaded model."""
+        info: ModelInfo = await self._call("describe")
+        return info
+
+    def queued_tokens(self) -> dict[str, int]:
+        """Tokens that wait at all replicas, by lane, as each said with its newest answer.
+
+        The answer after which nothing waits says so; a replica silent for long is gone.
+        """
+        now = time.monotonic()
+        self._queues = {tag: told for tag, told in self._queues.items() if now - told[0] < _SILENT_SECONDS}
+        return {lane: sum(queued.get(lane, 0) for _, queued in self._queues.values()) for lane in LANES}
+
+    async def replicas(self) -> int:
+        """Encoders that are up, as Serve's controller says: asking one would start it, or keep it up.
+
+        What was last known while the controller does not answer.
+        """
+        if time.monotonic() - self._counted > _COUNT_SECONDS:
+            try:
+                async with asyncio.timeout(_CONTROLLER_SECONDS):
+                    self._replicas = await asyncio.to_thread(
+                        running_replicas, self._handle.app_name, ENCODERS
+                    )
+                self._counted = time.monotonic()
+            except Exception:  # whatever is wrong with the controller
+                if math.isinf(self._counted):
+                    raise
+        return self._replicas
+
+    async def _call(self, method: str, *arguments: Any) -> Any:
+        cause: Exception | None = None
+        for _ in range(_ATTEMPTS):
+            answer = getattr(self._handle, method).remote(*arguments)
+            try:
+                return await answer
+            except asyncio.CancelledError:
+                answer.cancel()  # the client left or time is up: the replica need not go on
+                raise
+            except RayActorError as error:
+                cause = error
+            except (BackPressureError, DeploymentUnavailableError) as error:
+                raise ApiError(503, "no encoder replica is available", code="unavailable") from error
+        raise ApiError(
+            503, f"{_ATTEMPTS} encoder replicas died over this request", code="unavailable"
+        ) from cause
+
+
+def encoders_of(application: str) -> HandleBackend:
+    """The encoders of a running application."""
+    return HandleBackend(serve.get_deployment_handle(ENCODERS, application))
+
+
+# What both HTTP deployments share: the router over versions, and the calls by which `embedloom deploy` steers it.
+
+
+class Ingress:
+    """Base of the deployments that answer HTTP; its methods are called by handle, never by HTTP."""
+
+    def __init__(
+        self,
+        live: Backend,
+        settings: EndpointSettings,
+        corpus: CorpusSource | None,
+        blueprint: dict[str, Any],
+        encoders: str | None = None,
+    ) -> None:
+        """Build one.
+
+        Args:
+            live: what encodes.
+            settings: names and limits.
+            corpus: what ``/v1/search`` searches.
+            blueprint: the ``ApplicationArgs`` this endpoint was built from.
+            encoders: the application that ``live`` runs in, where it is another one.
+        """
+        self.settings = settings
+        self.stopping = Drain()
+        self._server: ReplicaServer | None = None
+        self.router = VersionRouter(live, settings.request_timeout_seconds)
+        self.corpus = corpus.open() if corpus is not None else None
+        self._blueprint = blueprint
+        self._encoders = encoders
+        self._tried: tuple[str, Backend] | None = (
+            None  # application and its handle: one a trial, not one a call
+        )
+
+    def listening(self, app: FastAPI) -> FastAPI:
+        """The application, which also answers by itself where a listening socket is lent; called in the replica's event loop."""
+        args = validate(ApplicationArgs, self._blueprint, "endpoint")
+        if args.listener is not None:
+            self._server = ReplicaServer(app, args.listener, args.serving.route_prefix)
+        return app
+
+    async def __del__(self) -> None:
+        """Serve awaits this when it stops the replica, with its grace period as limit."""
+        server, self._server = self._server, None
+        if server is not None:
+            await server.leave()
+
+    async def drain(self, seconds: float) -> int:
+        """Take no more requests, and wait for those in hand; returns how many were not done in time (503)."""
+        return await self.stopping.run(seconds)
+
+    async def describe_endpoint(self) -> tuple[dict[str, Any], ModelInfo, str | None]:
+        """The ``ApplicationArgs`` this endpoint was built from, its model, and the application of its encoders."""
+        return self._blueprint, await self.router.describe(), self._encoders
+
+    async def order_trial(self, orders: dict[str, Any]) -> Window:
+        """Begin or renew the trial of a new version (``TrialOrders``); returns what was seen so far."""
+        checked = validate(TrialOrders, orders, "trial")
+        if self._tried is None or self._tried[0] != checked.application:
+            self._tried = checked.application, encoders_of(checked.application)
+        self.router.order(checked, self._tried[1])
+        return self.router.window()
+
+    async def end_trial(self) -> Window:
+        """End the trial; returns what was seen."""
+        window = self.router.window()
+        self.router.end()
+        return window
+
+
+# The gateway: HTTP in front of several encoder replicas.
+#
+# A hop of its own, so that encoders can be scaled (to zero, too) and replaced behind one address, a request
+# whose replica died runs again on another, and one registry sees every request.
 
 
 class Gateway(Ingress):

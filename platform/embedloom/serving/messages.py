@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from embedloom.instructions import USUAL_TASK, Side
+from embedloom.core.prompting import USUAL_TASK, Side
 
 Lane = Literal["query", "bulk"]
 Vectors = np.ndarray[Any, np.dtype[np.float32]]

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails, from_json
 
 from embedloom.errors import ServeError
-from embedloom.serving.fields import FOREIGN
+from embedloom.serving.schemas import FOREIGN
 
 Body = TypeVar("Body", bound=BaseModel)
 _NEAR = 0.7  # of difflib: "input_typ" and "querry" are near, "normalize" and "timeout" are near nothing

@@ -1,23 +1,157 @@
-"""What holds an encoder on Serve: one of several behind a gateway, or one with the HTTP side in its process.
-
-Plain classes; app.py makes deployments of them.
+"""What holds an encoder on Serve: one of several behind a gateway, or one with the HTTP side in its process; and its weights,
+one copy per node.
 """
 
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI
 from ray import serve
+from ray.serve.config import DeploymentActorConfig
 
 from embedloom.config.base import validate
+from embedloom.config.cluster import ServeScaling
+from embedloom.config.serving import ServingEngine
+from embedloom.encoder.backbone import DTypeName, SharedWeights
+from embedloom.encoder.model import Encoder
 from embedloom.serving.api import create_api
 from embedloom.serving.calls import EndpointSettings
-from embedloom.serving.corpus_source import CorpusSource
-from embedloom.serving.ingress import Ingress
-from embedloom.serving.loading import ModelSpec, load_service
+from embedloom.serving.front import log_to_stderr
+from embedloom.serving.gateway import CorpusSource, Ingress
 from embedloom.serving.messages import EncodeJob, EncodeResult, ModelInfo, Refusal, TokenizeResult
 from embedloom.serving.metrics import EndpointMetrics
-from embedloom.serving.request_log import log_to_stderr
-from embedloom.serving.service import BatchSettings
+from embedloom.serving.scheduling import ComputeStreams
+from embedloom.serving.service import BatchSettings, EncoderService, ServingEncoder, limit_compiled_products
+
+# One copy of a model's weights per node for all its replicas: they lie in Ray's object store, and replicas map them.
+#
+# A deployment actor of Serve owns them, so they outlive every replica, also the first and the last one: a deployment
+# scaled to zero wakes up without reading a file. The reading is a task, because Ray runs a task again where the node
+# with its result is lost, and because its process takes the loader's memory with it when it ends.
+
+
+WEIGHTS_ACTOR = "weights"
+_BOOKKEEPING_CPUS = 0.1
+
+
+def shares_weights(scaling: ServeScaling) -> bool:
+    """Whether replicas share weights: there may be several, and they compute on CPU.
+
+    A GPU has weights of its own in any case, and a single replica shares with nobody.
+    """
+    return scaling.max_replicas > 1 and scaling.gpus == 0
+
+
+def weights_actor(model_folder: str, dtype: DTypeName) -> DeploymentActorConfig:
+    """What a deployment states so that its replicas can call ``mapped_weights``."""
+    import ray
+
+    return DeploymentActorConfig(
+        name=WEIGHTS_ACTOR,
+        actor_class=ray.remote(WeightsHolder),
+        init_kwargs={"model_folder": model_folder, "dtype": dtype},
+        actor_options={"num_cpus": _BOOKKEEPING_CPUS},
+    )
+
+
+def read_weights(model_folder: str, dtype: DTypeName) -> Any:
+    """The weights of a folder as arrays, laid out for inference in ``dtype``: ``encoder.shared.SharedWeights``.
+
+    Raises:
+        DataError: not a model folder, or a broken one.
+    """
+
+    return Encoder.load(Path(model_folder), dtype=dtype, device="cpu").share_weights()
+
+
+class WeightsHolder:
+    """Owns the weights; light, as it never looks at them."""
+
+    def __init__(self, model_folder: str, dtype: DTypeName) -> None:
+        import ray
+
+        # max_calls: the process that read the model, three times its size at the worst, ends with the task.
+        reader = ray.remote(num_cpus=_BOOKKEEPING_CPUS, max_calls=1, max_retries=3)(read_weights)
+        self._weights = reader.remote(model_folder, dtype)
+        # Serve starts replicas when this constructor is through. A failure is theirs to raise, with its reason.
+        ray.wait([self._weights], fetch_local=False)
+
+    def weights(self) -> list[Any]:
+        """The reference, in a list, so that Ray passes it on as it is."""
+        return [self._weights]
+
+
+def mapped_weights() -> Any:
+    """The weights, mapped read-only from this node's object store; only inside a replica.
+
+    Raises:
+        DataError: whatever ``read_weights`` raised.
+    """
+    import ray
+    from ray import serve
+
+    holder = serve.get_deployment_actor(WEIGHTS_ACTOR)
+    (reference,) = ray.get(holder.weights.remote())
+    try:
+        return ray.get(reference)
+    except ray.exceptions.RayTaskError as error:
+        raise error.cause from error
+
+
+# An encoder loaded for serving: ours over weights of its own or shared ones, or vLLM's.
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSpec:
+    """Which model a replica serves, and how it computes."""
+
+    folder: str
+    fingerprint: str
+    batching: BatchSettings
+    threads: int
+    dtype: DTypeName
+    engine: ServingEngine = "torch"
+    gpus: float = 0.0
+    streams: int = 1
+    shared: bool = False  # weights from the deployment's holder; only inside a replica
+
+
+def load_service(spec: ModelSpec) -> EncoderService:
+    """Load a model folder for serving, run it, and measure how fast it is: what admission goes by at first.
+
+    Raises:
+        DataError: not a model folder, or a broken one.
+        ServeError: vLLM gives other vectors than were exported.
+        MissingDependency: vLLM is not installed.
+    """
+    limit_compiled_products()
+    weights = mapped_weights() if spec.shared and spec.engine == "torch" else None
+    streams = ComputeStreams(spec.streams, spec.threads if spec.streams > 1 else None)
+    # Loaded by the thread that will compute with every core: each that does gets OpenMP workers of its own, and libgomp
+    # lets none of them wait actively once there are more than cores.
+    encoder = streams.threads[0].submit(_load, spec, weights).result()
+    service = EncoderService(encoder, spec.batching, spec.fingerprint, streams)
+    streams.threads[0].submit(service.measure).result()
+    return service
+
+
+def _load(spec: ModelSpec, weights: SharedWeights | None) -> ServingEncoder:
+    folder = Path(spec.folder)
+    encoder: ServingEncoder
+    if spec.engine == "vllm":
+        from embedloom.serving.vllm_encoder import VLLMEncoder
+
+        encoder = VLLMEncoder(folder, spec.threads, spec.dtype, spec.gpus)
+        encoder.check()
+    else:
+        encoder = Encoder.load(folder, threads=spec.threads, dtype=spec.dtype, weights=weights)
+    return encoder
+
+
+# What holds an encoder on Serve: one of several behind a gateway, or one with the HTTP side in its process.
+#
+# Plain classes; app.py makes deployments of them.
 
 
 class EncoderReplica:

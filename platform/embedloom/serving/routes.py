@@ -1,19 +1,117 @@
-"""The handlers of OpenAI's routes, of tokenize, and of what operators ask: models, health, readiness, metrics."""
+"""The handlers: embeddings, tokenize, rerank, similarity, search, and what operators ask (models, health, metrics, the page)."""
 
-from typing import Any
+import asyncio
+import base64
+import hashlib
+import re
+import time
+import uuid
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, Protocol
 
+import numpy as np
 from fastapi import Request, Response
 from pydantic_core import to_json
 
-from embedloom.serving.aliases import Terms, alias_of, terms_of
-from embedloom.serving.calls import Calls, notes_of, pinned
+from embedloom.retrieval.stored import shorten, unit_length
+from embedloom.serving.calls import Calls, Terms, alias_of, notes_of, pinned, terms_of
 from embedloom.serving.messages import EncodeResult, ModelInfo, Part, Vectors
 from embedloom.serving.metrics import CONTENT_TYPE
-from embedloom.serving.page import page_reply
 from embedloom.serving.refusals import ApiError
-from embedloom.serving.replies import CorpusCard, ModelCard, ModelDefaults, TaskCard, reply_body
-from embedloom.serving.schemas import EmbeddingsRequest, TextOptions, TokenizeRequest
-from embedloom.serving.values import encode_vectors, finished
+from embedloom.serving.schemas import (
+    CorpusCard,
+    EmbeddingsRequest,
+    ModelCard,
+    ModelDefaults,
+    RerankRequest,
+    SearchHit,
+    SearchRequest,
+    SimilarityRequest,
+    TaskCard,
+    TextOptions,
+    TokenizeRequest,
+    cohere_meta,
+    is_blank,
+    reply_body,
+    usage,
+)
+
+# The page at ``/``: one file without outside assets, sent with a policy that lets nothing else run or load.
+
+
+_PAGE = Path(__file__).with_name("page.html")
+
+
+def page_reply() -> Response:
+    """The page and its headers."""
+    text = _PAGE.read_text(encoding="utf-8")
+    policy = "; ".join(
+        (
+            "default-src 'none'",
+            f"script-src {_hash_of('script', text)}",
+            f"style-src {_hash_of('style', text)}",
+            "img-src data:",
+            "connect-src 'self'",
+            "base-uri 'none'",
+            "form-action 'none'",
+            "frame-ancestors 'none'",
+        )
+    )
+    headers = {
+        "content-security-policy": policy,
+        "x-content-type-options": "nosniff",
+        "referrer-policy": "no-referrer",
+        "cache-control": "no-cache",
+    }
+    return Response(text, headers=headers, media_type="text/html; charset=utf-8")
+
+
+def _hash_of(tag: str, text: str) -> str:
+    """The CSP source of the page's one inline element of this kind."""
+    found = re.findall(rf"<{tag}>(.*?)</{tag}>", text, re.DOTALL)
+    if len(found) != 1:
+        raise RuntimeError(f"{_PAGE.name}: {len(found)} inline {tag} elements, the policy knows one")
+    return f"'sha256-{base64.b64encode(hashlib.sha256(found[0].encode()).digest()).decode()}'"
+
+
+# Vectors as replies state them: lists of numbers, base64, shortened ones, and similarities.
+
+
+def encode_vectors(
+    vectors: Vectors, encoding_format: Literal["float", "base64"]
+) -> list[list[float]] | list[str]:
+    """Vectors [n, dimension] as JSON values: lists of numbers, or base64 of little-endian float32."""
+    if encoding_format == "float":
+        numbers: list[list[float]] = vectors.tolist()
+        return numbers
+    little = np.ascontiguousarray(vectors, dtype="<f4")
+    return [base64.b64encode(row.tobytes()).decode("ascii") for row in little]
+
+
+def finished(vectors: Vectors, dimension: int | None, normalized: bool | None, normalize: bool) -> Vectors:
+    """Vectors [n, d] as a request wants them: shortened, and of unit length where it or the model says so."""
+    if dimension is not None and dimension < vectors.shape[1]:
+        return shorten(vectors, dimension, normalize or bool(normalized))
+    if normalized and not normalize:
+        return unit_length(vectors)
+    return vectors
+
+
+def similarities(query: Vectors, documents: Vectors, normalize: bool) -> Vectors:
+    """Cosines of models that normalise, inner products of others: float32 [n].
+
+    Summed in float64 without BLAS, so that a pair scores alike in whatever company it is asked about.
+
+    Args:
+        query: float32 [dimension].
+        documents: float32 [n, dimension].
+        normalize: whether the model's vectors have unit length; their scores then stay within [-1, 1].
+    """
+    products = np.einsum("nd,d->n", documents.astype(np.float64), query.astype(np.float64), optimize=False)
+    return np.asarray(np.clip(products, -1, 1) if normalize else products, dtype=np.float32)
+
 
 READY_TIMEOUT_SECONDS = 5.0
 
@@ -187,3 +285,163 @@ def check_dimensions(dimensions: int | None, info: ModelInfo, field: str) -> Non
             param=field,
             code="dimensions_not_available",
         )
+
+
+# The handlers that compare a query with documents: rerank, similarity, and search of the served corpus.
+
+
+# The least that a cosine can be.
+_BLANK_SCORE = -1.0
+
+
+class Corpus(Protocol):
+    """Embedded documents that can be searched."""
+
+    card: CorpusCard
+    contract_hash: str
+
+    def search(self, query: Vectors, count: int, with_texts: bool) -> list[SearchHit]:
+        """The nearest documents of a query vector [dimension], best first."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Ranking:
+    """Documents best first, the score of each in the order of the request, and what it cost."""
+
+    best: list[int]
+    scores: Vectors
+    result: EncodeResult
+
+
+class RankRoutes:
+    """The handlers of one endpoint that rank documents."""
+
+    def __init__(self, calls: Calls, corpus: Corpus | None = None) -> None:
+        self._calls = calls
+        self._corpus = corpus
+        self._search_thread = ThreadPoolExecutor(1, thread_name_prefix="search")
+
+    async def rerank(self, http: Request) -> Response:
+        """Order documents by their similarity to a query (Cohere's, Jina's and Voyage's shape; no cross-encoder)."""
+        request = await self._calls.read(http, RerankRequest)
+        return await self.ranked(http, request, request.return_documents)
+
+    async def ranked(self, http: Request, request: RerankRequest, with_documents: bool) -> Response:
+        """The answer to what was read."""
+        terms = terms_of(request, self._calls.settings)
+        ranking = await self.ranking(
+            http, terms, request.query, request.texts, "documents", request.contract_hash
+        )
+        results: list[dict[str, Any]] = []
+        for index in ranking.best[: request.top_n or request.top_k]:
+            entry: dict[str, Any] = {"index": index, "relevance_score": float(ranking.scores[index])}
+            if with_documents:
+                document = request.documents[index]
+                entry["document"] = {"text": document} if isinstance(document, str) else document
+            results.append(entry)
+        version = "2" if http.url.path.endswith("/v2/rerank") else "1"
+        body = {
+            "id": uuid.uuid4().hex,
+            "object": "list",
+            "model": terms.model,
+            "scored_by": "embedding_similarity",
+            "results": results,
+            "meta": cohere_meta(version, {"search_units": 1}, ranking.result.truncated),
+            "usage": usage(ranking.result.tokens, ranking.result.truncated),
+        }
+        if request.is_voyages:
+            body["data"] = results
+        return json_reply(body, headers=notes_of(ranking.result))
+
+    async def similarity(self, http: Request) -> Response:
+        """How similar each document is to a query; send task "sts" for texts that play the same part."""
+        request = await self._calls.read(http, SimilarityRequest)
+        terms = terms_of(request, self._calls.settings)
+        scores, result = await self._scores(
+            http, terms, request.query, request.texts, "documents", request.contract_hash
+        )
+        body = {
+            "object": "list",
+            "model": terms.model,
+            "similarities": scores.tolist(),
+            "usage": usage(result.tokens, result.truncated),
+        }
+        return json_reply(body, headers=notes_of(result))
+
+    async def search(self, http: Request) -> Response:
+        """The documents of the served corpus nearest to a query."""
+        calls, corpus = self._calls, self._corpus
+        if corpus is None:
+            raise RuntimeError("/v1/search is routed without a corpus")
+        request = await calls.read(http, SearchRequest)
+        terms = terms_of(request, calls.settings)
+        calls.check_sizes([request.query], "query", is_list=False)
+        pin = pinned(http, request.contract_hash) or corpus.contract_hash
+        query = terms.texts([request.query], "query", "query", is_list=False)
+        # The fingerprint too: in a redeploy, the new model's vectors must not meet the old model's index.
+        job = terms.job(query, contract_hash=pin, fingerprint=calls.settings.fingerprint)
+        started = time.perf_counter()
+        result = await calls.encode(http, job)
+        embedded = time.perf_counter()
+        loop = asyncio.get_running_loop()
+        hits = await loop.run_in_executor(
+            self._search_thread, corpus.search, result.vectors[0], request.top_k, request.return_documents
+        )
+        searched = time.perf_counter()
+        calls.metrics.searched(searched - embedded)
+        body = {
+            "object": "list",
+            "model": terms.model,
+            "contract_hash": result.contract_hash,
+            "results": [hit.model_dump() for hit in hits],
+            "timing": {"embed_seconds": embedded - started, "search_seconds": searched - embedded},
+            "usage": usage(result.tokens, result.truncated),
+        }
+        return json_reply(body, headers=notes_of(result))
+
+    async def ranking(
+        self, http: Request, terms: Terms, query: str, texts: list[str], field: str, pin: str | None = None
+    ) -> Ranking:
+        """Documents by their similarity to a query; those of nothing but white space are not embedded and come last.
+
+        Args:
+            http: the request.
+            terms: its terms.
+            query: its query.
+            texts: its documents.
+            field: where they came in.
+            pin: the contract hash it is pinned to.
+        """
+        self._calls.check_sizes(texts, field)
+        places = [index for index, text in enumerate(texts) if not is_blank(text)]
+        own, result = await self._scores(
+            http, terms, query, [texts[index] for index in places], field, pin, places
+        )
+        scores = np.full(len(texts), min([_BLANK_SCORE, *own.tolist()]), dtype=np.float32)
+        scores[places] = own
+        # Stable, so equal scores keep the order of the request; a blank one comes after any that scores as little.
+        blank = np.ones(len(texts), dtype=bool)
+        blank[places] = False
+        return Ranking(np.lexsort((-scores, blank)).tolist(), scores, result)
+
+    async def _scores(
+        self,
+        http: Request,
+        terms: Terms,
+        query: str,
+        texts: list[str],
+        field: str,
+        pin: str | None,
+        places: list[int] | None = None,
+    ) -> tuple[Vectors, EncodeResult]:
+        """Similarity of each text to the query, float32 [texts], and what it cost."""
+        calls = self._calls
+        calls.check_sizes([query], "query", is_list=False)
+        calls.check_sizes(texts, field)
+        info = await calls.info()
+        parts = [terms.texts([query], "query", "query", is_list=False)]
+        if texts:
+            parts.append(replace(terms.texts(texts, "document", field), places=places))
+        result = await calls.encode(http, terms.job(*parts, contract_hash=pinned(http, pin)))
+        return similarities(result.vectors[0], result.vectors[1:], info.normalize), result

@@ -11,16 +11,16 @@ from typing import Any
 
 import numpy as np
 
-from embedloom.encoder.device import DTypeName
+from embedloom.compute.generation import require_engine
+from embedloom.compute.vllm_engine import set_environment
+from embedloom.core.prompting import PromptContract, Side
+from embedloom.encoder.backbone import DTypeName
 from embedloom.encoder.registry import open_model
 from embedloom.encoder.tokenizer import contract_ids, load_tokenizer
-from embedloom.engines.requirements import require_engine
-from embedloom.engines.vllm_engine import set_environment
 from embedloom.errors import DataError
-from embedloom.instructions import PromptContract, Side
-from embedloom.serving.golden import check_golden, expected_vectors
 from embedloom.serving.messages import EncodeJob, EncodeResult, Refusal, Vectors
-from embedloom.serving.tokenizing import text_ids
+from embedloom.serving.rollout.golden import check_golden, expected_vectors
+from embedloom.serving.service import text_ids
 
 _MEMORY_SHARE = 0.9  # of what a replica reserved of a GPU
 _POOLING = {"mean": "MEAN", "last_token": "LAST", "cls": "CLS"}

@@ -10,8 +10,8 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
-from embedloom.artefacts import fingerprint
 from embedloom.config.base import FrozenConfig, read_yaml, validate
+from embedloom.core.artefacts import fingerprint
 from embedloom.errors import ConfigError
 
 SMALL_SUFFIX = "_small"

@@ -5,17 +5,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from embedloom.config.families import FamilyConfig, TaskFamilyConfig
-from embedloom.config.synthesis import Generator, Sampling, SynthesisConfig
-from embedloom.config.teacher import Teacher
-from embedloom.contents import Contents, digest, path_contents
+from embedloom.config.mining import Teacher
+from embedloom.config.synthesis import FamilyConfig, Generator, Sampling, SynthesisConfig, TaskFamilyConfig
+from embedloom.core.contents import Contents, digest, path_contents
+from embedloom.core.storage import files_at
 from embedloom.encoder.registry import models_here
 from embedloom.errors import DataError
-from embedloom.formats import files_at
 from embedloom.synthesis.families.registry import FAMILIES, family_prompt
-from embedloom.synthesis.families.tasks import tasks_prompt
+from embedloom.synthesis.families.written import tasks_prompt
+from embedloom.synthesis.judge import judge_prompt
 from embedloom.synthesis.prompt import Prompt
-from embedloom.synthesis.quality.judge import judge_prompt
 
 _PROMPT_KEYS = ("prompt", "tasks_prompt")
 

@@ -11,10 +11,10 @@ from pathlib import PurePosixPath
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from embedloom.storage import Place
-from embedloom.synthesis.quotas import Cell
-from embedloom.synthesis.row_maker import ROWS_FOLDER
-from embedloom.synthesis.tally import Tally, stamped
+from embedloom.core.storage import Place
+from embedloom.synthesis.quotas import Cell, Tally, stamped
+
+ROWS_FOLDER = "rows"
 
 REFUSAL_SCHEMA = pa.schema(
     [("part", pa.string()), ("id", pa.string()), ("reason", pa.string()), ("detail", pa.string())]

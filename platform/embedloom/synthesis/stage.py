@@ -1,40 +1,284 @@
-"""Synthesis: a mix of LLMs writes rows of many families, and every row says where it came from.
+"""The synthesis stage: a mix of LLMs writes rows of many families; quotas are met round by round, then the artefact is written."""
 
-    tasks (step one) ─► rows of all families ─► translations of them ─► pairs/, rejects/
-
-Each is a phase: rounds of attempts until the quota of every generator, family and language is met (rounds.py). Rows
-and shards are files; the driver holds counts and file names only.
-"""
-
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
-from embedloom.artefacts import Artefact, ArtefactWriter
-from embedloom.config.resources import PoolConfig
+import numpy as np
+import pyarrow as pa
+
+from embedloom.compute.generation import EngineFactory
+from embedloom.compute.shards import parquet_rows, run_tasks
+from embedloom.compute.vllm_engine import VLLMEngine
+from embedloom.config.cluster import PoolConfig
+from embedloom.config.mining import Teacher
 from embedloom.config.synthesis import SynthesisConfig
-from embedloom.engines.protocol import EngineFactory
-from embedloom.engines.shards import parquet_rows
-from embedloom.engines.vllm_engine import VLLMEngine
-from embedloom.retrieval.ahead import Ahead
+from embedloom.core.artefacts import Artefact, ArtefactWriter
+from embedloom.core.schemas import SCHEMAS, check_table, table_from_rows
+from embedloom.core.storage import Place
+from embedloom.encoder.registry import resolve_on_node
+from embedloom.retrieval.embed import Ahead
 from embedloom.retrieval.embedder import EmbedderSource
-from embedloom.storage import Place
-from embedloom.synthesis.final import PAIRS_FOLDER, last_places, numbered_parts, write_final
-from embedloom.synthesis.guard import guard_file
-from embedloom.synthesis.outcome import Written, commit
-from embedloom.synthesis.phases import (
+from embedloom.retrieval.teachers import teacher_source
+from embedloom.synthesis.attempts import RowSource
+from embedloom.synthesis.checks import guard_file
+from embedloom.synthesis.diversity import measured_diversity
+from embedloom.synthesis.prices import waves
+from embedloom.synthesis.prompts_used import UsedPrompts, used_prompts
+from embedloom.synthesis.quotas import Cell, Tally
+from embedloom.synthesis.refusals import Round, refusals_of, surviving
+from embedloom.synthesis.round_trip import DOCUMENTS_FOLDER
+from embedloom.synthesis.rounds import (
+    STAGE,
     TASKS_FOLDER,
+    Phase,
+    Rounds,
     Surroundings,
     row_phase,
     task_phase,
     translated_last,
     written_first,
 )
-from embedloom.synthesis.pools import waves
-from embedloom.synthesis.prompts_used import used_prompts
-from embedloom.synthesis.round_trip_pass import DOCUMENTS_FOLDER
-from embedloom.synthesis.rounds import STAGE, Phase, Rounds
-from embedloom.synthesis.sampled import measured_diversity
-from embedloom.synthesis.selection import RowSource
+from embedloom.synthesis.rows import REJECTS_FOLDER
+
+# The models a section names: generators, judge and the round trip's teacher, ready to be opened in actors.
+
+
+def model_sources(config: SynthesisConfig) -> dict[str, Callable[[], Path]]:
+    """Per model what gives its local folder on the machine where it is called; nothing is fetched yet."""
+    names = [generator.model for generator in config.generators]
+    if config.quality.judge is not None:
+        names.append(config.quality.judge.model)
+    return {name: partial(resolve_on_node, name) for name in names}
+
+
+def round_trip_teacher(config: SynthesisConfig, teachers: Sequence[Teacher]) -> EmbedderSource | None:
+    """The first mining teacher, where the section checks rows with it."""
+    return teacher_source(teachers[0]) if config.quality.round_trip else None
+
+
+# From the rounds' rows to the artefact's: the first rows of each cell up to its quota, and everything refused.
+
+
+PAIRS_FOLDER = "pairs"
+_CELL = ["family", "generator", "lang"]
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One part of a round and the number its rows get in the artefact."""
+
+    round: Round
+    name: str
+    number: int
+
+    @property
+    def file(self) -> str:
+        """Name in the artefact's folders."""
+        return f"part-{self.number:06d}.parquet"
+
+
+def numbered_parts(place: Place, rounds: Sequence[Round], first: int = 0) -> list[Part]:
+    """All parts of some rounds, in order."""
+    named = [(one, name) for one in rounds for name in one.parts(place)]
+    return [Part(one, name, first + number) for number, (one, name) in enumerate(named)]
+
+
+def last_places(
+    stage: str, place: Place, rounds: Sequence[Round], quotas: Mapping[Cell, int], kept: Mapping[Cell, int]
+) -> dict[Cell, tuple[int, int]]:
+    """(ordinal, number) of the last row that each cell with too many rows keeps."""
+    crowded = [cell for cell, quota in quotas.items() if kept[cell] > quota]
+    if not crowded:
+        return {}
+    wanted = {cell: quotas[cell] for cell in crowded}
+    (found,) = run_tasks(stage, _last_places, [wanted], tuple(rounds), place, cpus=1.0)
+    return found
+
+
+def _last_places(
+    wanted: Mapping[Cell, int], rounds: Sequence[Round], place: Place
+) -> dict[Cell, tuple[int, int]]:
+    """Sixteen bytes a row of the crowded cells; runs in a task."""
+    places: dict[Cell, list[Any]] = {cell: [] for cell in wanted}
+    for one in rounds:
+        for group in one.groups(place):
+            refused = refusals_of(place, one, group)
+            for part in group:
+                rows = surviving(one.rows(place, part, ["id", *_CELL, "ordinal", "number"]), refused[part])
+                for cell, table in by_cell(rows).items():
+                    if cell in places:
+                        columns = [table.column(name).to_numpy() for name in ("ordinal", "number")]
+                        places[cell].append(np.stack(columns, axis=1))
+    last: dict[Cell, tuple[int, int]] = {}
+    for cell, found in places.items():
+        rows_of = np.concatenate(found)
+        ordered = rows_of[np.lexsort((rows_of[:, 1], rows_of[:, 0]))]
+        ordinal, number = ordered[wanted[cell] - 1]
+        last[cell] = (int(ordinal), int(number))
+    return last
+
+
+def by_cell(rows: pa.Table) -> dict[Cell, pa.Table]:
+    """Rows by cell."""
+    cells = [
+        Cell(family, generator or "", language)
+        for family, generator, language in zip(
+            *(rows.column(name).to_pylist() for name in _CELL), strict=True
+        )
+    ]
+    return {cell: rows.filter(pa.array([one == cell for one in cells], pa.bool_())) for cell in set(cells)}
+
+
+def write_final(
+    stage: str,
+    place: Place,
+    parts: Sequence[Part],
+    last: Mapping[Cell, tuple[int, int]],
+    folder: str = PAIRS_FOLDER,
+) -> None:
+    """Write ``pairs/`` (or another folder) and ``rejects/`` of the artefact, part by part; finished ones are kept."""
+    done = set(place.names(folder, ".parquet"))
+    todo = [part for part in parts if f"{folder}/{part.file}" not in done]
+    step = todo[0].round.parts_together if todo else 1
+    groups = [todo[start : start + step] for start in range(0, len(todo), step)]
+    for _ in run_tasks(stage, _write_parts, groups, dict(last), folder, place):
+        pass
+
+
+def _write_parts(
+    parts: Sequence[Part], last: Mapping[Cell, tuple[int, int]], folder: str, place: Place
+) -> None:
+    for one in {part.round.folder: part.round for part in parts}.values():
+        here = [part for part in parts if part.round == one]
+        refused = refusals_of(place, one, [part.name for part in here])
+        for part in here:
+            _write_part(part, refused[part.name], last, folder, place)
+
+
+def _write_part(
+    part: Part,
+    refused: Mapping[str, tuple[str, str]],
+    last: Mapping[Cell, tuple[int, int]],
+    folder: str,
+    place: Place,
+) -> None:
+    rows = part.round.rows(place, part.name)
+    kept = surviving(rows, refused)
+    kept = kept.filter(pa.array([_within(row, last) for row in kept.select([*_CELL, "ordinal", "number"]).to_pylist()], pa.bool_()))  # fmt: skip
+    rejects = place.read_table(f"{part.round.folder}/{REJECTS_FOLDER}/{part.name}").to_pylist()
+    rejects += [
+        {"id": i, "reason": reason, "detail": detail} for i, (reason, detail) in sorted(refused.items())
+    ]
+    place.write_table(f"{REJECTS_FOLDER}/{part.file}", table_from_rows("rejects", rejects))
+    if folder == PAIRS_FOLDER:
+        kept = check_table(
+            "pairs", kept.select(list(SCHEMAS["pairs"].columns)), f"{part.round.folder}/{part.name}"
+        )
+    place.write_table(f"{folder}/{part.file}", kept.replace_schema_metadata(None))
+
+
+def _within(row: Mapping[str, Any], last: Mapping[Cell, tuple[int, int]]) -> bool:
+    bound = last.get(Cell(row["family"], row["generator"] or "", row["lang"]))
+    return bound is None or (row["ordinal"], row["number"]) <= bound
+
+
+# What the stage says of its rows: counts for the manifest, per generator, family, language and reason.
+
+
+_SPEED_FOLDER = "steps/speed"
+
+
+@dataclass(frozen=True)
+class Written:
+    """A finished phase and the files of its rows."""
+
+    phase: str
+    quotas: Mapping[Cell, int]
+    tally: Tally
+    rounds: list[Round]
+    parts: list[Part]
+
+    def cells(self) -> list[dict[str, Any]]:
+        """Counts of every cell; rows above the quota are surplus, not kept."""
+        found = []
+        for one in self.tally.plain():
+            cell = Cell(one["family"], one["generator"], one["language"])
+            quota = self.quotas[cell]
+            kept = min(one["rows"], quota)
+            found.append({**one, "quota": quota, "rows": kept, "surplus": one["rows"] - kept})
+        return found
+
+
+def commit(
+    out: ArtefactWriter,
+    prompts: UsedPrompts,
+    tasks: list[Written],
+    rows: list[Written],
+    diversity: dict[str, Any],
+    scratch: str,
+) -> Artefact:
+    """Write the manifest of these phases, step one and those that wrote rows, and delete the folder of their work."""
+    cells = [cell for one in rows for cell in one.cells()]
+    task_cells = [cell for one in tasks for cell in one.cells()]
+    details = {
+        "prompts": prompts.state(),
+        "cells": cells,
+        "task_cells": task_cells,
+        "rounds": {one.phase: len(one.rounds) for one in [*tasks, *rows]},
+        "engines": _speeds(out.place),
+        "diversity": diversity,
+    }
+    return out.commit(totals(cells, task_cells), details, scratch=(scratch,))
+
+
+def totals(cells: list[dict[str, Any]], task_cells: list[dict[str, Any]]) -> dict[str, Any]:
+    """Counts of the stage; tokens include those of step one, rows do not."""
+    both = [*cells, *task_cells]
+    found: dict[str, Any] = {
+        name: sum(cell[name] for cell in cells) for name in ("rows", "attempts", "asked", "surplus")
+    }
+    found["tasks"] = sum(cell["rows"] for cell in task_cells)
+    for name in ("prompt_tokens", "output_tokens"):
+        found[name] = sum(cell[name] for cell in both)
+    found["tokens"] = found["prompt_tokens"] + found["output_tokens"]
+    found["rejects"] = _summed(both, lambda cell: cell["rejects"])
+    for name, key in (("generators", "generator"), ("families", "family"), ("languages", "language")):
+        found[name] = _summed(cells, lambda cell, key=key: {cell[key]: cell["rows"]} if cell[key] else {})
+    return found
+
+
+def _summed(cells: Iterable[dict[str, Any]], counts: Any) -> dict[str, int]:
+    total: Counter[str] = Counter()
+    for cell in cells:
+        total.update(counts(cell))
+    return dict(sorted(total.items()))
+
+
+def _speeds(place: Place) -> dict[str, dict[str, float]]:
+    """Output tokens and wall seconds per generator, over the runs that went to their end, engine starts included."""
+    found: dict[str, dict[str, float]] = {}
+    for name in place.names(_SPEED_FOLDER, ".json"):
+        run = place.read_json(name)
+        one = found.setdefault(run["generator"], {"output_tokens": 0, "seconds": 0.0})
+        one["output_tokens"] += run["output_tokens"]
+        one["seconds"] += run["seconds"]
+    for one in found.values():
+        one["seconds"] = round(one["seconds"], 3)
+        one["tokens_per_second"] = round(one["output_tokens"] / one["seconds"], 1) if one["seconds"] else 0.0
+    return found
+
+
+# Synthesis: a mix of LLMs writes rows of many families, and every row says where it came from.
+#
+#     tasks (step one) ─► rows of all families ─► translations of them ─► pairs/, rejects/
+#
+# Each is a phase: rounds of attempts until the quota of every generator, family and language is met (rounds.py). Rows
+# and shards are files; the driver holds counts and file names only.
+
 
 STEPS_FOLDER = "steps"  # what is in work; gone once the artefact is done
 _CORPUS_PAIRS = "pairs/train"

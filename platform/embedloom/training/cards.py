@@ -9,14 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from embedloom.artefacts import MANIFEST_FILE, Artefact
-from embedloom.config.training import Candidate, TrainingConfig, TrainingStage
-from embedloom.config.training_data import TrainingSource
-from embedloom.encoder.readers import Verdict, reader_lines
-from embedloom.instructions import CONTRACT_FILE, PromptContract
-from embedloom.storage import Place
-from embedloom.trained_prompts import MAX_TASKS, TrainedPrompt, hub_card, prompt_lines, trained_contract
-from embedloom.training.prepared import Prepared
+from embedloom.config.training import Candidate, TrainingConfig, TrainingSource, TrainingStage
+from embedloom.core.artefacts import MANIFEST_FILE, Artefact
+from embedloom.core.prompting import CONTRACT_FILE, PromptContract
+from embedloom.core.storage import Place
+from embedloom.core.trained_prompts import MAX_TASKS, TrainedPrompt, hub_card, prompt_lines, trained_contract
+from embedloom.encoder.parity import Verdict, reader_lines
+from embedloom.training.data import Prepared
 
 MODEL_CARD = "README.md"
 DATA_CARD = "data_card.md"

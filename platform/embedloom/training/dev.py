@@ -17,9 +17,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from embedloom.config.training_options import DevScoring
-from embedloom.encoder.batching import token_budget_batches
-from embedloom.encoder.model import Encoder, Vectors
+from embedloom.config.training import DevScoring
+from embedloom.encoder.model import Encoder, Vectors, token_budget_batches
 
 DEV_FILE = "_dev.json"  # merging and other readers of model folders pass over names with _
 BEST_FOLDER = "best_model"  # of a checkpoint

@@ -1,24 +1,136 @@
-"""Forward and backward of one worker's share of a global batch, for losses of a query alone and of the whole batch.
-
-A loss over the whole batch needs every vector before the first backward. Where a worker's share does not fit into one
-micro-batch, gradients are cached (GradCache, arXiv 2101.06983): all micro-batches go forward without a graph, the loss
-gives the gradient of every vector, and each micro-batch goes forward again to carry its vectors' gradients back. The
-result is that of one large micro-batch; memory is that of a small one, and the price is one more forward, a third of
-a step (a backward costs two).
-"""
+"""Forward and backward of one worker: texts to vectors, the vectors of all workers, and gradients back to where each was made."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+import torch.distributed as dist
+from torch import Tensor, nn
 
-from embedloom.training.gather import gather_groups
-from embedloom.training.groups import Group
-from embedloom.training.losses import Objective
-from embedloom.training.losses.vectors import VectorGroups, joined_keys
-from embedloom.training.module import vector_groups
+from embedloom.encoder.model import Encoder, token_budget_batches
+from embedloom.training.data import Group
+from embedloom.training.losses import Objective, VectorGroups, joined_keys, key_tensor, padded_keys, text_key
+
+# The part that DeepSpeed wraps: groups of token ids in, vectors out.
+
+
+# Without packing, a micro-batch goes through the backbone in this many length-sorted pieces or a few more: enough to lose most
+# padding, few enough to keep the matrix products large.
+_PIECES = 4
+
+
+class ContrastiveModule(nn.Module):
+    """Backbone + pooling of one micro-batch, in one forward so ZeRO's hooks see it whole."""
+
+    def __init__(self, encoder: Encoder) -> None:
+        super().__init__()
+        self.backbone = encoder.backbone
+        self._encoder = encoder
+
+    def forward(self, groups: list[Group]) -> tuple[Tensor, Tensor]:
+        """Queries [b, d] and documents [b, 1 + k, d]; all groups have the same number of documents."""
+        texts = [group.query for group in groups] + [
+            document for group in groups for document in group.documents
+        ]
+        vectors = self._vectors(texts)
+        return vectors[: len(groups)], vectors[len(groups) :].view(len(groups), -1, vectors.shape[1])
+
+    def _vectors(self, texts: list[list[int]]) -> Tensor:
+        if self._encoder.packed:
+            return self._encoder.forward(texts)
+        lengths = [len(text) for text in texts]
+        batches = token_budget_batches(lengths, max(max(lengths), sum(lengths) // _PIECES))
+        parts = [self._encoder.forward([texts[position] for position in batch]) for batch in batches]
+        order = torch.tensor([position for batch in batches for position in batch], device=parts[0].device)
+        return torch.cat(parts)[torch.argsort(order)]
+
+
+def vector_groups(groups: list[Group], queries: Tensor, documents: Tensor) -> VectorGroups:
+    """Vectors of groups together with the keys of their texts."""
+    return VectorGroups(
+        queries,
+        documents,
+        key_tensor([_query_key(group) for group in groups], queries.device),
+        key_tensor([_document_keys(group) for group in groups], queries.device),
+        padded_keys([group.right_keys or _document_keys(group)[:1] for group in groups], queries.device),
+    )
+
+
+def _query_key(group: Group) -> int:
+    return text_key(group.query) if group.query_key is None else group.query_key
+
+
+def _document_keys(group: Group) -> list[int]:
+    return (
+        [text_key(text) for text in group.documents] if group.document_keys is None else group.document_keys
+    )
+
+
+# Vectors of all workers on every worker, with gradients that flow back to where a vector was made.
+
+
+class _AllGather(torch.autograd.Function):
+    """all_gather of parts of different lengths; backward sums the gradients that all workers have for a part.
+
+    ``torch.distributed.nn.all_gather`` needs equal lengths, which balanced ranks do not have.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, local: Tensor, counts: tuple[int, ...], rank: int) -> Tensor:
+        ctx.start, ctx.rows = sum(counts[:rank]), counts[rank]
+        padded = local.new_zeros((max(counts), *local.shape[1:]))
+        padded[: local.shape[0]] = local
+        parts = [torch.empty_like(padded) for _ in counts]
+        dist.all_gather(parts, padded)
+        return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        total = gradients[0].contiguous()
+        dist.all_reduce(total)
+        return total[ctx.start : ctx.start + ctx.rows], None, None
+
+
+def all_gather(local: Tensor, counts: Sequence[int], rank: int) -> Tensor:
+    """The rows of all workers, in the order of their ranks.
+
+    Every worker must call it, and must call backward on what it makes of the result, even where that has weight 0:
+    both directions are collective.
+
+    Args:
+        local: this worker's rows [counts[rank], ...].
+        counts: rows of each worker.
+        rank: this worker.
+
+    Returns:
+        [sum(counts), ...]. Its gradient arrives at ``local`` summed over all workers, as if one process had
+        computed the sum of all workers' losses.
+    """
+    gathered: Tensor = _AllGather.apply(local, tuple(counts), rank)
+    return gathered
+
+
+def gather_groups(own: VectorGroups, counts: Sequence[int], rank: int) -> tuple[VectorGroups, int]:
+    """The groups of all workers in the order of their ranks, and where this worker's own begin."""
+    if len(counts) == 1:
+        return own, 0
+    return VectorGroups(
+        all_gather(own.queries, counts, rank),
+        all_gather(own.documents, counts, rank),
+        all_gather(own.query_keys, counts, rank),
+        all_gather(own.document_keys, counts, rank),
+    ), sum(counts[:rank])
+
+
+# Forward and backward of one worker's share of a global batch, for losses of a query alone and of the whole batch.
+#
+# A loss over the whole batch needs every vector before the first backward. Where a worker's share does not fit into one
+# micro-batch, gradients are cached (GradCache, arXiv 2101.06983): all micro-batches go forward without a graph, the loss
+# gives the gradient of every vector, and each micro-batch goes forward again to carry its vectors' gradients back. The
+# result is that of one large micro-batch; memory is that of a small one, and the price is one more forward, a third of
+# a step (a backward costs two).
+
 
 MicroBatches = Sequence[list[Group]]  # of one worker; an empty one keeps it in step with the others
 

@@ -1,17 +1,20 @@
-"""The training loop of one worker. Ray Train starts one in every process of the group."""
+"""The training loop of one worker, and its config. Ray Train starts one in every process of the group."""
 
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from embedloom.config.training import WATCHING, TrainingConfig, TrainingSource, TrainingStage
+from embedloom.core.artefacts import fingerprint
+from embedloom.core.prompting import PromptContract
+from embedloom.core.storage import Place
+from embedloom.encoder.backbone import DTypeName
 from embedloom.encoder.model import Encoder
 from embedloom.encoder.parity import embed_golden
-from embedloom.training.batches import BatchPlan, plan_batch
-from embedloom.training.build import matrix_weights, order_of, prepare_backbone, steps_of
 from embedloom.training.checkpoints import (
     MODEL_CHECKPOINT,
     is_model,
@@ -20,13 +23,13 @@ from embedloom.training.checkpoints import (
     save_final_model,
     temporary_folder,
 )
-from embedloom.training.deepspeed import build_engine, deepspeed_settings, unsharded_gradient_norm
-from embedloom.training.dev import DevScores
-from embedloom.training.gradients import GradientPass
-from embedloom.training.loop_config import LoopConfig
+from embedloom.training.data import ExampleStore
+from embedloom.training.dev import DevScores, DevTasks
+from embedloom.training.gradients import ContrastiveModule, GradientPass
 from embedloom.training.losses import Objective
 from embedloom.training.metrics import (
     METRICS_FILE,
+    LossWatch,
     StepRecord,
     StepWriter,
     metrics_text,
@@ -34,10 +37,56 @@ from embedloom.training.metrics import (
     peak_memory_mib,
     training_flops,
 )
-from embedloom.training.module import ContrastiveModule
-from embedloom.training.schedule import learning_rate
-from embedloom.training.store import ExampleStore
-from embedloom.training.watch import LossWatch
+from embedloom.training.model import (
+    build_engine,
+    deepspeed_settings,
+    matrix_weights,
+    prepare_backbone,
+    unsharded_gradient_norm,
+)
+from embedloom.training.order import BatchPlan, learning_rate, order_of, plan_batch, steps_of
+
+
+@dataclass(frozen=True, slots=True)
+class LoopConfig:
+    """Everything a worker needs; picklable."""
+
+    label: str
+    training: TrainingConfig
+    stage: TrainingStage
+    sources: tuple[TrainingSource, ...]
+    seed: int
+    learning_rate_scale: float
+    dtype: DTypeName
+    start_model: Path
+    data: Place  # prepared sources
+    folders: dict[str, str]  # of each source, below data
+    logs: Place
+    threads: int
+    bf16_weights: bool | None = None  # as TrainingGroup has it
+    gradient_dtype: str = "float32"
+    dev_tasks: DevTasks | None = None  # of training.dev
+    contract: PromptContract | None = None  # of the model that comes out; None: as of the one it starts from
+
+    @property
+    def fingerprint(self) -> str:
+        """What a checkpoint must have been made with to go on from it."""
+        varying = {"runs", "stages", "checkpoint_every_steps", *WATCHING}
+        training = self.training.model_dump(mode="json", exclude=varying)
+        return fingerprint(training, self.stage, self.sources, self.seed, self.learning_rate_scale)
+
+    @property
+    def identity(self) -> str:
+        """By which trackers know the run: another one for each place that it is trained in."""
+        return fingerprint(self.fingerprint, self.logs.uri)
+
+    @property
+    def settings(self) -> dict[str, str]:
+        """What trackers show of the run."""
+        training = self.training.model_dump(mode="json", exclude={"runs", "stages"}, exclude_none=True)
+        stage = self.stage.model_dump(mode="json", exclude={"sources"}, exclude_none=True)
+        scale = {"seed": self.seed, "learning_rate_scale": self.learning_rate_scale}
+        return {key: str(value) for key, value in {**training, **stage, **scale}.items()}
 
 
 def train_worker(config: LoopConfig) -> str | None:

@@ -14,7 +14,7 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import AutoModel
 
-from embedloom.config.training_options import LoraConfig
+from embedloom.config.training import LoraConfig
 from embedloom.encoder.backbone import backbone_config
 from embedloom.errors import ConfigError
 

@@ -1,17 +1,22 @@
-"""Which example comes at which step: a function of the sources, the seed and the epoch only.
-
-Never of the number of workers, actors or restarts, so a resumed or resized run sees the very next example.
-"""
+"""What comes at which step: the example, its rank and micro-batch, and the learning rate."""
 
 import heapq
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from embedloom.config.training import TrainingConfig, TrainingSource, TrainingStage
+from embedloom.core.text import hash64
 from embedloom.errors import DataError
-from embedloom.ngrams import hash64
+from embedloom.training.data import ExampleStore, compute_cost
+
+# Which example comes at which step: a function of the sources, the seed and the epoch only.
+#
+# Never of the number of workers, actors or restarts, so a resumed or resized run sees the very next example.
+
 
 Indices = np.ndarray[Any, np.dtype[np.int64]]
 
@@ -192,3 +197,110 @@ def micro_batches(costs: Sequence[float], budget: int, count: int | None = None)
             batches.append([position])
             load = cost
     return batches
+
+
+# How a global batch is shared out: to ranks by cost, then to micro-batches by tokens. Pure functions.
+
+
+@dataclass(frozen=True, slots=True)
+class BatchPlan:
+    """Positions in a global batch, by rank and micro-batch; each position stands in exactly one."""
+
+    ranks: list[list[list[int]]]
+    imbalance: float  # share of its time that the average rank waits for the slowest, by cost
+
+    @property
+    def counts(self) -> list[int]:
+        """Queries of each rank."""
+        return [sum(map(len, own)) for own in self.ranks]
+
+
+def plan_batch(
+    lengths: Sequence[Sequence[int]], world_size: int, micro_batch_tokens: int, hidden_size: int
+) -> BatchPlan:
+    """Share out a global batch; every worker computes the same plan from the same lengths.
+
+    Args:
+        lengths: tokens of every text of each query's group.
+        world_size: ranks.
+        micro_batch_tokens: tokens a forward may hold; a larger group gets a forward of its own.
+        hidden_size: of the model, for the cost of attention.
+
+    Returns:
+        The plan; every rank has the same number of micro-batches, some may be empty.
+    """
+    costs = [compute_cost(own, hidden_size) for own in lengths]
+    tokens = [sum(own) for own in lengths]
+    ranks = balanced_ranks(costs, world_size)
+    count = max(1, *(len(micro_batches([tokens[p] for p in own], micro_batch_tokens)) for own in ranks))
+    cut = [
+        [
+            [own[at] for at in part]
+            for part in micro_batches([tokens[p] for p in own], micro_batch_tokens, count)
+        ]
+        for own in ranks
+    ]
+    return BatchPlan(cut, imbalance(costs, ranks))
+
+
+# Learning rate as a function of the step.
+
+
+def learning_rate(step: int, total_steps: int, warmup_steps: int, peak: float, schedule: str) -> float:
+    """Learning rate of optimizer step ``step`` (0-based).
+
+    Linear warm-up over ``warmup_steps``, then ``linear`` or ``cosine`` decay to 0 at ``total_steps``, or
+    ``constant`` (arXiv 2511.07025 Table 8: linear, 100 warm-up steps).
+    """
+    if step < warmup_steps:
+        return peak * (step + 1) / warmup_steps
+    if schedule == "constant":
+        return peak
+    progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
+    if schedule == "linear":
+        return peak * (1 - progress)
+    return peak * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def schedule_warnings(stage: TrainingStage, steps: int, epoch_size: int) -> list[str]:
+    """What a stage's numbers lead to that nobody wants: a peak that is never reached, batches that repeat rows.
+
+    Args:
+        stage: its settings.
+        steps: optimizer steps that it takes.
+        epoch_size: different rows that an epoch has.
+    """
+    found = []
+    if stage.warmup_steps > steps:
+        found.append(
+            f"warmup_steps is {stage.warmup_steps}, but the stage has {steps} steps, so it ends at "
+            f"{steps / stage.warmup_steps:.0%} of learning_rate {stage.learning_rate:g}; give fewer, or more steps"
+        )
+    if stage.global_batch > epoch_size:
+        found.append(
+            f"global_batch is {stage.global_batch}, but an epoch has {epoch_size} different rows, so a batch holds rows "
+            f"up to {math.ceil(stage.global_batch / epoch_size)} times; no loss compares them with each other"
+        )
+    return found
+
+
+def steps_of(stage: TrainingStage, order: ExampleOrder) -> int:
+    """Optimizer steps of a stage."""
+    return stage.max_steps or max(1, math.ceil(order.epoch_size * stage.epochs / stage.global_batch))
+
+
+def shares_of(sources: tuple[TrainingSource, ...], store: ExampleStore) -> list[Share]:
+    """The sources' parts of an epoch, with the rows they turned out to have."""
+    return [Share(s.name, store.first_row(s.name), store.sizes[s.name], s.weight, s.cap) for s in sources]
+
+
+def order_of(
+    config: TrainingConfig,
+    stage: TrainingStage,
+    sources: tuple[TrainingSource, ...],
+    store: ExampleStore,
+    seed: int,
+) -> ExampleOrder:
+    """The order of a stage's examples; where a loss looks at the whole batch, no batch holds a row twice if it need not."""
+    batch = None if config.loss == "infonce" else stage.global_batch
+    return ExampleOrder(shares_of(sources, store), seed, batch)

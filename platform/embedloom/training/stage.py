@@ -7,30 +7,25 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from embedloom.artefacts import Artefact, ArtefactWriter
-from embedloom.config.resources import PoolConfig, TrainingGroup
-from embedloom.config.training import Candidate, TrainingConfig, TrainingStage
-from embedloom.config.training_data import TrainingSource
-from embedloom.config.training_options import ParityReader
-from embedloom.encoder.device import DTypeName
+from embedloom.compute.shards import run_tasks
+from embedloom.config.cluster import PoolConfig, TrainingGroup
+from embedloom.config.training import Candidate, ParityReader, TrainingConfig, TrainingSource, TrainingStage
+from embedloom.core.artefacts import Artefact, ArtefactWriter
+from embedloom.core.progress import note
+from embedloom.core.prompting import PromptContract
+from embedloom.core.storage import Place, apply_umask
+from embedloom.encoder.backbone import DTypeName
 from embedloom.encoder.model import Encoder
-from embedloom.encoder.parity import check_export, embed_golden
-from embedloom.encoder.readers import reader_verdicts
-from embedloom.engines.tasks import run_tasks
+from embedloom.encoder.parity import check_export, embed_golden, reader_verdicts
 from embedloom.errors import ConfigError, StageError, last_line
-from embedloom.instructions import PromptContract
-from embedloom.progress import note
-from embedloom.storage import Place, apply_umask
-from embedloom.training.build import order_of, prepare_backbone, steps_of
 from embedloom.training.cards import Lineage, add_readers, stage_facts, write_cards
 from embedloom.training.checkpoints import check_resumable, save_final_model, temporary_folder
+from embedloom.training.data import ExampleStore, Prepared, drawn_prompts, preparation_counts, prepare_sources
 from embedloom.training.dev import DevTasks, read_dev
-from embedloom.training.loop import train_worker
-from embedloom.training.loop_config import LoopConfig
+from embedloom.training.loop import LoopConfig, train_worker
 from embedloom.training.metrics import METRICS_FILE
-from embedloom.training.prepared import Prepared, drawn_prompts, preparation_counts, prepare_sources
-from embedloom.training.schedule import schedule_warnings
-from embedloom.training.store import ExampleStore
+from embedloom.training.model import prepare_backbone
+from embedloom.training.order import order_of, schedule_warnings, steps_of
 
 CHECKPOINT_FOLDER = "_train"
 DATA_FOLDER = "_data"

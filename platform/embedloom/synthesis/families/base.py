@@ -1,8 +1,4 @@
-"""The protocol of a family: what it asks an LLM, and which rows it makes of the answer. Pure; engines stay outside.
-
-An attempt is one request. Everything that varies in it (persona, length, target score, ...) is drawn by hash from
-its seed, so that the same attempt is the same request in every run.
-"""
+"""The protocol of a family: what it asks an LLM, which rows it makes of the answer, and how an engine's text is read as one."""
 
 import json
 import unicodedata
@@ -10,10 +6,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
 
-from embedloom.config.families import FamilyConfig
-from embedloom.ngrams import hash64
-from embedloom.records import content_id
+import jsonschema
+
+from embedloom.compute.generation import ENGINE_CUT, GenerationResult
+from embedloom.config.synthesis import FamilyConfig
+from embedloom.core.schemas import content_id
+from embedloom.core.text import hash64
 from embedloom.synthesis.prompt import Prompt, PromptRules
+
+# The protocol of a family: what it asks an LLM, and which rows it makes of the answer. Pure; engines stay outside.
+#
+# An attempt is one request. Everything that varies in it (persona, length, target score, ...) is drawn by hash from
+# its seed, so that the same attempt is the same request in every run.
+
 
 Source = Literal["documents", "tasks", "pairs", "none"]
 Row = dict[str, object]  # a row of the pairs schema, see records.SCHEMAS
@@ -212,3 +217,26 @@ def synthetic_row(
         "prompt_hash": prompt.hash,
         "attributes": json.dumps(drawn(attempt, prompt), ensure_ascii=False, sort_keys=True),
     }
+
+
+# From an engine's text to JSON of the asked shape, or a reject.
+
+
+def read_json(result: GenerationResult, ask: Ask) -> dict[str, Any] | Reject:
+    """The answer, checked against the schema it was asked for.
+
+    An engine that constrains its output is checked too: grammars have bugs, and not every engine has them.
+    """
+    if result.error is not None:
+        return reject("engine_error", result.error)
+    try:
+        answer = json.loads(result.text)
+    except ValueError:
+        return reject("truncated" if result.finish_reason == ENGINE_CUT else "invalid_json", result.text)
+    try:
+        jsonschema.validate(answer, ask.json_schema)
+    except jsonschema.ValidationError as error:
+        where = ".".join(str(part) for part in error.absolute_path)
+        return reject("schema", f"{where or 'answer'}: {error.message}")
+    checked: dict[str, Any] = answer
+    return checked

@@ -2,17 +2,10 @@
 
 from typing import Any
 
-from embedloom.config.families import FamilyConfig
+from embedloom.config.synthesis import FamilyConfig
 from embedloom.synthesis.families.base import Family
-from embedloom.synthesis.families.bitext import Bitext
-from embedloom.synthesis.families.classification import Classification
-from embedloom.synthesis.families.existing_questions import ExistingQuestions
-from embedloom.synthesis.families.long_long import LongLong
-from embedloom.synthesis.families.seed_queries import SeedQueries
-from embedloom.synthesis.families.short_long import ShortLong
-from embedloom.synthesis.families.short_short import ShortShort
-from embedloom.synthesis.families.sts import STS
-from embedloom.synthesis.families.translation import Translation
+from embedloom.synthesis.families.from_documents import ExistingQuestions, SeedQueries, Translation
+from embedloom.synthesis.families.written import STS, Bitext, Classification, LongLong, ShortLong, ShortShort
 from embedloom.synthesis.prompt import SMALL_SUFFIX, Prompt, load_prompt
 
 FAMILIES: dict[str, Family[Any]] = {

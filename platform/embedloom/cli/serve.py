@@ -1,0 +1,108 @@
+"""The ``serve`` verb: a run config, or any model, with a corpus to search if wanted."""
+
+from typing import Annotated, Any
+
+import typer
+
+from embedloom.cli.options import ClusterFile
+from embedloom.config.shipped import names_config
+from embedloom.errors import ConfigError
+
+_SET_KEYS = {"name": "served_name"}  # others: serving.<option>
+
+
+def _option(name: str, help_text: str, **settings: Any) -> Any:
+    return typer.Option(f"--{name}", help=help_text, **settings)
+
+
+Source = Annotated[
+    str,
+    typer.Argument(
+        metavar="CONFIG|MODEL",
+        help="A run config (.yaml), or a model folder, .gguf file, Hugging Face id or shipped model.",
+    ),
+]
+Corpus = Annotated[
+    str | None, _option("corpus", "With MODEL: vectors of `embedloom embed`, searched at /v1/search.")
+]
+Documents = Annotated[
+    str | None, _option("documents", "With MODEL: what the corpus was embedded from, to show its texts.")
+]
+Name = Annotated[
+    str | None, _option("name", "With MODEL: what clients put into `model`; default: its own name.")
+]
+Trust = Annotated[bool, _option("trust-remote-code", "With MODEL: run code that lies beside its weights.")]
+Port = Annotated[int | None, _option("port", "With MODEL: default 8000.")]
+Ask = Annotated[
+    list[str] | None,
+    _option("ask", "With CONFIG: ask the endpoint, print the nearest documents, stop; repeatable."),
+]
+Task = Annotated[
+    str | None,
+    _option("task", "With --ask: task type, or a task of the model by name; default: the model's own."),
+]
+ProfileName = Annotated[str, _option("profile", "A profile of the cluster config.")]
+Overrides = Annotated[
+    list[str] | None,
+    _option(
+        "set",
+        "Override a config value; with MODEL, keys of the section serving; repeatable.",
+        metavar="SECTION.KEY=VALUE",
+    ),
+]
+DryRun = Annotated[bool, _option("dry-run", "Print what would be served and stop.")]
+Verbose = Annotated[bool, _option("verbose", "Show all that Ray and other libraries print.")]
+
+
+def serve(
+    source: Source,
+    corpus: Corpus = None,
+    documents: Documents = None,
+    name: Name = None,
+    trust_remote_code: Trust = False,
+    port: Port = None,
+    ask: Ask = None,
+    task: Task = None,
+    profile: ProfileName = "local",
+    cluster: ClusterFile = None,
+    overrides: Overrides = None,
+    dry_run: DryRun = False,
+    verbose: Verbose = False,
+) -> None:
+    """The OpenAI-compatible endpoint and its search page, until Ctrl-C.
+
+    embedloom serve CONFIG serves what the config's section serving says.
+
+    embedloom serve MODEL [--corpus VECTORS] needs no config.
+    """
+    from embedloom.core.command_output import command_output
+
+    given = {
+        "corpus": corpus, "documents": documents, "served_name": name, "port": port,
+        "trust_remote_code": trust_remote_code or None,
+    }  # fmt: skip
+    if names_config(source):
+        for key, value in given.items():
+            if value is not None:
+                option = next((o for o, k in _SET_KEYS.items() if k == key), key)
+                raise ConfigError(
+                    f"--{option.replace('_', '-')} goes with a MODEL; with a CONFIG use --set serving.{key}={value}"
+                )
+        if task is not None and not ask:
+            raise ConfigError("--task goes with --ask; what every request gets is serving.default_task")
+        from embedloom.pipeline.commands import load, serve_run
+
+        run = load(source, profile, cluster, overrides or [])
+        with command_output(run.place, verbose or dry_run, resumes=False):
+            result = serve_run(run, ask or [], dry_run, task)
+        print(result)
+        return
+    if ask or task is not None:
+        raise ConfigError("--ask goes with a CONFIG, whose run has documents to rank")
+    from embedloom.core.storage import Place
+    from embedloom.pipeline.model_commands import load_machine, serve_model, serving_config
+
+    config = serving_config({**given, "model": source}, overrides or [])
+    with command_output(Place("runs/serve"), verbose or dry_run, resumes=False):
+        result = serve_model(config, load_machine(cluster), profile, dry_run)
+    print(result)

@@ -1,0 +1,652 @@
+"""The Ray loops: tables streamed through actor pools, in exactly-once shards, and a function over many items in Ray tasks."""
+
+import os
+import pickle
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
+
+import pyarrow as pa
+
+from embedloom.compute.generation import EngineLostError
+from embedloom.config.cluster import PoolConfig
+from embedloom.core.progress import Progress, note
+from embedloom.core.storage import Place
+from embedloom.errors import DataError, EmbedloomError, StageError, last_line, one_line
+
+# What stands inside the actors of a pipeline, and the rows that pass between its steps.
+
+
+WRITTEN = "written"  # in place of folders: nothing left to do
+
+Row = dict[str, Any]
+
+
+class ShardWorker(Protocol):
+    """What an actor of a pool does with one shard; built once per actor from keyword arguments."""
+
+    def __call__(self, rows: pa.Table) -> dict[str, pa.Table]:
+        """Turn one shard into tables by output folder; the last folder named marks the shard done."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Starts:
+    """Remembers how often actors began each item, so that an item that kills its engine does not do so for ever.
+
+    Ray restarts a dead actor and gives it the same items again, which is right for a lost machine and endless for
+    a poisonous prompt. A note is written before an item is worked on; ``run`` sets the notes of one driver apart.
+    """
+
+    place: Place
+    run: str
+    limit: int = 5
+
+    def begin(self, item: int) -> None:
+        """Note one more start.
+
+        Raises:
+            StageError: the item was begun ``limit`` times and never ended.
+        """
+        folder = f"{self.run}/{item}"
+        begun = len(self.place.names(folder))
+        if begun >= self.limit:
+            raise StageError(
+                f"item {item} was begun {begun} times and took its process with it every time; its rows, or those "
+                "worked on beside them, kill the engine"
+            )
+        self.place.write_bytes(f"{folder}/{begun}", b"")
+
+
+def check_last(tables: dict[str, pa.Table], done_folder: str) -> None:
+    """A shard counts as done when its file is in the last folder, so that folder must be written last."""
+    if list(tables)[-1:] != [done_folder]:
+        raise StageError(f"the worker returned folders {list(tables)}, expected {done_folder!r} last")
+
+
+class PoolActor:
+    """Adapts a ShardWorker to Ray Data: one row is one item."""
+
+    def __init__(
+        self,
+        worker: Callable[..., ShardWorker],
+        arguments: dict[str, Any],
+        done_folder: str | None,
+        threads: int,
+        starts: Starts | None = None,
+    ) -> None:
+        _use_threads(threads)
+        self._done_folder = done_folder
+        self._starts = starts
+        self._worker, self._failure = _opened(worker, arguments)
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """One row in, one row out."""
+        row = {column: values[0] for column, values in batch.items()}
+        done = row if row["failure"] or passed_by(row) else self._work(row)
+        return {column: [value] for column, value in done.items()}
+
+    def _work(self, row: Row) -> Row:
+        if self._failure is not None:
+            return row_of(row["position"], {}, self._failure)
+        try:
+            if self._starts is not None:
+                self._starts.begin(int(row["position"]))
+            tables = self._worker(from_ipc(row["tables"][0]))
+            if self._done_folder is not None:
+                check_last(tables, self._done_folder)
+            return row_of(row["position"], tables)
+        except EngineLostError as error:
+            # Ray starts the actor anew and gives it what it held; this process has nothing left to serve with.
+            note("ray", f"{error}; this actor died and is started again")
+            os._exit(1)
+        except EmbedloomError as error:
+            return row_of(row["position"], {}, error)
+
+
+class PartWorker(Protocol):
+    """What a link does with one item; its own output says whether it was done before."""
+
+    def __call__(self, name: str) -> None:
+        """Work on the item of this name, whose tables are written."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Link:
+    """A further pool of a pipeline: each part goes to it when the pool before is done with it.
+
+    Attributes:
+        worker: class of its actors; called with ``arguments``.
+        pool: actors and what each reserves.
+    """
+
+    worker: Callable[..., PartWorker]
+    arguments: dict[str, Any]
+    pool: PoolConfig
+
+
+class LinkActor:
+    """Adapts a PartWorker to Ray Data: one row, (position, failure), is one item."""
+
+    def __init__(
+        self, worker: Callable[..., PartWorker], arguments: dict[str, Any], names: Sequence[str], threads: int
+    ) -> None:
+        _use_threads(threads)
+        self._names = names
+        self._worker, self._failure = _opened(worker, arguments)
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """One row in, one row out."""
+        position, failure = int(batch["position"][0]), batch["failure"][0]
+        if not failure:
+            try:
+                if self._failure is not None:
+                    raise self._failure
+                self._worker(self._names[position])
+            except EmbedloomError as error:
+                failure = pickle.dumps(error)
+        return {"position": [position], "failure": [failure]}
+
+
+def _opened(worker: Callable[..., Any], arguments: dict[str, Any]) -> tuple[Any, EmbedloomError | None]:
+    """The worker, or why there is none, which is told with the first item: raised here it would be one of Ray's actor deaths."""
+    try:
+        return worker(**arguments), None
+    except EmbedloomError as error:
+        return None, error
+
+
+def _use_threads(threads: int) -> None:
+    # Both ways: torch may be there already, or come with the worker, or (a second a start) not be needed.
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    if "torch" in sys.modules:
+        import torch
+
+        torch.set_num_threads(threads)
+
+
+def row_of(position: int, tables: dict[str, pa.Table], error: EmbedloomError | None = None) -> Row:
+    """What passes between the steps; lists are never empty, so every block of rows has the same column types."""
+    return {
+        "position": position,
+        "folders": list(tables) or [""],
+        "tables": [to_ipc(table) for table in tables.values()] or [b""],
+        "failure": b"" if error is None else pickle.dumps(error),
+    }
+
+
+def passed_by(row: Row) -> bool:
+    """Whether the item's tables were stored before."""
+    return list(row["folders"]) == [WRITTEN]
+
+
+def to_ipc(table: pa.Table) -> bytes:
+    """A table as bytes, as rows carry it."""
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    return bytes(sink.getvalue())
+
+
+def from_ipc(content: bytes) -> pa.Table:
+    """The table of such bytes."""
+    return pa.ipc.open_stream(content).read_all()
+
+
+# Functions over many items in Ray tasks: a bounded number at a time, our errors whole.
+
+
+# What cannot be placed must say so, not wait for the half hour that is Ray's default.
+PLACEMENT_SECONDS = 600
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+_RETRIES = 5  # of a task whose machine was lost; a task that raises is not tried again
+_LEAST_AHEAD = 4
+
+
+def run_tasks(
+    stage: str,
+    function: Callable[..., Result],
+    items: Sequence[Item],
+    *shared: Any,
+    cpus: float = 0.5,
+    pool: PoolConfig | None = None,
+) -> Iterator[Result]:
+    """Yield ``function(item, *shared)`` of every item: in order, or with ``pool`` as they are done.
+
+    Args:
+        stage: named in errors.
+        function: runs in a task; small and picklable.
+        items: one task each.
+        shared: further arguments, put into the object store once.
+        cpus: what a task reserves.
+        pool: what a task reserves instead, and how many run at once.
+
+    Raises:
+        UserError: the function raised one.
+        StageError: anything else went wrong in it, or no task of the pool could be placed.
+    """
+    import ray
+
+    options = {"num_cpus": cpus} if pool is None else reserved(pool)
+    remote = ray.remote(function).options(**options, max_retries=_RETRIES)
+    stored = [ray.put(one) for one in shared]
+    at_once = max(_LEAST_AHEAD, int(ray.cluster_resources().get("CPU", 1) / cpus))
+    submitted = (remote.remote(item, *stored) for item in items)
+    with stage_errors(stage):
+        yield from in_flight(submitted, at_once if pool is None else pool.max_actors, stage, pool)
+
+
+def reserved(pool: PoolConfig) -> dict[str, Any]:
+    """What each actor or task of a pool reserves, as options of Ray."""
+    return {
+        "num_cpus": pool.cpus,
+        "num_gpus": pool.gpus or None,
+        "memory": int(pool.memory_gib * 2**30) or None,
+    }
+
+
+@contextmanager
+def stage_errors(stage: str) -> Iterator[None]:
+    """Errors of Ray tasks and actors: ours as they were raised, others as a StageError that names the stage."""
+    import ray
+
+    try:
+        yield
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, EmbedloomError):
+            raise error.cause from error
+        raise StageError(f"{stage}: a task failed: {error.cause!r}") from error
+    except ray.exceptions.RayError as error:
+        raise StageError(f"{stage}: {type(error).__name__}: {one_line(error)}") from error
+
+
+def in_flight(
+    references: Iterator[Any], at_once: int, stage: str, pool: PoolConfig | None = None
+) -> Iterator[Any]:
+    """Yield the results of Ray tasks, ``at_once`` of them submitted; what is left at an error is cancelled.
+
+    Args:
+        references: submits a task when its next item is taken.
+        at_once: tasks in flight.
+        stage: named in errors.
+        pool: None: results come in order. Else as they are done, and a task that has no place in the cluster is an error.
+    """
+    import ray
+
+    waiting: list[Any] = []
+
+    def result() -> Any:
+        while True:
+            candidates = waiting[:1] if pool is None else waiting
+            done, _ = ray.wait(candidates, num_returns=1, timeout=PLACEMENT_SECONDS)
+            if done:
+                waiting.remove(done[0])
+                return ray.get(done[0])
+            if pool is not None:
+                _check_placement(stage, pool, ray.cluster_resources())
+
+    try:
+        for reference in references:
+            waiting.append(reference)
+            if len(waiting) >= at_once:
+                yield result()
+        while waiting:
+            yield result()
+    finally:
+        for reference in waiting:
+            ray.cancel(reference, force=True)
+
+
+def _check_placement(stage: str, pool: PoolConfig, total: dict[str, float]) -> None:
+    """A long task is waited for; one that has no place in the cluster is not."""
+    if total.get("CPU", 0.0) < pool.cpus or total.get("GPU", 0.0) < pool.gpus:
+        raise no_place(stage, "task", pool, total)
+
+
+def no_place(stage: str, what: str, pool: PoolConfig, total: dict[str, float]) -> StageError:
+    """What to raise where no task or actor of a pool was placed in time."""
+    return StageError(
+        f"{stage}: no {what} could be placed in {PLACEMENT_SECONDS} s; each needs {pool.cpus:g} CPUs, "
+        f"{pool.gpus:g} GPUs and {pool.memory_gib:g} GiB; the cluster has {total}"
+    )
+
+
+# Streaming tables through a pool of Ray actors: read in tasks, compute in actors, write in tasks.
+#
+# Ray Data moves the items; this module hands it functions and brings errors back. Ray carries an exception of a
+# task to the driver as text with its cause stripped, so an error of ours travels beside the data instead and is
+# raised again here, whole: a bad row must end the command with its own message, not with Ray's.
+
+
+_TASK_CPUS = 0.25  # reading and writing wait for disks more than they compute
+_FINISH_CPUS = 0.5
+
+Finish = Callable[[dict[str, pa.Table]], dict[str, pa.Table]]
+
+
+@dataclass(frozen=True)
+class Handling:
+    """What happens to items around and inside the actors, where the defaults do not do.
+
+    Attributes:
+        prepare: what the worker is given of an item; runs in the reading task.
+        finish: from the worker's tables to those that are written; runs in the writing task, on CPUs the actors leave
+            free. Names the done folder last in the worker's place.
+        in_flight: items an actor works on at once; above 1 its worker is called by several threads.
+        starts: counts how often each item was begun, and stops one that keeps killing actors.
+        watch: called after every item; what it raises ends the run.
+        links: further pools of the same pipeline, in order; each is given an item once its tables are written.
+    """
+
+    prepare: Callable[[pa.Table], pa.Table] | None = None
+    finish: Finish | None = None
+    in_flight: int = 1
+    starts: Starts | None = None
+    watch: Callable[[], None] | None = None
+    links: tuple[Link, ...] = ()
+
+
+PLAIN = Handling()
+
+
+def stream(
+    *,
+    stage: str,
+    items: int,
+    read: Callable[[int], pa.Table],
+    write: Callable[[int, str, pa.Table], None],
+    written: Callable[[int], bool],
+    worker: Callable[..., ShardWorker] | None,
+    worker_arguments: dict[str, Any],
+    done_folder: str,
+    pool: PoolConfig,
+    handling: Handling = PLAIN,
+    name: Callable[[int], str] = str,
+) -> Iterator[int]:
+    """Run items 0 to ``items`` - 1 through the pool and yield each number once its tables are written.
+
+    Args:
+        stage: named in errors.
+        items: how many; each is one table in.
+        read: the table of an item; runs in a task.
+        write: stores (item, folder, table); runs in a task, in the order the worker named the folders.
+        written: whether an item's last table is stored. When a machine is lost, Ray computes again what it had not yet
+            fetched from there, also items whose tables are long on disk; those are passed by.
+        worker: class of the actors; called with ``worker_arguments``. None: no actors, ``finish`` does the work.
+        done_folder: what the worker must name last.
+        pool: actors and what each reserves.
+        handling: see Handling.
+        name: of an item, as links are told it.
+
+    Raises:
+        UserError: the worker, its constructor, ``read`` or ``write`` raised one.
+        StageError: anything else went wrong in them.
+    """
+    import ray
+    from ray.data import DataContext
+
+    context = DataContext.get_current()
+    context.enable_progress_bars = False
+    context.wait_for_min_actors_s = PLACEMENT_SECONDS
+    finish = handling.finish
+    dataset = ray.data.from_items(list(range(items)), override_num_blocks=items)
+    dataset = dataset.map(_reading(read, handling.prepare, written), num_cpus=_TASK_CPUS)
+    if worker is not None:
+        checked = done_folder if finish is None else None
+        arguments = (worker, worker_arguments, checked, pool.compute_threads, handling.starts)
+        dataset = dataset.map_batches(
+            PoolActor, fn_constructor_args=arguments, **_actors(pool, items, handling.in_flight)
+        )
+    task_cpus = _TASK_CPUS if finish is None else _FINISH_CPUS
+    dataset = dataset.map(_writing(write, finish, done_folder, written), num_cpus=task_cpus)
+    dataset = _linked(dataset, handling.links, items, name)
+    with _told_by(stage), closing(iter(dataset.iter_rows())) as rows:
+        for row in rows:
+            if row["failure"]:
+                raise pickle.loads(row["failure"])
+            yield int(row["position"])
+            if handling.watch is not None:
+                handling.watch()
+
+
+@contextmanager
+def _told_by(stage: str) -> Iterator[None]:
+    """Errors that name the stage; a user's own pass as they are."""
+    try:
+        yield
+    except StageError as error:
+        raise StageError(f"{stage}: {error}") from error
+    except EmbedloomError:
+        raise
+    except Exception as error:
+        raise StageError(f"{stage}: a worker failed: {_cause(error)}") from error
+
+
+def _linked(dataset: Any, links: tuple[Link, ...], items: int, name: Callable[[int], str]) -> Any:
+    """The dataset with a pool for every link behind it."""
+    names = [name(item) for item in range(items)] if links else []
+    for link in links:
+        arguments = (link.worker, link.arguments, names, link.pool.compute_threads)
+        dataset = dataset.map_batches(
+            LinkActor, fn_constructor_args=arguments, **_actors(link.pool, items, 1)
+        )
+    return dataset
+
+
+def _actors(pool: PoolConfig, items: int, in_flight: int) -> dict[str, Any]:
+    """Options of Ray Data for the pool; one row is one batch."""
+    from ray.data import ActorPoolStrategy
+
+    strategy = ActorPoolStrategy(
+        min_size=min(pool.min_actors, items),
+        max_size=min(pool.max_actors, items),
+        max_concurrent_calls_per_actor=in_flight,
+        enable_true_multi_threading=in_flight > 1,
+    )
+    return {
+        "batch_size": 1,
+        "compute": strategy,
+        **reserved(pool),
+    }
+
+
+def _reading(
+    read: Callable[[int], pa.Table],
+    prepare: Callable[[pa.Table], pa.Table] | None,
+    written: Callable[[int], bool],
+) -> Callable[[Row], Row]:
+    def task(row: Row) -> Row:
+        try:
+            if written(row["item"]):
+                return {**row_of(row["item"], {}), "folders": [WRITTEN]}
+            table = read(row["item"])
+            return row_of(row["item"], {"": table if prepare is None else prepare(table)})
+        except EmbedloomError as error:
+            return row_of(row["item"], {}, error)
+
+    return task
+
+
+def _writing(
+    write: Callable[[int, str, pa.Table], None],
+    finish: Finish | None,
+    done_folder: str,
+    written: Callable[[int], bool],
+) -> Callable[[Row], Row]:
+    def task(row: Row) -> Row:
+        failure = row["failure"]
+        if not failure and not passed_by(row):
+            try:
+                if written(row["position"]):
+                    return {"position": row["position"], "failure": b""}
+                tables = {
+                    folder: from_ipc(content)
+                    for folder, content in zip(row["folders"], row["tables"], strict=True)
+                }
+                if finish is not None:
+                    tables = finish(tables)
+                    check_last(tables, done_folder)
+                for folder, table in tables.items():
+                    write(row["position"], folder, table)
+            except EmbedloomError as error:
+                failure = pickle.dumps(error)
+        return {"position": row["position"], "failure": failure}
+
+    return task
+
+
+def _cause(error: BaseException) -> str:
+    """The last line of the first traceback in Ray's text, which is the innermost error's own."""
+    innermost = str(error).split("The above exception was the direct cause")[0]
+    return last_line(innermost.strip() or type(error).__name__)
+
+
+# Exactly-once shards: the one way a data stage streams rows through an actor pool.
+#
+# A table on disk is cut into shards by row number alone, so the cut never depends on the number of actors.
+# Ray Data reads a shard (a task), an actor turns it into one or more tables (the engine), a task writes them
+# under the shard's number, each by rename. A shard is done when its file in the *last* output folder is
+# there, so after ``kill -9`` of anything a rerun computes just the missing shards and ends with the same files.
+# No id set is kept in memory and no finished shard is read again (Ray Data's own checkpointing does both).
+
+
+PART_PATTERN = "part-{:06d}.parquet"
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Rows ``start`` to ``stop`` of one Parquet file."""
+
+    file: str
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """One unit of work: consecutive rows, possibly over several files."""
+
+    index: int
+    pieces: tuple[Piece, ...]
+
+    @property
+    def rows(self) -> int:
+        """Number of rows."""
+        return sum(piece.stop - piece.start for piece in self.pieces)
+
+    @property
+    def part(self) -> str:
+        """Name of its files."""
+        return PART_PATTERN.format(self.index)
+
+
+def plan_shards(
+    files: list[tuple[str, int]], shard_rows: int, first_part: int = 0, by_file: bool = False
+) -> list[Shard]:
+    """Cut files, given as (name, row count) in order, into shards of ``shard_rows`` (the last may be shorter).
+
+    Part numbers count up from ``first_part``; ``by_file`` starts a new shard at every file.
+    """
+    shards: list[Shard] = []
+    pieces: list[Piece] = []
+    room = shard_rows
+    for name, rows in files:
+        start = 0
+        while start < rows:
+            stop = min(rows, start + room)
+            pieces.append(Piece(name, start, stop))
+            room -= stop - start
+            start = stop
+            if room == 0 or (by_file and start == rows):
+                shards.append(Shard(first_part + len(shards), tuple(pieces)))
+                pieces, room = [], shard_rows
+    if pieces:
+        shards.append(Shard(first_part + len(shards), tuple(pieces)))
+    return shards
+
+
+def parquet_rows(place: Place, folder: str) -> list[tuple[str, int]]:
+    """(name, row count) of every Parquet file of a folder, read from the footers only."""
+    found = [(name, place.parquet_footer(name)[1]) for name in place.names(folder, ".parquet")]
+    if not found:
+        raise DataError(f"{place.uri}/{folder}: no Parquet file")
+    return found
+
+
+def read_shard(place: Place, shard: Shard) -> pa.Table:
+    """Rows of one shard."""
+    return pa.concat_tables(
+        [place.read_table(piece.file).slice(piece.start, piece.stop - piece.start) for piece in shard.pieces]
+    )
+
+
+def _files(place: Place, folders: str | tuple[str, ...]) -> list[tuple[str, int]]:
+    names = (folders,) if isinstance(folders, str) else folders
+    return [file for name in names for file in parquet_rows(place, name)]
+
+
+def run_sharded(
+    *,
+    stage: str,
+    source: Place,
+    source_folder: str | tuple[str, ...],
+    output: Place,
+    done_folder: str,
+    shard_rows: int,
+    worker: Callable[..., ShardWorker] | None,
+    worker_arguments: dict[str, Any] | Callable[[], dict[str, Any]],
+    pool: PoolConfig,
+    unit: str = "rows",
+    first_part: int = 0,
+    by_file: bool = False,
+    handling: Handling = PLAIN,
+) -> list[str]:
+    """Stream every missing shard through an actor pool.
+
+    Args:
+        stage: name on the progress lines and in errors.
+        source: place whose ``source_folder`` (or several, in order) holds the input Parquet files.
+        output: place of the tables, ``<folder>/part-000000.parquet``.
+        done_folder: whose part marks a shard as done; workers return it last.
+        shard_rows: rows per shard.
+        worker: class of the actors; called with ``worker_arguments``.
+        worker_arguments: a dict, or what makes it; then made only if a shard is missing.
+        pool: actors and what each reserves.
+        unit: name of a row on progress lines.
+        first_part: number of the first part, where several calls share the output folders.
+        by_file: no shard holds rows of two files.
+        handling: see Handling.
+
+    Returns:
+        The names of all finished parts of this call, in order.
+
+    Raises:
+        StageError: a worker failed for another reason than bad input.
+        UserError: a worker refused its input or config.
+    """
+    shards = plan_shards(_files(source, source_folder), shard_rows, first_part, by_file)
+    finished = set(output.names(done_folder, ".parquet"))
+    missing = [shard for shard in shards if f"{done_folder}/{shard.part}" not in finished]
+    total = sum(shard.rows for shard in shards)
+    progress = Progress(stage, total, unit, done=total - sum(shard.rows for shard in missing))
+    if missing:
+        for item in stream(
+            stage=stage,
+            items=len(missing),
+            read=lambda item: read_shard(source, missing[item]),
+            write=lambda item, folder, table: output.write_table(f"{folder}/{missing[item].part}", table),
+            written=lambda item: output.exists(f"{done_folder}/{missing[item].part}"),
+            worker=worker,
+            worker_arguments=worker_arguments() if callable(worker_arguments) else worker_arguments,
+            done_folder=done_folder,
+            pool=pool,
+            handling=handling,
+            name=lambda item: missing[item].part,
+        ):
+            progress.advance(missing[item].rows)
+    return [f"{done_folder}/{shard.part}" for shard in shards]

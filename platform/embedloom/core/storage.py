@@ -1,0 +1,489 @@
+"""Files of a run: where they lie, local or in an object store, each written whole or not at all, and the text formats
+they are read in.
+"""
+
+import csv
+import glob
+import json
+import math
+import os
+import posixpath
+import re
+import stat
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from embedloom.core.schemas import check_table
+from embedloom.errors import DataError, one_line
+
+# Files by name below a folder, local or in an object store, each written whole or not at all.
+#
+# Paths go through fsspec: a local folder, ``s3://`` or ``gs://`` behave alike. A local file is written under a
+# temporary name and renamed; an object store has no rename, but an upload is one request, or parts that only a last
+# request makes an object of, so files there are written directly.
+
+
+def absolute(path: str) -> str:
+    """A local path as readers in other folders find it; an object store's address as it is."""
+    return path if "://" in path else str(Path(path).expanduser().absolute())
+
+
+def apply_umask(folder: Path) -> None:
+    """Give a folder and all below it the permissions of newly made ones.
+
+    safetensors writes through a temporary file that only its owner may read, ``mkdtemp`` makes such folders, and a
+    rename or copy keeps what they have. The modes are those of a file and a folder made here: asking for the umask
+    itself means setting it, for every thread of the process.
+    """
+    file, inner = folder / f"_tmp-{os.getpid()}-file", folder / f"_tmp-{os.getpid()}-folder"
+    file.touch()
+    inner.mkdir()
+    modes = {False: file.stat().st_mode, True: inner.stat().st_mode}
+    file.unlink()
+    inner.rmdir()
+    for path in (folder, *folder.rglob("*")):
+        if not path.is_symlink():
+            path.chmod(stat.S_IMODE(modes[path.is_dir()]))
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A folder on any filesystem fsspec knows; picklable, so Ray workers can be handed one."""
+
+    uri: str
+
+    @property
+    def is_local(self) -> bool:
+        """Whether files here have ordinary paths."""
+        return "://" not in self.uri or self.uri.startswith("file://")
+
+    @property
+    def local(self) -> Path:
+        """The ordinary path; only for a local place."""
+        if not self.is_local:
+            raise DataError(f"{self.uri}: a local folder is needed here")
+        return Path(self.uri.removeprefix("file://")).absolute()
+
+    def _resolve(self, name: str = "") -> tuple[fsspec.AbstractFileSystem, str]:
+        if self.is_local:
+            filesystem, root = fsspec.core.url_to_fs(str(self.local))
+        else:
+            # Another process's files must be seen: a listing that was kept would hide parts that actors wrote since.
+            filesystem, root = fsspec.core.url_to_fs(self.uri, use_listings_cache=False)
+        return filesystem, posixpath.join(root, name) if name else root
+
+    def absolute(self) -> "Place":
+        """The same folder for processes with another working directory."""
+        return Place(str(self.local)) if self.is_local else self
+
+    def child(self, name: str) -> "Place":
+        """A folder below this one."""
+        return Place(f"{self.uri.rstrip('/')}/{name}")
+
+    def exists(self, name: str = "") -> bool:
+        """Whether a file or folder is there."""
+        filesystem, path = self._resolve(name)
+        return bool(filesystem.exists(path))
+
+    def names(self, folder: str = "", suffix: str = "") -> list[str]:
+        """Sorted names of the files of a folder, relative to this place."""
+        filesystem, path = self._resolve(folder)
+        if not filesystem.exists(path):
+            return []
+        found = [posixpath.basename(str(entry)) for entry in filesystem.ls(path, detail=False)]
+        return sorted(
+            posixpath.join(folder, name)
+            for name in found
+            if name.endswith(suffix) and not name.startswith(("_tmp", "."))
+        )
+
+    def files(self) -> list[str]:
+        """Sorted names of all files below this place, relative to it; hidden and half-written ones left out."""
+        filesystem, root = self._resolve()
+        found = [str(path) for path in filesystem.find(root)] if filesystem.exists(root) else []
+        names = [posixpath.relpath(path, filesystem._strip_protocol(root)) for path in found]
+        return sorted(
+            name for name in names if not any(part.startswith(("_tmp", ".")) for part in name.split("/"))
+        )
+
+    def state(self, name: str) -> list[Any]:
+        """What a change of one file changes, without reading it: its size and its time of change or its tag."""
+        filesystem, path = self._resolve(name)
+        info = filesystem.info(path)
+        stamps = (info.get(key) for key in ("mtime", "ETag", "etag", "LastModified", "updated", "created"))
+        return [info["size"], str(next((stamp for stamp in stamps if stamp is not None), None))]
+
+    def read_bytes(self, name: str) -> bytes:
+        """Content of one file."""
+        filesystem, path = self._resolve(name)
+        with filesystem.open(path, "rb") as stream:
+            return bytes(stream.read())
+
+    def write_bytes(self, name: str, content: bytes) -> None:
+        """Write one file so that it is there whole or not at all."""
+        filesystem, path = self._resolve(name)
+        folder, base = posixpath.split(path)
+        if not self.is_local:
+            # Not through an open file: leaving its block on an error would complete the upload with what it has.
+            # No folder either: object stores have none, and making one would make a misspelt bucket.
+            filesystem.pipe_file(path, content)
+            return
+        filesystem.makedirs(folder, exist_ok=True)
+        temporary = Path(folder) / f"_tmp-{os.getpid()}-{base}"
+        with temporary.open("wb") as local_stream:
+            local_stream.write(content)
+            local_stream.flush()
+            os.fsync(local_stream.fileno())
+        temporary.replace(path)
+
+    def read_range(self, name: str, start: int, stop: int) -> bytes:
+        """Bytes ``start`` to ``stop`` of one file."""
+        filesystem, path = self._resolve(name)
+        return bytes(filesystem.cat_file(path, start=start, end=stop))
+
+    def put_file(self, source: Path, name: str) -> None:
+        """Move a finished local file here: renamed if it lies in this place already, else uploaded whole."""
+        if self.is_local:
+            source.replace(self.local / name)
+            return
+        filesystem, path = self._resolve(name)
+        filesystem.put_file(str(source), path)
+        source.unlink()
+
+    def write_json(self, name: str, content: Mapping[str, Any]) -> None:
+        """Write indented JSON atomically."""
+        self.write_bytes(name, (json.dumps(content, indent=2, sort_keys=True) + "\n").encode())
+
+    def read_json(self, name: str) -> dict[str, Any]:
+        """Read a JSON object.
+
+        Raises:
+            DataError: not JSON, or not an object.
+        """
+        try:
+            content = json.loads(self.read_bytes(name))
+        except (UnicodeDecodeError, ValueError) as error:
+            raise DataError(
+                f"{self.uri}/{name}: not valid JSON ({error}); delete the folder to build it again"
+            ) from error
+        if not isinstance(content, dict):
+            raise DataError(f"{self.uri}/{name}: expected a JSON object, found {type(content).__name__}")
+        return content
+
+    def write_table(self, name: str, table: pa.Table) -> None:
+        """Write one Parquet file atomically (zstd)."""
+        sink = pa.BufferOutputStream()
+        pq.write_table(table, sink, compression="zstd")
+        self.write_bytes(name, bytes(sink.getvalue()))
+
+    def read_table(self, name: str, columns: list[str] | None = None) -> pa.Table:
+        """Read one Parquet file.
+
+        Raises:
+            DataError: missing or not readable as Parquet.
+        """
+        with self._parquet(name) as stream:
+            return pq.read_table(stream, columns=columns)
+
+    @contextmanager
+    def _parquet(self, name: str) -> Iterator[IO[bytes]]:
+        """An open Parquet file; what goes wrong with it becomes a DataError naming it."""
+        filesystem, path = self._resolve(name)
+        try:
+            with filesystem.open(path, "rb") as stream:
+                yield stream
+        except FileNotFoundError as error:
+            raise DataError(f"{self.uri}/{name}: no such file") from error
+        except (pa.ArrowInvalid, OSError) as error:
+            raise DataError(f"{self.uri}/{name}: not readable as Parquet: {one_line(error)}") from error
+
+    def parquet_footer(self, name: str) -> tuple[pa.Schema, int]:
+        """Schema and row count of one Parquet file, without reading its rows.
+
+        Raises:
+            DataError: missing or not readable as Parquet.
+        """
+        with self._parquet(name) as stream:
+            file = pq.ParquetFile(stream)
+            return file.schema_arrow, int(file.metadata.num_rows)
+
+    def iter_tables(self, name: str, columns: list[str], rows: int) -> Iterator[pa.Table]:
+        """One Parquet file, at most ``rows`` rows at a time.
+
+        Raises:
+            DataError: missing or not readable as Parquet.
+        """
+        with self._parquet(name) as stream:
+            for batch in pq.ParquetFile(stream).iter_batches(batch_size=rows, columns=columns):
+                yield pa.Table.from_batches([batch])
+
+    def read_rows(self, name: str, start: int, stop: int, columns: list[str]) -> pa.Table:
+        """Rows ``start`` to ``stop`` of one Parquet file; reads only the row groups they lie in.
+
+        Raises:
+            DataError: missing, not readable as Parquet, or with fewer rows.
+        """
+        with self._parquet(name) as stream:
+            file = pq.ParquetFile(stream)
+            end, groups, skipped = 0, [], 0
+            for group in range(file.metadata.num_row_groups):
+                first, end = end, end + file.metadata.row_group(group).num_rows
+                if end <= start:
+                    skipped = end
+                elif first < stop:
+                    groups.append(group)
+            if end < stop:
+                raise DataError(f"{self.uri}/{name}: has {end} rows, {stop} were expected")
+            return file.read_row_groups(groups, columns=columns).slice(start - skipped, stop - start)
+
+    def read_tables(self, folder: str, kind: str | None = None) -> pa.Table:
+        """All Parquet files of a folder in name order, checked against ``kind``.
+
+        Raises:
+            DataError: no Parquet file, or one that does not fit.
+        """
+        names = self.names(folder, ".parquet")
+        if not names:
+            raise DataError(f"{self.uri}/{folder}: no Parquet file")
+        tables = [self.read_table(name) for name in names]
+        if kind is not None:
+            tables = [
+                check_table(kind, table, f"{self.uri}/{name}")
+                for name, table in zip(names, tables, strict=True)
+            ]
+        return pa.concat_tables(tables)
+
+    def delete(self, name: str) -> None:
+        """Delete one file."""
+        filesystem, path = self._resolve(name)
+        filesystem.rm(path)
+
+    def upload(self, folder: Path) -> None:
+        """Copy a local folder's files here, below the same names."""
+        filesystem, path = self._resolve()
+        filesystem.put(f"{folder}/", path, recursive=True)
+
+    def remove(self) -> None:
+        """Delete the folder and everything below it, if it is there."""
+        filesystem, path = self._resolve()
+        if filesystem.exists(path):
+            filesystem.rm(path, recursive=True)
+
+    def move_to(self, other: "Place") -> None:
+        """Rename this folder; what stands at the other place is deleted first. Local places only."""
+        other.remove()
+        self.local.rename(other.local)
+
+    def sweep(self) -> None:
+        """Delete the half-written files that killed processes left below this place, if it is local."""
+        if self.is_local and self.local.is_dir():
+            for path in self.local.rglob("_tmp-*"):
+                path.unlink(missing_ok=True)
+
+
+# File formats that hold texts: JSON lines and plain text or Markdown, one record at a time, and where they lie.
+
+
+_BATCH_ROWS = 1024
+_PACKED = ("", ".gz", ".bz2", ".xz", ".zst")
+PARQUET_ENDINGS = (".parquet", ".pq")
+JSONL_ENDINGS = tuple(f"{ending}{packed}" for ending in (".jsonl", ".ndjson", ".json") for packed in _PACKED)
+TEXT_ENDINGS = (".txt", ".md", ".markdown", ".rst")
+_MARKDOWN = (".md", ".markdown")
+_HEADING = re.compile(r"^ {0,3}#{1,6}[ \t]+(.+?)[ \t]*#*[ \t]*$")
+_FENCE = re.compile(r"^ {0,3}(```|~~~)")
+_GLOB_CHARACTERS = set("*?[")
+
+
+def files_at(path: str) -> list[Path]:
+    """Files behind a path, sorted: the file itself, all below a folder, or what a glob matches; none hidden."""
+    text = str(Path(path).expanduser())
+    if _GLOB_CHARACTERS & set(text):
+        found = [Path(name) for name in glob.glob(text, recursive=True)]  # noqa: PTH207 - absolute patterns
+    elif Path(text).is_dir():
+        found = list(Path(text).rglob("*"))
+    else:
+        found = [Path(text)]
+    return sorted(path for path in found if path.is_file() and not path.name.startswith("."))
+
+
+def named_below(path: str, files: Sequence[Path]) -> dict[str, Path]:
+    """Files by their paths below the folder that ``path`` is, or below the one that those of a glob share."""
+    root = Path(path).expanduser()
+    if files and not root.is_dir():
+        root = Path(os.path.commonpath([file.parent for file in files]))
+    return {file.relative_to(root).as_posix(): file for file in files}
+
+
+def json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(line number, object) of every line that is not empty; plain or compressed.
+
+    Raises:
+        DataError: not UTF-8, or a line that is not a JSON object.
+    """
+    number = 0
+    try:
+        with fsspec.open(str(path), "rt", encoding="utf-8-sig", compression="infer") as stream:
+            for number, line in enumerate(stream, start=1):
+                if not line.strip():
+                    continue
+                record = json.loads(line)
+                if not isinstance(record, dict):
+                    seen = f"line {number} holds a {type(record).__name__}"
+                    raise DataError(f"{path}: {seen}; allowed: one JSON object a line")
+                yield number, record
+    except json.JSONDecodeError as error:
+        raise DataError(
+            f"{path}: line {number} is not JSON ({error}); allowed: one JSON object a line"
+        ) from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not UTF-8 after line {number}: {error.reason}; allowed: UTF-8") from error
+    except (OSError, EOFError) as error:
+        raise DataError(f"{path}: not readable as JSON lines: {one_line(error)}") from error
+
+
+def json_object(path: Path) -> dict[str, Any]:
+    """The object that a JSON file holds.
+
+    Raises:
+        DataError: not there, not JSON, or another value than an object.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise DataError(f"{path}: not readable: {error.strerror}") from error
+    except ValueError as error:
+        raise DataError(f"{path}: not JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise DataError(f"{path}: expected a JSON object, found {type(content).__name__}")
+    return content
+
+
+def parquet_records(
+    path: Path, columns: Callable[[list[str]], list[str]] = list
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(row number, record) of one Parquet file, a batch at a time.
+
+    Args:
+        path: the file.
+        columns: from the names of the file's columns to those that are read; raises where it misses one.
+
+    Raises:
+        DataError: not there, or not Parquet.
+    """
+    number = 0
+    try:
+        with pq.ParquetFile(path) as file:
+            for batch in file.iter_batches(_BATCH_ROWS, columns=columns(file.schema_arrow.names)):
+                for record in batch.to_pylist():
+                    yield number, record
+                    number += 1
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{path}: not readable as Parquet: {one_line(error)}") from error
+
+
+def records_of(
+    path: Path, columns: Callable[[list[str]], list[str]] = list
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(number, record) of a Parquet or JSON-lines file; of the latter with all its keys."""
+    return parquet_records(path, columns) if path.name.lower().endswith(PARQUET_ENDINGS) else json_lines(path)
+
+
+def beir_entries(path: Path) -> Iterator[tuple[str, str | None, str]]:
+    """(id, title, text) of every line of a BEIR file of documents or queries.
+
+    A title alone is the text, as BEIR and mteb read it: they join the two.
+
+    Raises:
+        DataError: a line without an id or without both texts, or with one that is no text.
+    """
+    for number, record in json_lines(path):
+        where = f"{path}: line {number}"
+        title, text = record.get("title"), record.get("text")
+        if "_id" not in record or ("text" not in record and not title):
+            missing = "text" if "_id" in record else "_id"
+            raise DataError(f"{where} has no key {missing!r}; keys found: {list(record)}")
+        wrong = next((value for value in (title, text) if not isinstance(value, str | None)), None)
+        if wrong is not None:
+            raise DataError(
+                f"{where}: a title or text is {type(wrong).__name__} {str(wrong)[:40]!r}; allowed: text or null"
+            )
+        yield (
+            (str(record["_id"]), None, title)
+            if title and not text
+            else (str(record["_id"]), title, text or "")
+        )
+
+
+def judgements(path: Path) -> Iterator[tuple[str, str, float]]:
+    """(query id, document id, grade) of a BEIR file of judgements: three columns between tabs, perhaps a header.
+
+    Grades may be written ``1`` or ``1.0``; blank lines are passed over.
+
+    Raises:
+        DataError: not UTF-8, or a line that does not fit.
+    """
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as stream:
+            lines = enumerate(csv.reader(stream, delimiter="\t", quoting=csv.QUOTE_NONE), start=1)
+            for number, fields in lines:
+                if not any(field.strip() for field in fields):
+                    continue
+                try:
+                    query_id, document_id, grade = (field.strip() for field in fields)
+                    if not _is_number(grade):
+                        raise ValueError(grade)
+                except ValueError as error:
+                    if number == 1 and len(fields) == 3 and not _is_number(fields[2]):
+                        continue  # a header
+                    expected = "expected query-id, corpus-id and a number between tabs"
+                    raise DataError(f"{path}: line {number} is {fields}; {expected}") from error
+                yield query_id, document_id, float(grade)
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not UTF-8: {error.reason}; allowed: UTF-8") from error
+
+
+def _is_number(text: str) -> bool:
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False
+
+
+def read_text(path: Path) -> tuple[str, str]:
+    """Title and body of a text file: the first Markdown heading, else the file's name without its ending.
+
+    Raises:
+        DataError: not readable, or not UTF-8.
+    """
+    try:
+        content = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{path}: byte {error.start} is not UTF-8 ({error.reason}); allowed: text in UTF-8"
+        ) from error
+    except OSError as error:
+        raise DataError(f"{path}: not readable: {error.strerror}") from error
+    title, text = split_title(content) if path.suffix.lower() in _MARKDOWN else (None, content)
+    return title or path.stem, text
+
+
+def split_title(markdown: str) -> tuple[str | None, str]:
+    """First heading outside a code fence, and the text; a text that starts with the heading loses it."""
+    lines = markdown.splitlines()
+    fenced = False
+    for number, line in enumerate(lines):
+        if _FENCE.match(line):
+            fenced = not fenced
+        heading = None if fenced else _HEADING.match(line)
+        if heading:
+            leads = not any(earlier.strip() for earlier in lines[:number])
+            return heading[1], "\n".join(lines[number + 1 :]) if leads else markdown
+    return None, markdown

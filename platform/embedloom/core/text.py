@@ -1,0 +1,312 @@
+"""Words, n-grams and languages: what a text is compared by, and what a language is called."""
+
+import difflib
+import hashlib
+import re
+import unicodedata
+from collections.abc import Callable, Iterable, Mapping
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+if TYPE_CHECKING:
+    from datasketch import MinHash
+
+
+# What duplicates and contamination are judged by: a text without case and blanks, its words and hashed word n-grams.
+
+
+# Scripts that set no blanks count each character as a word; elsewhere a word is a run of letters and digits.
+# Their punctuation (U+3000 to U+303F, and the middle dot) is none.
+_SINGLE = (
+    r"\u2e80-\u2fff\u3005-\u3007\u3021-\u3029\u3031-\u3035\u303b\u3040-\u30fa\u30fc-\u9fff"
+    r"\uac00-\ud7af\uf900-\ufaff\U00020000-\U0003ffff"
+)
+_WORD = re.compile(rf"[{_SINGLE}]|[^\W{_SINGLE}]+")
+_MULTIPLIER = 0x9E3779B97F4A7C15
+
+Hashes = npt.NDArray[np.uint64]
+
+
+def folded(text: str) -> str:
+    """A text in the form in which two that differ in case, blanks or composed accents are one."""
+    return " ".join(unicodedata.normalize("NFC", text).casefold().split())
+
+
+def words_of(text: str) -> list[str]:
+    """Case-folded words, without punctuation."""
+    return _WORD.findall(text.casefold())
+
+
+def hash64(text: str) -> int:
+    """64-bit hash of a text, the same on every machine; half of a surrogate pair, which JSON can state, is text too."""
+    data = text.encode("utf-8", "surrogatepass")
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
+
+
+def hashes64(texts: Iterable[str]) -> Hashes:
+    """``hash64`` of each text: uint64 [n]."""
+    return np.fromiter((hash64(text) for text in texts), dtype=np.uint64)
+
+
+def ngram_hashes(text: str, size: int, vocabulary: dict[str, int]) -> Hashes:
+    """64-bit hashes of a text's word n-grams in order, repetitions included; a shorter text is one n-gram, if any.
+
+    Args:
+        text: any text.
+        size: words in an n-gram.
+        vocabulary: word -> hash, filled as words are met; share one between texts.
+    """
+    codes = np.array([_word_code(word, vocabulary) for word in words_of(text)], dtype=np.uint64)
+    if not len(codes):
+        return codes
+    size_here = min(size, len(codes))
+    weights = np.array([pow(_MULTIPLIER, power, 2**64) for power in range(size_here)], dtype=np.uint64)
+    windows = np.lib.stride_tricks.sliding_window_view(codes, size_here)
+    return mix((windows * weights).sum(axis=1, dtype=np.uint64) + np.uint64(size_here))
+
+
+def mix(values: Hashes) -> Hashes:
+    """The 64-bit finaliser of MurmurHash3 (public domain): a bijection that spreads close values."""
+    values = (values ^ (values >> np.uint64(33))) * np.uint64(0xFF51AFD7ED558CCD)
+    values = (values ^ (values >> np.uint64(33))) * np.uint64(0xC4CEB9FE1A85EC53)
+    return values ^ (values >> np.uint64(33))
+
+
+def minhash(
+    values: Iterable[Any], permutations: int, hashed: Callable[[Any], int] | None = None
+) -> npt.NDArray[np.uint32]:
+    """MinHash signature of a set (Broder 1997), by datasketch: uint32 [permutations], all ones of an empty set.
+
+    Args:
+        values: distinct ones.
+        permutations: numbers of the signature; two share as large a part of them as their Jaccard similarity, give or
+            take 0.5 / sqrt(permutations).
+        hashed: from a value to 32 bits; None: values are bytes, and SHA-1 hashes them.
+    """
+    sketch = _empty_sketch(permutations, hashed).copy()
+    sketch.update_batch(values)
+    return np.asarray(sketch.hashvalues, dtype=np.uint32)
+
+
+@lru_cache(maxsize=4)
+def _empty_sketch(permutations: int, hashed: Callable[[Any], int] | None) -> "MinHash":
+    """Drawing the permutations costs more than hashing a short text; their seed is fixed, as signatures are compared between runs."""
+    from datasketch import MinHash
+
+    return MinHash(num_perm=permutations, seed=1, scheme="affine32", hashfunc=hashed)
+
+
+def band_rows(threshold: float, permutations: int, miss_chance: float) -> int | None:
+    """Longest bands, so fewest comparisons, that miss a pair at the threshold with an allowed chance; None: none do.
+
+    b = permutations / r bands of r numbers miss a pair of similarity s with chance (1 - s**r)**b (Leskovec, Rajaraman,
+    Ullman, Mining of Massive Datasets, §3.4).
+    """
+    for rows in range(permutations, 0, -1):
+        if (1 - threshold**rows) ** (permutations // rows) <= miss_chance:
+            return rows
+    return None
+
+
+def _word_code(word: str, vocabulary: dict[str, int]) -> int:
+    code = vocabulary.get(word)
+    if code is None:
+        code = hash64(word)
+        vocabulary[word] = code
+    return code
+
+
+# Languages by ISO 639-3 code: which a config may name, and what a prompt calls them in English.
+#
+# The list holds every language of XLM-R (arXiv 1911.02116, table 6), which e5-mistral samples its synthetic data
+# from (arXiv 2401.00368 §4.1), and the further ones that the language check can tell apart. A macrolanguage code
+# (``zho``, ``nor``, ``ara``) stands for its usual written form, as XLM-R uses it.
+
+
+# code, then the ISO 639-1 code where there is one, then the English name.
+_TABLE = """
+afr af Afrikaans
+amh am Amharic
+ara ar Arabic
+asm as Assamese
+aze az Azerbaijani
+bel be Belarusian
+ben bn Bengali
+bos bs Bosnian
+bre br Breton
+bul bg Bulgarian
+cat ca Catalan
+ces cs Czech
+cym cy Welsh
+dan da Danish
+deu de German
+ell el Greek
+eng en English
+epo eo Esperanto
+est et Estonian
+eus eu Basque
+fas fa Persian
+fin fi Finnish
+fra fr French
+fry fy Western Frisian
+gla gd Scottish Gaelic
+gle ga Irish
+glg gl Galician
+guj gu Gujarati
+hau ha Hausa
+heb he Hebrew
+hin hi Hindi
+hrv hr Croatian
+hun hu Hungarian
+hye hy Armenian
+ind id Indonesian
+isl is Icelandic
+ita it Italian
+jav jv Javanese
+jpn ja Japanese
+kan kn Kannada
+kat ka Georgian
+kaz kk Kazakh
+khm km Khmer
+kir ky Kyrgyz
+kor ko Korean
+kur ku Kurdish
+lao lo Lao
+lat la Latin
+lav lv Latvian
+lit lt Lithuanian
+mal ml Malayalam
+mar mr Marathi
+mkd mk Macedonian
+mlg mg Malagasy
+mon mn Mongolian
+msa ms Malay
+mya my Burmese
+nep ne Nepali
+nld nl Dutch
+nor no Norwegian
+ori or Odia
+orm om Oromo
+pan pa Punjabi
+pol pl Polish
+por pt Portuguese
+pus ps Pashto
+ron ro Romanian
+rus ru Russian
+san sa Sanskrit
+sin si Sinhala
+slk sk Slovak
+slv sl Slovenian
+snd sd Sindhi
+som so Somali
+spa es Spanish
+sqi sq Albanian
+srp sr Serbian
+sun su Sundanese
+swa sw Swahili
+swe sv Swedish
+tam ta Tamil
+tel te Telugu
+tgl tl Tagalog
+tha th Thai
+tur tr Turkish
+uig ug Uyghur
+ukr uk Ukrainian
+urd ur Urdu
+uzb uz Uzbek
+vie vi Vietnamese
+xho xh Xhosa
+yid yi Yiddish
+zho zh Chinese
+ace - Acehnese
+arg an Aragonese
+ary - Moroccan Arabic
+arz - Egyptian Arabic
+ast - Asturian
+bak ba Bashkir
+cmn zh Mandarin Chinese
+crh - Crimean Tatar
+ekk et Standard Estonian
+fao fo Faroese
+fil tl Filipino
+grn gn Guarani
+hat ht Haitian Creole
+hbs sr Serbo-Croatian
+ibo ig Igbo
+kab - Kabyle
+kin rw Kinyarwanda
+lij - Ligurian
+lin ln Lingala
+ltz lb Luxembourgish
+lug lg Ganda
+lvs lv Standard Latvian
+mlt mt Maltese
+nno nn Norwegian Nynorsk
+nob no Norwegian Bokmål
+nso - Northern Sotho
+oci oc Occitan
+pcm - Nigerian Pidgin
+pes fa Iranian Persian
+que qu Quechua
+sme se Northern Sami
+sna sn Shona
+sot st Southern Sotho
+tat tt Tatar
+tgk tg Tajik
+tuk tk Turkmen
+vec - Venetian
+wln wa Walloon
+wuu - Wu Chinese
+yor yo Yoruba
+yue - Cantonese
+zsm ms Standard Malay
+zul zu Zulu
+"""
+
+
+def _read() -> dict[str, tuple[str, str]]:
+    rows = (line.split(maxsplit=2) for line in _TABLE.strip().splitlines())
+    return {code: (code if short == "-" else short, name) for code, short, name in rows}
+
+
+_LANGUAGES = _read()
+LANGUAGE_CODES = tuple(sorted(_LANGUAGES))
+
+
+def language_name(code: str) -> str:
+    """English name of ``zho``, ``zho-CN`` or ``zho_Hans``; a code the table lacks stands for itself."""
+    return _LANGUAGES[base_code(code)][1] if base_code(code) in _LANGUAGES else code
+
+
+def short_code(code: str) -> str | None:
+    """ISO 639-1 code, or the 639-3 code of a language that has none; None for one the table lacks."""
+    known = _LANGUAGES.get(base_code(code))
+    return known[0] if known else None
+
+
+def long_code(short: str) -> str | None:
+    """ISO 639-3 code of an ISO 639-1 code, of several the usual written form; None for one the table lacks."""
+    return next((code for code, (own, _) in _LANGUAGES.items() if own == short), None)
+
+
+def base_code(code: str) -> str:
+    """The language of a code that may name a script or region after a hyphen or underscore."""
+    return code.replace("_", "-").split("-", 1)[0].lower()
+
+
+def check_languages(weights: Mapping[str, float]) -> None:
+    """Raise ValueError naming the first unknown code, or a weight that is not above zero."""
+    for code, weight in weights.items():
+        if code not in _LANGUAGES:
+            near = ", ".join(difflib.get_close_matches(code, LANGUAGE_CODES, n=3, cutoff=0.0))
+            raise ValueError(
+                f"{code!r} is no known language; allowed: one of {len(LANGUAGE_CODES)} ISO 639-3 codes such as eng, "
+                f"deu, zho; the nearest are {near}"
+            )
+        if not weight > 0:
+            raise ValueError(f"the weight of {code!r} is {weight:g}; allowed: above 0")
+    if not weights:
+        raise ValueError("no language is given; allowed: {code: weight, ...} with at least one")

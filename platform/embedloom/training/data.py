@@ -1,0 +1,728 @@
+"""Training data on disk: the rows of all sources as token ids, prepared once before any worker starts, read row by row."""
+
+import hashlib
+import os
+import tempfile
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from embedloom.config.training import TrainingConfig, TrainingSource
+from embedloom.core.artefacts import Artefact, fingerprint
+from embedloom.core.progress import note
+from embedloom.core.prompting import LABEL_TASK_TYPES, PromptContract, Side
+from embedloom.core.storage import Place
+from embedloom.core.text import folded, hash64, mix
+from embedloom.core.trained_prompts import Prompt, PromptCounter, TrainedPrompt, source_prompts
+from embedloom.encoder.tokenizer import CutTexts, formatted_ids, load_tokenizer, prompt_ids, room_problem
+from embedloom.errors import DataError
+from embedloom.training.sources import SourceExample, read_source, source_state
+
+# One example as the model sees it: token ids of a query, its positive and its negatives.
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Token ids of one example: the query, then the documents, positive first."""
+
+    id: str
+    query: list[int]
+    documents: list[list[int]]
+    query_key: int | None = (
+        None  # of the texts as the model sees them, see ``right_answers``; None: of their ids
+    )
+    document_keys: list[int] | None = None
+    right_keys: list[int] | None = None  # of all right answers to the query; None: of its own positive
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of every text of the group."""
+        return [len(self.query), *(len(document) for document in self.documents)]
+
+    @property
+    def tokens(self) -> int:
+        """Real tokens of the group."""
+        return sum(self.lengths)
+
+
+def compute_cost(lengths: Sequence[int], hidden_size: int) -> float:
+    """Work of texts of these lengths, in token units: n (1 + n / 6h) each.
+
+    A Llama layer's matrix products take about 24 h² FLOPs a token and attention 4 h n (n: the text's length), so
+    attention adds n / 6h: 2 % at 512 tokens and h = 4096, and 30 % at 512 tokens and h = 288.
+    """
+    return sum(length * (1 + length / (6 * hidden_size)) for length in lengths)
+
+
+# Which documents answer which query, over all rows and sources of a mix: none of them is a negative of it.
+#
+# Texts are compared as the model sees them: their token ids, cut to the limit, read back, without case and blanks. A
+# text is a key of 63 bits; among 10 million texts two different ones share a key with a chance of about 10^-5.
+
+
+Keys = np.ndarray[Any, np.dtype[np.int64]]
+_LISTS = pa.list_(pa.int64())
+# One row an example, part for part as the token ids: the query, its right answers with the positive first, its negatives.
+KEY_SCHEMA = pa.schema([("query_key", pa.int64()), ("rights", _LISTS), ("negatives", _LISTS)])
+
+
+def seen_keys(
+    tokenizer: Any, token_ids: Sequence[Sequence[int]], marks: Sequence[str] | None = None
+) -> list[int]:
+    """Key of each text as the model sees it; texts with different ``marks`` never share one."""
+    texts = tokenizer.backend_tokenizer.decode_batch(
+        [list(ids) for ids in token_ids], skip_special_tokens=False
+    )
+    return [
+        hash64(f"{mark}\0{folded(text)}") >> 1
+        for text, mark in zip(texts, marks or [""] * len(texts), strict=True)
+    ]
+
+
+class RightAnswers:
+    """Right answers of the queries that have several, found by query; those of a row alone it knows itself."""
+
+    def __init__(self, tables: Sequence[pa.Table]) -> None:
+        """Gather.
+
+        Args:
+            tables: of ``KEY_SCHEMA``, of every source of the mix.
+        """
+        queries, rights = (np.concatenate(found) for found in zip(*map(_pairs, tables), strict=True))
+        _, first = np.unique(_joined(queries, rights), return_index=True)
+        queries, rights = queries[first], rights[first]
+        names, counts = np.unique(queries, return_counts=True)
+        several = np.flatnonzero(np.isin(queries, names[counts > 1]))
+        order = several[np.lexsort((rights[several], queries[several]))]
+        self._queries, self._rights = queries[order], rights[order]
+        self._pairs = _joined(self._queries, self._rights)
+
+    def of(self, query: int) -> list[int]:
+        """All right answers of a query; nothing where no query of the mix has more than one."""
+        first, last = np.searchsorted(self._queries, [query, query + 1])
+        return [int(key) for key in self._rights[first:last]]
+
+    def touches(self, table: pa.Table) -> bool:
+        """Whether a row of a source has a negative that is a right answer by another row."""
+        queries = _column(table, "query_key")
+        counts, negatives = _flat(table, "negatives")
+        owners = np.repeat(np.arange(len(queries)), counts)
+        return bool(np.isin(_joined(queries[owners], negatives), self._pairs).any())
+
+    @property
+    def digest(self) -> str:
+        """Sixteen hex digits over all of them."""
+        return hashlib.blake2b(self._queries.tobytes() + self._rights.tobytes(), digest_size=8).hexdigest()
+
+
+def _pairs(table: pa.Table) -> tuple[Keys, Keys]:
+    counts, rights = _flat(table, "rights")
+    return np.repeat(_column(table, "query_key"), counts), rights
+
+
+def _column(table: pa.Table, name: str) -> Keys:
+    return np.asarray(table.column(name).combine_chunks(), dtype=np.int64)
+
+
+def _flat(table: pa.Table, name: str) -> tuple[Keys, Keys]:
+    """Length of each list of a column, and all their values."""
+    column = table.column(name).combine_chunks()
+    return np.asarray(column.value_lengths(), dtype=np.int64), np.asarray(column.flatten(), dtype=np.int64)
+
+
+def _joined(queries: Keys, documents: Keys) -> np.ndarray[Any, np.dtype[np.uint64]]:
+    """One key of a query and a document."""
+    return mix(mix(queries.astype(np.uint64)) ^ documents.astype(np.uint64))
+
+
+# Sources become token ids on disk once, before any worker starts.
+#
+# Training then neither parses nor tokenizes: a worker maps the files and reads the rows of its share. Rows of one
+# source keep the source's order in parts of a few thousand, each written whole or not at all, so a killed preparation
+# goes on after its last whole part.
+
+
+PART_ROWS = 4096
+_TOKENIZED_ROWS = 1024  # at a time
+INDEX_FILE = "index.json"
+_IDS = pa.list_(pa.int32())
+PART_SCHEMA = pa.schema(
+    [("id", pa.string()), ("lengths", _IDS), ("query", _IDS), ("documents", pa.list_(_IDS))]
+)
+
+
+@dataclass(frozen=True, slots=True)
+class TokenRow:
+    """Token ids of one example, and the keys of its texts as the model sees them."""
+
+    id: str
+    query: list[int]
+    documents: list[list[int]]  # the positive first
+    query_key: int
+    rights: list[int]  # keys of all right answers, the positive first
+    negatives: list[int]  # keys
+    instructed: tuple[str, str]  # what stands before the query and the documents, as text
+    prompt: Prompt
+    dataset: str
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of every text."""
+        return [len(self.query), *map(len, self.documents)]
+
+    def with_negatives(self, most: int) -> "TokenRow":
+        """The row with its first negatives, at most so many."""
+        return replace(self, documents=self.documents[: 1 + most], negatives=self.negatives[:most])
+
+
+class TextTokens:
+    """Tokenizer and contract of a model folder, without its weights."""
+
+    def __init__(self, folder: Path) -> None:
+        self.contract = PromptContract.load(folder)
+        self.tokenizer = load_tokenizer(folder)
+        # Names of tasks decide no token: runs with other mixes go on sharing what their second stages read alike.
+        prompts = self.contract.model_copy(update={"tasks": None, "default_task": None})
+        self.identity = fingerprint(prompts.hash, self.tokenizer.backend_tokenizer.to_str())
+        self._room_problem = lru_cache(maxsize=4096)(self._find_room_problem)
+        self._prompt_ids = lru_cache(maxsize=4096)(lambda prompt: prompt_ids(self.tokenizer, prompt))
+
+    def rows(self, rows: Sequence[SourceExample], cuts: CutTexts) -> list[TokenRow]:
+        """Token ids and keys of examples; ``cuts`` takes note of what the limits leave out."""
+        asked = [self._query(row, row.query) for row in rows]
+        queries = formatted_ids(self.tokenizer, self.contract, asked, "query", cuts)
+        documents = self._documents(rows, [[row.positive, *row.negatives] for row in rows], cuts)
+        others = self._documents(rows, [list(row.others) for row in rows])
+        asked_keys = iter(self._query_keys(rows, queries))
+        keys = iter(
+            self._document_keys(rows, [[*own, *more] for own, more in zip(documents, others, strict=True)])
+        )
+        found = []
+        for row, query, own in zip(rows, queries, documents, strict=True):
+            of_own, of_others = list(islice(keys, len(own))), list(islice(keys, len(row.others)))
+            prompts = (self._query(row, ""), self._document(row, ""))
+            rights, negatives = [of_own[0], *of_others], of_own[1:]
+            key, prompt = next(asked_keys), self._prompt(row)
+            found.append(TokenRow(row.id, query, own, key, rights, negatives, prompts, prompt, row.dataset))
+        return found
+
+    def swallowed(self, row: TokenRow) -> str | None:
+        """Why a row's texts are cut down to their instruction, or nearly; None where they are not."""
+        sides: tuple[tuple[Side, str, list[list[int]]], ...] = (
+            ("query", row.instructed[0], [row.query]),
+            ("document", row.instructed[1], row.documents),
+        )
+        for side, prompt, texts in sides:
+            if any(len(ids) >= self.contract.max_tokens(side) for ids in texts):
+                problem = self._room_problem(side, prompt)
+                if problem is not None:
+                    return problem
+        return None
+
+    def _find_room_problem(self, side: Side, prompt: str) -> str | None:
+        return room_problem(self.tokenizer, self.contract, side, prompt)
+
+    def _query_keys(self, rows: Sequence[SourceExample], queries: list[list[int]]) -> list[int]:
+        """Keys of the queries without their instructions, which say how to ask, not what.
+
+        A label is right for its task alone, though: the same text may have another one in the next.
+        """
+        bare = [self._bare(ids, self._query(row, "")) for row, ids in zip(rows, queries, strict=True)]
+        tasks = [self._query(row, "") if row.task_type in LABEL_TASK_TYPES else "" for row in rows]
+        return seen_keys(self.tokenizer, bare, tasks)
+
+    def _document_keys(self, rows: Sequence[SourceExample], documents: list[list[list[int]]]) -> list[int]:
+        prompts = [self._document(row, "") for row in rows]
+        bare = [
+            self._bare(ids, prompt) for prompt, own in zip(prompts, documents, strict=True) for ids in own
+        ]
+        return seen_keys(self.tokenizer, bare)
+
+    def _bare(self, ids: list[int], prompt: str) -> list[int]:
+        """Ids of a text without the prompt and the special tokens before it."""
+        before = self._prompt_ids(prompt)
+        same = (at for at, (own, other) in enumerate(zip(ids, before, strict=False)) if own != other)
+        return ids[next(same, min(len(ids), len(before))) :]
+
+    def _documents(
+        self, rows: Sequence[SourceExample], texts: list[list[str]], cuts: CutTexts | None = None
+    ) -> list[list[list[int]]]:
+        formatted = [self._document(row, text) for row, own in zip(rows, texts, strict=True) for text in own]
+        flat = iter(formatted_ids(self.tokenizer, self.contract, formatted, "document", cuts))
+        return [list(islice(flat, len(own))) for own in texts]
+
+    def _query(self, row: SourceExample, text: str) -> str:
+        return self.contract.format(text, "query", row.task_type, row.instruction)
+
+    def _document(self, row: SourceExample, text: str) -> str:
+        return self.contract.format_opposite(text, row.task_type, row.instruction, row.document_instruction)
+
+    def _prompt(self, row: SourceExample) -> Prompt:
+        """What stands before the row's texts."""
+        instruction = self.contract.instruction_for(row.task_type, row.instruction)
+        opposite = self.contract.opposite_prompt(row.task_type, row.instruction, row.document_instruction)
+        return Prompt(row.task_type, instruction, opposite or "")
+
+
+class RowRules:
+    """What makes a row an example, and what becomes of the others."""
+
+    def __init__(self, negatives: int, repeat: bool, skip_bad: bool) -> None:
+        self.negatives = negatives
+        self._repeat = repeat
+        self._skip_bad = skip_bad
+        self.rejects: Counter[str] = Counter()
+        self.cleaned: Counter[str] = Counter()  # negatives taken from rows that stay
+        self.repeated = 0
+        self.swallowed_by = ""  # the first of the instructions that are too long, with its numbers
+
+    @property
+    def least(self) -> int:
+        """Negatives that a row must keep."""
+        return min(1, self.negatives) if self._repeat else self.negatives
+
+    def accept(self, source: TrainingSource, example: SourceExample, limit: int) -> bool:
+        """Whether to keep a row as its source gives it, of whose negatives at most ``limit`` are used.
+
+        Raises:
+            DataError: a bad row, where bad rows are not to be skipped.
+        """
+        found = min(len(example.negatives), limit)
+        problem = example.problem
+        if problem is None and not example.query.strip():
+            problem = ("no_query", "its query is empty")
+        if problem is None and not example.positive.strip():
+            problem = ("no_positive", "it has no positive")
+        if problem is None and self.negatives and not found:
+            problem = ("no_negatives", f"it has no negatives, {self.negatives} are wanted")
+        if problem is None and found < self.least:
+            problem = (
+                "too_few_negatives",
+                f"it has {found} negatives, {self.negatives} are wanted and repeat_negatives is off",
+            )
+        return problem is None or self.reject(source, example.id, *problem)
+
+    def reject(self, source: TrainingSource, row_id: str, reason: str, detail: str) -> bool:
+        """Count a bad row; always False.
+
+        Raises:
+            DataError: bad rows are not to be skipped.
+        """
+        if not self._skip_bad:
+            raise DataError(
+                f"source {source.name!r}: row {row_id!r}: {detail} ({reason}); "
+                "allowed: correct the row, or training.bad_rows: skip"
+            )
+        self.rejects[reason] += 1
+        return False
+
+    def swallowed(self, problem: str) -> None:
+        """Count a row whose instruction leaves no room for its text, whatever ``bad_rows`` says: one long instruction
+        among thousands should not end a run, and one for all rows leaves the source without any, which does."""
+        self.rejects["instruction_too_long"] += 1
+        self.swallowed_by = self.swallowed_by or problem
+
+    def without_wrong(self, example: SourceExample) -> bool:
+        """Take the negatives that are none from a row; whether enough are left.
+
+        A row that they leave without is counted and not refused, whatever ``bad_rows`` says: nothing is wrong with
+        its form, but it would teach the model to tell a text from itself.
+        """
+        rights = {folded(text) for text in (example.positive, *example.others)}
+        own = None if example.task_type in LABEL_TASK_TYPES else folded(example.query)
+        reasons = [_not_negative(folded(text), rights, own) for text in example.negatives]
+        kept = [text for text, reason in zip(example.negatives, reasons, strict=True) if reason is None]
+        example.negatives[:] = kept
+        return self._count([reason for reason in reasons if reason is not None], len(kept))
+
+    def without_seen(self, row: TokenRow, wrong: Sequence[str | None]) -> TokenRow | None:
+        """The row without the negatives that have a reason in ``wrong``; None if too few are left."""
+        kept = [at for at, reason in enumerate(wrong) if reason is None]
+        if not self._count([reason for reason in wrong if reason is not None], len(kept)):
+            return None
+        documents = [row.documents[0], *(row.documents[1 + at] for at in kept)]
+        return replace(row, documents=documents, negatives=[row.negatives[at] for at in kept])
+
+    def _count(self, wrong: Sequence[str], left: int) -> bool:
+        if wrong and left < self.least:
+            self.rejects[wrong[0]] += 1
+            return False
+        self.cleaned.update(wrong)
+        return True
+
+
+def _not_negative(text: str | int, rights: Collection[str | int], query: str | int | None) -> str | None:
+    """Why a text is no negative of a row."""
+    if text in rights:
+        return "negative_is_positive"
+    return "negative_is_query" if text == query else None
+
+
+def prepare_source(
+    source: TrainingSource,
+    mined: Place | None,
+    tokens: TextTokens,
+    rules: RowRules,
+    out: Place,
+    known: RightAnswers | None = None,
+) -> dict[str, Any]:
+    """Write one source's token ids below ``out`` and return its index: rows per part and counts.
+
+    Args:
+        source: what to read.
+        mined: the run's own mined examples.
+        tokens: what makes the ids.
+        rules: for rows; counts what it leaves out.
+        out: folder of this source alone.
+        known: right answers by other rows and sources, which are no negatives here; None: each row by itself.
+
+    Raises:
+        DataError: the source does not fit its format, or has no usable row.
+    """
+    if out.exists(INDEX_FILE):
+        return out.read_json(INDEX_FILE)
+    limit = rules.negatives if source.negatives is None else min(source.negatives, rules.negatives)
+    parts: list[int] = []
+    prompts = PromptCounter()
+    total = 0
+    tokenizing = _Tokenizing(source, limit, tokens, rules, known)
+    with tempfile.TemporaryDirectory(prefix="embedloom-source-") as scratch:
+        rows = _usable(source, limit, read_source(source, mined, Path(scratch)), rules)
+        kept = tokenizing.rows(rows)
+        while batch := list(islice(kept, PART_ROWS)):
+            for row in batch:
+                prompts.add(row.prompt, row.dataset)
+            for kind, schema in (("part", PART_SCHEMA), ("keys", KEY_SCHEMA)):
+                name = f"{kind}-{len(parts):06d}.arrow"
+                table = _token_table(schema, batch)
+                if not out.exists(name):
+                    out.write_bytes(name, _ipc_bytes(table))
+            parts.append(len(batch))
+            total += sum(sum(row.lengths) for row in batch)
+            rules.repeated += sum(rules.negatives - len(row.negatives) for row in batch)
+    rejects = dict(rules.rejects)
+    if not parts:
+        why = f"; {rules.swallowed_by}" if rules.swallowed_by else ""
+        raise DataError(f"source {source.name!r}: no usable row; rejects: {rejects}{why}")
+    index = {
+        "parts": parts, "rejects": rejects, "repeated_negatives": rules.repeated, "tokens": total,
+        "prompts": prompts.as_json(),
+        "cleaned": dict(rules.cleaned), "cut": asdict(tokenizing.cuts), "swallowed_by": rules.swallowed_by,
+    }  # fmt: skip
+    out.write_json(INDEX_FILE, index)
+    return index
+
+
+def _usable(
+    source: TrainingSource, limit: int, rows: Iterator[SourceExample], rules: RowRules
+) -> Iterator[SourceExample]:
+    """The rows that can become examples by their texts."""
+    return (row for row in rows if rules.without_wrong(row) and rules.accept(source, row, limit))
+
+
+class _Tokenizing:
+    """Rows become token ids, less those that the model's limits or other rows make useless."""
+
+    def __init__(
+        self,
+        source: TrainingSource,
+        limit: int,
+        tokens: TextTokens,
+        rules: RowRules,
+        known: RightAnswers | None,
+    ) -> None:
+        self._source = source
+        self._limit = limit
+        self._tokens = tokens
+        self._rules = rules
+        self._known = known
+        self.cuts = CutTexts()
+
+    def rows(self, examples: Iterator[SourceExample]) -> Iterator[TokenRow]:
+        """The usable rows, each with at most ``limit`` negatives."""
+        while batch := list(islice(examples, _TOKENIZED_ROWS)):
+            # Negatives beyond the limit cost as much as the others, and few rows ever need them.
+            short = [replace(row, negatives=row.negatives[: self._limit]) for row in batch]
+            for example, row in zip(batch, self._tokens.rows(short, self.cuts), strict=True):
+                kept = self._kept(example, row)
+                if kept is not None:
+                    yield kept
+
+    def _kept(self, example: SourceExample, row: TokenRow) -> TokenRow | None:
+        problem = self._tokens.swallowed(row)
+        if problem is not None:
+            self._rules.swallowed(problem)
+            return None
+        if self._known is not None:
+            # Also for the batch: what another row knows is right is no negative there either.
+            row = replace(row, rights=list(dict.fromkeys([*row.rights, *self._known.of(row.query_key)])))
+        wrong = self._wrong(example, row)
+        if not any(wrong):
+            return row
+        if len(example.negatives) > self._limit:
+            (whole,) = self._tokens.rows([example], CutTexts())
+            row = replace(whole, rights=row.rights)
+            wrong = self._wrong(example, row)
+        kept = self._rules.without_seen(row, wrong)
+        return None if kept is None else kept.with_negatives(self._limit)
+
+    def _wrong(self, example: SourceExample, row: TokenRow) -> list[str | None]:
+        """Why each negative of a row, as the model sees it, is none."""
+        rights = set(row.rights)
+        own = None if example.task_type in LABEL_TASK_TYPES else row.query_key
+        return [_not_negative(key, rights, own) for key in row.negatives]
+
+
+def _token_table(schema: pa.Schema, rows: list[TokenRow]) -> pa.Table:
+    return pa.table({name: [getattr(row, name) for row in rows] for name in schema.names}, schema=schema)
+
+
+def _ipc_bytes(table: pa.Table) -> bytes:
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_file(sink, table.schema) as writer:
+        writer.write_table(table.combine_chunks())
+    return bytes(sink.getvalue())
+
+
+# Prepared examples of all sources, read row by row from memory-mapped files.
+#
+# Only the pages that are read take memory, and workers of one node share them, so the data may be larger than memory.
+# Below an object store, parts are copied to the node's own disk when first needed.
+
+
+_OPEN_PARTS = 2048  # mapped at a time; each is a handful of objects, its pages belong to the system
+
+
+class ExampleStore:
+    """Rows numbered through all sources, in the order in which they are named."""
+
+    def __init__(self, place: Place, folders: Mapping[str, str], negatives: int) -> None:
+        """Read the sources' indexes and keys, 8 bytes a text.
+
+        Args:
+            place: below which they lie.
+            folders: of each source, by its name.
+            negatives: that every example shall have.
+        """
+        self._place = place
+        self._folders = dict(folders)
+        self._names = list(folders)
+        self._negatives = negatives
+        self.indexes = {name: place.child(folder).read_json(INDEX_FILE) for name, folder in folders.items()}
+        self._part = lru_cache(maxsize=_OPEN_PARTS)(self._open_part)
+        self.sizes = {name: int(sum(index["parts"])) for name, index in self.indexes.items()}
+        self._starts = np.cumsum([0, *self.sizes.values()])
+        self.keys = {name: self._keys_of(name) for name in folders}
+        self.rights = RightAnswers(list(self.keys.values()))
+
+    def first_row(self, name: str) -> int:
+        """Number of a source's first row."""
+        return int(self._starts[self._names.index(name)])
+
+    def ids(self, rows: Sequence[int]) -> list[str]:
+        """``source/id`` of rows."""
+        return [f"{name}/{self._value(name, at, 'id')}" for name, at in map(self._find, rows)]
+
+    def lengths(self, rows: Sequence[int]) -> list[list[int]]:
+        """Tokens of every text of every row: query, positive, then exactly ``negatives`` negatives."""
+        found = [self._value(name, at, "lengths") for name, at in map(self._find, rows)]
+        return [[*own[:2], *self._repeated(own[2:])] for own in found]
+
+    def groups(self, rows: Sequence[int]) -> list[Group]:
+        """Token ids of rows; negatives short of the number wanted repeat in turn, as NeMo's trainer does."""
+        groups = []
+        for name, at in map(self._find, rows):
+            documents = self._value(name, at, "documents")
+            query, rights, negatives = (self._value(name, at, column, "keys") for column in KEY_SCHEMA.names)
+            groups.append(
+                Group(
+                    f"{name}/{self._value(name, at, 'id')}",
+                    self._value(name, at, "query"),
+                    [documents[0], *self._repeated(documents[1:])],
+                    query,
+                    [rights[0], *self._repeated(negatives)],
+                    list(dict.fromkeys([*rights, *self.rights.of(query)])),
+                )
+            )
+        return groups
+
+    def _repeated(self, negatives: list[Any]) -> list[Any]:
+        return [negatives[number % len(negatives)] for number in range(self._negatives)]
+
+    def _find(self, row: int) -> tuple[str, int]:
+        """Source of a row, and its number there."""
+        source = int(np.searchsorted(self._starts, row, side="right")) - 1
+        return self._names[source], int(row) - int(self._starts[source])
+
+    def _value(self, name: str, at: int, column: str, kind: str = "part") -> Any:
+        return self._part(name, kind, at // PART_ROWS).column(column)[at % PART_ROWS].as_py()
+
+    def _keys_of(self, name: str) -> pa.Table:
+        parts = range(len(self.indexes[name]["parts"]))
+        return pa.Table.from_batches([self._part(name, "keys", number) for number in parts], KEY_SCHEMA)
+
+    def _open_part(self, name: str, kind: str, number: int) -> pa.RecordBatch:
+        path = self._local(f"{self._folders[name]}/{kind}-{number:06d}.arrow")
+        return pa.ipc.open_file(pa.memory_map(str(path))).get_batch(0)
+
+    def _local(self, name: str) -> Path:
+        if self._place.is_local:
+            return self._place.local / name
+        key = hashlib.sha256(self._place.uri.encode()).hexdigest()[:16]
+        path = Path(tempfile.gettempdir()) / f"embedloom-parts-{key}" / name
+        if not path.is_file():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            # Workers of a node may fetch one part at once; each renames a whole file over the other's.
+            temporary = path.with_name(f"_tmp-{os.getpid()}-{path.name}")
+            temporary.write_bytes(self._place.read_bytes(name))
+            temporary.replace(path)
+        return path
+
+
+# Prepared sources by content: what stages and candidates of a run read alike is tokenized once.
+#
+# A source's folder is named by everything that decides its token ids, so it can never belong to another config, and its
+# index is written last, so one without index is unfinished. Two drivers that prepare the same source at once write the
+# same bytes, each file by rename.
+
+
+Prepared = dict[str, dict[str, Any]]  # index of each source, with its "folder"
+# Which rows are drawn how often, and what the source is called, is decided later.
+_NOT_READ = {"name", "weight", "cap", "license"}
+_LEFT_OUT = {"rejects": "rows left out", "cleaned": "negatives taken out of rows that stay"}
+_FORM = 2  # of the files; what an earlier version prepared is prepared again
+
+
+def source_folder(
+    source: TrainingSource, config: TrainingConfig, negatives: int, mined: Artefact | None, tokens: TextTokens
+) -> str:
+    """Name of the folder of a source's token ids, a hash of what decides them."""
+    own = mined.fingerprint if source.format == "mined" and mined is not None else None
+    rules = (negatives, config.repeat_negatives, config.bad_rows, PART_ROWS, _FORM)
+    state = source_state(source)
+    reading = {key: value for key, value in state["settings"].items() if key not in _NOT_READ}
+    return fingerprint(reading, state["contents"], own, rules, tokens.identity)
+
+
+def prepare_sources(
+    label: str,
+    config: TrainingConfig,
+    negatives: int,
+    sources: Sequence[TrainingSource],
+    mined: Artefact | None,
+    model: Path,
+    data: Place,
+) -> Prepared:
+    """Prepare every source below ``data`` that is not yet there.
+
+    Args:
+        label: of the stage, for the progress lines.
+        config: says what becomes of bad rows.
+        negatives: wanted for every query.
+        sources: of the stage.
+        mined: the run's own mined examples.
+        model: folder whose tokenizer and contract make the ids.
+        data: folder with one subfolder a source, shared between stages and candidates.
+
+    Raises:
+        DataError: a source that does not fit its format, has no usable row, or fewer than its cap.
+    """
+    reader = _Reader(label, config, negatives, mined, TextTokens(model), data)
+    found = {source.name: reader.prepare(source, None) for source in sources}
+    store = ExampleStore(data, {name: index["folder"] for name, index in found.items()}, negatives)
+    for source in sources:
+        if store.rights.touches(store.keys[source.name]):
+            found[source.name] = reader.prepare(source, store.rights)
+        reader.check(source, found[source.name])
+    return found
+
+
+class _Reader:
+    """Prepares the sources of one stage."""
+
+    def __init__(
+        self,
+        label: str,
+        config: TrainingConfig,
+        negatives: int,
+        mined: Artefact | None,
+        tokens: TextTokens,
+        data: Place,
+    ) -> None:
+        self._label = label
+        self._config = config
+        self._negatives = negatives
+        self._mined = mined
+        self._tokens = tokens
+        self._data = data
+
+    def prepare(self, source: TrainingSource, known: RightAnswers | None) -> dict[str, Any]:
+        """The index of a source; prepared with what other rows and sources know, it has a folder of its own."""
+        folder = source_folder(source, self._config, self._negatives, self._mined, self._tokens)
+        if known is not None:
+            folder = f"{folder}-{known.digest}"
+            note(
+                self._label, f"{source.name}: has negatives that are right answers by other rows; read again"
+            )
+        again = ", prepared before" if self._data.exists(f"{folder}/{INDEX_FILE}") else ""
+        rules = RowRules(self._negatives, self._config.repeat_negatives, self._config.bad_rows == "skip")
+        place = self._mined.place if self._mined is not None else None
+        index = prepare_source(source, place, self._tokens, rules, self._data.child(folder), known)
+        size = f"{sum(index['parts']):,} examples, {index['tokens']:,} tokens"
+        note(self._label, f"{source.name}: {size}, {CutTexts(**index['cut'])}{again}")
+        return {**index, "folder": folder}
+
+    def check(self, source: TrainingSource, index: dict[str, Any]) -> None:
+        """Say what was left out of a source, and raise DataError if its cap is above what is left."""
+        rows = sum(index["parts"])
+        for what in ("rejects", "cleaned"):
+            if index[what]:
+                reasons = ", ".join(f"{reason} {count:,}" for reason, count in sorted(index[what].items()))
+                note(self._label, f"{source.name}: {_LEFT_OUT[what]}: {reasons}")
+        if index["swallowed_by"]:
+            note(self._label, f"{source.name}: instruction_too_long: {index['swallowed_by']}")
+        if source.cap is not None and source.cap > rows:
+            raise DataError(
+                f"source {source.name!r}: cap is {source.cap:,}, but it has {rows:,} usable rows; rejects: {index['rejects']}"
+            )
+
+
+def drawn_prompts(
+    sources: Sequence[TrainingSource], prepared: Prepared, drawn: Mapping[str, int]
+) -> list[TrainedPrompt]:
+    """The prompts of a stage's queries.
+
+    Args:
+        sources: of the stage.
+        prepared: what was found in them.
+        drawn: queries that the stage draws, by source.
+    """
+    found: list[TrainedPrompt] = []
+    for source in sources:
+        counted = prepared[source.name].get("prompts", {})
+        several = source.dataset is None and source.format in ("mined", "examples")
+        found += source_prompts(counted, source.name, several, drawn[source.name])
+    return found
+
+
+def preparation_counts(prepared: Prepared) -> dict[str, Any]:
+    """Counts for the manifest: negatives that were repeated, rejects by reason; and, where there are any, negatives
+    taken out of rows that stay (``cleaned``, by reason) and texts cut at a limit (``texts_cut``, ``tokens_left_out``).
+    """
+    rejects: Counter[str] = Counter()
+    cleaned: Counter[str] = Counter()
+    cuts = CutTexts()
+    for index in prepared.values():
+        rejects.update(index["rejects"])
+        cleaned.update(index["cleaned"])
+        cuts.add(CutTexts(**index["cut"]))
+    repeated = sum(index["repeated_negatives"] for index in prepared.values())
+    counts: dict[str, Any] = {"repeated_negatives": repeated, "rejects": dict(rejects)}
+    return {**counts, **({"cleaned": dict(cleaned)} if cleaned else {}), **cuts.counts()}

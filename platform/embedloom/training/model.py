@@ -1,0 +1,116 @@
+"""The model as a worker trains it: the backbone as the config wants it, DeepSpeed's settings, and the engine built from them."""
+
+import os
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from embedloom.config.training import TrainingConfig
+from embedloom.errors import ConfigError
+
+
+def prepare_backbone(backbone: Any, config: TrainingConfig) -> None:
+    """Training mode, adapters, frozen embeddings and recomputation as the config has them."""
+    if config.lora is not None:
+        from embedloom.training.lora import add_adapters  # peft takes a second to import
+
+        add_adapters(backbone, config.lora)
+    backbone.train()
+    if config.freeze_token_embeddings:
+        backbone.get_input_embeddings().requires_grad_(False)
+    if config.gradient_checkpointing:
+        backbone.gradient_checkpointing_enable()
+
+
+def matrix_weights(backbone: Any) -> tuple[int, int]:
+    """Weights that every token is multiplied with, all but the token embeddings, and how many of them are frozen."""
+    embeddings = backbone.get_input_embeddings().weight
+    own = [parameter for parameter in backbone.parameters() if parameter is not embeddings]
+    return sum(p.numel() for p in own), sum(p.numel() for p in own if not p.requires_grad)
+
+
+def deepspeed_settings(
+    config: TrainingConfig, bf16_weights: bool, gradient_dtype: str = "float32"
+) -> dict[str, Any]:
+    """The DeepSpeed config document.
+
+    Gradients of bfloat16 weights are summed over micro-batches and reduced over workers in ``gradient_dtype``;
+    DeepSpeed's own default is the weights' type, in which a sum of 64 workers' gradients has 8 bits.
+    ``train_micro_batch_size_per_gpu`` is only DeepSpeed's bookkeeping here: our batches are cut by tokens and the
+    loop says itself where an accumulation ends.
+
+    Raises:
+        ConfigError: bfloat16 weights without ZeRO.
+    """
+    zero: dict[str, Any] = {"stage": config.zero_stage}
+    if config.zero_stage == 3:
+        zero["stage3_gather_16bit_weights_on_model_save"] = True
+    sums: dict[str, Any] = {}
+    if bf16_weights and config.zero_stage == 0:
+        raise ConfigError(
+            "training.zero_stage: 0, but without ZeRO DeepSpeed keeps no float32 copy of bfloat16 weights and loses small "
+            "steps; allowed: 1, 2, 3, or train.bf16_weights: false in the cluster profile"
+        )
+    if bf16_weights and gradient_dtype == "float32":
+        sums = {"data_types": {"grad_accum_dtype": "fp32"}, "communication_data_type": "fp32"}
+    return sums | {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": config.gradient_clip_norm,
+        "zero_optimization": zero,
+        "bf16": {"enabled": bf16_weights},
+        # Our AdamW is torch's: no JIT compiler on the nodes, the same numbers on CPU and GPU.
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 2**31 - 1,
+        "wall_clock_breakdown": False,
+    }
+
+
+def parameter_groups(
+    parameters: Iterable[tuple[str, nn.Parameter]], weight_decay: float
+) -> list[dict[str, Any]]:
+    """Weight decay for matrices, none for norms and biases; frozen weights and empty groups are left out."""
+    decayed: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
+    for name, parameter in parameters:
+        if parameter.requires_grad:
+            (plain if parameter.ndim < 2 or "norm" in name.lower() else decayed).append(parameter)
+    groups = [(decayed, weight_decay), (plain, 0.0)]
+    return [{"params": own, "weight_decay": decay} for own, decay in groups if own]
+
+
+def build_engine(module: nn.Module, config: TrainingConfig, settings: dict[str, Any]) -> Any:
+    """A DeepSpeed engine with ``deepspeed_settings`` around ``module``, in the process group Ray Train has set up."""
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+    import deepspeed
+
+    if not torch.cuda.is_available():
+        # Only used by inference_all_reduce, but its JIT build (a compiler, ninja, a minute) would run at start-up.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    optimizer = torch.optim.AdamW(
+        parameter_groups(module.named_parameters(), config.weight_decay),
+        lr=0.0,
+        betas=config.adam_betas,
+        fused=True,
+    )
+    engine, _, _, _ = deepspeed.initialize(
+        model=module,
+        optimizer=optimizer,
+        config=settings,
+        dist_init_required=False,
+    )
+    return engine
+
+
+def unsharded_gradient_norm(engine: Any) -> float | None:
+    """Norm of all gradients before clipping, where DeepSpeed keeps none (ZeRO-0 in float32); None elsewhere.
+
+    To be asked after the last backward of a step and before the step, which clips.
+    """
+    if hasattr(engine.optimizer, "_global_grad_norm"):
+        return None
+    norms = [weight.grad.norm() for weight in engine.module.parameters() if weight.grad is not None]
+    return float(torch.linalg.vector_norm(torch.stack(norms)))

@@ -1,0 +1,181 @@
+"""The whole spine with tiny real models: every artefact, then a second run that builds nothing."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from embedloom.errors import DataError
+from embedloom.pipeline.commands import execute, load
+from embedloom.pipeline.graph import build_missing, fingerprints, finished, graph, missing
+from embedloom.pipeline.preflight import preflight
+from fakes_mining import make_tiny_cross_encoder
+
+ROOT = Path(__file__).parents[2]
+CLUSTER = ROOT / "cluster" / "cluster.yaml"
+TOPICS = [
+    "rivers",
+    "graphs",
+    "sorting",
+    "matrices",
+    "lists",
+    "colours",
+    "planets",
+    "numbers",
+    "letters",
+    "trees",
+]
+
+
+def write_config(folder: Path, base: Path, teacher: Path) -> Path:
+    corpus = folder / "corpus"
+    corpus.mkdir()
+    (corpus / "corpus.jsonl").write_text(
+        "".join(
+            json.dumps(
+                {
+                    "_id": f"d{i}",
+                    "title": "",
+                    "text": f"{TOPICS[i % 10]} chapter {i}: about {TOPICS[i % 10]} and more",
+                }
+            )
+            + "\n"
+            for i in range(60)
+        )
+    )
+    (corpus / "queries.jsonl").write_text(
+        "".join(
+            json.dumps({"_id": f"q{i}", "text": f"what is chapter {i} on {TOPICS[i % 10]}?"}) + "\n"
+            for i in range(60)
+        )
+    )
+    (corpus / "qrels").mkdir()
+    (corpus / "qrels" / "train.tsv").write_text(
+        "query-id\tcorpus-id\tscore\n" + "".join(f"q{i}\td{i}\t1\n" for i in range(60))
+    )
+    content = {
+        "run": {"name": "smoke", "output_dir": str(folder / "runs")},
+        "corpus": {
+            "sources": [{"format": "beir", "path": str(corpus)}],
+            "min_characters": 5,
+            "near_duplicate_threshold": None,
+            "chunk_tokens": None,
+            "split": {"dev": 0.1, "test": 0.3},
+        },
+        "mining": {
+            "teachers": [str(teacher)],
+            "top_k": 20,
+            "selection": {"negatives": 2, "margin_ratio": 1.0},
+            "max_query_tokens": 128,
+        },
+        "encoder": {"base": str(base), "max_query_tokens": 128, "max_document_tokens": 64},
+        "training": {
+            "mix": {"public": 1},
+            "candidates": [
+                {"name": "alpha", "seed": 1},
+                {"name": "beta", "seed": 2, "learning_rate_scale": 0.5},
+            ],
+            "stages": [
+                {
+                    "name": "pretrain",
+                    "negatives": 2,
+                    "global_batch": 4,
+                    "learning_rate": 0.001,
+                    "max_steps": 2,
+                }
+            ],
+            "zero_stage": 0,
+        },
+    }
+    path = folder / "smoke.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+@pytest.mark.ray
+def test_the_whole_run_then_nothing_left_to_build(ray_local, tiny_llama, tiny_model, tmp_path):
+    run = load(write_config(tmp_path, tiny_llama, tiny_model), "local", CLUSTER, [])
+    built = build_missing(run)
+    assert built == [
+        "corpus",
+        "encoder",
+        "mining",
+        "examples",
+        "training/alpha/pretrain",
+        "training/beta/pretrain",
+        "merged",
+        "evaluation",
+        "gate",
+        "vectors",
+    ]
+    nodes = graph(run)
+    assert {name: artefact.fingerprint for name, artefact in finished(run, nodes).items()} == fingerprints(
+        nodes
+    )
+    assert missing(run, nodes, None) == []
+
+    last_line = execute(run, None, dry_run=False).splitlines()[-1]
+    assert Path(last_line).name == "report.html"
+    summary = run.place.read_json("summary.json")
+    assert set(summary["scores"]["candidates"]) == {"alpha", "beta"}
+    for scores in (
+        summary["scores"]["base"],
+        summary["scores"]["merged"],
+        *summary["scores"]["candidates"].values(),
+    ):
+        assert 0 <= scores["heldout"] <= 1
+    low, high = summary["scores"]["intervals"]["models"]["merged"]["heldout"]
+    assert low <= summary["scores"]["merged"]["heldout"] <= high
+    verdict = json.loads((run.place.child("merged").local / "gate.json").read_text())
+    assert verdict == summary["gate"]
+    assert verdict["candidate"] == "merged" and verdict["against"] == "base"
+    vectors = run.place.child("vectors")
+    rows = vectors.read_tables("vectors").num_rows
+    assert rows == finished(run, nodes)["corpus"].counts["rows"]
+
+    changed = load(tmp_path / "smoke.yaml", "local", CLUSTER, ["merging.weights=[3, 1]"])
+    assert missing(changed, graph(changed), None) == ["merged", "evaluation", "gate", "vectors"]
+
+
+def test_a_stage_without_its_inputs_says_which_command_builds_them(tiny_llama, tiny_model, tmp_path):
+    run = load(write_config(tmp_path, tiny_llama, tiny_model), "local", CLUSTER, [])
+    with pytest.raises(
+        DataError, match="examples: missing or built from another config; run `embedloom mine` first"
+    ):
+        execute(run, "train", dry_run=False)
+
+
+def test_dry_run_starts_and_writes_nothing(tiny_llama, tiny_model, tmp_path):
+    run = load(write_config(tmp_path, tiny_llama, tiny_model), "local", CLUSTER, [])
+    plan = execute(run, None, dry_run=True)
+    assert "0 of 10 artefacts finished" in plan
+    assert not (tmp_path / "runs").exists()
+
+
+def test_other_rescoring_needs_no_other_mining(tiny_llama, tiny_model, tmp_path):
+    config = write_config(tmp_path, tiny_llama, tiny_model)
+    cross = make_tiny_cross_encoder(tmp_path / "cross")
+
+    def known(*overrides):
+        run = load(config, "local", CLUSTER, list(overrides))
+        return fingerprints(graph(run))
+
+    without = known()
+    with_ten = known(f"mining.rescoring={{model: {cross}, top: 10}}")
+    with_five = known(f"mining.rescoring={{model: {cross}, top: 5}}")
+    assert list(with_ten) == [*list(without)[:3], "rescoring", *list(without)[3:]]
+    assert without["mining"] == with_ten["mining"] == with_five["mining"]
+    assert len({one["examples"] for one in (without, with_ten, with_five)}) == 3
+    assert with_ten["rescoring"] != with_five["rescoring"]
+    make_tiny_cross_encoder(cross, seed=1)
+    assert known(f"mining.rescoring={{model: {cross}, top: 10}}")["rescoring"] != with_ten["rescoring"]
+    other_rules = known(f"mining.rescoring={{model: {cross}, top: 5}}", "mining.selection.margin_ratio=0.9")
+    assert other_rules["rescoring"] == known(f"mining.rescoring={{model: {cross}, top: 5}}")["rescoring"]
+    assert other_rules["examples"] != with_five["examples"]
+
+    run = load(config, "local", CLUSTER, [f"mining.rescoring={{model: {cross}, top: 10}}"])
+    assert f"{cross}, best 10" in execute(run, None, dry_run=True)
+    run = load(config, "local", CLUSTER, ["mining.rescoring={model: ./nowhere, top: 10}"])
+    with pytest.raises(DataError, match=r"mining\.rescoring\.model: './nowhere' does not exist"):
+        preflight(run, {"mine"})
