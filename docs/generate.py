@@ -40,7 +40,7 @@ def cli() -> str:
     # Its usage lines put required arguments into braces and optional ones into two pairs of brackets.
     usage = re.compile(r"```console\n\$ (.*)\n")
     plain = usage.sub(lambda found: f"```text\n{found[1].replace('[[', '[').replace(']]', ']')}\n", text)
-    return _single_ticks(re.sub(r"\{([A-Z|]+)\}|\{([A-Z]+\.\.\.)\}\.\.\.", r"\1\2", plain))
+    return _single_ticks(re.sub(r"\{([A-Z|]+)\}|\{([A-Z|]+\.\.\.)\}\.\.\.", r"\1\2", plain))
 
 
 def exit_codes() -> str:
