@@ -13,6 +13,7 @@ from peft import inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import AutoModel
+from transformers.pytorch_utils import Conv1D
 
 from embedloom.config.training import LoraConfig
 from embedloom.encoder.backbone import backbone_config
@@ -22,9 +23,11 @@ _WRAPPED = ".base_layer"
 
 
 def linear_names(backbone: nn.Module) -> set[str]:
-    """Last parts of the names of all linear layers."""
+    """Last parts of the names of all linear layers; GPT-2's are of a class of their own, with the weights transposed."""
     return {
-        name.rsplit(".", 1)[-1] for name, module in backbone.named_modules() if isinstance(module, nn.Linear)
+        name.rsplit(".", 1)[-1]
+        for name, module in backbone.named_modules()
+        if isinstance(module, nn.Linear | Conv1D)
     }
 
 
@@ -52,8 +55,9 @@ def add_adapters(backbone: Any, config: LoraConfig) -> None:
     """Put adapters beside the target layers, freeze everything else; B starts at zero, so nothing changes yet."""
     targets = config.target_modules or tuple(sorted(linear_names(backbone)))
     settings = PeftLora(
-        r=config.rank, lora_alpha=config.alpha, lora_dropout=config.dropout, target_modules=list(targets)
-    )
+        r=config.rank, lora_alpha=config.alpha, lora_dropout=config.dropout, target_modules=list(targets),
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in backbone.modules()),
+    )  # fmt: skip
     backbone.requires_grad_(False)
     inject_adapter_in_model(settings, backbone)
 
