@@ -25,7 +25,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from safetensors.torch import load_file, save_file
 
 ROOT = Path(__file__).parents[1]
@@ -121,8 +120,8 @@ def ours(method: str, folders: list[Path], out: Path) -> dict[str, torch.Tensor]
     return load_file(out / "model.safetensors")
 
 
-def peers(command: Path, method: str, folders: list[Path], out: Path, prefix: str) -> dict[str, torch.Tensor]:
-    """The merged backbone by mergekit, without its prefix and head."""
+def peer_section(method: str, folders: list[Path]) -> dict[str, Any]:
+    """mergekit's config of a merge."""
     base, *models = map(str, folders)
     section: dict[str, Any] = {"merge_method": method, "dtype": "float32", "parameters": METHODS[method][1]}
     weights = METHODS[method][0].get("weights")
@@ -135,26 +134,41 @@ def peers(command: Path, method: str, folders: list[Path], out: Path, prefix: st
         section["base_model"] = used[0]
     elif method in FROM_BASE:
         section["base_model"] = base
-    file = out.with_suffix(".yaml")
-    file.write_text(yaml.safe_dump(section))
-    done = subprocess.run(
-        [str(command), str(file), str(out), "--quiet"], env={**os.environ, "HF_HUB_OFFLINE": "1"}, capture_output=True,
-        text=True, check=False,
-    )  # fmt: skip
-    if done.returncode:
-        raise SystemExit(f"mergekit, {method}: {done.stderr[-2000:]}")
-    tensors = {n: t for file in out.glob("*.safetensors") for n, t in load_file(file).items()}
-    return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+    return section
+
+
+def run_peer(root: Path, sections: dict[str, dict[str, Any]]) -> None:
+    """Let mergekit make one folder a config, in one process of its own environment."""
+    jobs = root / "jobs.json"
+    jobs.write_text(json.dumps({str(root / name): section for name, section in sections.items()}))
+    python = install_peer().with_name("python")
+    subprocess.run(
+        [str(python), "-c", _RUNNER, str(jobs)], env={**os.environ, "HF_HUB_OFFLINE": "1"}, check=True
+    )
+
+
+_RUNNER = """
+import json, sys
+from mergekit.config import MergeConfiguration
+from mergekit.merge import MergeOptions, run_merge
+for out, section in json.load(open(sys.argv[1])).items():
+    run_merge(MergeConfiguration.model_validate(section), out, MergeOptions(quiet=True))
+"""
 
 
 def rows(root: Path) -> Iterator[tuple[str, str, float, float, int]]:
     """(family, method, largest difference, share of elements beyond the tolerance, elements)."""
-    command = install_peer()
+    folders = {family: make_family(root / family, family) for family in FAMILIES}
+    run_peer(root, {f"{f}-{m}": peer_section(m, folders[f]["peer"]) for f in FAMILIES for m in METHODS})
     for family, (_, _, prefix, _) in FAMILIES.items():
-        folders = make_family(root / family, family)
         for method in METHODS:
-            left = ours(method, folders["ours"], root / family / f"out-{method}")
-            right = peers(command, method, folders["peer"], root / family / f"peer-{method}", prefix)
+            left = ours(method, folders[family]["ours"], root / family / f"out-{method}")
+            whole = {
+                n: t
+                for f in (root / f"{family}-{method}").glob("*.safetensors")
+                for n, t in load_file(f).items()
+            }
+            right = {n.removeprefix(prefix): t for n, t in whole.items() if n.startswith(prefix)}
             names = set(left) & set(right)
             odd = sorted(set(left) ^ set(right))
             if not names or any("pooler" not in name and "position_ids" not in name for name in odd):

@@ -143,17 +143,17 @@ def _disagreement(message: str) -> str:
 def _lora(folder: Path) -> str:
     """Whether adapters on the attention's projections get a gradient through our forward, and merge to the same vectors."""
     from peft import LoraConfig, get_peft_model
+    from transformers.pytorch_utils import Conv1D
+
+    from embedloom.training.lora import linear_names
 
     encoder = Encoder.load(folder, dtype="float32", device="cpu", trainable=True)
-    linear = {
-        name.rsplit(".", 1)[-1]
-        for name, module in encoder.backbone.named_modules()
-        if isinstance(module, torch.nn.Linear)
-    }
     torch.manual_seed(0)
-    adapted = get_peft_model(
-        encoder.backbone, LoraConfig(r=2, target_modules=sorted(linear), init_lora_weights=False)
-    )
+    settings = LoraConfig(
+        r=2, target_modules=sorted(linear_names(encoder.backbone)), init_lora_weights=False,
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in encoder.backbone.modules()),
+    )  # fmt: skip
+    adapted = get_peft_model(encoder.backbone, settings)
     ids = [[9, 8, 7, 6], [5, 4]]
     vectors = encoder.forward(ids)
     (vectors * torch.randn_like(vectors)).sum().backward()  # a plain sum is constant behind a LayerNorm

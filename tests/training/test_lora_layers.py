@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from embedloom.config.training_options import LoraConfig
+from embedloom.config.training import LoraConfig
 from embedloom.encoder.backbone import load_backbone
 from embedloom.training.lora import add_adapters, has_adapters, linear_names, merged_backbone
 from fakes_bases import FAMILIES, make_base
