@@ -14,11 +14,11 @@ from embedloom.cluster.doctor import (
     check_importable,
     diagnose,
     format_findings,
-    has_bf16_instructions,
     int8_kernel,
     memory_bytes,
     search_kernel,
 )
+from embedloom.core.hardware import has_bf16_instructions
 
 
 def test_every_component_is_reported_with_its_version():

@@ -14,10 +14,11 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
+from embedloom.core.hardware import has_bf16_instructions
+
 MIN_MEMORY_GIB = 8.0
 MIN_SHM_MIB = 512
 _IMPORT_SECONDS = 60
-_BF16_FLAGS = {"avx512_bf16", "amx_bf16"}
 _SEARCH_KERNEL = "embedloom.retrieval._nominate"
 _ATTENTION_KERNEL = "embedloom.encoder._attention"
 _INT8_KERNEL = "embedloom.encoder._int8"
@@ -148,19 +149,13 @@ def _machine() -> list[Finding]:
 
 def _processor() -> Finding:
     cores = len(os.sched_getaffinity(0))
-    fast = has_bf16_instructions(_read("/proc/cpuinfo"))
+    fast = has_bf16_instructions()
     return Finding(
         "processor",
         cores >= 2,
         f"{cores} cores, {'fast bfloat16' if fast else 'float32 only'}",
         "" if cores >= 2 else "two cores are the least the demo is made for",
     )
-
-
-def has_bf16_instructions(cpuinfo: str) -> bool:
-    """Whether the processor multiplies bfloat16 in hardware, from the text of ``/proc/cpuinfo``."""
-    flags = next((line for line in cpuinfo.splitlines() if line.startswith("flags")), "")
-    return bool(_BF16_FLAGS & set(flags.split()))
 
 
 def _memory() -> Finding:

@@ -19,6 +19,7 @@ from embedloom.compute.generation import (
     require_engine,
 )
 from embedloom.config.synthesis import EngineOptions
+from embedloom.core.hardware import has_bf16_instructions
 from embedloom.errors import DataError, EmbedloomError, StageError, first_line
 
 # Several batches in one decoding loop: a batch's last, longest text does not leave the engine idle.
@@ -157,7 +158,6 @@ class ContinuousBatches(Generic[One, Out]):
 
 CPU_SEQUENCES = 32  # decoded together; more only lengthens a step on a few cores
 CPU_KV_CACHE_GIB = 1.0
-_BF16_CPU_FLAGS = {"avx512_bf16", "amx_bf16"}
 _Prompt = tuple[list[int], GenerationRequest]
 
 
@@ -300,7 +300,7 @@ def set_environment(gpu: bool, threads: int, batch_invariant: bool) -> None:
 def _cpu_options(options: EngineOptions) -> dict[str, Any]:
     dtype = options.dtype
     if dtype == "auto":
-        dtype = "bfloat16" if _has_bf16() else "float32"
+        dtype = "bfloat16" if has_bf16_instructions() else "float32"
     return {
         "dtype": dtype,
         "enforce_eager": True,  # compiling takes over a minute and gains nothing on small batches
@@ -323,15 +323,6 @@ def _gpu_options(options: EngineOptions, tensor_parallel: int) -> dict[str, Any]
     if options.kv_cache_gib is not None:
         chosen["kv_cache_memory_bytes"] = int(options.kv_cache_gib * 2**30)
     return chosen
-
-
-def _has_bf16() -> bool:
-    """Whether this CPU multiplies bfloat16 in hardware; emulated it is several times slower than float32."""
-    cpuinfo = Path("/proc/cpuinfo")
-    if not cpuinfo.is_file():
-        return False
-    flags = next((line for line in cpuinfo.read_text().splitlines() if line.startswith("flags")), "")
-    return bool(_BF16_CPU_FLAGS & set(flags.split()))
 
 
 def _compile_grammars_in_order(llm: Any) -> None:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field, model_validator
 
@@ -516,12 +516,10 @@ def _line(one: Placement) -> tuple[str, ...]:
 
 def format_table(rows: Sequence[tuple[str, ...]], messages: Sequence[str]) -> str:
     """Aligned lines under a head, then what stays pending."""
-    lines: list[tuple[Any, ...]] = [("stage", "wants", "each", "placed as", "fits", "spread"), *rows]
-    widths = [max(len(row[column]) for row in lines) for column in range(len(lines[0]))]
-    table = [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in lines
-    ]
+    from embedloom.core.tables import text_table  # rich, which reading a config does not need
+
+    header = ("stage", "wants", "each", "placed as", "fits", "spread")
+    table = text_table(header, rows, range(6), style=None)
     return "\n".join([*table, *(message for message in messages if message)])
 
 

@@ -31,6 +31,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from embedloom.core.contents import is_trusted
+from embedloom.core.hardware import has_bf16_instructions
 from embedloom.core.progress import note
 from embedloom.encoder.own_code import SWITCH, read_as_llama
 from embedloom.errors import ConfigError, DataError, first_line, one_line
@@ -39,7 +40,6 @@ from embedloom.errors import ConfigError, DataError, first_line, one_line
 
 
 DTypeName = Literal["auto", "float32", "bfloat16", "int8"]  # int8: linear layers only (cpu_layers.py), on CPU
-_BF16_CPU_FLAGS = {"avx512_bf16", "amx_bf16"}
 
 
 def pick_device(name: str = "auto") -> torch.device:
@@ -62,7 +62,7 @@ def has_fast_bf16(device: torch.device) -> bool:
     """Whether bfloat16 matrix products run in hardware; emulated ones are slower than float32."""
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    return bool(_BF16_CPU_FLAGS & _cpu_flags())
+    return has_bf16_instructions()
 
 
 def as_tensor(array: np.ndarray[Any, Any]) -> torch.Tensor:
@@ -70,14 +70,6 @@ def as_tensor(array: np.ndarray[Any, Any]) -> torch.Tensor:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
         return torch.from_numpy(array)
-
-
-def _cpu_flags() -> set[str]:
-    cpuinfo = Path("/proc/cpuinfo")
-    if not cpuinfo.is_file():
-        return set()
-    flags = next((line for line in cpuinfo.read_text().splitlines() if line.startswith("flags")), "")
-    return set(flags.split())
 
 
 def pick_dtype(name: DTypeName, device: torch.device) -> torch.dtype:

@@ -12,6 +12,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from embedloom.core.apportionment import largest_remainder
 from embedloom.core.storage import Place
 from embedloom.errors import StageError
 
@@ -44,16 +45,7 @@ def shares(total: int, weights: Sequence[float], carried: Sequence[float] | None
     whole = math.fsum(weights)
     owed = carried or [0.0] * len(weights)
     exact = [total * weight / whole + extra for weight, extra in zip(weights, owed, strict=True)]
-    found = [max(0, math.floor(value)) for value in exact]
-    missing = total - sum(found)
-    by_remainder = sorted(range(len(weights)), key=lambda i: (found[i] - exact[i], i))
-    candidates = [i for i in by_remainder if weights[i] > 0] or by_remainder
-    for turn in range(missing):
-        found[candidates[turn % len(candidates)]] += 1
-    for i in reversed(by_remainder):  # debts cut at zero may have left too much
-        taken = min(found[i], max(0, sum(found) - total))
-        found[i] -= taken
-    return found
+    return largest_remainder(exact, total, [i for i, weight in enumerate(weights) if weight > 0])
 
 
 def quotas(

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from embedloom.config.training import TrainingConfig, TrainingSource, TrainingStage
+from embedloom.core.apportionment import largest_remainder
 from embedloom.core.text import hash64
 from embedloom.errors import DataError
 from embedloom.training.data import ExampleStore, compute_cost
@@ -24,12 +25,9 @@ Indices = np.ndarray[Any, np.dtype[np.int64]]
 def quotas(shares: Mapping[str, float], total: int) -> dict[str, int]:
     """Split ``total`` by shares; largest remainders first, ties by name, so the parts sum to ``total`` exactly."""
     weight = sum(shares.values())
-    exact = {name: total * share / weight for name, share in shares.items()}
-    parts = {name: int(value) for name, value in exact.items()}
-    by_remainder = sorted(exact, key=lambda name: (parts[name] - exact[name], name))
-    for name in by_remainder[: total - sum(parts.values())]:
-        parts[name] += 1
-    return parts
+    names = sorted(shares)
+    parts = largest_remainder([total * shares[name] / weight for name in names], total)
+    return dict(zip(names, parts, strict=True))
 
 
 @dataclass(frozen=True, slots=True)
