@@ -15,7 +15,15 @@ from embedloom.core.artefacts import MANIFEST_FILE, Artefact
 from embedloom.core.contents import Contents, contents_of, digest, is_trusted
 from embedloom.core.prompting import CONTRACT_FILE, PromptContract
 from embedloom.core.storage import Place
-from embedloom.core.verdict import GATE_FILE, INT8_FILE, PASSED, read_int8_verdict, read_verdict
+from embedloom.core.verdict import (
+    GATE_FILE,
+    INT8_FILE,
+    PASSED,
+    Int8Verdict,
+    Verdict,
+    read_int8_verdict,
+    read_verdict,
+)
 from embedloom.errors import DataError
 
 _DIGITS = 16
@@ -260,7 +268,7 @@ class ModelFolder:
         shared = any(_SHARED_FOLDERS.fullmatch(part) for part in self.path.resolve().parts)
         return not shared and any((self.path / name).is_file() for name in (MANIFEST_FILE, CONTRACT_FILE))
 
-    def verdict(self, stated: str | None = None) -> dict[str, Any] | None:
+    def verdict(self, stated: str | None = None) -> Verdict | None:
         """What the promotion gate said of the model; None where it did not run.
 
         Args:
@@ -304,7 +312,7 @@ class ModelFolder:
             )
 
     @property
-    def int8_verdict(self) -> dict[str, Any] | None:
+    def int8_verdict(self) -> Int8Verdict | None:
         """What was measured of these very weights with 8-bit linear layers, or None.
 
         Raises:

@@ -8,7 +8,7 @@ model whose weights were replaced after it passed, counts as none.
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict, cast
 
 from embedloom.errors import DataError
 
@@ -19,7 +19,41 @@ INT8_MOST_LOST = 0.005  # nDCG@10
 PASSED, REFUSED = "passed", "refused"
 
 
-def read_verdict(path: Path) -> dict[str, Any]:
+class Verdict(TypedDict):
+    """``gate.json``: whether a model may replace another, and what that rests on; files of others may have less."""
+
+    verdict: str  # passed, refused
+    reasons: list[str]
+    weights: str  # fingerprint of the judged ones
+    checks: list[dict[str, Any]]  # name, passed, text
+    tasks: dict[str, dict[str, Any]]  # candidate, current, difference, low, high, p_worse, p_better, result
+    mean: dict[str, float]  # difference, low, high
+    prompts: dict[str, str]  # task -> whose: default, own, published
+    candidate: str
+    against: str
+    against_weights: str
+    rules: dict[str, Any]
+    created: str
+    version: str
+    size_bytes: NotRequired[list[int]]
+    latency_milliseconds: NotRequired[list[float]]
+    standings: NotRequired[list[dict[str, Any]]]
+    pool: NotRequired[str]
+    trust_remote_code: NotRequired[list[str]]  # names of models whose code was run
+
+
+class Int8Verdict(TypedDict):
+    """``int8.json``: nDCG@10 on held-out queries with float32 and with 8-bit linear layers."""
+
+    verdict: str  # passed, refused
+    ndcg_at_10: dict[str, float]  # float32, int8
+    lost: float
+    allowed: float
+    queries: int
+    weights: str  # fingerprint
+
+
+def read_verdict(path: Path) -> Verdict:
     """The gate's verdict that a file holds.
 
     Raises:
@@ -31,10 +65,10 @@ def read_verdict(path: Path) -> dict[str, Any]:
             raise ValueError(f"verdict is {content['verdict']!r}")
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path}: not a verdict of the gate ({error}); run `embedloom gate` again") from error
-    return dict(content)
+    return cast(Verdict, dict(content))
 
 
-def int8_verdict(weights: str, float32: float, int8: float, queries: int) -> dict[str, Any]:
+def int8_verdict(weights: str, float32: float, int8: float, queries: int) -> Int8Verdict:
     """The content of ``int8.json``: may these weights be served with 8-bit linear layers?
 
     Args:
@@ -54,7 +88,7 @@ def int8_verdict(weights: str, float32: float, int8: float, queries: int) -> dic
     }
 
 
-def read_int8_verdict(path: Path) -> dict[str, Any]:
+def read_int8_verdict(path: Path) -> Int8Verdict:
     """What ``int8_verdict`` gave, out of a file.
 
     Raises:
@@ -69,4 +103,4 @@ def read_int8_verdict(path: Path) -> dict[str, Any]:
         raise DataError(
             f"{path}: not a verdict on int8 ({error!r}); delete it, and it is measured again"
         ) from error
-    return content
+    return cast(Int8Verdict, content)

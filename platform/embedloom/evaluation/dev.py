@@ -18,7 +18,7 @@ from embedloom.config.training import DevScoring
 from embedloom.core.artefacts import Artefact
 from embedloom.core.model_folder import ModelFolder
 from embedloom.core.storage import Place
-from embedloom.core.verdict import int8_verdict
+from embedloom.core.verdict import Int8Verdict, int8_verdict
 from embedloom.encoder.backbone import DTypeName
 from embedloom.encoder.model import Encoder, Vectors
 from embedloom.errors import ConfigError, StageError
@@ -228,7 +228,7 @@ class DevScorer:
 # What 8-bit linear layers cost a model on its run's held-out queries; ``int8.json`` beside the weights keeps it.
 
 
-def measure_int8(folder: Path, corpus: Artefact, threads: int, split: str = "test") -> dict[str, Any]:
+def measure_int8(folder: Path, corpus: Artefact, threads: int, split: str = "test") -> Int8Verdict:
     """Rank the held-out queries' documents with float32 and with int8 layers, queries and documents alike.
 
     Texts get the instructions that the endpoint sends by default.

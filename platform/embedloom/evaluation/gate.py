@@ -15,7 +15,7 @@ from embedloom.core.model_folder import ModelFolder
 from embedloom.core.prompting import USUAL_TASK
 from embedloom.core.schemas import ScoreTable
 from embedloom.core.storage import Place
-from embedloom.core.verdict import GATE_FILE, PASSED, REFUSED, VERDICTS_FOLDER
+from embedloom.core.verdict import GATE_FILE, PASSED, REFUSED, VERDICTS_FOLDER, Verdict
 from embedloom.encoder.backbone import DTypeName
 from embedloom.encoder.registry import open_model
 from embedloom.errors import DataError
@@ -307,7 +307,7 @@ def judge(
     pool: str | None,
     workers: PoolConfig,
     dtype: DTypeName,
-) -> dict[str, Any]:
+) -> Verdict:
     """Decide from a finished evaluation.
 
     Args:
@@ -344,7 +344,7 @@ def judge(
         (_weight_bytes(candidate.folder), _weight_bytes(current.folder)),
     )
     decision = decide(config, evidence)
-    return {
+    found = {
         **decision.as_json(),
         "prompts": prompts,
         "candidate": candidate.name,
@@ -355,6 +355,7 @@ def judge(
         "created": datetime.datetime.now(tz=datetime.UTC).isoformat(timespec="seconds"),
         "version": __version__,
     }
+    return cast(Verdict, found)
 
 
 def check_prompts(table: ScoreTable, candidate: Contender) -> dict[str, str]:
@@ -389,7 +390,7 @@ def check_prompts(table: ScoreTable, candidate: Contender) -> dict[str, str]:
     return found
 
 
-def store_verdict(folder: Place, content: Mapping[str, Any], results: Place | None = None) -> str:
+def store_verdict(folder: Place, content: Verdict, results: Place | None = None) -> str:
     """Write a verdict where it belongs; returns where that is.
 
     Args:
@@ -404,7 +405,7 @@ def store_verdict(folder: Place, content: Mapping[str, Any], results: Place | No
     return f"{folder.uri.rstrip('/')}/{name}"
 
 
-def verdict_text(content: Mapping[str, Any]) -> str:
+def verdict_text(content: Verdict) -> str:
     """The verdict for people: a line a check, a line a task."""
     lines = [f"gate: {content['candidate']} against {content['against']}: {str(content['verdict']).upper()}"]
     lines += [

@@ -4,7 +4,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from embedloom.config.base import FrozenConfig, apply_overrides, validate
 from embedloom.config.cluster import ClusterConfig, PoolConfig, Profile, StageResources, load_cluster
@@ -19,7 +19,7 @@ from embedloom.core.contents import is_trusted
 from embedloom.core.model_folder import ModelFolder
 from embedloom.core.progress import begun, ended, note
 from embedloom.core.storage import Place
-from embedloom.core.verdict import REFUSED
+from embedloom.core.verdict import REFUSED, Verdict
 from embedloom.encoder.registry import check_model_name, open_model, resolve_model
 from embedloom.errors import ConfigError, DataError
 from embedloom.pipeline.commands import execute
@@ -455,7 +455,7 @@ def gate_run(run: Run, dry_run: bool) -> tuple[str, int]:
     from embedloom.evaluation.gate import verdict_text
 
     place = run.place.child("gate")
-    verdict = place.read_json(VERDICT_FILE)
+    verdict = cast(Verdict, place.read_json(VERDICT_FILE))
     code = EXIT_REFUSED if verdict["verdict"] == REFUSED else 0
     return f"{verdict_text(verdict)}\n{place.uri}/{VERDICT_FILE}", code
 

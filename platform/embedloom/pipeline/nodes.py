@@ -112,7 +112,7 @@ def build_gate(
         Contender(rules.candidate, candidate.place.local),
         Contender(rules.against, current.place.local),
     )
-    verdict: dict[str, Any] = judge(
+    verdict = judge(
         rules,
         inputs["evaluation"].place,
         contenders,
