@@ -22,6 +22,7 @@ PACKAGES = {
     "cli", "cluster", "compute", "config", "core", "corpus", "encoder", "evaluation", "merging", "mining", "pipeline",
     "planning", "report", "retrieval", "serving", "synthesis", "training",
 }  # fmt: skip
+HEAVY_LIBRARIES = {"torch", "ray", "vllm", "transformers", "deepspeed", "mteb", "sentence_transformers"}
 INNER_PACKAGES = {"serving/rollout", "synthesis/families"}
 MAX_FUNCTION_LINES = 60
 MAX_JOB_LINES = 40
@@ -108,6 +109,57 @@ def test_imports_lead_down_the_tiers():
 def test_files_import_each_other_in_no_circle():
     order = list(TopologicalSorter(import_graph()).static_order())  # CycleError names the circle
     assert order.index("embedloom.core.storage") < order.index("embedloom.pipeline.graph")
+
+
+def loaded_by(module: str) -> dict[str, set[str]]:
+    """Libraries that importing a module imports, by the module of ours that does; imports inside functions wait."""
+    modules = {module_name(path): path for path in python_files()}
+    found, todo = {}, [module]
+    while todo:
+        name = todo.pop()
+        if name in found:
+            continue
+        found[name] = set()
+        todo += [name.rpartition(".")[0]] if "." in name else []
+        nodes = list(ast.parse(modules[name].read_text()).body)
+        while nodes:
+            node = nodes.pop()
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                continue
+            if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+                continue
+            nodes += ast.iter_child_nodes(node)
+            if isinstance(node, ast.Import):
+                imported = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                imported = [f"{node.module}.{alias.name}" for alias in node.names]
+            else:
+                continue
+            for one in imported:
+                found[name].add(one.split(".")[0])
+                todo += [part for part in (one, one.rpartition(".")[0]) if part in modules]
+    return found
+
+
+# Modules whose import must stay cheap, and what it must not bring along.
+LIGHT = {
+    "embedloom.cli": HEAVY_LIBRARIES,
+    "embedloom.pipeline.ablation": HEAVY_LIBRARIES,
+    "embedloom.pipeline.commands": HEAVY_LIBRARIES,
+    "embedloom.pipeline.lineage": HEAVY_LIBRARIES,
+    "embedloom.pipeline.model_commands": HEAVY_LIBRARIES,
+    "embedloom.pipeline.plan": HEAVY_LIBRARIES,
+    "embedloom.pipeline.submit": HEAVY_LIBRARIES,
+    "embedloom.serving.address": HEAVY_LIBRARIES,
+    "embedloom.serving.gateway": HEAVY_LIBRARIES - {"ray"},  # without a corpus it needs no model
+    "embedloom.serving.listener": HEAVY_LIBRARIES,  # loaded in each of Serve's processes that listen
+}
+
+
+@pytest.mark.parametrize("module", LIGHT)
+def test_importing_a_light_module_loads_no_heavy_library(module):
+    heavy = {name: libraries & LIGHT[module] for name, libraries in loaded_by(module).items()}
+    assert not {name: sorted(libraries) for name, libraries in heavy.items() if libraries}
 
 
 def test_no_catch_all_modules():

@@ -5,9 +5,10 @@ import pytest
 from embedloom.core.prompting import PromptContract
 from embedloom.errors import DataError
 from embedloom.evaluation.jobs import Scorer, Unit
+from embedloom.evaluation.local_layout import language_code
 from embedloom.evaluation.retrieval_task import INSTRUCTION_COLUMN
 from embedloom.evaluation.scorers import make_scorers
-from embedloom.evaluation.specs import TaskSpec, language_code
+from embedloom.evaluation.specs import TaskSpec
 from embedloom.evaluation.tasks import build_task, check_rooms, check_task, task_size
 from fakes_evaluation import INSTRUCTION, TOPICS, make_beir, make_corpus, pair
 from fakes_foreign import OLD, make_transformer, static_model, write_old_layout

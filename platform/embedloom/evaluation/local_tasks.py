@@ -22,16 +22,16 @@ from mteb.abstasks.task_metadata import TaskMetadata
 from embedloom.core.schemas import Schema, check_unique_ids, checked, content_id
 from embedloom.core.storage import Place
 from embedloom.errors import DataError
-from embedloom.evaluation.retrieval_task import ONLY_SUBSET, Query, RetrievalData, make_retrieval_task
-from embedloom.evaluation.specs import (
+from embedloom.evaluation.local_layout import (
     CORPUS,
     QRELS_TO_ENGLISH,
     QUERIES,
     LocalTask,
-    TaskSpec,
     language_code,
     same_language,
 )
+from embedloom.evaluation.retrieval_task import ONLY_SUBSET, Query, RetrievalData, make_retrieval_task
+from embedloom.evaluation.specs import TaskSpec
 
 # Reading the Parquet files of local tasks: columns checked, languages and splits chosen.
 

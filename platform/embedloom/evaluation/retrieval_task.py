@@ -21,7 +21,13 @@ from embedloom.core.schemas import GRADE, check_unique_ids, content_id
 from embedloom.core.storage import beir_entries, judgements
 from embedloom.core.text import folded
 from embedloom.errors import DataError
-from embedloom.evaluation.specs import BEIR_CORPUS, BEIR_QUERIES, UNKNOWN_LANGUAGE, check_beir, language_code
+from embedloom.evaluation.local_layout import (
+    BEIR_CORPUS,
+    BEIR_QUERIES,
+    UNKNOWN_LANGUAGE,
+    check_beir,
+    language_code,
+)
 
 # Documents that are cut into chunks, ranked as documents: each by its best chunk, whatever ranks the chunks.
 #

@@ -15,9 +15,10 @@ from embedloom.encoder.registry import open_model
 from embedloom.encoder.tokenizer import InstructionTooLong, check_room, load_tokenizer
 from embedloom.errors import DataError, first_line
 from embedloom.evaluation.jobs import Unit
+from embedloom.evaluation.local_layout import RANKED_TYPES, check_beir, check_local_split
 from embedloom.evaluation.local_tasks import make_labelled_task, make_ranked_task
 from embedloom.evaluation.retrieval_task import check_heldout, make_retrieval_task, read_beir, read_heldout
-from embedloom.evaluation.specs import RANKED_TYPES, TaskSpec, check_beir, check_local_split
+from embedloom.evaluation.specs import TaskSpec
 from embedloom.evaluation.texts import role_of
 
 

@@ -20,7 +20,7 @@ from embedloom.config.training import TrainingConfig, TrainingSource
 from embedloom.core.storage import files_at
 from embedloom.encoder.registry import check_model_name
 from embedloom.errors import DataError, MissingDependency, UserError
-from embedloom.evaluation.specs import check_beir, check_local_split, find_local_tasks
+from embedloom.evaluation.local_layout import check_beir, check_local_split, find_local_tasks
 from embedloom.synthesis.prices import waves
 
 Check = Callable[[], object]
