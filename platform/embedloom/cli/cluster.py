@@ -5,14 +5,13 @@ from typing import Annotated
 
 import typer
 
-from embedloom.cli.options import ClusterFile
+from embedloom.cli.options import ClusterFile, ProfileName
 
 LOCAL = "local"
 
 app = typer.Typer(
     no_args_is_help=True, help="Write or check the files that launchers, KubeRay and Serve read."
 )
-ProfileName = Annotated[str, typer.Option("--profile", help="A profile of the cluster config.")]
 
 
 @app.command("render")

@@ -1,54 +1,47 @@
 """The ``deploy`` verb: a new version of the model into a running endpoint."""
 
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from embedloom.cli.options import ClusterFile
-
-
-def _option(name: str, help_text: str, **settings: Any) -> Any:
-    return typer.Option(f"--{name}", help=help_text, **settings)
-
+from embedloom.cli.options import ClusterFile, ProfileName, Verbose, option
 
 Model = Annotated[
     str, typer.Argument(metavar="MODEL", help="A model folder, .gguf file, Hugging Face id or shipped model.")
 ]
 Canary = Annotated[
-    float, _option("canary", "Share of requests the new version answers while watched.", min=0, max=1)
+    float, option("canary", "Share of requests the new version answers while watched.", min=0, max=1)
 ]
 Shadow = Annotated[
     bool,
-    _option("shadow", "The new version gets copies of requests; its answers are compared, never returned."),
+    option("shadow", "The new version gets copies of requests; its answers are compared, never returned."),
 ]
-Watch = Annotated[float, _option("watch", "Seconds to watch before promotion.", min=0)]
-Stay = Annotated[bool, _option("stay", "Watch and report; never promote.")]
+Watch = Annotated[float, option("watch", "Seconds to watch before promotion.", min=0)]
+Stay = Annotated[bool, option("stay", "Watch and report; never promote.")]
 NewVectors = Annotated[
     bool,
-    _option("new-vectors", "Clients embed their corpora again: allows another contract; implies --shadow."),
+    option("new-vectors", "Clients embed their corpora again: allows another contract; implies --shadow."),
 ]
-Corpus = Annotated[str | None, _option("corpus", "The searched corpus, embedded by the new model.")]
-Documents = Annotated[str | None, _option("documents", "With --corpus: what it was embedded from.")]
+Corpus = Annotated[str | None, option("corpus", "The searched corpus, embedded by the new model.")]
+Documents = Annotated[str | None, option("documents", "With --corpus: what it was embedded from.")]
 Verdict = Annotated[
     str | None,
-    _option(
+    option(
         "verdict", "The gate's, of a model that embedloom did not make; default: gate.json with the model."
     ),
 ]
-Trust = Annotated[bool, _option("trust-remote-code", "Run code that lies beside the new model's weights.")]
-Port = Annotated[int | None, _option("port", "Of the endpoint on this machine; default: the only one.")]
-ProfileName = Annotated[str, _option("profile", "A profile of the cluster config.")]
+Trust = Annotated[bool, option("trust-remote-code", "Run code that lies beside the new model's weights.")]
+Port = Annotated[int | None, option("port", "Of the endpoint on this machine; default: the only one.")]
 Rules = Annotated[
     list[str] | None,
-    _option(
+    option(
         "set",
         "Rules of the trial: max_error_share, max_latency_ratio, latency_slack_seconds, min_overlap, min_requests, "
         "min_compared; or require_gate; repeatable.",
         metavar="KEY=VALUE",
     ),
 ]
-DryRun = Annotated[bool, _option("dry-run", "Print what would be deployed where and stop.")]
-Verbose = Annotated[bool, _option("verbose", "Show all that Ray and other libraries print.")]
+DryRun = Annotated[bool, option("dry-run", "Print what would be deployed where and stop.")]
 
 
 def deploy(

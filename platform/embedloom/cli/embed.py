@@ -4,15 +4,11 @@ from typing import Annotated, Any
 
 import typer
 
-from embedloom.cli.options import ClusterFile
+from embedloom.cli.options import ClusterFile, DryRun, ProfileName, Verbose, option
 from embedloom.config.shipped import names_config
 from embedloom.errors import ConfigError
 
 _SET_KEYS = {"out": "run.output_dir", "index": "embedding.index.kind"}  # others: embedding.<option>
-
-
-def _option(name: str, help_text: str, **settings: Any) -> Any:
-    return typer.Option(f"--{name}", help=help_text, **settings)
 
 
 Source = Annotated[
@@ -24,34 +20,31 @@ Source = Annotated[
     ),
 ]
 Model = Annotated[
-    str | None, _option("model", "With INPUT: a model folder, .gguf file, Hugging Face id or shipped model.")
+    str | None, option("model", "With INPUT: a model folder, .gguf file, Hugging Face id or shipped model.")
 ]
 Trust = Annotated[
-    bool, _option("trust-remote-code", "With INPUT: run code that lies beside the model's weights.")
+    bool, option("trust-remote-code", "With INPUT: run code that lies beside the model's weights.")
 ]
-Out = Annotated[str | None, _option("out", "With INPUT: folder of the vectors.")]
-StoredType = Annotated[str | None, _option("dtype", "float32, float16, int8 or binary; default float32.")]
+Out = Annotated[str | None, option("out", "With INPUT: folder of the vectors.")]
+StoredType = Annotated[str | None, option("dtype", "float32, float16, int8 or binary; default float32.")]
 Dimensions = Annotated[
-    int | None, _option("dimensions", "Cut vectors to their first dimensions (Matryoshka).")
+    int | None, option("dimensions", "Cut vectors to their first dimensions (Matryoshka).")
 ]
-Side = Annotated[str | None, _option("side", "query or document; default document.")]
-Instruction = Annotated[str | None, _option("instruction", "Of queries; default: the model's own.")]
-Index = Annotated[str | None, _option("index", "Also a FAISS index: flat, ivf or hnsw, with its recall.")]
+Side = Annotated[str | None, option("side", "query or document; default document.")]
+Instruction = Annotated[str | None, option("instruction", "Of queries; default: the model's own.")]
+Index = Annotated[str | None, option("index", "Also a FAISS index: flat, ivf or hnsw, with its recall.")]
 Previous = Annotated[
     str | None,
-    _option("previous", "Earlier vectors; unchanged texts keep theirs. Those of --out itself: automatic."),
+    option("previous", "Earlier vectors; unchanged texts keep theirs. Those of --out itself: automatic."),
 ]
-ProfileName = Annotated[str, _option("profile", "A profile of the cluster config.")]
 Overrides = Annotated[
     list[str] | None,
-    _option(
+    option(
         "set",
         "Override a config value; with INPUT, keys of the section embedding; repeatable.",
         metavar="SECTION.KEY=VALUE",
     ),
 ]
-DryRun = Annotated[bool, _option("dry-run", "Print the plan and stop.")]
-Verbose = Annotated[bool, _option("verbose", "Show all that Ray and other libraries print.")]
 
 
 def embed(
@@ -109,8 +102,8 @@ def embed(
 
 def _refuse_options(given: dict[str, Any]) -> None:
     """A run is its file: options that only an INPUT takes would hide from it what was run."""
-    for option, value in given.items():
+    for name, value in given.items():
         if value is not None:
-            key = _SET_KEYS.get(option, f"embedding.{option}")
-            option = option.replace("_", "-")
-            raise ConfigError(f"--{option} goes with an INPUT; with a CONFIG use --set {key}={value}")
+            key = _SET_KEYS.get(name, f"embedding.{name}")
+            name = name.replace("_", "-")
+            raise ConfigError(f"--{name} goes with an INPUT; with a CONFIG use --set {key}={value}")

@@ -1,42 +1,37 @@
 """The ``merge-models`` verb: any model folders, without a run config."""
 
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from embedloom.cli.options import ClusterFile
+from embedloom.cli.options import ClusterFile, Verbose, option
 from embedloom.errors import ConfigError
-
-
-def _option(name: str, help_text: str, **settings: Any) -> Any:
-    return typer.Option(f"--{name}", help=help_text, **settings)
-
 
 Models = Annotated[
     list[str],
     typer.Argument(metavar="MODEL...", help="Model folders with safetensors, local, s3:// or gs://."),
 ]
-Out = Annotated[str, _option("out", "Folder of the merged model, local, s3:// or gs://.")]
+Out = Annotated[str, option("out", "Folder of the merged model, local, s3:// or gs://.")]
 Method = Annotated[
     str,
-    _option(
+    option(
         "method",
         "linear, slerp, multislerp, karcher, task_arithmetic, ties, dare_linear, dare_ties or model_stock.",
     ),
 ]
-Weights = Annotated[str | None, _option("weights", "One number a model, such as 2,1,1; default: equal.")]
+Weights = Annotated[str | None, option("weights", "One number a model, such as 2,1,1; default: equal.")]
 Base = Annotated[
-    str | None, _option("base", "The model all were trained from; methods on task vectors need it.")
+    str | None, option("base", "The model all were trained from; methods on task vectors need it.")
 ]
-Density = Annotated[float | None, _option("density", "ties, dare: share of each task vector that is kept.")]
-Scale = Annotated[float | None, _option("scale", "Factor of the combined task vector.")]
-StoredType = Annotated[str, _option("dtype", "Of the written tensors: float32, bfloat16 or float16.")]
+Density = Annotated[float | None, option("density", "ties, dare: share of each task vector that is kept.")]
+Scale = Annotated[float | None, option("scale", "Factor of the combined task vector.")]
+StoredType = Annotated[str, option("dtype", "Of the written tensors: float32, bfloat16 or float16.")]
 ProfileName = Annotated[
-    str | None, _option("profile", "Spread the files over Ray as this profile says; default: threads here.")
+    str | None, option("profile", "Spread the files over Ray as this profile says; default: threads here.")
 ]
 Allow = Annotated[
     list[str] | None,
-    _option(
+    option(
         "allow",
         "A difference that changes nothing, as the refusal names it, such as base; repeatable.",
         metavar="NAME",
@@ -44,10 +39,9 @@ Allow = Annotated[
 ]
 Overrides = Annotated[
     list[str] | None,
-    _option("set", "Another key of the section merging, such as seed=1; repeatable.", metavar="KEY=VALUE"),
+    option("set", "Another key of the section merging, such as seed=1; repeatable.", metavar="KEY=VALUE"),
 ]
-DryRun = Annotated[bool, _option("dry-run", "Check the models, print the plan and stop.")]
-Verbose = Annotated[bool, _option("verbose", "Show all that Ray and other libraries print.")]
+DryRun = Annotated[bool, option("dry-run", "Check the models, print the plan and stop.")]
 
 
 def merge_models(

@@ -1,18 +1,13 @@
 """The ``gate`` and ``leaderboard`` verbs."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from embedloom.cli.options import ClusterFile
+from embedloom.cli.options import ClusterFile, DryRun, Overrides, ProfileName, Verbose, option
 from embedloom.config.shipped import names_config
 from embedloom.errors import ConfigError
-
-
-def _option(name: str, help_text: str, **settings: Any) -> Any:
-    return typer.Option(f"--{name}", help=help_text, **settings)
-
 
 Contestant = Annotated[
     str,
@@ -20,37 +15,31 @@ Contestant = Annotated[
         metavar="CONFIG|CANDIDATE", help="A run config, whose own models are judged, or a model folder."
     ),
 ]
-Against = Annotated[str | None, _option("against", "With CANDIDATE: the model it would replace.")]
+Against = Annotated[str | None, option("against", "With CANDIDATE: the model it would replace.")]
 RunConfigFile = Annotated[
-    Path | None, _option("config", "With CANDIDATE: rules, tasks and corpus of this run.")
+    Path | None, option("config", "With CANDIDATE: rules, tasks and corpus of this run.")
 ]
 Tasks = Annotated[
     list[str] | None,
-    _option("task", "With CANDIDATE: local tasks, a BEIR folder, an mteb task or benchmark; repeatable."),
+    option("task", "With CANDIDATE: local tasks, a BEIR folder, an mteb task or benchmark; repeatable."),
 ]
-Split = Annotated[str, _option("split", "Of local tasks: dev or test.")]
-Limit = Annotated[int | None, _option("limit", "At most so many queries or rows a language.")]
+Split = Annotated[str, option("split", "Of local tasks: dev or test.")]
+Limit = Annotated[int | None, option("limit", "At most so many queries or rows a language.")]
 Prompts = Annotated[
     str | None,
-    _option(
+    option(
         "prompts",
         "Of mteb tasks: default (what the endpoint sends) or published (the benchmark's own, as its leaderboard has them).",
     ),
 ]
 Pool = Annotated[
-    str | None, _option("pool", "Scores of models to rank among: Parquet file or mteb results folder.")
+    str | None, option("pool", "Scores of models to rank among: Parquet file or mteb results folder.")
 ]
 Trust = Annotated[
     bool,
-    _option("trust-remote-code", "With CANDIDATE: run code that lies beside the weights of either model."),
+    option("trust-remote-code", "With CANDIDATE: run code that lies beside the weights of either model."),
 ]
-Out = Annotated[str, _option("out", "With CANDIDATE: where results are kept.")]
-ProfileName = Annotated[str, _option("profile", "A profile of the cluster config.")]
-Overrides = Annotated[
-    list[str] | None, _option("set", "Override a config value; repeatable.", metavar="SECTION.KEY=VALUE")
-]
-DryRun = Annotated[bool, _option("dry-run", "Print the plan and stop.")]
-Verbose = Annotated[bool, _option("verbose", "Show all that Ray and other libraries print.")]
+Out = Annotated[str, option("out", "With CANDIDATE: where results are kept.")]
 
 
 def gate(
@@ -113,9 +102,9 @@ def leaderboard(
         ),
     ],
     pool: Pool = None,
-    top: Annotated[int, _option("top", "Rows from the first on.", min=1)] = 20,
-    partial: Annotated[bool, _option("partial", "Count partly scored tasks in the means.")] = False,
-    html: Annotated[Path | None, _option("html", "Also draw it into this file.")] = None,
+    top: Annotated[int, option("top", "Rows from the first on.", min=1)] = 20,
+    partial: Annotated[bool, option("partial", "Count partly scored tasks in the means.")] = False,
+    html: Annotated[Path | None, option("html", "Also draw it into this file.")] = None,
 ) -> None:
     """Borda votes, ranks and means, as mteb's leaderboard computes them."""
     from embedloom.pipeline.model_commands import leaderboard as rank

@@ -20,7 +20,7 @@ from embedloom.cli.deploy import deploy
 from embedloom.cli.embed import embed
 from embedloom.cli.init import init
 from embedloom.cli.merge import merge_models
-from embedloom.cli.options import ClusterFile
+from embedloom.cli.options import ClusterFile, DryRun, Overrides, ProfileName, Verbose
 from embedloom.cli.rank import gate, leaderboard
 from embedloom.cli.runs import ablate, diff, explain, ledger, replay
 from embedloom.cli.serve import serve
@@ -38,13 +38,6 @@ Config = Annotated[
         metavar="CONFIG", help="A run config: a YAML file, or a shipped one by its name, such as quickstart."
     ),
 ]
-ProfileName = Annotated[str, typer.Option("--profile", help="A profile of the cluster config.")]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override a config value; repeatable."),
-]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")]
-Verbose = Annotated[bool, typer.Option("--verbose", help="Show all that Ray and other libraries print.")]
 
 
 class OnInterrupt(StrEnum):

@@ -5,11 +5,10 @@ from typing import Annotated
 
 import typer
 
-from embedloom.cli.options import ClusterFile
+from embedloom.cli.options import ClusterFile, Verbose
 
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, such as runs/quickstart.")]
 ReplayDryRun = Annotated[bool, typer.Option("--dry-run", help="List what is stale and stop.")]
-Verbose = Annotated[bool, typer.Option("--verbose", help="Show all that Ray and other libraries print.")]
 
 
 def explain(

@@ -1,18 +1,14 @@
 """The ``serve`` verb: a run config, or any model, with a corpus to search if wanted."""
 
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from embedloom.cli.options import ClusterFile
+from embedloom.cli.options import ClusterFile, ProfileName, Verbose, option
 from embedloom.config.shipped import names_config
 from embedloom.errors import ConfigError
 
 _SET_KEYS = {"name": "served_name"}  # others: serving.<option>
-
-
-def _option(name: str, help_text: str, **settings: Any) -> Any:
-    return typer.Option(f"--{name}", help=help_text, **settings)
 
 
 Source = Annotated[
@@ -23,35 +19,33 @@ Source = Annotated[
     ),
 ]
 Corpus = Annotated[
-    str | None, _option("corpus", "With MODEL: vectors of `embedloom embed`, searched at /v1/search.")
+    str | None, option("corpus", "With MODEL: vectors of `embedloom embed`, searched at /v1/search.")
 ]
 Documents = Annotated[
-    str | None, _option("documents", "With MODEL: what the corpus was embedded from, to show its texts.")
+    str | None, option("documents", "With MODEL: what the corpus was embedded from, to show its texts.")
 ]
 Name = Annotated[
-    str | None, _option("name", "With MODEL: what clients put into `model`; default: its own name.")
+    str | None, option("name", "With MODEL: what clients put into `model`; default: its own name.")
 ]
-Trust = Annotated[bool, _option("trust-remote-code", "With MODEL: run code that lies beside its weights.")]
-Port = Annotated[int | None, _option("port", "With MODEL: default 8000.")]
+Trust = Annotated[bool, option("trust-remote-code", "With MODEL: run code that lies beside its weights.")]
+Port = Annotated[int | None, option("port", "With MODEL: default 8000.")]
 Ask = Annotated[
     list[str] | None,
-    _option("ask", "With CONFIG: ask the endpoint, print the nearest documents, stop; repeatable."),
+    option("ask", "With CONFIG: ask the endpoint, print the nearest documents, stop; repeatable."),
 ]
 Task = Annotated[
     str | None,
-    _option("task", "With --ask: task type, or a task of the model by name; default: the model's own."),
+    option("task", "With --ask: task type, or a task of the model by name; default: the model's own."),
 ]
-ProfileName = Annotated[str, _option("profile", "A profile of the cluster config.")]
 Overrides = Annotated[
     list[str] | None,
-    _option(
+    option(
         "set",
         "Override a config value; with MODEL, keys of the section serving; repeatable.",
         metavar="SECTION.KEY=VALUE",
     ),
 ]
-DryRun = Annotated[bool, _option("dry-run", "Print what would be served and stop.")]
-Verbose = Annotated[bool, _option("verbose", "Show all that Ray and other libraries print.")]
+DryRun = Annotated[bool, option("dry-run", "Print what would be served and stop.")]
 
 
 def serve(
@@ -84,9 +78,9 @@ def serve(
     if names_config(source):
         for key, value in given.items():
             if value is not None:
-                option = next((o for o, k in _SET_KEYS.items() if k == key), key)
+                stated = next((o for o, k in _SET_KEYS.items() if k == key), key)
                 raise ConfigError(
-                    f"--{option.replace('_', '-')} goes with a MODEL; with a CONFIG use --set serving.{key}={value}"
+                    f"--{stated.replace('_', '-')} goes with a MODEL; with a CONFIG use --set serving.{key}={value}"
                 )
         if task is not None and not ask:
             raise ConfigError("--task goes with --ask; what every request gets is serving.default_task")
