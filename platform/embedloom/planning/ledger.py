@@ -152,7 +152,7 @@ def prediction_lines(run: Run, plan: Plan, rates: RatesConfig, calibrated: str |
 def _row(plan: Plan, one: Estimate) -> tuple[str, ...]:
     work, least = one.work, "≥ " if one.work.is_bound else ""
     sizes = [count(work.rows), count(work.tokens), scaled(work.flops), scaled(work.nbytes)]
-    costs = [hours(one.device_hours), time_text(one.seconds), money(plan.cost(work.name))]
+    costs = [amount_text(one.device_hours), time_text(one.seconds), amount_text(plan.cost(work.name))]
     devices = f"{one.workers.devices:g} {one.device or '?'}"
     marked = [[text if text == "-" else f"{least}{text}" for text in texts] for texts in (sizes, costs)]
     return (work.name, *marked[0], devices, *marked[1])
@@ -161,7 +161,7 @@ def _row(plan: Plan, one: Estimate) -> tuple[str, ...]:
 def _sums(plan: Plan) -> list[str]:
     chain, longest = plan.critical_path()
     lines = [
-        f"one stage after another: {'at least ' if plan.is_bound else ''}{time_text(plan.seconds)}, {money(plan.total_cost)} {plan.currency} for the devices at work",
+        f"one stage after another: {'at least ' if plan.is_bound else ''}{time_text(plan.seconds)}, {amount_text(plan.total_cost)} {plan.currency} for the devices at work",
         f"critical path: {time_text(longest)}: {' > '.join(chain)}",
     ]
     if plan.machine_gpus:
@@ -215,7 +215,7 @@ def _cost_text(plan: Plan, one: Estimate) -> str:
     unit = "GPU-hours" if one.workers.gpus else "core-hours"
     mfu = plan.mfu(one.work.name)
     at = "" if mfu is None else f" at {mfu:.1%} MFU"
-    return f"{time_text(one.seconds)}{at}, {hours(one.device_hours)} {unit}, {money(plan.cost(one.work.name))} {plan.currency}"
+    return f"{time_text(one.seconds)}{at}, {amount_text(one.device_hours)} {unit}, {amount_text(plan.cost(one.work.name))} {plan.currency}"
 
 
 def _published_line(published: Published, shown: dict[str, Estimate]) -> str:
@@ -277,7 +277,7 @@ def ledger_lines(ledger: RunLedger) -> list[str]:
         rows.append(
             (
                 name, time_text(entry.planned_seconds), time_text(entry.seconds),
-                off_by(entry.planned_seconds, entry.seconds), hours(entry.seconds * entry.devices / 3600),
+                off_by(entry.planned_seconds, entry.seconds), amount_text(entry.seconds * entry.devices / 3600),
                 count(counts.get("rows")), count(tokens), count(counts.get("steps")), count(speed),
                 percent(counts.get("padding_share")), percent(counts.get("imbalance")), percent(counts.get("mfu")),
             )
@@ -305,13 +305,8 @@ def percent(value: object) -> str:
     return f"{value:.1%}" if isinstance(value, int | float) else "-"
 
 
-def hours(value: float | None) -> str:
-    """Hours with as many digits as matter, or a dash."""
-    return "-" if value is None else f"{value:,.0f}" if value >= 100 else f"{value:,.2f}"
-
-
-def money(value: float | None) -> str:
-    """An amount without its currency, or a dash."""
+def amount_text(value: float | None) -> str:
+    """Hours, or money without its currency, with as many digits as matter; or a dash."""
     return "-" if value is None else f"{value:,.0f}" if value >= 100 else f"{value:,.2f}"
 
 

@@ -20,6 +20,11 @@ def table_markup(header: Sequence[str], body: Iterable[Sequence[str]], words: Se
     return f'<div class="scroll"><table><thead><tr>{cells("th", header)}</tr></thead><tbody>\n{rows}</tbody></table></div>'
 
 
+def percent_text(share: float | None) -> str:
+    """``12.34%``, or a dash."""
+    return "-" if share is None else f"{share:.2%}"
+
+
 def number_text(value: Any) -> str:
     """A count or a measure for people: thousands apart, at most four decimals; nothing for None."""
     if value is None:

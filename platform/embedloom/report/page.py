@@ -8,7 +8,15 @@ from typing import Any
 
 from embedloom.core.progress import duration
 from embedloom.core.storage import Place
-from embedloom.report.charts import Bar, bar_chart, histogram, line_chart, number_text, table_markup
+from embedloom.report.charts import (
+    Bar,
+    bar_chart,
+    histogram,
+    line_chart,
+    number_text,
+    percent_text,
+    table_markup,
+)
 from embedloom.report.leaderboard import leaderboard_section
 from embedloom.report.summary import (
     Curve,
@@ -95,11 +103,11 @@ def _figures(audit: Mapping[str, Any]) -> str:
             name,
             number_text(group["queries"]),
             number_text(group["candidates"]),
-            *(_percent(group["removed"][rule]["share"]) for rule in _RULES),
-            _percent(group["naive"]["share"]),
+            *(percent_text(group["removed"][rule]["share"]) for rule in _RULES),
+            percent_text(group["naive"]["share"]),
             number_text(group["selected"]),
-            _percent(group["near_duplicates"]["share"]),
-            _percent(group["short"]["share"]),
+            percent_text(group["near_duplicates"]["share"]),
+            percent_text(group["short"]["share"]),
         ]
         for name, group in groups.items()
     ]
@@ -130,16 +138,12 @@ def _judged(judged: Mapping[str, Any] | None) -> str:
             label,
             number_text(judged[kind]["rows"]),
             number_text(judged[kind]["false"]),
-            *(_percent(judged[kind][key]) for key in ("share", "low", "high")),
+            *(percent_text(judged[kind][key]) for key in ("share", "low", "high")),
         ]
         for kind, label in _KINDS.items()
     ]
     title = f"False negatives according to {judged['judge']}, margin ratio {judged['margin_ratio']:g}"
     return f"<h3>{escape(title)}</h3>\n{table_markup(header, body)}"
-
-
-def _percent(share: float | None) -> str:
-    return "-" if share is None else f"{share:.2%}"
 
 
 # The artefacts of a run as a graph: columns by how far from the corpus, lines from what was made to what it was made from.

@@ -6,7 +6,7 @@ from html import escape
 from typing import Any
 
 from embedloom.core.tables import text_table
-from embedloom.report.charts import Bar, bar_chart, number_text, table_markup
+from embedloom.report.charts import Bar, bar_chart, number_text, percent_text, table_markup
 from embedloom.report.summary import Stage
 
 Cell = Mapping[str, Any]
@@ -45,7 +45,7 @@ def synthesis_lines(details: Mapping[str, Any]) -> list[str]:
             str(cell["language"]),
             number_text(cell["rows"]),
             number_text(cell["quota"]),
-            _percent(_refused([cell])),
+            percent_text(_refused([cell])),
             number_text(cell["output_tokens"]),
         )
         for cell in details.get("cells", [])
@@ -70,9 +70,9 @@ def _by_generator(cells: Sequence[Cell], engines: Mapping[str, Any]) -> str:
         [
             name,
             number_text(_sum(group, "rows")),
-            _percent(_sum(group, "rows") / total),
+            percent_text(_sum(group, "rows") / total),
             number_text(_sum(group, "attempts")),
-            _percent(_refused(group)),
+            percent_text(_refused(group)),
             number_text(_sum(group, "prompt_tokens")),
             number_text(_sum(group, "output_tokens")),
             number_text(_rounded(engines.get(name, {}).get("tokens_per_second"))) or "-",
@@ -95,7 +95,7 @@ def _by(key: str, cells: Sequence[Cell]) -> str:
             number_text(_sum(group, "rows")),
             number_text(_sum(group, "quota")),
             number_text(_sum(group, "attempts")),
-            _percent(_refused(group)),
+            percent_text(_refused(group)),
             number_text(_sum(group, "output_tokens")),
             number_text(_rounded(_sum(group, "output_tokens") / _sum(group, "rows")))
             if _sum(group, "rows")
@@ -125,7 +125,7 @@ def _rejects(cells: Sequence[Cell]) -> str:
             reason,
             number_text(count),
             *(
-                _percent(
+                percent_text(
                     sum(cell["rejects"].get(reason, 0) for cell in group) / asked[name]
                     if asked[name]
                     else None
@@ -189,10 +189,6 @@ def _refused(cells: Sequence[Cell]) -> float | None:
     """Share of the rows asked for that were refused."""
     asked = _sum(cells, "asked")
     return sum(sum(cell["rejects"].values()) for cell in cells) / asked if asked else None
-
-
-def _percent(share: float | None) -> str:
-    return "-" if share is None else f"{share:.2%}"
 
 
 def _rounded(value: float | None) -> float | None:
