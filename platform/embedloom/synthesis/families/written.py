@@ -121,14 +121,14 @@ TripleOptions = TypeVar("TripleOptions", bound=FamilyConfig)
 
 
 class Triples(ABC, Generic[TripleOptions]):
-    """What the three families share; a subclass states its name, its fields and their bounds."""
+    """Three texts of which the first two belong together; a subclass states its name, its fields and their bounds."""
 
     name: str
     task_type = "retrieval"
     source: Source = "tasks"
     extracts = False
     fields: tuple[str, str, str]  # query, positive and negative in the answer
-    documents: tuple[str, ...]  # fields that keep their line breaks
+    documents: tuple[str, ...] = ()  # fields that keep their line breaks
 
     @abstractmethod
     def limits(self, options: TripleOptions) -> dict[str, int]:
@@ -144,7 +144,7 @@ class Triples(ABC, Generic[TripleOptions]):
 
     def ask(self, attempt: Attempt, prompt: Prompt, options: TripleOptions) -> Ask:
         """See Family."""
-        return Ask(prompt.render(task_values(attempt, prompt)), prompt.answer_schema(self.limits(options)))
+        return Ask(prompt.render(self.values(attempt, prompt)), prompt.answer_schema(self.limits(options)))
 
     def rows(
         self, attempt: Attempt, answer: Mapping[str, Any], prompt: Prompt, options: TripleOptions
@@ -153,20 +153,32 @@ class Triples(ABC, Generic[TripleOptions]):
         texts = clean_fields(answer, self.limits(options), self.documents)
         if isinstance(texts, Reject):
             return [texts]
-        query, positive, negative = (texts[field] for field in self.fields)
-        if len({text.casefold() for text in (query, positive, negative)}) < 3:
-            return [reject("repeats_itself", f"{query} | {positive} | {negative}")]
+        query, positive, negative = three = tuple(texts[field] for field in self.fields)
+        if len({text.casefold() for text in three}) < len(three):
+            return [reject(self.same_reason(*three), " | ".join(three))]
         row = synthetic_row(
             attempt,
             0,
             prompt,
             query=query,
             task_type=self.task_type,
-            instruction=instruction_of(attempt, options),
+            instruction=self.instruction(attempt, prompt, options),
             positive=positive,
             negatives=[negative],
         )
         return [row]
+
+    def values(self, attempt: Attempt, prompt: Prompt) -> dict[str, str]:
+        """What the prompt's placeholders stand for."""
+        return task_values(attempt, prompt)
+
+    def instruction(self, attempt: Attempt, prompt: Prompt, options: TripleOptions) -> str:
+        """The row's training instruction."""
+        return instruction_of(attempt, options)
+
+    def same_reason(self, query: str, positive: str, negative: str) -> str:
+        """Why texts of which two are the same are refused."""
+        return "repeats_itself"
 
 
 # Short query, long documents: the usual shape of search.
@@ -212,7 +224,6 @@ class ShortShort(Triples[ShortShortConfig]):
 
     name = "short_short"
     fields = ("input", "positive_document", "hard_negative_document")
-    documents = ()
 
     def limits(self, options: ShortShortConfig) -> dict[str, int]:
         """Field -> most characters."""
@@ -284,59 +295,30 @@ def _label_limits(options: ClassificationConfig) -> dict[str, int]:
 # STS and bitext: three texts S1, S2, S3, of which the first two belong together more than the first and the third.
 
 
-FIELDS = ("S1", "S2", "S3")
 OppositeOptions = TypeVar("OppositeOptions", STSConfig, BitextConfig)
 
 
-class Opposite(Generic[OppositeOptions]):
+class Opposite(Triples[OppositeOptions]):
     """What the two families share; there is no brainstorm step."""
 
-    name: str
-    task_type: str
     source: Source = "none"
-    extracts = False
+    fields = ("S1", "S2", "S3")
+
+    def limits(self, options: OppositeOptions) -> dict[str, int]:
+        """Field -> most characters."""
+        return dict.fromkeys(self.fields, options.max_text_characters)
 
     def own_prompt(self, options: OppositeOptions) -> tuple[str, PromptRules]:
         """See Family."""
-        return self.name, PromptRules(FIELDS, ("language", "document_language"))
+        return self.name, PromptRules(self.fields, ("language", "document_language"))
 
-    def asked_rows(self, options: OppositeOptions) -> int:
-        """See Family."""
-        return 1
+    def values(self, attempt: Attempt, prompt: Prompt) -> dict[str, str]:
+        """What the prompt's placeholders stand for."""
+        return {**language_values(attempt), **drawn(attempt, prompt)}
 
-    def ask(self, attempt: Attempt, prompt: Prompt, options: OppositeOptions) -> Ask:
-        """See Family."""
-        values = {**language_values(attempt), **drawn(attempt, prompt)}
-        return Ask(prompt.render(values), prompt.answer_schema(_sentence_limits(options)))
-
-    def rows(
-        self, attempt: Attempt, answer: Mapping[str, Any], prompt: Prompt, options: OppositeOptions
-    ) -> list[Row | Reject]:
-        """See Family."""
-        texts = clean_fields(answer, _sentence_limits(options))
-        if isinstance(texts, Reject):
-            return [texts]
-        if len({text.casefold() for text in texts.values()}) < len(FIELDS):
-            return [reject(self.same_reason(texts), " | ".join(texts.values()))]
-        row = synthetic_row(
-            attempt,
-            0,
-            prompt,
-            query=texts["S1"],
-            task_type=self.task_type,
-            instruction=options.instruction or prompt.instruction or DEFAULT_INSTRUCTIONS[self.task_type],
-            positive=texts["S2"],
-            negatives=[texts["S3"]],
-        )
-        return [row]
-
-    def same_reason(self, texts: Mapping[str, str]) -> str:
-        """Why texts that are the same are refused."""
-        return "repeats_itself"
-
-
-def _sentence_limits(options: STSConfig | BitextConfig) -> dict[str, int]:
-    return dict.fromkeys(FIELDS, options.max_text_characters)
+    def instruction(self, attempt: Attempt, prompt: Prompt, options: OppositeOptions) -> str:
+        """The row's training instruction."""
+        return options.instruction or prompt.instruction or DEFAULT_INSTRUCTIONS[self.task_type]
 
 
 # Semantic similarity: three texts with target scores, drawn per attempt and kept in ``attributes``.
@@ -361,7 +343,7 @@ class Bitext(Opposite[BitextConfig]):
     name = "bitext"
     task_type = "bitext"
 
-    def same_reason(self, texts: Mapping[str, str]) -> str:
+    def same_reason(self, query: str, positive: str, negative: str) -> str:
         """A translation that is its source was not translated."""
-        same = texts["S1"].casefold() in (texts["S2"].casefold(), texts["S3"].casefold())
+        same = query.casefold() in (positive.casefold(), negative.casefold())
         return "untranslated" if same else "repeats_itself"
