@@ -14,7 +14,7 @@ from embedloom.cluster.worker_output import listen, settle
 from embedloom.config.cluster import LISTENER_VARIABLE, AuthConfig, ClusterConfig, NodePool, Profile
 from embedloom.core.command_output import current_logs
 from embedloom.core.progress import note
-from embedloom.errors import ConfigError, MissingDependency, UserError
+from embedloom.errors import ConfigError, MissingDependency, StageError, UserError, first_line
 
 # What Serve calls in every process that listens: serving/listener.py.
 PROXY_CALLBACK = "embedloom.serving.listener.proxy_middlewares"
@@ -95,23 +95,7 @@ def ray_session(profile: Profile, auth: AuthConfig) -> Iterator[bool]:
     if ray.is_initialized():
         yield False
         return
-    runtime_env = {
-        "env_vars": {"PYTHONPATH": f"{PACKAGE_ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
-    }
-    arguments = init_arguments(profile, os.environ.get("RAY_ADDRESS"))
-    temporary: str | None = None
-    if arguments["address"] != "local":
-        ray.init(**arguments, log_to_driver=True, logging_level=logging.WARNING)
-    else:
-        ensure_token(auth)
-        # Unix socket paths are limited to 107 bytes, so the session folder must have a short name.
-        temporary = tempfile.mkdtemp(prefix="el-ray-", dir="/tmp")
-        ray.init(
-            **arguments,
-            runtime_env=runtime_env,
-            _temp_dir=temporary,
-            logging_level=logging.WARNING,
-        )
+    temporary = _start_or_join(init_arguments(profile, os.environ.get("RAY_ADDRESS")), auth)
     # Ray Data logs its plan and every start and end of a dataset; our progress lines say what users ask for.
     logging.getLogger("ray.data").setLevel(logging.WARNING)
     from ray.data import DataContext
@@ -130,6 +114,33 @@ def ray_session(profile: Profile, auth: AuthConfig) -> Iterator[bool]:
         ray.shutdown()
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _start_or_join(arguments: dict[str, Any], auth: AuthConfig) -> str | None:
+    """Connect to the Ray at the address, or start one of our own; returns the folder of the latter.
+
+    Raises:
+        StageError: it did not start, or did not answer.
+    """
+    import ray
+
+    temporary: str | None = None
+    settings: dict[str, Any] = {"log_to_driver": True, "logging_level": logging.WARNING}
+    if arguments["address"] == "local":
+        ensure_token(auth)
+        # Unix socket paths are limited to 107 bytes, so the session folder must have a short name.
+        temporary = tempfile.mkdtemp(prefix="el-ray-", dir="/tmp")
+        path = f"{PACKAGE_ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
+        settings |= {"runtime_env": {"env_vars": {"PYTHONPATH": path}}, "_temp_dir": temporary}
+    try:
+        ray.init(**arguments, **settings)
+    except Exception as error:  # a bare Exception, on a machine too busy for Ray's own deadlines
+        _keep_failure(error, temporary)
+        ray.shutdown()
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise StageError(f"Ray did not start: {first_line(error)}") from error
+    return temporary
 
 
 def _keep_failure(error: Exception, temporary: str | None) -> None:
