@@ -15,7 +15,8 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
-open(os.environ["OWN_CODE_RAN"], "a").close()
+if "OWN_CODE_RAN" in os.environ:
+    open(os.environ["OWN_CODE_RAN"], "a").close()
 
 class OwnConfig(PretrainedConfig):
     model_type = "own_model"

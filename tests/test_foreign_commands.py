@@ -1,6 +1,7 @@
 """`embedloom embed`, `serve` and `gate` on models of others: vectors and scores are sentence-transformers' own."""
 
 import json
+import shutil
 import socket
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from typer.testing import CliRunner
 from embedloom.cli import app
 from embedloom.config.evaluation import EvaluationTask
 from embedloom.core.storage import Place
+from embedloom.encoder.own_code import trusted_copy
 from embedloom.encoder.registry import resolve_model
 from embedloom.evaluation.scoring import run_mteb
 from embedloom.evaluation.specs import expand_tasks
@@ -53,10 +55,10 @@ def dense(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def own_code(tmp_path_factory):
-    root = tmp_path_factory.mktemp("own")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OWN_CODE_RAN", str(root / "ran"))
-        yield own_code_model(root / "own")
+    """Its trusted copy lies in the user's cache, as actors that were started before look there."""
+    folder = own_code_model(tmp_path_factory.mktemp("own") / "own")
+    yield folder
+    shutil.rmtree(trusted_copy(folder).parent)
 
 
 @pytest.fixture
@@ -117,7 +119,7 @@ def test_vectors_of_embed_and_serve_are_the_library_s(ray_local, tmp_path, asked
     for side, expected in (("queries", queries), ("documents", documents)):
         assert_same([item["embedding"] for item in asked[side]["data"]], expected)
     order = np.argsort(-(documents @ queries[0]))
-    assert [hit["id"] for hit in asked["search"]["data"]] == [f"d{n}" for n in order]
+    assert [hit["id"] for hit in asked["search"]["results"]] == [f"d{n}" for n in order]
     assert asked["card"].get("trust_remote_code") is (True if trust else None)
 
 
