@@ -4,7 +4,7 @@ import logging
 
 import pytest
 
-from embedloom.core.progress import Progress, duration, note, stage_log
+from embedloom.core.progress import Progress, Report, duration, note, shown_on, stage_log
 from embedloom.core.storage import Place
 
 
@@ -60,3 +60,25 @@ def test_stages_do_not_write_into_each_others_logs(run):
             note(stage, "building")
     assert run.read_bytes("logs/mining.log").decode().count("building") == 1
     assert run.read_bytes("logs/examples.log").decode().count("[examples] building") == 1
+
+
+def test_screens_of_several_threads_may_end_in_any_order(capsys):
+    """Jobs that are followed side by side: whichever ends first, the others' screens and then the plain lines are back."""
+
+    class Kept:
+        def __init__(self) -> None:
+            self.lines: list[str] = []
+
+        def show(self, report: Report) -> None:
+            self.lines.append(report.line)
+
+    first, second = Kept(), Kept()
+    outer, inner = shown_on(first), shown_on(second)
+    outer.__enter__()
+    inner.__enter__()
+    outer.__exit__(None, None, None)
+    note("submit", "for the second")
+    inner.__exit__(None, None, None)
+    note("submit", "for nobody's screen")
+    assert (first.lines, second.lines) == ([], ["[submit] for the second"])
+    assert capsys.readouterr().err == "[submit] for nobody's screen\n"

@@ -117,18 +117,17 @@ class NumberedLines:
         yield
 
 
-_screen: Screen = Lines()
+_screens: list[Screen] = [Lines()]  # the last one is in use; contexts of several threads may end in any order
 
 
 @contextmanager
 def shown_on(screen: Screen) -> Iterator[None]:
     """Have reports of this process and its workers shown on ``screen``."""
-    global _screen
-    previous, _screen = _screen, screen
+    _screens.append(screen)
     try:
         yield
     finally:
-        _screen = previous
+        _screens.remove(screen)
 
 
 def hear(line: str) -> bool:
@@ -273,7 +272,7 @@ def stage_log(run: Place, stage: str) -> Iterator[None]:
 def _say(report: Report, screen: Screen | None = None) -> None:
     if report.due:
         _LINES.info(report.line)
-    (screen or (NumberedLines() if _is_worker() else _screen)).show(report)
+    (screen or (NumberedLines() if _is_worker() else _screens[-1])).show(report)
 
 
 def _is_worker() -> bool:
