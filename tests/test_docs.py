@@ -151,7 +151,17 @@ def test_links_of_the_front_pages_lead_somewhere(name):
     if not page.exists():
         pytest.skip("not there yet")
     links = [link for link in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text()) if "://" not in link]
+    assert links
     assert [link for link in links if not (ROOT / link).exists()] == []
+
+
+def test_readme_shows_what_it_does_first():
+    lines = (ROOT / "README.md").read_text().splitlines()
+    assert len(lines) <= 150
+    first = blocks(ROOT / "README.md")[0]
+    assert first.language == "console" and len(steps(first)) == 2
+    assert all(shown for _, shown in steps(first)), "a command without its output"
+    assert first.line + len(first.text.splitlines()) + 1 <= 25
 
 
 def test_every_page_is_in_the_navigation():
