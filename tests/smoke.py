@@ -14,9 +14,9 @@ from pathlib import Path
 
 from wheel_build import ROOT, build
 
-# What --help, doctor and plan import, and the packages whose documentation the quickstart reads.
+# What --help, doctor, init and plan import, and the packages whose documentation the quickstart reads.
 LIGHT = (
-    "filelock", "fsspec", "jsonschema", "networkx", "numpy", "psutil", "pyarrow", "pydantic", "pyyaml", "rich",
+    "filelock", "fsspec", "jsonschema", "networkx", "numpy", "psutil", "py3langid", "pyarrow", "pydantic", "pyyaml", "rich",
     "scikit-learn", "typer",
 )  # fmt: skip
 TOOLS = ("hypothesis", "pytest", "pytest-timeout")
@@ -35,6 +35,15 @@ COMMANDS = (
     ("cluster", "placement", "--profile", "a100x64"),
     ("cluster", "render", "--profile", "local", "--dry-run"),
 )
+OWN_DOCUMENTS = (("init", "docs", "--yes"), ("plan", "run.yaml"))  # in a folder with documents, in this order
+
+
+def write_documents(folder: Path) -> None:
+    """Texts enough for a run config of one's own."""
+    folder.mkdir(parents=True)
+    for page in range(40):
+        text = f"# Page {page}\n\nHow leave is applied for in department {page}, under item {3 * page} of the menu.\n"
+        (folder / f"page{page}.md").write_text(text)
 
 
 def interpreter(version: str) -> str | None:
@@ -72,6 +81,13 @@ def smoke(python: str, version: str, wheel: Path, folder: Path) -> list[str]:
         f"{version}: embedloom {' '.join(words)}"
         for words in COMMANDS
         if not _passes([str(binaries / "embedloom"), *words], empty)
+    ]
+    own = folder / f"own-{version}"
+    write_documents(own / "docs")
+    failed += [
+        f"{version}: embedloom {' '.join(words)}"
+        for words in OWN_DOCUMENTS
+        if not _passes([str(binaries / "embedloom"), *words], own)
     ]
     if any(empty.iterdir()):
         failed.append(
