@@ -22,10 +22,11 @@ LIGHT = (
 TOOLS = ("hypothesis", "pytest", "pytest-timeout")
 TESTS = (
     "config/test_descriptions.py", "config/test_families.py", "config/test_keys.py", "config/test_run.py",
-    "config/test_teacher.py", "config/test_training_options.py", "config/test_training_runs.py", "planning", "cluster/test_checks.py", "core/test_artefacts.py", "core/test_progress.py",
-    "core/test_prompting.py", "core/test_schemas.py", "corpus/test_clean.py", "evaluation/test_statistics.py",
-    "mining/test_audit.py", "mining/test_select.py", "serving/test_schemas.py", "serving/test_scheduling.py",
-    "synthesis/test_families.py", "synthesis/test_prompt.py", "synthesis/test_quotas.py", "training/test_order.py",
+    "config/test_teacher.py", "config/test_training_options.py", "config/test_training_runs.py", "planning",
+    "cluster/test_checks.py", "core/test_artefacts.py", "core/test_progress.py", "core/test_prompting.py",
+    "core/test_schemas.py", "corpus/test_clean.py", "evaluation/test_statistics.py",
+    "serving/test_schemas.py", "serving/test_scheduling.py", "synthesis/test_families.py",
+    "synthesis/test_prompt.py", "synthesis/test_quotas.py", "training/test_order.py",
     "training/test_schedule.py",
 )  # fmt: skip
 COMMANDS = (
