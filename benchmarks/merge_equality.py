@@ -92,7 +92,8 @@ def make_family(folder: Path, family: str) -> dict[str, list[Path]]:
             out.mkdir()
             kept = moved if side == "ours" else {**base, **moved}
             tensors = {
-                n.removeprefix(prefix) if side == "ours" else n: t.contiguous() for n, t in kept.items()
+                n.removeprefix(prefix) if side == "ours" else n: t.clone().contiguous()
+                for n, t in kept.items()
             }
             save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
             described = json.loads((folder / "base" / "config.json").read_text())

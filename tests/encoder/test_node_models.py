@@ -37,6 +37,7 @@ def test_two_processes_fetch_a_model_once(tmp_path: Path):
 
 def test_a_local_folder_needs_no_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors").touch()
     monkeypatch.setattr(registry, "cache_folder", lambda: tmp_path / "cache")
     assert registry.resolve_on_node(str(tmp_path)) == tmp_path
     assert not (tmp_path / "cache").exists()

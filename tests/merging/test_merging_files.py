@@ -81,7 +81,7 @@ KILLED = """
 import sys, time
 from embedloom.core.artefacts import ArtefactWriter
 from embedloom.config.merging import MergingConfig
-from embedloom.merging import plan, stage, tasks, writer
+from embedloom.merging import plan, stage, writer
 from embedloom.core.storage import Place
 plan._MIB = 20_000
 folders, out = sys.argv[1:-1], sys.argv[-1]
