@@ -26,8 +26,7 @@ TESTS = (
     "cluster/test_checks.py", "core/test_artefacts.py", "core/test_progress.py", "core/test_prompting.py",
     "core/test_schemas.py", "corpus/test_clean.py", "evaluation/test_statistics.py",
     "serving/test_schemas.py", "serving/test_scheduling.py", "synthesis/test_families.py",
-    "synthesis/test_prompt.py", "synthesis/test_quotas.py", "training/test_order.py",
-    "training/test_schedule.py",
+    "synthesis/test_prompt.py", "synthesis/test_quotas.py",
 )  # fmt: skip
 COMMANDS = (
     ("--help",),
