@@ -14,7 +14,7 @@ QUESTION ?= How do I compute the shortest path between two nodes of a graph?
 TASK ?= $(if $(filter quickstart %quickstart.yaml,$(CONFIG)),synthetic)
 COMPILED := $(wildcard platform/embedloom/*/_*.c platform/embedloom/*/_*.h)
 
-.PHONY: demo test smoke drill bench lint lock docs install install-dev clean
+.PHONY: demo test test-all smoke drill bench lint lock docs install install-dev clean
 
 install: $(VENV)/.installed
 install-dev: $(VENV)/.installed-dev
@@ -45,7 +45,11 @@ demo: install
 	$(BIN)/embedloom run $(CONFIG)
 	$(BIN)/embedloom serve $(CONFIG) --ask "$(QUESTION)" $(if $(TASK),--task $(TASK))
 
+# Without the tests that start Ray or a real engine: minutes instead of half an hour.
 test: install-dev
+	$(BIN)/python -m pytest -m "not ray and not slow"
+
+test-all: install-dev
 	$(BIN)/python -m pytest
 
 # The wheel on the other Pythons that this machine has, with what the light commands need.

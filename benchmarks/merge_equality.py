@@ -80,6 +80,15 @@ def make_family(folder: Path, family: str) -> dict[str, list[Path]]:
     found: dict[str, list[Path]] = {"ours": [folder / "base"], "peer": [folder / "base"]}
     headed.save_pretrained(folder / "base")
     byte_tokenizer().save_pretrained(folder / "base")
+    if family == "Bert":  # published ones have a pooler, which mergekit asks for and the class leaves out
+        size = config.hidden_size
+        base |= {
+            "bert.pooler.dense.weight": torch.randn(size, size),
+            "bert.pooler.dense.bias": torch.randn(size),
+        }
+    # Nor does a trained bias consist of zeros, of which mergekit's multislerp says that they point nowhere.
+    base = {n: t.clone().contiguous() if t.any() else 0.02 * torch.randn(t.shape) for n, t in base.items()}
+    save_file(base, folder / "base" / "model.safetensors", metadata={"format": "pt"})
     for number in range(3):
         noise = torch.Generator().manual_seed(number + 1)
         moved = {

@@ -3,6 +3,8 @@
 import json
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from embedloom.config.evaluation import EvaluationTask
@@ -56,8 +58,13 @@ def test_a_text_without_a_vector_is_an_error_and_not_a_call_of_the_model(folder,
         bench.score(encoder.embed_tokens(bench.token_ids[:-1]))
 
 
-def test_a_task_that_ranks_nothing_is_refused(folder):
-    task = EvaluationTask(name="near", kind="local", path=str(folder / "sts" / "near.parquet"), split="dev")
+def test_a_task_that_ranks_nothing_is_refused(folder, tmp_path):
+    table = pq.read_table(folder / "sts" / "near.parquet")
+    dev = pa.array(["dev"] * table.num_rows)
+    path = tmp_path / "sts" / "near.parquet"
+    path.parent.mkdir()
+    pq.write_table(table.drop_columns("split").append_column("split", dev), path)
+    task = EvaluationTask(name="near", kind="local", path=str(path), split="dev")
     with pytest.raises(ConfigError, match=r"training.dev.tasks: 'near' ranks no documents"):
         dev_tasks(DevScoring(tasks=(task,)), (), None)
 

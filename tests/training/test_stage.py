@@ -262,6 +262,6 @@ def test_a_finished_model_whose_check_failed_is_checked_again_without_training(
     (metrics,) = (tmp_path / "model" / "_train" / "run" / "model").glob(METRICS_FILE)
     trained = metrics.read_bytes()
     artefact = run(tmp_path / "model", mining, tiny_model, make_config(), workers=1)
-    assert artefact.details["parity"]["transformers"] > 0.9999
+    assert artefact.manifest["details"]["parity"]["transformers"] > 0.9999
     # The seconds of every step are in it, so a second training would have written another file.
     assert (artefact.place.local / METRICS_FILE).read_bytes() == trained
