@@ -63,10 +63,10 @@ class LoopConfig:
     folders: dict[str, str]  # of each source, below data
     logs: Place
     threads: int
-    bf16_weights: bool | None = None  # as TrainingGroup has it
-    gradient_dtype: str = "float32"
     dev_tasks: DevTasks | None = None  # of training.dev
     contract: PromptContract | None = None  # of the model that comes out; None: as of the one it starts from
+    bf16_weights: bool | None = None  # as TrainingGroup has it
+    gradient_dtype: str = "float32"
 
     @property
     def fingerprint(self) -> str:
