@@ -103,16 +103,16 @@ def test_cost_counts_attention_as_its_share_of_the_flops():
 
 def test_a_loss_that_is_no_number_stops_the_run_with_its_ids():
     watch = LossWatch()
-    assert watch.problem([1.0, 2.0], ["a/1", "a/2"], 1) is None
-    problem = watch.problem([1.0, math.nan], ["a/3", "b/4"], 2)
+    assert watch.problem([1.0, 2.0], lambda: ["a/1", "a/2"], 1) is None
+    problem = watch.problem([1.0, math.nan], lambda: ["a/3", "b/4"], 2)
     assert problem == "loss is not finite at step 2 for 1 of 2 queries: b/4"
 
 
 def test_a_diverging_loss_stops_the_run():
     watch = LossWatch(window_steps=4, factor=3.0)
     for step in range(1, 9):
-        assert watch.problem([2.0 / step], ["x"], step) is None
-    found = [watch.problem([9.0, 9.0], ["a/1", "b/2"], step) for step in range(9, 13)]
+        assert watch.problem([2.0 / step], lambda: ["x"], step) is None
+    found = [watch.problem([9.0, 9.0], lambda: ["a/1", "b/2"], step) for step in range(9, 13)]
     stopped = next(problem for problem in found if problem)
     assert "loss has diverged at step 9" in stopped and stopped.endswith("the batch was a/1, b/2")
 
@@ -120,11 +120,13 @@ def test_a_diverging_loss_stops_the_run():
 def test_noise_of_a_small_loss_does_not_stop_the_run():
     watch = LossWatch(window_steps=2, factor=3.0)
     losses = [1.0, 1.0, 1e-4, 1e-4, 0.4, 0.4, 1e-4, 0.9]
-    assert [watch.problem([loss], ["x"], step) for step, loss in enumerate(losses)] == [None] * len(losses)
+    assert [watch.problem([loss], lambda: ["x"], step) for step, loss in enumerate(losses)] == [None] * len(
+        losses
+    )
 
 
 def test_a_resumed_watch_remembers_the_steps_before():
     watch = LossWatch(window_steps=2, factor=3.0)
     for loss in (1.0, 1.0, 0.1, 0.1):
         watch.seen(loss)
-    assert watch.problem([5.0], ["x"], 5) is not None
+    assert watch.problem([5.0], lambda: ["x"], 5) is not None

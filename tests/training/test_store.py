@@ -1,7 +1,10 @@
 """From sources to token groups, and the order of their ids under any number of workers."""
 
 import json
+import os
+import threading
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,7 +25,7 @@ from embedloom.training.data import (
     prepare_source,
     prepare_sources,
 )
-from embedloom.training.order import ExampleOrder, plan_batch, shares_of
+from embedloom.training.order import BatchReader, ExampleOrder, Share, plan_batch, shares_of
 from fakes_training import training_config
 
 
@@ -215,3 +218,101 @@ def test_every_rank_has_as_many_micro_batches_within_the_budget_or_a_single_grou
     # Dealt out evenly, a micro-batch may pass the budget by less than its longest group.
     assert max(loads) < 500 + max(map(sum, lengths))
     assert plan.imbalance < 0.02
+
+
+def many_parts(model, root, parts):
+    """A source of so many parts, all with the same row."""
+    place = Place(str(root / "data"))
+    path = write_lines(root / "a.jsonl", [line(0)])
+    index = prepare_source(source_of(path), None, TextTokens(model), rules(), place.child("s"))
+    folder = place.local / "s"
+    for kind in ("part", "keys"):
+        for number in range(1, parts):
+            os.link(folder / f"{kind}-000000.arrow", folder / f"{kind}-{number:06d}.arrow")
+    place.write_json(f"s/{INDEX_FILE}", {**index, "parts": [1] * parts})
+    return place
+
+
+def test_no_part_is_opened_twice_however_many_there_are(tiny_model, tmp_path, monkeypatch):
+    """3,000 parts; the limit of 2,048 open ones had every step open most of its files anew."""
+    monkeypatch.setattr(store, "PART_ROWS", 1)
+    place = many_parts(tiny_model, tmp_path, 3000)
+    opened = Counter()
+    mapped = store.pa.memory_map
+    monkeypatch.setattr(store.pa, "memory_map", lambda path: opened.update([path]) or mapped(path))
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    examples = ExampleStore(place, {"s": "s"}, 3)
+    order = ExampleOrder([Share("s", 0, 3000)], seed=1)
+    for step in range(30):
+        rows = order.window(step * 200, (step + 1) * 200).tolist()
+        assert len(examples.lengths(rows)) == len(examples.groups(rows)) == 200
+    assert len(opened) == 6000 and set(opened.values()) == {1}
+    assert len(list(Path("/proc/self/fd").iterdir())) < before + 100  # a mapping needs none
+
+
+def reader_of(examples, sources, steps, rank=0, world_size=2):
+    order = ExampleOrder(shares_of(sources, examples), seed=11)
+    return BatchReader(order, examples, BATCH, steps, rank, world_size, 60, 32)
+
+
+def test_what_is_read_ahead_is_what_each_step_would_have_read(mixed):
+    """Two ranks; from the start, and from a step in the middle as after a restart."""
+    examples, sources = mixed
+    for first in (0, 4):
+        readers = [reader_of(examples, sources, 9, rank) for rank in range(2)]
+        for step in range(first, 9):
+            order = ExampleOrder(shares_of(sources, examples), seed=11)
+            rows = order.window(step * BATCH, (step + 1) * BATCH).tolist()
+            seen = [reader.step(step) for reader in readers]
+            assert [one.rows for one in seen] == [rows, rows]
+            assert seen[0].lengths == examples.lengths(rows)
+            own = Counter(group.id for one in seen for part in one.own for group in part)
+            assert own == Counter(examples.ids(rows))
+            assert seen[1].first == examples.groups(rows[:1])
+        for reader in readers:
+            reader.close()
+
+
+class Watched:
+    """A store that tells from which thread and for which rows it is asked, and fails where it is told to."""
+
+    def __init__(self, examples, failing=None):
+        self.examples, self.failing = examples, failing
+        self.asked, self.sizes, self.first_row = [], examples.sizes, examples.first_row
+        self.read = threading.Semaphore(0)
+
+    def lengths(self, rows):
+        self.asked.append((tuple(rows), threading.current_thread()))
+        if len(self.asked) == self.failing:
+            raise OSError("the part is gone")
+        return self.examples.lengths(rows)
+
+    def groups(self, rows):
+        found = self.examples.groups(rows)
+        if len(rows) == 1 and rows[0] == self.asked[-1][0][0]:
+            self.read.release()
+        return found
+
+
+def test_the_next_step_is_read_while_this_one_computes_and_nothing_beyond_the_last(mixed):
+    examples, sources = mixed
+    watched = Watched(examples)
+    reader = reader_of(watched, sources, 3, world_size=1)
+    for step in range(3):
+        reader.step(step)
+        # "Computing": this thread asks for nothing, and the next step's rows come all the same.
+        wanted = min(step + 2, 3)
+        while len({rows for rows, _ in watched.asked}) < wanted:
+            assert watched.read.acquire(timeout=60)
+    reader.close()
+    assert len(watched.asked) == 3
+    assert all(thread is not threading.main_thread() for _, thread in watched.asked)
+
+
+def test_an_error_of_reading_ahead_is_raised_at_its_own_step(mixed):
+    examples, sources = mixed
+    reader = reader_of(Watched(examples, failing=2), sources, 5)
+    assert len(reader.step(0).rows) == BATCH
+    with pytest.raises(OSError, match="the part is gone"):
+        reader.step(1)
+    reader.close()

@@ -44,7 +44,7 @@ from embedloom.training.model import (
     prepare_backbone,
     unsharded_gradient_norm,
 )
-from embedloom.training.order import BatchPlan, learning_rate, order_of, plan_batch, steps_of
+from embedloom.training.order import BatchPlan, BatchReader, StepBatch, learning_rate, order_of, steps_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,6 +144,10 @@ class StageTrainer:
             tokens = training.micro_batch_tokens
             self.dev = DevScores(training.dev, config.dev_tasks, self.encoder, rank, world_size, tokens)
         self.step = 0
+        self.reader = BatchReader(
+            self.order, self.store, stage.global_batch, self.total_steps, rank, world_size,
+            training.micro_batch_tokens, self.encoder.dimension,
+        )  # fmt: skip
 
     def resume(self, folder: Path) -> None:
         """Continue after the last checkpoint: weights, optimizer, cursor and metrics so far."""
@@ -164,12 +168,14 @@ class StageTrainer:
         while self.step < self.total_steps:
             record, problem = self.train_step()
             if record is None:
+                self.reader.close()
                 return problem
             if self.dev is not None and self.dev.is_due(self.step, self.total_steps):
                 record = replace(record, dev_score=self._score(self.dev))
             self.writer.add(record) if self.rank == 0 else self.writer.records.append(record)
             if self.step % self.config.training.checkpoint_every_steps == 0 and self.step < self.total_steps:
                 self.report_checkpoint()
+        self.reader.close()
         self.report_model()
         self.writer.close()
         return None
@@ -187,11 +193,7 @@ class StageTrainer:
         """One optimizer step over the next ``global_batch`` examples, or why there must be none."""
         started = time.monotonic()
         stage, batch = self.config.stage, self.config.stage.global_batch
-        rows = self.order.window(self.step * batch, (self.step + 1) * batch).tolist()
-        lengths = self.store.lengths(rows)
-        plan = plan_batch(
-            lengths, self.world_size, self.config.training.micro_batch_tokens, self.encoder.dimension
-        )
+        read = self.reader.step(self.step)
         rate = learning_rate(
             self.step, self.total_steps, stage.warmup_steps,
             stage.learning_rate * self.config.learning_rate_scale, stage.schedule,
@@ -199,8 +201,8 @@ class StageTrainer:
         for group in self.engine.optimizer.param_groups:
             group["lr"] = rate
         before = (self.encoder.tokens.real, self.encoder.tokens.padded)
-        losses, real, padded = self._exchange(self._accumulate(rows, plan), plan, batch, before)
-        problem = self.watch.problem(losses, self.store.ids(rows), self.step + 1)
+        losses, real, padded = self._exchange(self._accumulate(read), read.plan, batch, before)
+        problem = self.watch.problem(losses, lambda: self.store.ids(read.rows), self.step + 1)
         if problem is not None:
             return None, f"{self.config.label}: {problem}"
         norm = unsharded_gradient_norm(self.engine)
@@ -208,20 +210,19 @@ class StageTrainer:
         norm = float(self.engine.get_global_grad_norm()) if norm is None else norm
         self.step += 1
         seconds = time.monotonic() - started
-        tokens = sum(map(sum, lengths))
+        tokens = sum(map(sum, read.lengths))
         return StepRecord(
             self.step, (self.step * batch - 1) // self.order.epoch_size, sum(losses) / batch, rate,
             norm, batch, tokens, 1 - real / padded,
-            round(plan.imbalance, 4), round(seconds, 4), peak_memory_mib(self.encoder.device),
-            self._mfu(lengths, tokens, seconds),
+            round(read.plan.imbalance, 4), round(seconds, 4), peak_memory_mib(self.encoder.device),
+            self._mfu(read.lengths, tokens, seconds),
         ), None  # fmt: skip
 
-    def _accumulate(self, rows: list[int], plan: BatchPlan) -> torch.Tensor:
+    def _accumulate(self, read: StepBatch) -> torch.Tensor:
         """Gradients of this rank's groups; returns its losses, in the plan's order."""
         # Dropout must not depend on how often a run was restarted.
         torch.manual_seed(hash((self.config.seed, self.step, self.rank)) & 0x7FFF_FFFF)
-        own = [self.store.groups([rows[position] for position in part]) for part in plan.ranks[self.rank]]
-        return self.gradients.run(own, plan.counts, self.store.groups(rows[:1]))
+        return self.gradients.run(read.own, read.plan.counts, read.first)
 
     def _exchange(
         self, losses: torch.Tensor, plan: BatchPlan, batch: int, before: tuple[int, int]

@@ -181,22 +181,24 @@ class LossWatch:
         self._first: float | None = None
         self._lowest = math.inf
 
-    def problem(self, losses: Sequence[float], ids: Sequence[str], step: int) -> str | None:
+    def problem(self, losses: Sequence[float], ids: Callable[[], Sequence[str]], step: int) -> str | None:
         """A sentence if training must stop, else None.
 
         Args:
             losses: of every query of the global batch.
-            ids: of the same queries.
+            ids: of the same queries; asked for only where there is something to say.
             step: 1-based number of the step they belong to.
         """
-        bad = [name for name, loss in zip(ids, losses, strict=True) if not math.isfinite(loss)]
-        if bad:
-            return f"loss is not finite at step {step} for {len(bad)} of {len(ids)} queries: {', '.join(bad)}"
+        if not all(map(math.isfinite, losses)):
+            bad = [name for name, loss in zip(ids(), losses, strict=True) if not math.isfinite(loss)]
+            return (
+                f"loss is not finite at step {step} for {len(bad)} of {len(losses)} queries: {', '.join(bad)}"
+            )
         mean = self._window_mean(sum(losses) / len(losses))
         if mean is not None and self._has_diverged(mean):
             return (
                 f"loss has diverged at step {step}: mean {mean:.4g} over {len(self._recent)} steps, "
-                f"lowest so far {self._lowest:.4g}; the batch was {', '.join(ids)}"
+                f"lowest so far {self._lowest:.4g}; the batch was {', '.join(ids())}"
             )
         self._remember(mean)
         return None

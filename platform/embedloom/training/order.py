@@ -3,6 +3,7 @@
 import heapq
 import math
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +13,7 @@ from embedloom.config.training import TrainingConfig, TrainingSource, TrainingSt
 from embedloom.core.apportionment import largest_remainder
 from embedloom.core.text import hash64
 from embedloom.errors import DataError
-from embedloom.training.data import ExampleStore, compute_cost
+from embedloom.training.data import ExampleStore, Group, compute_cost
 
 # Which example comes at which step: a function of the sources, the seed and the epoch only.
 #
@@ -302,3 +303,76 @@ def order_of(
     """The order of a stage's examples; where a loss looks at the whole batch, no batch holds a row twice if it need not."""
     batch = None if config.loss == "infonce" else stage.global_batch
     return ExampleOrder(shares_of(sources, store), seed, batch)
+
+
+# What a worker needs for a step, read while it computes the one before.
+
+
+@dataclass(frozen=True, slots=True)
+class StepBatch:
+    """The rows of one global batch and what one rank computes of them."""
+
+    rows: list[int]
+    lengths: list[list[int]]  # tokens of every text of every row
+    plan: BatchPlan
+    own: list[list[Group]]  # the rank's groups, by micro-batch
+    first: list[Group]  # of the batch's first row, for ranks that have none
+
+
+class BatchReader:
+    """One rank's batches by step; the next one is read in a thread once a step's was handed out.
+
+    Reading maps files and turns pages into lists, which on a network file system took 1 to 2 s of a step. One thread reads
+    everything, in the order of asking, so it sees order and store alone.
+    """
+
+    def __init__(
+        self,
+        order: ExampleOrder,
+        store: ExampleStore,
+        batch: int,
+        steps: int,
+        rank: int,
+        world_size: int,
+        micro_batch_tokens: int,
+        hidden_size: int,
+    ) -> None:
+        """Prepare; nothing is read yet.
+
+        Args:
+            order: of the stage's examples.
+            store: their rows.
+            batch: queries of a global batch.
+            steps: of the stage; nothing beyond them is read ahead.
+            rank: of this worker.
+            world_size: workers.
+            micro_batch_tokens: tokens a forward may hold.
+            hidden_size: of the model, see ``plan_batch``.
+        """
+        self._order, self._store = order, store
+        self._batch, self._steps = batch, steps
+        self._rank, self._world_size = rank, world_size
+        self._micro_batch_tokens, self._hidden_size = micro_batch_tokens, hidden_size
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="read-ahead")
+        self._ahead: tuple[int, Future[StepBatch]] | None = None
+
+    def step(self, number: int) -> StepBatch:
+        """The batch of a 0-based step. What went wrong in reading it ahead is raised here."""
+        ahead, self._ahead = self._ahead, None
+        # Another step than the one after the last: the run goes on from a checkpoint.
+        reading = ahead[1] if ahead and ahead[0] == number else self._thread.submit(self._read, number)
+        found = reading.result()
+        if number + 1 < self._steps:
+            self._ahead = number + 1, self._thread.submit(self._read, number + 1)
+        return found
+
+    def close(self) -> None:
+        """End the thread."""
+        self._thread.shutdown(cancel_futures=True)
+
+    def _read(self, number: int) -> StepBatch:
+        rows = self._order.window(number * self._batch, (number + 1) * self._batch).tolist()
+        lengths = self._store.lengths(rows)
+        plan = plan_batch(lengths, self._world_size, self._micro_batch_tokens, self._hidden_size)
+        own = [self._store.groups([rows[position] for position in part]) for part in plan.ranks[self._rank]]
+        return StepBatch(rows, lengths, plan, own, self._store.groups(rows[:1]))
