@@ -5,7 +5,9 @@ import shutil
 
 import pytest
 
+from embedloom.compute.shards import run_here, run_tasks
 from embedloom.config.training import TrainingSource
+from embedloom.core.artefacts import ArtefactWriter
 from embedloom.core.prompting import PromptContract
 from embedloom.core.schemas import table_from_rows
 from embedloom.core.storage import Place
@@ -132,3 +134,44 @@ def test_candidates_with_other_mixes_share_the_tokens_of_a_later_stage(tiny_mode
         data = Place(str(tmp_path / "data"))
         folders.add(prepare_sources("t", training_config(), 1, [source], None, model, data)["a"]["folder"])
     assert len(folders) == 1
+
+
+def mined_rows(folder, rows):
+    """Mined examples of two datasets in three files, every sixth with too few negatives."""
+    writer = ArtefactWriter(Place(str(folder)), "mining", "test", {}, "local")
+    found = [
+        {
+            "id": f"m{n}", "query": f"q {n}", "query_instruction": "Find", "positive": f"p {n}", "positive_score": 0.9,
+            "negatives": [f"n {n}"] * (n % 6 > 0), "negative_scores": [0.3] * (n % 6 > 0),
+            "document_instruction": None, "task_type": "retrieval", "dataset": "ab"[n % 4 == 0],
+        }
+        for n in range(rows)
+    ]  # fmt: skip
+    for number in range(3):
+        part = table_from_rows("examples", found[number::3])
+        writer.place.write_table(f"examples/part-{number:06d}.parquet", part)
+    return writer.commit({"rows": rows})
+
+
+@pytest.mark.ray
+def test_ray_tasks_prepare_what_one_process_prepares(ray_local, tiny_model, tmp_path, monkeypatch):
+    """More rows than a range holds, read by range and read once; a relative path, as only the driver is in this folder."""
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "a.jsonl", count=4500)
+    mined = mined_rows(tmp_path / "mined", 9000)
+    sources = [
+        TrainingSource(name="faq", format="flagembedding", path="a.jsonl"),
+        *(TrainingSource(name=name, format="mined", dataset=name) for name in "ab"),
+    ]
+    config = training_config(bad_rows="skip")
+    found = {
+        name: prepare_sources("t", config, 1, sources, mined, tiny_model, Place(str(tmp_path / name)), tasks)
+        for name, tasks in (("here", run_here), ("ray", run_tasks))
+    }
+    assert found["ray"] == found["here"] and found["here"]["faq"]["parts"] == [4096, 404]
+    # 2,250 rows of b have n % 4 == 0, of which those with n % 12 == 0 have no negative.
+    assert found["here"]["b"]["parts"] == [1500] and found["here"]["b"]["rejects"] == {"no_negatives": 750}
+    here, there = Place(str(tmp_path / "here")), Place(str(tmp_path / "ray"))
+    assert here.files() == there.files() and len(here.files()) > 9
+    for name in here.files():
+        assert here.read_bytes(name) == there.read_bytes(name), name

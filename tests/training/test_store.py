@@ -4,9 +4,11 @@ import json
 import os
 import threading
 from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -26,6 +28,7 @@ from embedloom.training.data import (
     prepare_sources,
 )
 from embedloom.training.order import BatchReader, ExampleOrder, Share, plan_batch, shares_of
+from embedloom.training.sources import read_source
 from fakes_training import training_config
 
 
@@ -133,30 +136,110 @@ def test_a_cap_above_the_usable_rows_is_refused(tiny_model, tmp_path):
             prepare_sources("t", config, 1, [source_of(path, cap=3)], None, tiny_model, data)
 
 
-def test_a_killed_preparation_goes_on_after_its_last_whole_part(
-    tiny_model, tmp_path, small_parts, monkeypatch
-):
-    path = write_lines(tmp_path / "a.jsonl", [line(n) for n in range(20)])
-    tokens, place = TextTokens(tiny_model), Place(str(tmp_path / "data"))
-    whole = Place(str(tmp_path / "whole"))
-    prepare_source(source_of(path), None, tokens, rules(), whole.child("s"))
-    calls = []
-    original = prepare._token_table
+def in_one_go(source, tokens, limits, out):
+    """Parts and counts of one process that goes through the source once; PART_ROWS rows are tokenized at a time."""
+    tokenizing = prepare._Tokenizing(source, limits.negatives, tokens, limits, None)
+    rows = read_source(source, None, out.local)
+    kept = list(tokenizing.rows(prepare._usable(source, limits.negatives, rows, limits)))
+    for number, start in enumerate(range(0, len(kept), prepare.PART_ROWS)):
+        for kind, schema in (("part", prepare.PART_SCHEMA), ("keys", prepare.KEY_SCHEMA)):
+            columns = {
+                name: [getattr(row, name) for row in kept[start : start + prepare.PART_ROWS]]
+                for name in schema.names
+            }
+            out.write_bytes(
+                f"{kind}-{number:06d}.arrow", prepare._ipc_bytes(pa.table(columns, schema=schema))
+            )
+    return kept, tokenizing.cuts
 
-    def killed_in_the_second_part(tokens, rows):
-        calls.append(rows)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return original(tokens, rows)
 
-    monkeypatch.setattr(prepare, "_token_table", killed_in_the_second_part)
-    with pytest.raises(KeyboardInterrupt):
-        prepare_source(source_of(path), None, tokens, rules(), place.child("s"))
-    assert not place.exists(f"s/{INDEX_FILE}")
-    monkeypatch.setattr(prepare, "_token_table", original)
-    prepare_source(source_of(path), None, tokens, rules(), place.child("s"))
+def awkward_rows():
+    """Rows of which every range loses some, in several ways, and one range all."""
+    rows = [line(n, negatives=1 + n % 3) for n in range(60)]
+    for number in (0, 5, 8, 9, 10, 11, 12, 13, 14, 15, 33):
+        rows[number]["query"] = " "
+    for number in (3, 21, 40):
+        rows[number]["neg"] = rows[number]["pos"]
+    rows[22]["neg"].append("YES 22")
+    rows[23]["prompt"], rows[59]["prompt"] = "Find it", "Seek it"
+    rows[24]["prompt"] = "a long one " * 40
+    rows[25]["pos"] = ["a long text " * 20]
+    return rows
+
+
+def test_ranges_of_rows_become_the_bytes_and_counts_of_one_pass(tiny_model, tmp_path, small_parts):
+    path = write_lines(tmp_path / "a.jsonl", awkward_rows())
+    tokens, whole, place = (
+        TextTokens(tiny_model),
+        Place(str(tmp_path / "whole")),
+        Place(str(tmp_path / "data")),
+    )
+    limits = rules(skip_bad=True)
+    kept, cuts = in_one_go(source_of(path), tokens, limits, whole)
+    index = prepare_source(source_of(path), None, tokens, rules(skip_bad=True), place.child("s"))
+    # 11 empty queries, 3 rows of nothing but their positive, 1 long instruction; one range of 8 is lost whole.
+    assert index["rejects"] == {"no_query": 11, "negative_is_positive": 3, "instruction_too_long": 1}
+    assert index["parts"] == [8, 8, 8, 8, 8, 5] and len(kept) == 45
+    assert index["cleaned"] == {"negative_is_positive": 1} == dict(limits.cleaned)
+    assert index["tokens"] == sum(sum(row.lengths) for row in kept)
+    assert index["cut"] == asdict(cuts) and index["cut"]["cut"] > 0
+    assert index["swallowed_by"] == limits.swallowed_by != ""
+    instructions = {one["instruction"]: one["rows"] for one in index["prompts"]["kept"]}
+    assert instructions["Find it"] == instructions["Seek it"] == 1 and sum(instructions.values()) == 45
+    names = [name for name in place.names("s") if name.endswith(".arrow")]
+    assert [f"s/{name}" for name in whole.names()] == names
+    for name in names:
+        assert place.read_bytes(name) == whole.read_bytes(name.removeprefix("s/")), name
+    assert place.names("s") == [f"s/{INDEX_FILE}", *names]  # what stood between is gone
+
+
+def test_a_bad_row_is_told_before_what_comes_after_it_is_read(tiny_model, tmp_path):
+    path = write_lines(tmp_path / "a.jsonl", [line(0), line(1, pos=[])])
+    with (tmp_path / "a.jsonl").open("a") as stream:
+        stream.write("no JSON\n")
+    with pytest.raises(DataError, match=r"row 'r1': it has no positive"):
+        prepare_source(
+            source_of(path), None, TextTokens(tiny_model), rules(), Place(str(tmp_path / "data")).child("s")
+        )
+
+
+def test_a_killed_preparation_does_only_what_was_not_done(tiny_model, tmp_path, small_parts, monkeypatch):
+    path = write_lines(tmp_path / "a.jsonl", awkward_rows())
+    tokens, place, whole = (
+        TextTokens(tiny_model),
+        Place(str(tmp_path / "data")),
+        Place(str(tmp_path / "whole")),
+    )
+    source = source_of(path)
+    index = prepare_source(source, None, tokens, rules(skip_bad=True), whole.child("s"))
+    done, written = [], Place.write_bytes
+
+    def killed_at(name_end):
+        def write(self, name, content):
+            if name.endswith(name_end):
+                raise KeyboardInterrupt
+            done.append(name)
+            written(self, name, content)
+
+        return write
+
+    # Killed while rows are read, in the counts of a range, between the two files of a part, and before the index.
+    for name_end in ("rows-000003.parquet", "_ranges/000004.json", "keys-000002.arrow", f"s/{INDEX_FILE}"):
+        name_end = name_end.removeprefix("s/") if name_end.endswith(INDEX_FILE) else name_end
+        with monkeypatch.context() as context:
+            context.setattr(Place, "write_bytes", killed_at(name_end))
+            if name_end == INDEX_FILE:  # of the source, not that of its rows, which are there
+                assert any(name == INDEX_FILE for name in done)
+            with pytest.raises(KeyboardInterrupt):
+                prepare_source(source, None, tokens, rules(skip_bad=True), place.child("s"))
+        assert not place.exists(f"s/{INDEX_FILE}")
+    assert prepare_source(source, None, tokens, rules(skip_bad=True), place.child("s")) == index
+    assert place.names("s") == whole.names("s")
     for name in whole.names("s"):
         assert place.read_bytes(name) == whole.read_bytes(name)
+    # Nothing that was finished was written again.
+    finished = [name for name in done if name.startswith(("rows-", "part-", "_ranges/0"))]
+    assert len(finished) == len(set(finished)) and len(finished) > 14
 
 
 @pytest.fixture(scope="module")

@@ -215,8 +215,11 @@ def run_tasks(
     *shared: Any,
     cpus: float = 0.5,
     pool: PoolConfig | None = None,
+    beside_driver: bool = False,
 ) -> Iterator[Result]:
     """Yield ``function(item, *shared)`` of every item: in order, or with ``pool`` as they are done.
+
+    Without ``pool`` as many tasks wait as run, so that a cluster which can grow sees what to grow for.
 
     Args:
         stage: named in errors.
@@ -225,6 +228,7 @@ def run_tasks(
         shared: further arguments, put into the object store once.
         cpus: what a task reserves.
         pool: what a task reserves instead, and how many run at once.
+        beside_driver: on the driver's machine, for what only it has.
 
     Raises:
         UserError: the function raised one.
@@ -232,13 +236,33 @@ def run_tasks(
     """
     import ray
 
-    options = {"num_cpus": cpus} if pool is None else reserved(pool)
+    options: dict[str, Any] = {"num_cpus": cpus} if pool is None else reserved(pool)
+    if beside_driver:
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        here = ray.get_runtime_context().get_node_id()
+        options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(here, soft=False)
     remote = ray.remote(function).options(**options, max_retries=_RETRIES)
     stored = [ray.put(one) for one in shared]
-    at_once = max(_LEAST_AHEAD, int(ray.cluster_resources().get("CPU", 1) / cpus))
     submitted = (remote.remote(item, *stored) for item in items)
+
+    def at_once() -> int:
+        if pool is not None:
+            return pool.max_actors
+        return max(_LEAST_AHEAD, int(2 * ray.cluster_resources().get("CPU", 1) / max(cpus, _TASK_CPUS)))
+
     with stage_errors(stage):
-        yield from in_flight(submitted, at_once if pool is None else pool.max_actors, stage, pool)
+        yield from in_flight(submitted, at_once, stage, pool)
+
+
+def run_here(
+    stage: str, function: Callable[..., Result], items: Sequence[Item], *shared: Any, **_: Any
+) -> Iterator[Result]:
+    """``run_tasks`` without Ray: in this process, one after another."""
+    return (function(item, *shared) for item in items)
+
+
+Tasks = Callable[..., Iterator[Any]]  # run_tasks or run_here
 
 
 def reserved(pool: PoolConfig) -> dict[str, Any]:
@@ -266,13 +290,16 @@ def stage_errors(stage: str) -> Iterator[None]:
 
 
 def in_flight(
-    references: Iterator[Any], at_once: int, stage: str, pool: PoolConfig | None = None
+    references: Iterator[Any],
+    at_once: int | Callable[[], int],
+    stage: str,
+    pool: PoolConfig | None = None,
 ) -> Iterator[Any]:
     """Yield the results of Ray tasks, ``at_once`` of them submitted; what is left at an error is cancelled.
 
     Args:
         references: submits a task when its next item is taken.
-        at_once: tasks in flight.
+        at_once: tasks in flight; a function is asked anew for each, as a cluster may grow meanwhile.
         stage: named in errors.
         pool: None: results come in order. Else as they are done, and a task that has no place in the cluster is an error.
     """
@@ -293,7 +320,7 @@ def in_flight(
     try:
         for reference in references:
             waiting.append(reference)
-            if len(waiting) >= at_once:
+            while len(waiting) >= (at_once() if callable(at_once) else at_once):
                 yield result()
         while waiting:
             yield result()

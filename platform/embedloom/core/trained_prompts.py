@@ -63,13 +63,13 @@ class PromptCounter:
     rows: Counter[tuple[Prompt, str]] = field(default_factory=Counter)  # by prompt and dataset
     others: int = 0
 
-    def add(self, prompt: Prompt, dataset: str) -> None:
-        """Count one row."""
+    def add(self, prompt: Prompt, dataset: str, rows: int = 1) -> None:
+        """Count one row, or several."""
         key = (prompt, dataset)
         if key in self.rows or len(self.rows) < _MAX_COUNTED:
-            self.rows[key] += 1
+            self.rows[key] += rows
         else:
-            self.others += 1
+            self.others += rows
 
     def as_json(self) -> Json:
         """The most frequent prompts, and how many rows have others."""

@@ -3,10 +3,11 @@
 import hashlib
 import os
 import tempfile
+import threading
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cache, lru_cache
+from functools import cache, cached_property, lru_cache
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -14,16 +15,28 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from embedloom.compute.shards import Piece, Shard, Tasks, plan_shards, run_here
 from embedloom.config.training import TrainingConfig, TrainingSource
 from embedloom.core.artefacts import Artefact, fingerprint
-from embedloom.core.progress import note
+from embedloom.core.progress import Progress, note
 from embedloom.core.prompting import LABEL_TASK_TYPES, PromptContract, Side
 from embedloom.core.storage import Place
 from embedloom.core.text import folded, hash64, mix
 from embedloom.core.trained_prompts import Prompt, PromptCounter, TrainedPrompt, source_prompts
 from embedloom.encoder.tokenizer import CutTexts, formatted_ids, load_tokenizer, prompt_ids, room_problem
 from embedloom.errors import DataError
-from embedloom.training.sources import SourceExample, read_source, source_state
+from embedloom.training.sources import (
+    SourceExample,
+    example_files,
+    no_rows,
+    read_example_rows,
+    read_source,
+    reads_by_range,
+    row_table,
+    rows_of_table,
+    source_state,
+    with_absolute_paths,
+)
 
 # One example as the model sees it: token ids of a query, its positive and its negatives.
 
@@ -116,6 +129,13 @@ class RightAnswers:
         owners = np.repeat(np.arange(len(queries)), counts)
         return bool(np.isin(_joined(queries[owners], negatives), self._pairs).any())
 
+    def table(self) -> pa.Table:
+        """Of ``KEY_SCHEMA``, what makes the same right answers again: a row for each of a query's."""
+        each = np.arange(len(self._rights) + 1, dtype=np.int32)
+        none = pa.ListArray.from_arrays(np.zeros(len(each), np.int32), pa.array([], pa.int64()))
+        rights = pa.ListArray.from_arrays(each, self._rights)
+        return pa.table([pa.array(self._queries), rights, none], schema=KEY_SCHEMA)
+
     @property
     def digest(self) -> str:
         """Sixteen hex digits over all of them."""
@@ -145,17 +165,27 @@ def _joined(queries: Keys, documents: Keys) -> np.ndarray[Any, np.dtype[np.uint6
 # Sources become token ids on disk once, before any worker starts.
 #
 # Training then neither parses nor tokenizes: a worker maps the files and reads the rows of its share. Rows of one
-# source keep the source's order in parts of a few thousand, each written whole or not at all, so a killed preparation
-# goes on after its last whole part.
+# source keep the source's order in parts of a few thousand, each written whole or not at all.
+#
+#     source ─► ranges of its rows, a task each: token ids, then counts ─► parts of equal length, a task each ─► index
+#
+# A core tokenizes 0.24 to 0.30 million tokens a second (512-token texts), so the 18 billion of the published recipe's first
+# stage are twenty hours of one core: tasks on all CPUs of the cluster do them, before any GPU is asked for. A range is cut by
+# row number alone, and done when its counts are there: a killed preparation does again what was under way. The driver holds
+# counts. Files and index are those of one process that reads the source from its first row to its last.
 
 
 PART_ROWS = 4096
 _TOKENIZED_ROWS = 1024  # at a time
 INDEX_FILE = "index.json"
+ROWS_FOLDER = "_rows"  # of a source that ranges are cut from, and
+RANGES_FOLDER = "_ranges"  # what they became; both gone once the source is prepared
 _IDS = pa.list_(pa.int32())
 PART_SCHEMA = pa.schema(
     [("id", pa.string()), ("lengths", _IDS), ("query", _IDS), ("documents", pa.list_(_IDS))]
 )
+_KINDS = {"part": PART_SCHEMA, "keys": KEY_SCHEMA}
+Json = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,6 +216,7 @@ class TextTokens:
     """Tokenizer and contract of a model folder, without its weights."""
 
     def __init__(self, folder: Path) -> None:
+        self.folder = folder
         self.contract = PromptContract.load(folder)
         self.tokenizer = load_tokenizer(folder)
         # Names of tasks decide no token: runs with other mixes go on sharing what their second stages read alike.
@@ -276,17 +307,16 @@ class RowRules:
 
     def __init__(self, negatives: int, repeat: bool, skip_bad: bool) -> None:
         self.negatives = negatives
-        self._repeat = repeat
-        self._skip_bad = skip_bad
+        self.repeat = repeat
+        self.skip_bad = skip_bad
         self.rejects: Counter[str] = Counter()
         self.cleaned: Counter[str] = Counter()  # negatives taken from rows that stay
-        self.repeated = 0
         self.swallowed_by = ""  # the first of the instructions that are too long, with its numbers
 
     @property
     def least(self) -> int:
         """Negatives that a row must keep."""
-        return min(1, self.negatives) if self._repeat else self.negatives
+        return min(1, self.negatives) if self.repeat else self.negatives
 
     def accept(self, source: TrainingSource, example: SourceExample, limit: int) -> bool:
         """Whether to keep a row as its source gives it, of whose negatives at most ``limit`` are used.
@@ -315,7 +345,7 @@ class RowRules:
         Raises:
             DataError: bad rows are not to be skipped.
         """
-        if not self._skip_bad:
+        if not self.skip_bad:
             raise DataError(
                 f"source {source.name!r}: row {row_id!r}: {detail} ({reason}); "
                 "allowed: correct the row, or training.bad_rows: skip"
@@ -365,59 +395,213 @@ def _not_negative(text: str | int, rights: Collection[str | int], query: str | i
     return "negative_is_query" if text == query else None
 
 
+@dataclass(frozen=True, slots=True)
+class SourceWork:
+    """What tasks are told of a source; picklable.
+
+    Attributes:
+        source: with absolute paths.
+        mined: the run's own mined examples.
+        rows: where rows lie as they were read, of a source that only the driver's machine can read.
+        model: folder whose tokenizer and contract make the ids.
+        identity: of tokenizer and contract, so that a process keeps them loaded.
+        rules: negatives wanted, whether they may repeat, whether bad rows are skipped.
+        out: folder of the source's token ids.
+        known: table with right answers by other rows and sources, which are no negatives here; None: each row by itself.
+    """
+
+    source: TrainingSource
+    mined: Place | None
+    rows: Place
+    model: Path
+    identity: str
+    rules: tuple[int, bool, bool]
+    out: Place
+    known: str | None = None
+
+    @property
+    def limit(self) -> int:
+        """Most negatives of a row that are used."""
+        negatives = self.rules[0]
+        return negatives if self.source.negatives is None else min(self.source.negatives, negatives)
+
+    @property
+    def examples(self) -> Place:
+        """Of a source that is read by range."""
+        place = self.mined if self.source.format == "mined" else Place(self.source.path or "")
+        if place is None:
+            raise DataError(f"source {self.source.name!r}: this stage was given no mined examples")
+        return place
+
+    def files(self) -> list[tuple[str, int]]:
+        """(name, rows) of the files that ranges are cut from."""
+        if reads_by_range(self.source):
+            return example_files(self.source, self.examples)
+        return [(name, rows) for name, rows in self.rows.read_json(INDEX_FILE)["files"]]
+
+    def read(self, piece: Piece) -> Iterator[SourceExample]:
+        """The examples of some rows of one file."""
+        if reads_by_range(self.source):
+            return read_example_rows(self.source, self.examples, piece.file, piece.start, piece.stop)
+        return islice(rows_of_table(self.rows.read_table(piece.file)), piece.start, piece.stop)
+
+
 def prepare_source(
-    source: TrainingSource,
-    mined: Place | None,
-    tokens: TextTokens,
-    rules: RowRules,
-    out: Place,
-    known: RightAnswers | None = None,
-) -> dict[str, Any]:
-    """Write one source's token ids below ``out`` and return its index: rows per part and counts.
+    source: TrainingSource, mined: Place | None, tokens: TextTokens, rules: "RowRules", out: Place
+) -> Json:
+    """Write one source's token ids below ``out`` in this process; see ``prepare_works``."""
+    own = (rules.negatives, rules.repeat, rules.skip_bad)
+    work = SourceWork(source, mined, out.child(ROWS_FOLDER), tokens.folder, tokens.identity, own, out)
+    (index,) = prepare_works("prepare", [work], run_here)
+    work.rows.remove()
+    return index
+
+
+def prepare_works(label: str, works: Sequence[SourceWork], tasks: Tasks) -> list[Json]:
+    """Write the token ids of sources that are not there yet, and return the index of each: rows per part and counts.
 
     Args:
-        source: what to read.
-        mined: the run's own mined examples.
-        tokens: what makes the ids.
-        rules: for rows; counts what it leaves out.
-        out: folder of this source alone.
-        known: right answers by other rows and sources, which are no negatives here; None: each row by itself.
+        label: of the stage, for progress lines.
+        works: the sources.
+        tasks: runs a function over many items, in order.
 
     Raises:
-        DataError: the source does not fit its format, or has no usable row.
+        DataError: a source that does not fit its format, has no usable row, or a bad one where those are not skipped.
     """
-    if out.exists(INDEX_FILE):
-        return out.read_json(INDEX_FILE)
-    limit = rules.negatives if source.negatives is None else min(source.negatives, rules.negatives)
-    parts: list[int] = []
-    prompts = PromptCounter()
-    total = 0
-    tokenizing = _Tokenizing(source, limit, tokens, rules, known)
+    missing = list({work.out.uri: work for work in works if not work.out.exists(INDEX_FILE)}.values())
+    unread = [work for work in missing if not reads_by_range(work.source)]
+    for _ in tasks(label, write_rows, unread, cpus=0, beside_driver=True):
+        pass
+    ranges = [(work, shard) for work in missing for shard in plan_shards(work.files(), PART_ROWS)]
+    progress = (
+        Progress(f"{label}, tokens", sum(shard.rows for _, shard in ranges), "rows") if ranges else None
+    )
+    counts: dict[str, list[Json]] = {work.out.uri: [] for work in missing}
+    for (work, shard), one in zip(ranges, tasks(label, tokenize_range, ranges, cpus=1), strict=True):
+        counts[work.out.uri].append(one)
+        if progress is not None:
+            progress.advance(shard.rows)
+    for work in missing:
+        _finish(label, work, counts[work.out.uri], tasks)
+    for work in works:
+        work.out.child(RANGES_FOLDER).remove()
+    return [work.out.read_json(INDEX_FILE) for work in works]
+
+
+def write_rows(work: SourceWork) -> None:
+    """Read a source from its first row to its last, and write its rows for tasks to share.
+
+    Raises:
+        DataError: the source does not fit its format, or a bad row where those are not skipped.
+    """
+    if work.rows.exists(INDEX_FILE):
+        return
+    files: list[tuple[str, int]] = []
     with tempfile.TemporaryDirectory(prefix="embedloom-source-") as scratch:
-        rows = _usable(source, limit, read_source(source, mined, Path(scratch)), rules)
-        kept = tokenizing.rows(rows)
-        while batch := list(islice(kept, PART_ROWS)):
-            for row in batch:
-                prompts.add(row.prompt, row.dataset)
-            for kind, schema in (("part", PART_SCHEMA), ("keys", KEY_SCHEMA)):
-                name = f"{kind}-{len(parts):06d}.arrow"
-                table = _token_table(schema, batch)
-                if not out.exists(name):
-                    out.write_bytes(name, _ipc_bytes(table))
-            parts.append(len(batch))
-            total += sum(sum(row.lengths) for row in batch)
-            rules.repeated += sum(rules.negatives - len(row.negatives) for row in batch)
-    rejects = dict(rules.rejects)
-    if not parts:
-        why = f"; {rules.swallowed_by}" if rules.swallowed_by else ""
-        raise DataError(f"source {source.name!r}: no usable row; rejects: {rejects}{why}")
-    index = {
-        "parts": parts, "rejects": rejects, "repeated_negatives": rules.repeated, "tokens": total,
-        "prompts": prompts.as_json(),
-        "cleaned": dict(rules.cleaned), "cut": asdict(tokenizing.cuts), "swallowed_by": rules.swallowed_by,
+        read = read_source(work.source, work.mined, Path(scratch))
+        examples = (_refused_early(work, example) for example in read)
+        while batch := list(islice(examples, PART_ROWS)):
+            name = f"rows-{len(files):06d}.parquet"
+            if not work.rows.exists(name):
+                work.rows.write_table(name, row_table(batch))
+            files.append((name, len(batch)))
+    work.rows.write_json(INDEX_FILE, {"files": files})
+
+
+def _refused_early(work: SourceWork, example: SourceExample) -> SourceExample:
+    """The example; or what tokenizing would say of it, raised here and not after the whole source was read."""
+    negatives, repeat, skip_bad = work.rules
+    if not skip_bad and not RowRules(negatives, repeat, True).accept(work.source, example, work.limit):
+        rules, copy = RowRules(*work.rules), replace(example, negatives=list(example.negatives))
+        if rules.without_wrong(copy):
+            rules.accept(work.source, copy, work.limit)
+    return example
+
+
+def tokenize_range(item: tuple[SourceWork, Shard]) -> Json:
+    """Write token ids and keys of the usable rows of one range, and return its counts.
+
+    Raises:
+        DataError: a bad row, where those are not skipped.
+    """
+    work, shard = item
+    done = f"{RANGES_FOLDER}/{shard.index:06d}.json"
+    if work.out.exists(done):
+        return work.out.read_json(done)
+    rules = RowRules(*work.rules)
+    known = None if work.known is None else _known(work.known)
+    tokenizing = _Tokenizing(work.source, work.limit, _text_tokens(work.model, work.identity), rules, known)
+    found = [example for piece in shard.pieces for example in work.read(piece)]
+    kept = list(tokenizing.rows(_usable(work.source, work.limit, iter(found), rules)))
+    if kept:
+        for kind, schema in _KINDS.items():
+            name = f"{RANGES_FOLDER}/{kind}-{shard.index:06d}.arrow"
+            work.out.write_bytes(name, _ipc_bytes(_token_table(schema, kept)))
+    prompts = Counter((row.prompt, row.dataset) for row in kept)
+    counts = {
+        "found": len(found), "rows": len(kept), "tokens": sum(sum(row.lengths) for row in kept),
+        "repeated_negatives": sum(rules.negatives - len(row.negatives) for row in kept),
+        "rejects": dict(rules.rejects), "cleaned": dict(rules.cleaned), "cut": asdict(tokenizing.cuts),
+        "swallowed_by": rules.swallowed_by,
+        "prompts": [[asdict(prompt), dataset, rows] for (prompt, dataset), rows in prompts.items()],
     }  # fmt: skip
-    out.write_json(INDEX_FILE, index)
-    return index
+    work.out.write_json(done, counts)
+    return counts
+
+
+def _finish(label: str, work: SourceWork, ranges: Sequence[Json], tasks: Tasks) -> None:
+    """Cut the rows of all ranges into parts of one length, then write the index."""
+    rejects, cleaned = Counter[str](), Counter[str]()
+    prompts, cuts = PromptCounter(), CutTexts()
+    for one in ranges:
+        rejects.update(one["rejects"])
+        cleaned.update(one["cleaned"])
+        cuts.add(CutTexts(**one["cut"]))
+        for prompt, dataset, rows in one["prompts"]:
+            prompts.add(Prompt(**prompt), dataset, rows)
+    swallowed_by = next((one["swallowed_by"] for one in ranges if one["swallowed_by"]), "")
+    if not sum(one["found"] for one in ranges):
+        raise no_rows(work.source)
+    parts = plan_shards([(f"{number:06d}", one["rows"]) for number, one in enumerate(ranges)], PART_ROWS)
+    if not parts:
+        why = f"; {swallowed_by}" if swallowed_by else ""
+        raise DataError(f"source {work.source.name!r}: no usable row; rejects: {dict(rejects)}{why}")
+    for _ in tasks(label, gather_part, parts, work.out):
+        pass
+    index = {
+        "parts": [part.rows for part in parts], "rejects": dict(rejects),
+        "repeated_negatives": sum(one["repeated_negatives"] for one in ranges),
+        "tokens": sum(one["tokens"] for one in ranges), "prompts": prompts.as_json(),
+        "cleaned": dict(cleaned), "cut": asdict(cuts), "swallowed_by": swallowed_by,
+    }  # fmt: skip
+    work.out.write_json(INDEX_FILE, index)
+
+
+def gather_part(part: Shard, out: Place) -> None:
+    """Write one part out of the rows of its ranges."""
+    for kind in _KINDS:
+        name = f"{kind}-{part.index:06d}.arrow"
+        if out.exists(name):
+            continue
+        tables = []
+        for piece in part.pieces:
+            content = out.read_bytes(f"{RANGES_FOLDER}/{kind}-{piece.file}.arrow")
+            whole = pa.ipc.open_file(pa.BufferReader(content)).read_all()
+            tables.append(whole.slice(piece.start, piece.stop - piece.start))
+        out.write_bytes(name, _ipc_bytes(pa.concat_tables(tables)))
+
+
+@lru_cache(maxsize=2)
+def _text_tokens(folder: Path, identity: str) -> TextTokens:
+    """Tokenizer and contract, loaded once in a process; ``identity`` tells another model in the same folder."""
+    return TextTokens(folder)
+
+
+@lru_cache(maxsize=2)
+def _known(name: str) -> RightAnswers:
+    folder, _, base = name.rpartition("/")
+    content = Place(folder).read_bytes(base)
+    return RightAnswers([pa.ipc.open_file(pa.BufferReader(content)).read_all()])
 
 
 def _usable(
@@ -505,7 +689,7 @@ class ExampleStore:
     """Rows numbered through all sources, in the order in which they are named."""
 
     def __init__(self, place: Place, folders: Mapping[str, str], negatives: int) -> None:
-        """Read the sources' indexes and keys, 8 bytes a text.
+        """Read the sources' indexes.
 
         Args:
             place: below which they lie.
@@ -520,8 +704,16 @@ class ExampleStore:
         self._part = cache(self._open_part)
         self.sizes = {name: int(sum(index["parts"])) for name, index in self.indexes.items()}
         self._starts = np.cumsum([0, *self.sizes.values()])
-        self.keys = {name: self._keys_of(name) for name in folders}
-        self.rights = RightAnswers(list(self.keys.values()))
+
+    @cached_property
+    def keys(self) -> dict[str, pa.Table]:
+        """Of every source, 8 bytes a text; read when first asked for, as who only counts rows needs none."""
+        return {name: self._keys_of(name) for name in self._folders}
+
+    @cached_property
+    def rights(self) -> RightAnswers:
+        """Right answers of the queries that have several."""
+        return RightAnswers(list(self.keys.values()))
 
     def first_row(self, name: str) -> int:
         """Number of a source's first row."""
@@ -620,6 +812,7 @@ def prepare_sources(
     mined: Artefact | None,
     model: Path,
     data: Place,
+    tasks: Tasks = run_here,
 ) -> Prepared:
     """Prepare every source below ``data`` that is not yet there.
 
@@ -631,18 +824,16 @@ def prepare_sources(
         mined: the run's own mined examples.
         model: folder whose tokenizer and contract make the ids.
         data: folder with one subfolder a source, shared between stages and candidates.
+        tasks: runs a function over many items, in order: in this process, or ``run_tasks``.
 
     Raises:
         DataError: a source that does not fit its format, has no usable row, or fewer than its cap.
     """
-    reader = _Reader(label, config, negatives, mined, TextTokens(model), data)
-    found = {source.name: reader.prepare(source, None) for source in sources}
-    store = ExampleStore(data, {name: index["folder"] for name, index in found.items()}, negatives)
-    for source in sources:
-        if store.rights.touches(store.keys[source.name]):
-            found[source.name] = reader.prepare(source, store.rights)
-        reader.check(source, found[source.name])
-    return found
+    with _ONE_AT_A_TIME:
+        return _Reader(label, config, negatives, mined, TextTokens(model), data, tasks).prepare(sources)
+
+
+_ONE_AT_A_TIME = threading.Lock()  # candidates that are trained side by side read the same sources: once
 
 
 class _Reader:
@@ -656,6 +847,7 @@ class _Reader:
         mined: Artefact | None,
         tokens: TextTokens,
         data: Place,
+        tasks: Tasks,
     ) -> None:
         self._label = label
         self._config = config
@@ -663,24 +855,66 @@ class _Reader:
         self._mined = mined
         self._tokens = tokens
         self._data = data
+        self._tasks = tasks
 
-    def prepare(self, source: TrainingSource, known: RightAnswers | None) -> dict[str, Any]:
-        """The index of a source; prepared with what other rows and sources know, it has a folder of its own."""
-        folder = source_folder(source, self._config, self._negatives, self._mined, self._tokens)
-        if known is not None:
-            folder = f"{folder}-{known.digest}"
-            note(
-                self._label, f"{source.name}: has negatives that are right answers by other rows; read again"
+    def prepare(self, sources: Sequence[TrainingSource]) -> Prepared:
+        """Each source by itself; then those anew whose negatives another's rows know to be right."""
+        folders = {
+            source.name: source_folder(source, self._config, self._negatives, self._mined, self._tokens)
+            for source in sources
+        }
+        found = self._prepared(sources, folders, folders, None)
+        (shared,) = self._tasks(self._label, find_shared_answers, [folders], self._data, cpus=1)
+        touched = [source for source in sources if source.name in shared.touched]
+        if touched:
+            for source in touched:
+                note(
+                    self._label,
+                    f"{source.name}: has negatives that are right answers by other rows; read again",
+                )
+            others = {source.name: f"{folders[source.name]}-{shared.digest}" for source in touched}
+            found |= self._prepared(touched, others, folders, f"{self._data.uri}/{shared.file}")
+            self._data.delete(shared.file)
+        for source in sources:
+            self._data.child(f"{folders[source.name]}/{ROWS_FOLDER}").remove()
+            self._check(source, found[source.name])
+        return {source.name: found[source.name] for source in sources}
+
+    def _prepared(
+        self,
+        sources: Sequence[TrainingSource],
+        folders: Mapping[str, str],
+        read_below: Mapping[str, str],
+        known: str | None,
+    ) -> Prepared:
+        """The indexes of sources; prepared with what other rows and sources know, they have folders of their own."""
+        rules = (self._negatives, self._config.repeat_negatives, self._config.bad_rows == "skip")
+        mined = self._mined.place.absolute() if self._mined is not None else None
+        works = [
+            SourceWork(
+                with_absolute_paths(source),
+                mined,
+                self._data.child(f"{read_below[source.name]}/{ROWS_FOLDER}"),
+                self._tokens.folder,
+                self._tokens.identity,
+                rules,
+                self._data.child(folders[source.name]),
+                known,
             )
-        again = ", prepared before" if self._data.exists(f"{folder}/{INDEX_FILE}") else ""
-        rules = RowRules(self._negatives, self._config.repeat_negatives, self._config.bad_rows == "skip")
-        place = self._mined.place if self._mined is not None else None
-        index = prepare_source(source, place, self._tokens, rules, self._data.child(folder), known)
-        size = f"{sum(index['parts']):,} examples, {index['tokens']:,} tokens"
-        note(self._label, f"{source.name}: {size}, {CutTexts(**index['cut'])}{again}")
-        return {**index, "folder": folder}
+            for source in sources
+        ]
+        before = {work.out.uri for work in works if work.out.exists(INDEX_FILE)}
+        indexes = prepare_works(self._label, works, self._tasks)
+        for work, index in zip(works, indexes, strict=True):
+            size = f"{sum(index['parts']):,} examples, {index['tokens']:,} tokens"
+            again = ", prepared before" if work.out.uri in before else ""
+            note(self._label, f"{work.source.name}: {size}, {CutTexts(**index['cut'])}{again}")
+        return {
+            source.name: {**index, "folder": folders[source.name]}
+            for source, index in zip(sources, indexes, strict=True)
+        }
 
-    def check(self, source: TrainingSource, index: dict[str, Any]) -> None:
+    def _check(self, source: TrainingSource, index: dict[str, Any]) -> None:
         """Say what was left out of a source, and raise DataError if its cap is above what is left."""
         rows = sum(index["parts"])
         for what in ("rejects", "cleaned"):
@@ -693,6 +927,26 @@ class _Reader:
             raise DataError(
                 f"source {source.name!r}: cap is {source.cap:,}, but it has {rows:,} usable rows; rejects: {index['rejects']}"
             )
+
+
+@dataclass(frozen=True, slots=True)
+class SharedAnswers:
+    """Sources with negatives that are right answers by other rows, and the file with all right answers, if there are any."""
+
+    touched: list[str]
+    digest: str
+    file: str
+
+
+def find_shared_answers(folders: Mapping[str, str], data: Place) -> SharedAnswers:
+    """Compare what the prepared sources of a stage know of each other's queries; 8 bytes a text and source in memory."""
+    store = ExampleStore(data, folders, 0)
+    rights = store.rights
+    touched = [name for name in folders if rights.touches(store.keys[name])]
+    file = f"_right-answers-{rights.digest}.arrow"
+    if touched:
+        data.write_bytes(file, _ipc_bytes(rights.table()))
+    return SharedAnswers(touched, rights.digest, file)
 
 
 def drawn_prompts(

@@ -3,7 +3,7 @@
 import json
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -88,7 +88,12 @@ def not_empty(source: TrainingSource, examples: Iterator[SourceExample]) -> Iter
         empty = False
         yield example
     if empty:
-        raise DataError(f"source {source.name!r}: {source.path or 'mined examples'} has no rows")
+        raise no_rows(source)
+
+
+def no_rows(source: TrainingSource) -> DataError:
+    """What to raise for a source that gives nothing."""
+    return DataError(f"source {source.name!r}: {source.path or 'mined examples'} has no rows")
 
 
 # Records of Parquet and JSON-lines files, for the readers of foreign formats.
@@ -210,8 +215,8 @@ def _batches(texts: Iterable[tuple[str, str]]) -> Iterator[list[tuple[str, str]]
 # Reader of our own ``examples`` tables.
 
 
-def read_examples(source: TrainingSource, place: Place) -> Iterator[SourceExample]:
-    """Rows of ``examples/*.parquet`` below a place (or right in it), of the source's dataset if it names one.
+def example_files(source: TrainingSource, place: Place) -> list[tuple[str, int]]:
+    """(name, rows) of ``examples/*.parquet`` below a place (or right in it), from the footers.
 
     Raises:
         DataError: no Parquet file, or columns that do not fit.
@@ -219,21 +224,50 @@ def read_examples(source: TrainingSource, place: Place) -> Iterator[SourceExampl
     names = place.names("examples", ".parquet") or place.names("", ".parquet")
     if not names:
         raise DataError(f"source {source.name!r}: {place.uri} has no examples/*.parquet")
+    found = []
     for name in names:
-        schema, _ = place.parquet_footer(name)
-        columns = [column for column in SCHEMAS["examples"].columns if column in schema.names]
-        if missing := [column for column in SCHEMAS["examples"].required if column not in columns]:
+        schema, rows = place.parquet_footer(name)
+        if missing := [column for column in SCHEMAS["examples"].required if column not in schema.names]:
             raise DataError(
                 f"source {source.name!r}: {place.uri}/{name} has no column {missing[0]!r}; found {schema.names}"
             )
-        for table in place.iter_tables(name, columns, _BATCH_ROWS):
-            for row in check_table("examples", table, f"{place.uri}/{name}").to_pylist():
-                if source.dataset is None or row["dataset"] == source.dataset:
-                    yield SourceExample(
-                        row["id"], row["query"], row["positive"], row["negatives"], row["task_type"],
-                        source.instruction or row["query_instruction"] or None, row["document_instruction"] or None,
-                        row["dataset"],
-                    )  # fmt: skip
+        found.append((name, rows))
+    return found
+
+
+def read_example_rows(
+    source: TrainingSource, place: Place, name: str, start: int, stop: int
+) -> Iterator[SourceExample]:
+    """Those of some rows of one examples file that are of the source's dataset, or all where it names none."""
+    table = place.read_rows(name, start, stop, _example_columns(place, name))
+    for first in range(0, table.num_rows, _BATCH_ROWS):
+        yield from _examples_of(source, table.slice(first, _BATCH_ROWS), f"{place.uri}/{name}")
+
+
+def read_examples(source: TrainingSource, place: Place) -> Iterator[SourceExample]:
+    """Rows of our own examples, of the source's dataset if it names one.
+
+    Raises:
+        DataError: no Parquet file, or columns that do not fit.
+    """
+    for name, _ in example_files(source, place):
+        for table in place.iter_tables(name, _example_columns(place, name), _BATCH_ROWS):
+            yield from _examples_of(source, table, f"{place.uri}/{name}")
+
+
+def _example_columns(place: Place, name: str) -> list[str]:
+    schema, _ = place.parquet_footer(name)
+    return [column for column in SCHEMAS["examples"].columns if column in schema.names]
+
+
+def _examples_of(source: TrainingSource, table: pa.Table, where: str) -> Iterator[SourceExample]:
+    for row in check_table("examples", table, where).to_pylist():
+        if source.dataset is None or row["dataset"] == source.dataset:
+            yield SourceExample(
+                row["id"], row["query"], row["positive"], row["negatives"], row["task_type"],
+                source.instruction or row["query_instruction"] or None, row["document_instruction"] or None,
+                row["dataset"],
+            )  # fmt: skip
 
 
 # Readers of formats with one row a query: sentence-transformers columns and FlagEmbedding JSON lines.
@@ -586,6 +620,58 @@ def read_source(source: TrainingSource, mined: Place | None, scratch: Path) -> I
     if place is None:
         raise DataError(f"source {source.name!r}: this stage was given no mined examples")
     return not_empty(source, read_examples(source, place))
+
+
+# Rows of a source as they were read, in Parquet files of one length: what tasks on other machines take their share of.
+#
+# Only a machine that has a source's files can read it, and most forms are read from the first byte to the last, or with
+# a corpus beside them; 5,000 rows a second and core, of which a core tokenizes a hundred.
+
+
+_ROW_SCHEMA = pa.schema(
+    [
+        ("id", pa.string()),
+        ("query", pa.string()),
+        ("positive", pa.string()),
+        ("negatives", pa.list_(pa.string())),
+        ("task_type", pa.string()),
+        ("instruction", pa.string()),
+        ("document_instruction", pa.string()),
+        ("dataset", pa.string()),
+        ("problem", pa.list_(pa.string())),
+        ("others", pa.list_(pa.string())),
+    ]
+)
+
+
+def row_table(examples: Sequence[SourceExample]) -> pa.Table:
+    """Examples as a table."""
+    columns = {name: [getattr(example, name) for example in examples] for name in _ROW_SCHEMA.names}
+    return pa.table(columns, schema=_ROW_SCHEMA)
+
+
+def rows_of_table(table: pa.Table) -> Iterator[SourceExample]:
+    """The examples of ``row_table``."""
+    for batch in table.to_batches(_BATCH_ROWS):
+        for row in batch.to_pylist():
+            problem = None if row["problem"] is None else tuple(row["problem"])
+            yield SourceExample(**{**row, "problem": problem, "others": tuple(row["others"])})
+
+
+def reads_by_range(source: TrainingSource) -> bool:
+    """Whether every machine can read any rows of a source by itself: our own tables, in the run's or an object store."""
+    return source.format == "mined" or (source.format == "examples" and "://" in (source.path or ""))
+
+
+def with_absolute_paths(source: TrainingSource) -> TrainingSource:
+    """The source for processes with another working directory."""
+
+    def absolute(path: str) -> str:
+        return path if "://" in path else str(Path(path).expanduser().absolute())
+
+    texts = {name: absolute(path) for name, path in source.local_texts.items()}
+    path = None if source.path is None else absolute(source.path)
+    return source.model_copy(update={"path": path, "local_texts": texts})
 
 
 def source_contents(source: TrainingSource) -> dict[str, Contents]:

@@ -69,11 +69,12 @@ def train_stage(
     data = root.child(DATA_FOLDER) if prepared_data is None else prepared_data.absolute()
     loop = _loop_config(config, stage, candidate, start_model, group, dtype, root, data)
     check_resumable(out.place.child(CHECKPOINT_FOLDER), loop.fingerprint)
+    # Before the first worker is asked for, so that no GPU waits for it; what is prepared stays, whatever fails after it.
+    prepared = prepare_sources(
+        loop.label, config, stage.negatives, loop.sources, mining, loop.start_model, loop.data, run_tasks
+    )
     if stage.name == config.stages[0].name and not out.place.exists(f"{CHECKPOINT_FOLDER}/run"):
         check_readers(loop, group)
-    prepared = prepare_sources(
-        loop.label, config, stage.negatives, loop.sources, mining, start_model, loop.data
-    )
     folders = {name: index["folder"] for name, index in prepared.items()}
     loop = replace(loop, folders=folders, dev_tasks=dev_tasks)
     facts = stage_facts(config, stage, candidate, loop.sources, prepared) | _prompt_facts(loop, prepared)
@@ -102,9 +103,15 @@ def _prompt_facts(loop: LoopConfig, prepared: Prepared) -> dict[str, Any]:
     steps = steps_of(loop.stage, order)
     for warning in schedule_warnings(loop.stage, steps, order.epoch_size):
         note(loop.label, f"warning: {warning}")
-    drawn = order.drawn(steps * loop.stage.global_batch)
+    (drawn,) = run_tasks(loop.label, _drawn, [steps * loop.stage.global_batch], loop, cpus=1)
     found = drawn_prompts(loop.sources, prepared, drawn)
     return {"queries": sum(drawn.values()), "prompts": [one.as_json() for one in found]}
+
+
+def _drawn(examples: int, loop: LoopConfig) -> dict[str, int]:
+    """How many of the first examples come from each source: 8 bytes a row of memory, so not the driver's."""
+    store = ExampleStore(loop.data, loop.folders, loop.stage.negatives)
+    return order_of(loop.training, loop.stage, loop.sources, store, loop.seed).drawn(examples)
 
 
 def _commit(
