@@ -7,8 +7,11 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from embedloom.config.encoder import EncoderConfig
+from embedloom.encoder.backbone import load_backbone
 from embedloom.encoder.export import prepare_base
 from embedloom.encoder.model import Encoder
 from embedloom.encoder.parity import check_export, embed_golden, lowest_cosine, save_golden
@@ -176,3 +179,18 @@ def test_a_foreign_causal_decoder_of_any_family_is_read(tmp_path):
         "last_token",
     )
     assert Encoder.load(folder, dtype="float32", device="cpu").is_decoder
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_a_prepared_base_is_in_the_type_of_its_files_and_holds_the_same_numbers(dtype, tmp_path, tiny_llama):
+    """Every training worker reads it: half the bytes where the base has 16 bits, and no weight is rounded."""
+    base = tmp_path / "base"
+    AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=dtype).save_pretrained(base)
+    AutoTokenizer.from_pretrained(tiny_llama).save_pretrained(base)
+    own = load_file(base / "model.safetensors")
+    prepared = load_file(prepare(base, tmp_path / "prepared") / "model.safetensors")
+    assert {tensor.dtype for tensor in prepared.values()} == {dtype}
+    for name, tensor in prepared.items():
+        assert torch.equal(tensor, own[f"model.{name}"]), name
+    read = load_backbone(tmp_path / "prepared", "bidirectional", torch.float32, None, 64)
+    assert {tensor.dtype for tensor in read.parameters()} == {torch.float32}

@@ -141,12 +141,24 @@ def prepare_base(config: EncoderConfig, base: Path, out: Path) -> dict[str, int]
         normalize=config.normalize,
         attention=config.attention,
     )
-    save_model(backbone, tokenizer, contract, out)
+    save_model(backbone.to(lossless_dtype(backbone)), tokenizer, contract, out)
     return {
         "parameters": sum(parameter.numel() for parameter in backbone.parameters()),
         "layers": backbone.config.num_hidden_layers,
         "dimension": backbone.config.hidden_size,
     }
+
+
+def lossless_dtype(model: torch.nn.Module) -> torch.dtype:
+    """The narrowest type that holds every weight of a model exactly: that of the files which it was read from.
+
+    A base of 7.5 billion bfloat16 weights is then 15 GB for every worker of every run to read, not 30.
+    """
+    tensors = [tensor for tensor in model.state_dict().values() if tensor.is_floating_point()]
+    for dtype in (torch.bfloat16, torch.float16):
+        if all(torch.equal(tensor.to(dtype).to(tensor.dtype), tensor) for tensor in tensors):
+            return dtype
+    return torch.float32
 
 
 def _special_tokens(config: EncoderConfig, tokenizer: Any, decoder: bool) -> tuple[bool, bool]:
