@@ -31,14 +31,14 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def make_tiny_llama(folder: Path, seed: int = 0) -> Path:
-    """Save a random causal Llama: 2 layers, hidden 32, 259 byte tokens."""
+def make_tiny_llama(folder: Path, seed: int = 0, layers: int = 2) -> Path:
+    """Save a random causal Llama: hidden 32, 259 byte tokens."""
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=259,
         hidden_size=32,
         intermediate_size=64,
-        num_hidden_layers=2,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=1024,

@@ -8,7 +8,7 @@ import yaml
 
 from embedloom.errors import DataError
 from embedloom.pipeline.commands import execute, load
-from embedloom.pipeline.graph import build_missing, fingerprints, finished, graph, missing
+from embedloom.pipeline.graph import build_missing, fingerprints, finished, graph, missing, writer_for
 from embedloom.pipeline.preflight import preflight
 from fakes_mining import make_tiny_cross_encoder
 
@@ -179,3 +179,40 @@ def test_other_rescoring_needs_no_other_mining(tiny_llama, tiny_model, tmp_path)
     run = load(config, "local", CLUSTER, ["mining.rescoring={model: ./nowhere, top: 10}"])
     with pytest.raises(DataError, match=r"mining\.rescoring\.model: './nowhere' does not exist"):
         preflight(run, {"mine"})
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_a_stage_keeps_its_name_under_other_settings_that_decide_rounding_only(
+    begun, tiny_llama, tiny_model, tmp_path
+):
+    """Another micro-batch, recomputation or ZeRO stage, in the section or in the stage: finished ones stay, begun ones go on."""
+    path = write_config(tmp_path, tiny_llama, tiny_model)
+    run, name = load(path, "local", CLUSTER, []), "training/alpha/pretrain"
+    nodes = graph(run)
+    before = fingerprints(nodes)
+    made_from = {parent: before[parent] for parent in nodes[name].inputs}
+    writer = writer_for(run, nodes, name, made_from)
+    if not begun:
+        writer.commit({"rows": 1})
+    changes = [
+        "training.micro_batch_tokens=512",
+        "training.zero_stage=2",
+        "training.gradient_checkpointing=2",
+    ]
+    other = load(path, "local", CLUSTER, changes)
+    after = fingerprints(graph(other))
+    assert after[name] == before[name]
+    assert after["training/beta/pretrain"] != before["training/beta/pretrain"]  # nothing is there to keep
+    assert (name in finished(other, graph(other))) is not begun
+    assert writer_for(other, graph(other), name, made_from).resumed is begun
+    hotter = graph(load(path, "local", CLUSTER, [*changes, "training.temperature=0.5"]))
+    assert fingerprints(hotter)[name] != before[name]
+
+
+def test_recomputation_of_one_stage_is_in_no_fingerprint(tiny_llama, tiny_model, tmp_path):
+    path = write_config(tmp_path, tiny_llama, tiny_model)
+    before = fingerprints(graph(load(path, "local", CLUSTER, [])))
+    content = yaml.safe_load(path.read_text())
+    content["training"]["stages"][0]["gradient_checkpointing"] = 2
+    path.write_text(yaml.safe_dump(content))
+    assert fingerprints(graph(load(path, "local", CLUSTER, []))) == before

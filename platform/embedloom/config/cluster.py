@@ -88,6 +88,19 @@ class TrainingGroup(FrozenConfig):
             "(15 GB a reduction for 7.5 billion weights) and the buffers, and loses small gradients where many are summed."
         ),
     )
+    gradient_reduction: Literal["step", "micro_batch"] | None = Field(
+        default=None,
+        description=(
+            "When gradients are reduced over workers where a step takes several micro-batches. step: once, after each "
+            "worker has summed its own, which takes a whole gradient on each, 2 or 4 bytes a weight by gradient_dtype. "
+            "micro_batch: after every one, for as many times the traffic. "
+            "Null: step up to ZeRO-2, micro_batch with ZeRO-3, where weights do not fit whole and nor does a gradient."
+        ),
+    )
+
+    def reduces_each_step(self, zero_stage: int) -> bool:
+        """Whether gradients of several micro-batches are summed on each worker and reduced once."""
+        return zero_stage < 3 if self.gradient_reduction is None else self.gradient_reduction == "step"
 
     @property
     def compute_threads(self) -> int:

@@ -1,6 +1,6 @@
 """Section ``training``: stages, candidates, losses, the sources of the mix, and parts that are off or small by default."""
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
@@ -277,6 +277,14 @@ Schedule = Literal["linear", "cosine", "constant"]
 WATCHING = frozenset({"max_failures", "checkpoints_kept", "trackers", "parity"})
 
 
+# What fits the memory of a worker. It decides rounding and nothing else, so it may change while a stage is trained,
+# and no finished one is stale by it.
+ROUNDING = frozenset({"micro_batch_tokens", "zero_stage", "gradient_checkpointing"})
+
+# false, true, or every how many layers; 1 reads as true.
+Recomputation = bool | Annotated[int, Field(ge=2)]
+
+
 class TrainingStage(FrozenConfig):
     """One contrastive stage (arXiv 2511.07025 Table 8)."""
 
@@ -319,6 +327,13 @@ class TrainingStage(FrozenConfig):
         default=(),
         description=(
             "What the stage trains on. Empty: the run's own mined examples, in the shares of training.mix."
+        ),
+    )
+    gradient_checkpointing: Recomputation | None = Field(
+        default=None,
+        description=(
+            "Recomputation in this stage: false, true, or every how many layers. A stage with fewer negatives or a "
+            "smaller batch has fewer tokens a worker and may do with less. Null: as training.gradient_checkpointing."
         ),
     )
 
@@ -536,11 +551,11 @@ class TrainingConfig(FrozenConfig):
             "too, 3 weights too. Higher needs less memory and more traffic."
         ),
     )
-    gradient_checkpointing: bool = Field(
+    gradient_checkpointing: Recomputation = Field(
         default=False,
         description=(
-            "Compute activations again in the backward pass instead of keeping them: less memory, about a "
-            "third more time."
+            "Compute activations again in the backward pass instead of keeping them. true: of every layer, less memory "
+            "and about a third more time. A number n: of every n-th layer, for 1/n of both. stages[] may have their own."
         ),
     )
     freeze_token_embeddings: bool = Field(
@@ -626,6 +641,11 @@ class TrainingConfig(FrozenConfig):
                         "allowed: 1 or more, or loss gecko, qwen3 or gemini"
                     )
         return self
+
+    def recomputed_layers(self, stage: TrainingStage) -> int:
+        """Every how many layers a stage computes activations again in the backward pass; 0: it keeps them all."""
+        own = stage.gradient_checkpointing
+        return int(self.gradient_checkpointing if own is None else own)
 
     @property
     def candidates(self) -> tuple[Candidate, ...]:

@@ -6,6 +6,7 @@ whole file or none; the next run with the same fingerprint continues from the wh
 fingerprint starts from an empty folder, and readers accept nothing without a manifest.
 """
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -133,6 +134,23 @@ class Artefact:
 _PARQUET_END = b"PAR1"
 
 
+def recorded(place: Place) -> tuple[str, list[Any]] | None:
+    """Fingerprint and settings that the artefact at a place, finished or begun, was made with; None where nothing says so.
+
+    Raises:
+        DataError: a corrupt manifest.
+    """
+    content: Mapping[str, Any] = {}
+    if place.exists(MANIFEST_FILE):
+        manifest = Artefact.open(place).manifest
+        content = {**manifest.get("origin", {}), "fingerprint": manifest["fingerprint"]}
+    elif place.exists(BUILDING_FILE):
+        with contextlib.suppress(DataError):  # half-written: the build begins again
+            content = place.read_json(BUILDING_FILE)
+    settings = content.get("settings")
+    return (content["fingerprint"], settings) if settings else None
+
+
 class ArtefactWriter:
     """Builds one artefact; continue after a crash by opening it again with the same fingerprint."""
 
@@ -178,7 +196,8 @@ class ArtefactWriter:
             if building.get("fingerprint") == self.fingerprint and not self.place.exists(MANIFEST_FILE):
                 return True
         self.place.remove()
-        self.place.write_json(BUILDING_FILE, {"kind": self.kind, "fingerprint": self.fingerprint})
+        settings = {"settings": self.origin["settings"]} if "settings" in self.origin else {}
+        self.place.write_json(BUILDING_FILE, {"kind": self.kind, "fingerprint": self.fingerprint, **settings})
         return False
 
     @contextmanager

@@ -2,10 +2,11 @@
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from embedloom.config.run import Inputs, Node, Run, RunConfig
+from embedloom.config.training import ROUNDING
 from embedloom.core.artefacts import (
     BUILDING_FILE,
     MANIFEST_FILE,
@@ -13,6 +14,7 @@ from embedloom.core.artefacts import (
     ArtefactWriter,
     fingerprint,
     plain_values,
+    recorded,
 )
 from embedloom.core.contents import Contents, changes, digest
 from embedloom.core.progress import begun, ended, note, stage_log
@@ -212,7 +214,42 @@ def graph(run: Run) -> dict[str, Node]:
     state, held = embedding_node(config.embedding, set(source))
     opened = () if model in source else (model,)
     nodes.append(Node("vectors", "embed", state, tuple(parents), _vectors, held, opened))
-    return {node.name: node for node in nodes}
+    return _named_as_built(run, nodes)
+
+
+def _named_as_built(run: Run, nodes: list[Node]) -> dict[str, Node]:
+    """The nodes by name; a training stage that is there, finished or begun, keeps its name under other ``ROUNDING`` settings.
+
+    Those fit a step to the memory of the workers and decide nothing but rounding, so weights are what they were asked to
+    be. They stand in the fingerprint all the same, as in those of older artefacts.
+    """
+    found: dict[str, Node] = {}
+    known: dict[str, str] = {}
+    for node in nodes:
+        inputs = {name: known[name] for name in node.inputs}
+        kept = _as_built(run, node, inputs) if node.verb == "train" else node
+        found[node.name] = kept
+        known[node.name] = fingerprint(_kind(node.name), fingerprint(*kept.settings), inputs)
+    return found
+
+
+def _as_built(run: Run, node: Node, inputs: Mapping[str, str]) -> Node:
+    there = recorded(run.place.child(node.name))
+    if there is None:
+        return node
+    name, settings = there
+    rounding = {key: settings[0][key] for key in ROUNDING if key in settings[0]}
+    kept = replace(node, settings=({**node.settings[0], **rounding}, *node.settings[1:]))
+    return kept if name == fingerprint(_kind(node.name), fingerprint(*kept.settings), dict(inputs)) else node
+
+
+def _other_rounding(run: Run, node: Node) -> str:
+    """In words, the ``ROUNDING`` settings that a finished training stage was made with in place of those asked for."""
+    asked = run.config.training.model_dump(mode="json", include=set(ROUNDING))
+    others = [
+        f"{key} {node.settings[0][key]}" for key in sorted(asked) if node.settings[0][key] != asked[key]
+    ]
+    return f", made with {', '.join(others)}, which decide rounding only" if others else ""
 
 
 def _corpus_node(config: RunConfig) -> Node:
@@ -329,7 +366,8 @@ def build_missing(run: Run, verb: str | None = None) -> list[str]:
     todo = missing(run, nodes, verb)
     for name in needed_by(nodes, verb):
         if name not in todo:
-            note(name, "finished, skipped")
+            other = _other_rounding(run, nodes[name]) if nodes[name].verb == "train" else ""
+            note(name, f"finished, skipped{other}")
     build_nodes(run, nodes, todo, finished(run, nodes))
     return todo
 

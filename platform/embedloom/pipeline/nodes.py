@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, cast
 from embedloom.config.cluster import Profile, StageResources
 from embedloom.config.evaluation import EvaluationTask
 from embedloom.config.run import Build, Inputs, Node, Run, RunConfig
-from embedloom.config.training import WATCHING, TrainingStage
+from embedloom.config.training import ROUNDING, WATCHING, TrainingStage
 from embedloom.core.artefacts import Artefact, ArtefactWriter
 from embedloom.core.contents import Contents, digest, path_contents
 from embedloom.core.storage import Place, files_at
@@ -230,7 +230,11 @@ def training_nodes(config: RunConfig, build: Build) -> tuple[list[Node], dict[st
 
 def _stage_settings(stage: TrainingStage) -> tuple[dict[str, Any], dict[str, Any], dict[str, Contents]]:
     """A stage's section without where its data lie, what those hold by source, and the same file by file."""
-    section, states, reads = stage.model_dump(mode="json"), dict[str, Any](), dict[str, Contents]()
+    section, states, reads = (
+        stage.model_dump(mode="json", exclude=set(ROUNDING)),
+        dict[str, Any](),
+        dict[str, Contents](),
+    )
     for number, source in enumerate(stage.sources):
         state, contents = source_state(source), source_contents(source)
         section["sources"][number] = state["settings"]

@@ -1,7 +1,7 @@
 """Forward and backward of one worker: texts to vectors, the vectors of all workers, and gradients back to where each was made."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -132,14 +132,70 @@ def gather_groups(own: VectorGroups, counts: Sequence[int], rank: int) -> tuple[
 # a step (a backward costs two).
 
 
+class StepReduction:
+    """One reduction over workers a step, by DeepSpeed's ``coalesce_grad_reduction``: each worker sums its micro-batches' own.
+
+    ZeRO-2 and 3 otherwise reduce every gradient after every micro-batch, as each worker keeps a part of it only. Here a
+    step's whole gradient stays on each worker until its end.
+
+    Args:
+        engine: a DeepSpeed engine of ZeRO stage 2 or 3.
+        in_float32: whether gradients of bfloat16 weights are summed in float32, which autograd does not do; not for ZeRO-3,
+            whose weights are not whole between two passes.
+    """
+
+    def __init__(self, engine: Any, in_float32: bool) -> None:
+        self._engine = engine
+        self._sums: dict[Tensor, Tensor] = {}
+        self._is_open = False
+        for weight in engine.module.parameters() if in_float32 else ():
+            if weight.requires_grad:
+                weight.register_post_accumulate_grad_hook(self._add)
+
+    @contextmanager
+    def step(self, passes: int) -> Iterator[None]:
+        """All backward passes of one step; the reduction comes at its end.
+
+        A single pass is reduced as it goes: once anyway, and while it still computes.
+        """
+        if passes == 1:
+            yield
+            return
+        self._is_open = True
+        try:
+            with self._engine.coalesce_grad_reduction():
+                yield
+                while self._sums:
+                    weight, total = self._sums.popitem()
+                    weight.grad = total.to(weight.dtype)
+        finally:
+            self._is_open = False
+            self._sums.clear()
+
+    def _add(self, weight: Tensor) -> None:
+        """Take a weight's gradient over as soon as a backward pass has it, so that no pass keeps its own beside the sums."""
+        if self._is_open and weight.grad is not None:
+            known = self._sums.get(weight)
+            self._sums[weight] = weight.grad.float() if known is None else known.add_(weight.grad)
+            weight.grad = None
+
+
 MicroBatches = Sequence[list[Group]]  # of one worker; an empty one keeps it in step with the others
 
 
 class GradientPass:
     """Accumulates gradients of the mean loss of a global batch in a DeepSpeed engine."""
 
-    def __init__(self, engine: Any, objective: Objective, rank: int, world_size: int) -> None:
+    def __init__(
+        self,
+        engine: Any,
+        objective: Objective,
+        rank: int,
+        world_size: int,
+        reduction: StepReduction | None = None,
+    ) -> None:
         self._engine = engine
+        self._reduction = reduction  # None: as the engine reduces
         self._objective = objective
         self._rank = rank
         self._scale = float(world_size)
@@ -157,11 +213,12 @@ class GradientPass:
                 collective calls.
         """
         weight = self._scale / sum(counts)
-        if self._objective.needs == "nothing":
-            return self._alone(micro_batches, filler, weight)
-        if len(micro_batches) == 1:
-            return self._whole(micro_batches[0], counts, filler, weight)
-        return self._cached(micro_batches, counts, filler, weight)
+        with self._reduction.step(len(micro_batches)) if self._reduction is not None else nullcontext():
+            if self._objective.needs == "nothing":
+                return self._alone(micro_batches, filler, weight)
+            if len(micro_batches) == 1:
+                return self._whole(micro_batches[0], counts, filler, weight)
+            return self._cached(micro_batches, counts, filler, weight)
 
     def _alone(self, micro_batches: MicroBatches, filler: list[Group], weight: float) -> Tensor:
         """Micro-batch by micro-batch, for a loss that needs no other query."""

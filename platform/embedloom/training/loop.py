@@ -1,14 +1,16 @@
 """The training loop of one worker, and its config. Ray Train starts one in every process of the group."""
 
 import time
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from embedloom.config.training import WATCHING, TrainingConfig, TrainingSource, TrainingStage
+from embedloom.config.cluster import TrainingGroup
+from embedloom.config.training import ROUNDING, WATCHING, TrainingConfig, TrainingSource, TrainingStage
 from embedloom.core.artefacts import fingerprint
 from embedloom.core.prompting import PromptContract
 from embedloom.core.storage import Place
@@ -25,7 +27,7 @@ from embedloom.training.checkpoints import (
 )
 from embedloom.training.data import ExampleStore
 from embedloom.training.dev import DevScores, DevTasks
-from embedloom.training.gradients import ContrastiveModule, GradientPass
+from embedloom.training.gradients import ContrastiveModule, GradientPass, StepReduction
 from embedloom.training.losses import Objective
 from embedloom.training.metrics import (
     METRICS_FILE,
@@ -65,20 +67,29 @@ class LoopConfig:
     threads: int
     dev_tasks: DevTasks | None = None  # of training.dev
     contract: PromptContract | None = None  # of the model that comes out; None: as of the one it starts from
-    bf16_weights: bool | None = None  # as TrainingGroup has it
-    gradient_dtype: str = "float32"
+    group: TrainingGroup = field(default_factory=TrainingGroup)
+
+    @property
+    def rounding(self) -> dict[str, Any]:
+        """The settings that decide rounding only; a run may go on with others."""
+        return self.training.model_dump(mode="json", include=set(ROUNDING))
 
     @property
     def fingerprint(self) -> str:
         """What a checkpoint must have been made with to go on from it."""
+        return self.fingerprint_with(self.rounding)
+
+    def fingerprint_with(self, rounding: Mapping[str, Any]) -> str:
+        """The same, of a run that had these settings."""
         varying = {"runs", "stages", "checkpoint_every_steps", *WATCHING}
-        training = self.training.model_dump(mode="json", exclude=varying)
-        return fingerprint(training, self.stage, self.sources, self.seed, self.learning_rate_scale)
+        training = self.training.model_dump(mode="json", exclude=varying) | dict(rounding)
+        stage = self.stage.model_dump(mode="json", exclude=set(ROUNDING))
+        return fingerprint(training, stage, self.sources, self.seed, self.learning_rate_scale)
 
     @property
     def identity(self) -> str:
         """By which trackers know the run: another one for each place that it is trained in."""
-        return fingerprint(self.fingerprint, self.logs.uri)
+        return fingerprint(self.fingerprint_with(dict.fromkeys(ROUNDING)), self.logs.uri)
 
     @property
     def settings(self) -> dict[str, str]:
@@ -122,18 +133,23 @@ class StageTrainer:
         self.encoder = Encoder.load(
             config.start_model, dtype=config.dtype, trainable=True, contract=config.contract
         )
-        prepare_backbone(self.encoder.backbone, training)
+        prepare_backbone(self.encoder.backbone, training, stage)
         self.store = ExampleStore(config.data, config.folders, stage.negatives)
         self.order = order_of(training, stage, config.sources, self.store, config.seed)
         self.total_steps = steps_of(stage, self.order)
         objective = Objective.of(training, self.encoder.dimension, self.encoder.contract.normalize)
         self.matrix_weights = matrix_weights(self.encoder.backbone)  # before ZeRO-3 takes them apart
+        group = config.group
         bf16_weights = self.encoder.dtype == torch.bfloat16 and (
-            torch.cuda.is_available() if config.bf16_weights is None else config.bf16_weights
+            torch.cuda.is_available() if group.bf16_weights is None else group.bf16_weights
         )
-        settings = deepspeed_settings(training, bf16_weights, config.gradient_dtype)
+        settings = deepspeed_settings(training, group, bf16_weights)
         self.engine = build_engine(ContrastiveModule(self.encoder), training, settings)
-        self.gradients = GradientPass(self.engine, objective, rank, world_size)
+        in_float32 = bf16_weights and group.gradient_dtype == "float32"
+        # ZeRO-0 and 1 reduce once a step by themselves.
+        once = world_size > 1 and training.zero_stage > 1 and group.reduces_each_step(training.zero_stage)
+        reduction = StepReduction(self.engine, in_float32) if once else None
+        self.gradients = GradientPass(self.engine, objective, rank, world_size, reduction)
         self.watch = LossWatch()
         self.writer = StepWriter(
             config.label, self.total_steps, config.logs if rank == 0 else None,
@@ -151,7 +167,7 @@ class StageTrainer:
 
     def resume(self, folder: Path) -> None:
         """Continue after the last checkpoint: weights, optimizer, cursor and metrics so far."""
-        state, records = load_checkpoint(self.engine, folder, self._state())
+        state, records = load_checkpoint(self.engine, folder, self._state(), self.config.fingerprint_with)
         self.step = int(state["examples_seen"]) // self.config.stage.global_batch
         if self.dev is not None:
             self.dev.resume(state["dev"], folder)
@@ -251,6 +267,7 @@ class StageTrainer:
         return {
             "examples_seen": self.step * self.config.stage.global_batch,
             "fingerprint": self.config.fingerprint,
+            "rounding": self.config.rounding,
             "world_size": self.world_size,
             "zero_stage": self.config.training.zero_stage,
             "dev": self.dev.state() if self.dev is not None else [],

@@ -7,11 +7,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from embedloom.config.training import TrainingConfig
+from embedloom.config.cluster import TrainingGroup
+from embedloom.config.training import TrainingConfig, TrainingStage
+from embedloom.core.memory import BUCKET_ELEMENTS
 from embedloom.errors import ConfigError
 
 
-def prepare_backbone(backbone: Any, config: TrainingConfig) -> None:
+def prepare_backbone(backbone: Any, config: TrainingConfig, stage: TrainingStage) -> None:
     """Training mode, adapters, frozen embeddings and recomputation as the config has them."""
     if config.lora is not None:
         from embedloom.training.lora import add_adapters  # peft takes a second to import
@@ -20,8 +22,8 @@ def prepare_backbone(backbone: Any, config: TrainingConfig) -> None:
     backbone.train()
     if config.freeze_token_embeddings:
         backbone.get_input_embeddings().requires_grad_(False)
-    if config.gradient_checkpointing:
-        backbone.gradient_checkpointing_enable()
+    if layers := config.recomputed_layers(stage):
+        backbone.gradient_checkpointing_enable(every_n_layers=layers)
 
 
 def matrix_weights(backbone: Any) -> tuple[int, int]:
@@ -31,20 +33,26 @@ def matrix_weights(backbone: Any) -> tuple[int, int]:
     return sum(p.numel() for p in own), sum(p.numel() for p in own if not p.requires_grad)
 
 
-def deepspeed_settings(
-    config: TrainingConfig, bf16_weights: bool, gradient_dtype: str = "float32"
-) -> dict[str, Any]:
+def deepspeed_settings(config: TrainingConfig, group: TrainingGroup, bf16_weights: bool) -> dict[str, Any]:
     """The DeepSpeed config document.
 
-    Gradients of bfloat16 weights are summed over micro-batches and reduced over workers in ``gradient_dtype``;
+    Gradients of bfloat16 weights are summed over micro-batches and reduced over workers in ``group.gradient_dtype``;
     DeepSpeed's own default is the weights' type, in which a sum of 64 workers' gradients has 8 bits.
     ``train_micro_batch_size_per_gpu`` is only DeepSpeed's bookkeeping here: our batches are cut by tokens and the
     loop says itself where an accumulation ends.
 
     Raises:
-        ConfigError: bfloat16 weights without ZeRO.
+        ConfigError: bfloat16 weights without ZeRO, or sums over a step that ZeRO-3 cannot have in float32.
     """
     zero: dict[str, Any] = {"stage": config.zero_stage}
+    if config.zero_stage > 0:
+        # DeepSpeed's default below stage 3 is to wait for every reduction (its zero/config.py, overlap_comm_valid). Two
+        # buckets are then filled in turn.
+        zero |= {
+            "overlap_comm": True,
+            "reduce_bucket_size": BUCKET_ELEMENTS,
+            "allgather_bucket_size": BUCKET_ELEMENTS,
+        }
     if config.zero_stage == 3:
         zero["stage3_gather_16bit_weights_on_model_save"] = True
     sums: dict[str, Any] = {}
@@ -53,7 +61,12 @@ def deepspeed_settings(
             "training.zero_stage: 0, but without ZeRO DeepSpeed keeps no float32 copy of bfloat16 weights and loses small "
             "steps; allowed: 1, 2, 3, or train.bf16_weights: false in the cluster profile"
         )
-    if bf16_weights and gradient_dtype == "float32":
+    if bf16_weights and group.gradient_dtype == "float32":
+        if config.zero_stage == 3 and group.reduces_each_step(config.zero_stage):
+            raise ConfigError(
+                "training.gradient_reduction: step of the cluster profile, but with training.zero_stage 3 a worker can sum "
+                "gradients of bfloat16 weights in bfloat16 only; allowed: micro_batch, or gradient_dtype: bfloat16"
+            )
         sums = {"data_types": {"grad_accum_dtype": "fp32"}, "communication_data_type": "fp32"}
     return sums | {
         "train_micro_batch_size_per_gpu": 1,

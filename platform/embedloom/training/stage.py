@@ -68,7 +68,9 @@ def train_stage(
     root = out.place.absolute()  # Ray Train's workers have another working directory
     data = root.child(DATA_FOLDER) if prepared_data is None else prepared_data.absolute()
     loop = _loop_config(config, stage, candidate, start_model, group, dtype, root, data)
-    check_resumable(out.place.child(CHECKPOINT_FOLDER), loop.fingerprint)
+    changed = check_resumable(out.place.child(CHECKPOINT_FOLDER), loop.fingerprint_with, loop.rounding)
+    if changed:
+        note(loop.label, f"goes on with {', '.join(changed)}; these decide rounding only")
     # Before the first worker is asked for, so that no GPU waits for it; what is prepared stays, whatever fails after it.
     prepared = prepare_sources(
         loop.label, config, stage.negatives, loop.sources, mining, loop.start_model, loop.data, run_tasks
@@ -171,7 +173,7 @@ _READABLE: dict[tuple[Any, ...], dict[str, float]] = {}
 
 def _start_parity(loop: LoopConfig) -> dict[str, float]:
     encoder = Encoder.load(loop.start_model, dtype=loop.dtype, trainable=True)
-    prepare_backbone(encoder.backbone, loop.training)
+    prepare_backbone(encoder.backbone, loop.training, loop.stage)
     with temporary_folder() as folder:
         save_final_model(encoder, Path(folder), loop.training, embed_golden(encoder))
         return check_export(Path(folder), loop.training.parity)
@@ -219,8 +221,7 @@ def _loop_config(
         folders={},
         logs=root,
         threads=group.compute_threads,
-        bf16_weights=group.bf16_weights,
-        gradient_dtype=group.gradient_dtype,
+        group=group,
     )
 
 
@@ -239,6 +240,9 @@ def _fit(loop: LoopConfig, group: TrainingGroup, storage: Place) -> Any:
 
     gpu = group.gpus > 0
     environment = {"OMP_NUM_THREADS": str(loop.threads), "DS_ACCELERATOR": "cuda" if gpu else "cpu"}
+    if gpu:
+        # Every micro-batch has another length, and fixed segments of the allocator would be left half full.
+        environment["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
     trainer = TorchTrainer(
         train_worker,
         train_loop_config=loop,
