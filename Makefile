@@ -58,6 +58,7 @@ smoke: install-dev
 
 drill: install-dev
 	$(BIN)/python tests/drills/run_drills.py --drills 100
+	$(BIN)/python tests/drills/train_elastic.py
 	$(BIN)/python tests/drills/serve_overload.py
 	$(BIN)/python tests/drills/serve_kills.py
 	$(BIN)/python tests/drills/serve_kills.py --replicas 1

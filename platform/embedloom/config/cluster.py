@@ -64,6 +64,22 @@ class TrainingGroup(FrozenConfig):
     workers: int = Field(
         default=1, ge=1, description="Workers of one group; the global batch is split over them."
     )
+    min_workers: int | None = Field(
+        default=None,
+        ge=1,
+        description=(
+            "Fewest workers that a group goes on with when machines are lost, from its last checkpoint and with the same "
+            "batches, split over those that are left. Null: it waits until there are as many as workers again."
+        ),
+    )
+    grow_seconds: float = Field(
+        default=1800.0,
+        gt=0,
+        description=(
+            "How often a group with fewer than its workers looks whether machines have come back. It then starts again "
+            "from the last checkpoint with all of them, so what was trained since is trained twice."
+        ),
+    )
     cpus: float = Field(default=1.0, ge=0, description="Logical CPUs that one worker reserves.")
     gpus: int = Field(
         default=0,
@@ -97,6 +113,14 @@ class TrainingGroup(FrozenConfig):
             "Null: step up to ZeRO-2, micro_batch with ZeRO-3, where weights do not fit whole and nor does a gradient."
         ),
     )
+
+    @model_validator(mode="after")
+    def _fewest_are_no_more(self) -> "TrainingGroup":
+        if self.min_workers is not None and self.min_workers > self.workers:
+            raise ValueError(
+                f"min_workers is {self.min_workers}, above workers {self.workers}; allowed: 1 to workers"
+            )
+        return self
 
     def reduces_each_step(self, zero_stage: int) -> bool:
         """Whether gradients of several micro-batches are summed on each worker and reduced once."""

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from embedloom.config.cluster import TrainingGroup
 from embedloom.config.training import ROUNDING, WATCHING, TrainingConfig, TrainingSource, TrainingStage
 from embedloom.core.artefacts import fingerprint
+from embedloom.core.progress import note
 from embedloom.core.prompting import PromptContract
 from embedloom.core.storage import Place
 from embedloom.encoder.backbone import DTypeName
@@ -169,6 +170,9 @@ class StageTrainer:
         """Continue after the last checkpoint: weights, optimizer, cursor and metrics so far."""
         state, records = load_checkpoint(self.engine, folder, self._state(), self.config.fingerprint_with)
         self.step = int(state["examples_seen"]) // self.config.stage.global_batch
+        if self.rank == 0 and state["world_size"] != self.world_size:
+            workers = f"{self.world_size} workers in place of {state['world_size']}"
+            note(self.config.label, f"goes on after step {self.step:,} with {workers}")
         if self.dev is not None:
             self.dev.resume(state["dev"], folder)
         self.writer.records = records

@@ -238,6 +238,8 @@ def _fit(loop: LoopConfig, group: TrainingGroup, storage: Place) -> Any:
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
+    from embedloom.training.elastic import LostMachines
+
     gpu = group.gpus > 0
     environment = {"OMP_NUM_THREADS": str(loop.threads), "DS_ACCELERATOR": "cuda" if gpu else "cpu"}
     if gpu:
@@ -248,7 +250,8 @@ def _fit(loop: LoopConfig, group: TrainingGroup, storage: Place) -> Any:
         train_loop_config=loop,
         torch_config=TorchConfig(backend="nccl" if gpu else "gloo"),
         scaling_config=ScalingConfig(
-            num_workers=group.workers,
+            num_workers=group.workers if group.min_workers is None else (group.min_workers, group.workers),
+            elastic_resize_monitor_interval_s=group.grow_seconds,
             use_gpu=gpu,
             resources_per_worker={"CPU": group.cpus, **({"GPU": group.gpus} if gpu else {})},
         ),
@@ -259,6 +262,7 @@ def _fit(loop: LoopConfig, group: TrainingGroup, storage: Place) -> Any:
             failure_config=FailureConfig(max_failures=loop.training.max_failures),
             checkpoint_config=CheckpointConfig(num_to_keep=loop.training.checkpoints_kept),
             worker_runtime_env={"env_vars": environment},
+            callbacks=[] if group.min_workers is None else [LostMachines(loop.label)],
         ),
     )
     try:

@@ -1,0 +1,33 @@
+"""A real Ray Train group on four nodes of this machine that loses one of three workers for good."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from embedloom.config.cluster import TrainingGroup
+
+DRILL = Path(__file__).parents[1] / "drills" / "train_elastic.py"
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_two_of_three_workers_go_on_with_the_same_batches(tmp_path):
+    command = [sys.executable, "-W", "ignore", str(DRILL), "--folder", str(tmp_path / "drill")]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stdout + run.stderr
+    found = json.loads(run.stdout)
+    print(f"{found['seconds']} seconds from the loss to the next step")
+    assert found["workers"][0] == 3 and found["workers"][-1] == 2
+    assert found["steps"][0] == found["steps"][1] > found["steps_before"]
+    assert found["same_tokens"] and found["largest_difference"] <= 1e-4
+
+
+def test_no_fewer_workers_than_none_and_no_more_than_all():
+    with pytest.raises(ValueError, match="min_workers is 3, above workers 2; allowed: 1 to workers"):
+        TrainingGroup(workers=2, min_workers=3)
+    with pytest.raises(ValueError, match="min_workers"):
+        TrainingGroup(workers=2, min_workers=0)
+    assert TrainingGroup(workers=2).min_workers is None
