@@ -536,12 +536,12 @@ class TrainingConfig(FrozenConfig):
     gradient_clip_norm: float = Field(
         default=1.0, gt=0, description="Largest norm of the gradient; a larger one is scaled down."
     )
-    micro_batch_tokens: int = Field(
+    micro_batch_tokens: Annotated[int, Field(ge=64)] | Literal["auto"] = Field(
         default=4096,
-        ge=64,
         description=(
-            "Tokens per forward pass of one worker. Changes memory and speed, not the result: a step's "
-            "batch may take several passes (gradient caching, arXiv 2101.06983)."
+            "Tokens per forward pass of one worker. Changes memory and speed, not the result: a step's batch may take "
+            "several passes (gradient caching, arXiv 2101.06983). auto: what the arithmetic of embedloom.core.memory finds "
+            "to fit the worker's GPU, and no more than its share of a step; 4096 on a CPU."
         ),
     )
     zero_stage: Literal[0, 1, 2, 3] = Field(

@@ -41,10 +41,14 @@ from embedloom.training.metrics import (
     training_flops,
 )
 from embedloom.training.model import (
+    CPU_TOKENS,
     build_engine,
     deepspeed_settings,
+    fitting_tokens,
     matrix_weights,
     prepare_backbone,
+    shape_of,
+    trainer_of,
     unsharded_gradient_norm,
 )
 from embedloom.training.order import BatchPlan, BatchReader, StepBatch, learning_rate, order_of, steps_of
@@ -144,6 +148,7 @@ class StageTrainer:
         bf16_weights = self.encoder.dtype == torch.bfloat16 and (
             torch.cuda.is_available() if group.bf16_weights is None else group.bf16_weights
         )
+        tokens = self._micro_batch_tokens(bf16_weights)
         settings = deepspeed_settings(training, group, bf16_weights)
         self.engine = build_engine(ContrastiveModule(self.encoder), training, settings)
         in_float32 = bf16_weights and group.gradient_dtype == "float32"
@@ -158,13 +163,30 @@ class StageTrainer:
         )  # fmt: skip
         self.dev: DevScores | None = None
         if training.dev is not None and config.dev_tasks is not None:
-            tokens = training.micro_batch_tokens
             self.dev = DevScores(training.dev, config.dev_tasks, self.encoder, rank, world_size, tokens)
         self.step = 0
         self.reader = BatchReader(
             self.order, self.store, stage.global_batch, self.total_steps, rank, world_size,
-            training.micro_batch_tokens, self.encoder.dimension,
+            tokens, self.encoder.dimension,
         )  # fmt: skip
+
+    def _micro_batch_tokens(self, bf16_weights: bool) -> int:
+        """As the config has them, or as many as fit the smallest GPU of the group: all workers cut a batch alike."""
+        training, stage, device = self.config.training, self.config.stage, self.encoder.device
+        if training.micro_batch_tokens != "auto":
+            return training.micro_batch_tokens
+        if device.type != "cuda":
+            return CPU_TOKENS
+        backbone, contract = self.encoder.backbone, self.encoder.contract
+        trainer = trainer_of(training, stage, self.config.group, backbone, bf16_weights, self.world_size)
+        longest = contract.max_query_tokens + (1 + stage.negatives) * contract.max_document_tokens
+        groups = -(-stage.global_batch // self.world_size)
+        memory = torch.tensor(torch.cuda.get_device_properties(device).total_memory, device=device)
+        dist.all_reduce(memory, op=dist.ReduceOp.MIN)
+        found = fitting_tokens(shape_of(backbone), trainer, longest, groups, float(memory))
+        if self.rank == 0:
+            note(self.config.label, f"micro-batches of {found:,} tokens")
+        return found
 
     def resume(self, folder: Path) -> None:
         """Continue after the last checkpoint: weights, optimizer, cursor and metrics so far."""

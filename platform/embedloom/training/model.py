@@ -1,7 +1,9 @@
 """The model as a worker trains it: the backbone as the config wants it, DeepSpeed's settings, and the engine built from them."""
 
+import math
 import os
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -9,7 +11,7 @@ from torch import nn
 
 from embedloom.config.cluster import TrainingGroup
 from embedloom.config.training import TrainingConfig, TrainingStage
-from embedloom.core.memory import BUCKET_ELEMENTS
+from embedloom.core.memory import BUCKET_ELEMENTS, Shape, Trainer, training_memory
 from embedloom.errors import ConfigError
 
 
@@ -31,6 +33,82 @@ def matrix_weights(backbone: Any) -> tuple[int, int]:
     embeddings = backbone.get_input_embeddings().weight
     own = [parameter for parameter in backbone.parameters() if parameter is not embeddings]
     return sum(p.numel() for p in own), sum(p.numel() for p in own if not p.requires_grad)
+
+
+# How many tokens a forward pass may hold, where the config leaves it to the arithmetic.
+
+
+CPU_TOKENS = 4096
+
+
+def shape_of(backbone: Any) -> Shape:
+    """What the arithmetic of memory needs of a backbone, before ZeRO-3 takes it apart."""
+    config, embeddings = backbone.config, backbone.get_input_embeddings().weight
+    heads = config.num_attention_heads
+    head_size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    keys = (getattr(config, "num_key_value_heads", None) or heads) * head_size
+    weights = sum(parameter.numel() for parameter in backbone.parameters())
+    return Shape(
+        weights,
+        config.num_hidden_layers,
+        config.hidden_size,
+        keys,
+        config.intermediate_size,
+        embeddings.numel(),
+    )
+
+
+def trainer_of(
+    config: TrainingConfig,
+    stage: TrainingStage,
+    group: TrainingGroup,
+    backbone: Any,
+    bf16_weights: bool,
+    workers: int,
+) -> Trainer:
+    """How a worker of ``workers`` trains the backbone, as far as memory depends on it."""
+    every = config.recomputed_layers(stage)
+    return Trainer(
+        workers,
+        config.zero_stage,
+        "bfloat16" if bf16_weights else "float32",
+        group.gradient_dtype,
+        recomputed_layers=math.ceil(backbone.config.num_hidden_layers / every) if every else 0,
+        overlaps=config.zero_stage > 0,
+        reduces_once=workers > 1 and group.reduces_each_step(config.zero_stage),
+        trained_weights=sum(p.numel() for p in backbone.parameters() if p.requires_grad),
+    )
+
+
+def fitting_tokens(
+    shape: Shape, trainer: Trainer, group_tokens: int, groups: int, device_bytes: float
+) -> int:
+    """Tokens of a forward pass that fit a GPU: a worker's whole share of a step if it can be, else what is left for it.
+
+    Args:
+        shape: of the model.
+        trainer: how it is trained.
+        group_tokens: most that a query with its documents may have, which is never cut in two.
+        groups: queries of a step that fall to one worker.
+        device_bytes: memory of the GPU.
+
+    Raises:
+        ConfigError: not even one query with its documents fits.
+    """
+    share = group_tokens * groups
+    # One pass a step is reduced as it goes and holds no whole gradient.
+    whole = training_memory(shape, replace(trainer, reduces_once=False), 0).largest_batch(device_bytes)
+    if whole >= share:
+        return share
+    most = training_memory(shape, trainer, 0).largest_batch(device_bytes)
+    if most < group_tokens:
+        needed = training_memory(shape, trainer, group_tokens).total
+        raise ConfigError(
+            f"training.micro_batch_tokens: auto, but a query with its documents of {group_tokens:,} tokens takes "
+            f"{needed / 1e9:.0f} GB of a GPU with {device_bytes / 1e9:.0f}; allowed: more workers, a higher zero_stage, "
+            "gradient_checkpointing: true, or gradient_reduction: micro_batch in the cluster profile"
+        )
+    return most
 
 
 def deepspeed_settings(config: TrainingConfig, group: TrainingGroup, bf16_weights: bool) -> dict[str, Any]:
