@@ -20,9 +20,18 @@ from embedloom.errors import ConfigError, MissingDependency, StageError, UserErr
 PROXY_CALLBACK = "embedloom.serving.listener.proxy_middlewares"
 
 
+# What Ray reads where it starts and ends a node's processes.
+PROCESS_ENVIRONMENT = {
+    # An actor or task that reserved no GPU sees none: by default Ray leaves it all of the node's.
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1",
+    # With a worker that is killed its whole process group ends: an engine's own processes would keep the GPU's memory.
+    "RAY_process_group_cleanup_enabled": "1",
+}
+
+
 def node_environment(profile: Profile, pool: NodePool) -> dict[str, str]:
     """Variables of a node's Ray process, by name."""
-    found = serve_environment(profile)
+    found = {**PROCESS_ENVIRONMENT, **serve_environment(profile)}
     if pool.spot:
         found["RAY_NODE_MARKET_TYPE"] = "spot"  # Ray's own label ray.io/market-type
     return found
@@ -69,7 +78,8 @@ def set_ray_environment(auth: AuthConfig) -> None:
     if auth.mode == "token":
         os.environ.setdefault("RAY_AUTH_TOKEN_PATH", str(Path(auth.token_path).expanduser()))
     os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    for name, value in PROCESS_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
     # A worker process needs a minute to import torch on a busy node, and longer where nodes scale from zero.
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "1200")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")

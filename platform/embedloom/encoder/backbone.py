@@ -4,6 +4,7 @@ decoder, cast for its device, and shared between processes.
 
 import copy
 import json
+import sys
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -42,14 +43,25 @@ from embedloom.errors import ConfigError, DataError, first_line, one_line
 DTypeName = Literal["auto", "float32", "bfloat16", "int8"]  # int8: linear layers only (cpu_layers.py), on CPU
 
 
+def has_gpu() -> bool:
+    """Whether this process may compute on a GPU: torch sees one and, in a process of Ray, Ray gave it one.
+
+    A driver, or an actor that reserved none, would take memory of one that somebody else reserved.
+    """
+    ray = sys.modules.get("ray")
+    if ray is not None and ray.is_initialized() and not ray.get_gpu_ids():
+        return False
+    return bool(torch.cuda.is_available())
+
+
 def pick_device(name: str = "auto") -> torch.device:
-    """``auto``: the GPU Ray gave this process, else the CPU.
+    """``auto``: the GPU that is this process's own (``has_gpu``), else the CPU.
 
     Raises:
         ConfigError: a CUDA device is asked for where there is none.
     """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return torch.device("cuda" if has_gpu() else "cpu")
     device = torch.device(name)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError(
