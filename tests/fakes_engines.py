@@ -3,11 +3,16 @@
 import json
 import os
 import random
+import signal
+import subprocess
+import sys
+import time
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pyarrow as pa
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -110,6 +115,48 @@ class LostEngine(FakeEngine):
         if any("poison" in request.messages[-1]["content"] for request in requests):
             raise EngineLostError("the engine died with 1 requests: RuntimeError: poisoned")
         return super().generate(requests)
+
+
+class ParentEngine(FakeEngine):
+    """As vLLM on a GPU: the engine is a child that outlives its parent, and the first one is lost on its first batch.
+
+    ``killed`` ends the actor from outside, as an out-of-memory killer does. Each start notes which earlier children live.
+    """
+
+    killed = False
+
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        alive = [
+            int(path.name) for path in (self.folder / "children").glob("*") if is_running(int(path.name))
+        ]
+        (self.folder / "starts").mkdir(exist_ok=True)
+        (self.folder / "starts" / f"{time.monotonic_ns()}").write_text(json.dumps(alive))
+        self.child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+        (self.folder / "children").mkdir(exist_ok=True)
+        (self.folder / "children" / str(self.child.pid)).touch()
+
+    def generate(self, requests: Sequence[GenerationRequest]) -> list[GenerationResult]:
+        if not (self.folder / "lost").exists():
+            (self.folder / "lost").touch()
+            if self.killed:
+                os.kill(os.getpid(), signal.SIGKILL)
+            raise EngineLostError("the engine died with 1 requests: RuntimeError: CUDA error")
+        return super().generate(requests)
+
+
+class KilledParentEngine(ParentEngine):
+    """Its actor is killed, so nothing in it can end the child."""
+
+    killed = True
+
+
+def is_running(pid: int) -> bool:
+    """Whether a process runs; one that has ended and waits to be reaped does not."""
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 class DoublingWorker:

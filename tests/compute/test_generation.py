@@ -1,5 +1,7 @@
 """The generation actor in its pool: requests in, answers out, several shards at once, engines that are lost."""
 
+import json
+import time
 from pathlib import Path
 
 import pyarrow as pa
@@ -21,7 +23,7 @@ from embedloom.config.cluster import PoolConfig
 from embedloom.config.synthesis import EngineOptions
 from embedloom.core.storage import Place
 from embedloom.errors import StageError
-from fakes_engines import CrashingEngine, FakeEngine, LostEngine
+from fakes_engines import CrashingEngine, FakeEngine, KilledParentEngine, LostEngine, ParentEngine, is_running
 
 SCHEMA = {
     "type": "object",
@@ -113,3 +115,20 @@ def test_a_shard_that_always_kills_its_engine_ends_the_run_by_name(ray_local: No
     with pytest.raises(StageError, match=r"^write: item 1 was begun 3 times and took its process with it"):
         runs(LostEngine)
     assert "texts/part-000001.parquet" not in runs.place.names("texts")
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("engine", [ParentEngine, KilledParentEngine])
+def test_an_engines_own_processes_are_gone_before_its_actor_is_started_again(
+    ray_local: None, tmp_path: Path, engine: type[FakeEngine]
+):
+    runs = Runs(tmp_path)
+    assert runs(engine) == [f"id-{n}" for n in range(21)]
+    starts = [json.loads(path.read_text()) for path in sorted((runs.model / "starts").iterdir())]
+    assert len(starts) >= 2, "the engine was lost, so it started twice"
+    assert starts[0] == starts[1] == [], "a child of the lost engine was still there"
+    children = [int(path.name) for path in (runs.model / "children").iterdir()]
+    deadline = time.monotonic() + 60
+    while any(map(is_running, children)) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert not any(map(is_running, children)), "the pool ended and left a child behind"

@@ -148,6 +148,12 @@ class GenerationWorker:
             model_folder=model(), options=options, threads=threads, gpu=gpu, tensor_parallel=tensor_parallel
         )
 
+    def close(self) -> None:
+        """End the engine, where it can be ended."""
+        close = getattr(self._engine, "close", None)
+        if close is not None:
+            close()
+
     def __call__(self, rows: pa.Table) -> dict[str, pa.Table]:
         """Answer the requests of one shard."""
         results = self._engine.generate(read_requests(rows))

@@ -4,9 +4,10 @@ import os
 import pickle
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from threading import Thread
+from typing import Any, NoReturn, Protocol, TypeVar
 
 import pyarrow as pa
 
@@ -19,6 +20,9 @@ from embedloom.errors import DataError, EmbedloomError, StageError, last_line, o
 # What stands inside the actors of a pipeline, and the rows that pass between its steps.
 
 
+CLOSE_SECONDS = (
+    10  # that a lost engine may take to end in order, and again its processes once they are killed
+)
 WRITTEN = "written"  # in place of folders: nothing left to do
 
 Row = dict[str, Any]
@@ -101,9 +105,31 @@ class PoolActor:
         except EngineLostError as error:
             # Ray starts the actor anew and gives it what it held; this process has nothing left to serve with.
             note("ray", f"{error}; this actor died and is started again")
-            os._exit(1)
+            leave(self._worker)
         except EmbedloomError as error:
             return row_of(row["position"], {}, error)
+
+
+def leave(worker: Any) -> NoReturn:
+    """End this process and every process that it started, so that the actor that Ray starts instead finds the GPU free.
+
+    vLLM's engine on a GPU is a child that does not watch its parent (vllm 0.29, issue 55510): left behind, it would keep the
+    memory. Where this process itself is killed, Ray ends its process group (RAY_process_group_cleanup_enabled).
+
+    Args:
+        worker: asked to ``close`` first, if it can, in the time that a healthy engine needs.
+    """
+    import psutil
+
+    ending = Thread(target=getattr(worker, "close", lambda: None), daemon=True)
+    ending.start()
+    ending.join(CLOSE_SECONDS)
+    children = psutil.Process().children(recursive=True)
+    for child in children:
+        with suppress(psutil.Error):
+            child.kill()
+    psutil.wait_procs(children, timeout=CLOSE_SECONDS)
+    os._exit(1)
 
 
 class PartWorker(Protocol):

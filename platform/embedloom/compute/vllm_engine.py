@@ -2,6 +2,7 @@
 
 import copy
 import os
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -18,7 +19,8 @@ from embedloom.compute.generation import (
     GenerationResult,
     require_engine,
 )
-from embedloom.config.synthesis import EngineOptions
+from embedloom.compute.reasoning import answer_of, opens_reasoning
+from embedloom.config.synthesis import EngineOptions, ReasoningParser
 from embedloom.core.hardware import has_bf16_instructions
 from embedloom.errors import DataError, EmbedloomError, StageError, first_line
 
@@ -158,7 +160,9 @@ class ContinuousBatches(Generic[One, Out]):
 
 CPU_SEQUENCES = 32  # decoded together; more only lengthens a step on a few cores
 CPU_KV_CACHE_GIB = 1.0
-_Prompt = tuple[list[int], GenerationRequest]
+_Prompt = tuple[
+    list[int], GenerationRequest, bool
+]  # tokens, what is asked, whether they end inside the thinking
 
 
 class VLLMEngine:
@@ -180,10 +184,16 @@ class VLLMEngine:
         Raises:
             MissingDependency: vLLM is not installed.
             DataError: the folder is no model vLLM can load, or its tokenizer has no chat template.
+            StageError: the GPUs' memory is not free.
         """
         require_engine(gpu)
         set_environment(gpu, threads, options.batch_invariant)
+        if gpu:
+            wait_for_memory(options.gpu_memory_share)
         self._max_model_tokens = options.max_model_tokens
+        self._template_options = dict(options.chat_template_kwargs)
+        self._parser = options.reasoning
+        self._reasoning_tokens = options.reasoning_tokens if self._parser else 0
         self._encoding = Lock()
 
         def open_engine() -> _Steps:
@@ -193,7 +203,7 @@ class VLLMEngine:
 
                 torch.set_num_threads(threads)
             self._llm = _load(model_folder, options, gpu, tensor_parallel)
-            return _Steps(self._llm.llm_engine)
+            return _Steps(self._llm.llm_engine, self._parser, self._reasoning_tokens)
 
         self._loop: ContinuousBatches[_Prompt, GenerationResult] = ContinuousBatches(open_engine)
         # A copy: the loop's thread decodes with vLLM's own while callers encode with this one.
@@ -213,48 +223,60 @@ class VLLMEngine:
         results: dict[int, GenerationResult] = {}
         prompts: dict[int, _Prompt] = {}
         for position, request in enumerate(requests):
-            prompt = self._prompt_tokens(request)
-            room = self._max_model_tokens - request.max_tokens
+            prompt, opened = self._prompt_tokens(request)
+            written_tokens = request.max_tokens + self._reasoning_tokens
+            room = self._max_model_tokens - written_tokens
             if len(prompt) > room:
-                message = f"prompt has {len(prompt)} tokens, {room} fit beside {request.max_tokens} new ones"
+                message = f"prompt has {len(prompt)} tokens, {room} fit beside {written_tokens} new ones"
                 results[position] = GenerationResult.failed(request, message, len(prompt))
             else:
-                prompts[position] = (prompt, request)
+                prompts[position] = (prompt, request, opened)
         written = self._loop.generate(list(prompts.values()))
         results.update(zip(prompts, written, strict=True))
         return [results[position] for position in range(len(requests))]
 
-    def _prompt_tokens(self, request: GenerationRequest) -> list[int]:
+    def close(self) -> None:
+        """End the engine and its processes."""
+        self._llm.llm_engine.engine_core.shutdown()
+
+    def _prompt_tokens(self, request: GenerationRequest) -> tuple[list[int], bool]:
         with self._encoding:
             text = self._tokenizer.apply_chat_template(
-                list(request.messages), tokenize=False, add_generation_prompt=True
+                list(request.messages), tokenize=False, add_generation_prompt=True, **self._template_options
             )
             # The template writes the special tokens itself.
-            return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+            return list(self._tokenizer(text, add_special_tokens=False)["input_ids"]), opens_reasoning(text)
 
 
 class _Steps:
     """vLLM's engine as a Stepper."""
 
-    def __init__(self, engine: Any) -> None:
+    def __init__(self, engine: Any, parser: ReasoningParser | None, reasoning_tokens: int) -> None:
         self._engine = engine
-        self._served: dict[str, GenerationRequest] = {}
+        self._parser = parser
+        self._reasoning_tokens = reasoning_tokens
+        self._served: dict[str, _Prompt] = {}
 
     def add(self, key: str, request: _Prompt) -> None:
         """Admit one request; lengths were checked, so a refusal is about the schema or a sampling parameter."""
         from vllm.exceptions import VLLMClientError
 
-        tokens, asked = request
+        tokens, asked, _ = request
+        sampling = _sampling(asked, self._parser, self._reasoning_tokens)
         try:
-            self._engine.add_request(key, {"prompt_token_ids": tokens}, _sampling(asked))
+            self._engine.add_request(key, {"prompt_token_ids": tokens}, sampling)
         except (VLLMClientError, ValueError) as error:
             raise DataError(f"vLLM refuses these requests: {first_line(error)}") from error
-        self._served[key] = asked
+        self._served[key] = request
 
     def step(self) -> list[tuple[str, GenerationResult]]:
         """Decode once."""
         ended = [output for output in self._engine.step() if output.finished]
-        return [(output.request_id, _result(self._served.pop(output.request_id), output)) for output in ended]
+        return [(output.request_id, self._answered(output)) for output in ended]
+
+    def _answered(self, output: Any) -> GenerationResult:
+        _, asked, opened = self._served.pop(output.request_id)
+        return result_of(asked, output, self._parser, opened)
 
     def drop(self, keys: Sequence[str]) -> None:
         """Forget admitted requests."""
@@ -274,14 +296,85 @@ def _load(model_folder: Path, options: EngineOptions, gpu: bool, tensor_parallel
             # differently, so a shard run again by a fresh engine could get other texts.
             enable_prefix_caching=options.prefix_caching,
             use_tqdm_on_load=False,
-            structured_outputs_config={"backend": "xgrammar", "disable_any_whitespace": True},
+            # With a parser the schema holds from where the model has thought; without, from the first token.
+            structured_outputs_config={
+                "backend": "xgrammar",
+                "disable_any_whitespace": True,
+                "reasoning_parser": options.reasoning or "",
+            },
             **(_gpu_options(options, tensor_parallel) if gpu else _cpu_options(options)),
         )
     except (ValueError, OSError) as error:
         raise DataError(f"{model_folder}: vLLM cannot load this model: {first_line(error)}") from error
+    except RuntimeError as error:
+        # What the engine's own process, which it has on a GPU, met; its reason stands above in the actor's log.
+        if "Engine core initialization failed" not in str(error):
+            raise
+        raise DataError(
+            f"{model_folder}: vLLM's engine did not start ({first_line(error)}); its own words stand in the actor's log. "
+            "What helps most often: a smaller engine.max_model_tokens or gpu_memory_share, or more tensor_parallel GPUs"
+        ) from error
     if not gpu:
         _compile_grammars_in_order(llm)
     return llm
+
+
+# Whether a GPU is free again: an engine that was killed there may have left processes that are still ending.
+
+
+MEMORY_SECONDS = 180.0
+_POLL_SECONDS = 2.0
+
+
+def wait_for_memory(
+    share: float,
+    free: Callable[[], dict[str, float]] | None = None,
+    seconds: float = MEMORY_SECONDS,
+    sleep: Callable[[float], None] = time.sleep,
+) -> None:
+    """Return once each of this process's GPUs has ``share`` of its memory free.
+
+    Args:
+        share: of a GPU's memory, 0 to 1.
+        free: tells the free share by GPU; None: asks the driver.
+        seconds: how long to wait.
+        sleep: between two questions.
+
+    Raises:
+        StageError: a GPU was not free in time; named, with what it has free.
+    """
+    tell = free or free_shares
+    for _ in range(max(1, round(seconds / _POLL_SECONDS))):
+        short = {name: found for name, found in tell().items() if found < share}
+        if not short:
+            return
+        sleep(_POLL_SECONDS)
+    named = ", ".join(f"{name} has {found:.0%} free" for name, found in short.items())
+    raise StageError(
+        f"GPU {named} after {seconds:g} s, and engine.gpu_memory_share is {share:g}: another process holds the rest "
+        "(nvidia-smi on that node names it)"
+    )
+
+
+def free_shares() -> dict[str, float]:
+    """Free share of the memory of each GPU that this process sees, by name; asked of the driver, so that CUDA stays unused."""
+    import pynvml  # vLLM for CUDA brings it
+
+    pynvml.nvmlInit()
+    try:
+        found = {}
+        for name in filter(None, os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")):
+            by_number = name.isdigit()
+            handle = (
+                pynvml.nvmlDeviceGetHandleByIndex(int(name))
+                if by_number
+                else pynvml.nvmlDeviceGetHandleByUUID(name)
+            )
+            memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
+            found[name] = memory.free / memory.total
+        return found
+    finally:
+        pynvml.nvmlShutdown()
 
 
 def set_environment(gpu: bool, threads: int, batch_invariant: bool) -> None:
@@ -318,6 +411,9 @@ def _gpu_options(options: EngineOptions, tensor_parallel: int) -> dict[str, Any]
         "tensor_parallel_size": tensor_parallel,
         "gpu_memory_utilization": options.gpu_memory_share,
     }
+    if tensor_parallel > 1:
+        # Its workers are children of this process, on the GPUs that Ray gave it; Ray's executor would ask for others.
+        chosen["distributed_executor_backend"] = "mp"
     if options.sequences is not None:
         chosen["max_num_seqs"] = options.sequences
     if options.kv_cache_gib is not None:
@@ -340,7 +436,7 @@ def _compile_grammars_in_order(llm: Any) -> None:
     manager._use_async_grammar_compilation = False
 
 
-def _sampling(request: GenerationRequest) -> Any:
+def _sampling(request: GenerationRequest, parser: ReasoningParser | None, reasoning_tokens: int) -> Any:
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 
@@ -348,19 +444,32 @@ def _sampling(request: GenerationRequest) -> Any:
         output_kind=RequestOutputKind.FINAL_ONLY,
         temperature=request.temperature,
         top_p=request.top_p,
-        max_tokens=request.max_tokens,
+        max_tokens=request.max_tokens + reasoning_tokens,
         seed=request.seed,
+        # Harmony's channels are marked by special tokens, which decoding leaves out otherwise.
+        skip_special_tokens=parser != "openai_gptoss",
         structured_outputs=StructuredOutputsParams(json=request.json_schema) if request.json_schema else None,
     )
 
 
-def _result(request: GenerationRequest, output: Any) -> GenerationResult:
+def result_of(
+    request: GenerationRequest, output: Any, parser: ReasoningParser | None = None, opened: bool = False
+) -> GenerationResult:
+    """What vLLM wrote for a request, without what a model thought before it answered.
+
+    Args:
+        request: what was asked.
+        output: vLLM's ``RequestOutput``.
+        parser: whose marks part thought and answer; None: all is answer.
+        opened: whether the prompt ended inside the thinking.
+    """
     completion = output.outputs[0]
     prompt_tokens, output_tokens = len(output.prompt_token_ids or ()), len(completion.token_ids)
     if completion.finish_reason not in (ENGINE_FINISHED, ENGINE_CUT):
         return GenerationResult.failed(
             request, f"vLLM ended with {completion.finish_reason!r}", prompt_tokens
         )
-    return GenerationResult(
-        request.id, completion.text, completion.finish_reason, prompt_tokens, output_tokens
-    )
+    text = completion.text if parser is None else answer_of(completion.text, parser, opened)
+    if text is None and completion.finish_reason == ENGINE_FINISHED:
+        return GenerationResult.failed(request, "the model ended before it answered", prompt_tokens)
+    return GenerationResult(request.id, text or "", completion.finish_reason, prompt_tokens, output_tokens)

@@ -1,5 +1,6 @@
 """Section ``synthesis``: which LLMs write rows, of which families, in which languages, and what is kept."""
 
+import re
 from collections import Counter
 from typing import Annotated, Literal
 
@@ -460,6 +461,23 @@ class QualityConfig(FrozenConfig):
     )
 
 
+ReasoningParser = Literal["openai_gptoss", "qwen3", "deepseek_r1"]  # names of vLLM's parsers
+# What models of a family write before they answer, by what their names say; the first that fits counts. Qwen3's "Instruct"
+# models of July 2025 do not think.
+_REASONING: tuple[tuple[str, ReasoningParser | None], ...] = (
+    (r"gpt-oss", "openai_gptoss"),
+    (r"qwen3.*instruct", None),
+    (r"qwen3", "qwen3"),
+    (r"deepseek-r1", "deepseek_r1"),
+)
+
+
+def proposed_parser(model: str) -> ReasoningParser | None:
+    """The parser that a model's name asks for; None: its answers are all answer."""
+    name = model.rstrip("/").rsplit("/", 1)[-1].lower()
+    return next((parser for pattern, parser in _REASONING if re.search(pattern, name)), None)
+
+
 class EngineOptions(FrozenConfig):
     """How vLLM runs one generator.
 
@@ -514,6 +532,40 @@ class EngineOptions(FrozenConfig):
             "several shards in flight."
         ),
     )
+    reasoning_parser: ReasoningParser | Literal["auto"] | None = Field(
+        default="auto",
+        exclude_if=lambda value: value == "auto",
+        description=(
+            "How a model that thinks before it answers marks the two (vLLM's parser of this name): what it thought is never "
+            "part of a row, and a schema holds for the answer alone. auto: by the model's name, openai_gptoss for gpt-oss, "
+            "qwen3 for Qwen3 but its Instruct models, deepseek_r1 for DeepSeek-R1. Null: all is answer."
+        ),
+    )
+    reasoning_tokens: int = Field(
+        default=1024,
+        ge=0,
+        exclude_if=lambda value: value == 1024,
+        description=(
+            "With a reasoning parser: tokens beside an answer's own limit that the model may think with; max_model_tokens "
+            "must hold prompt, thought and answer. The default is a guess; an answer cut in its thought is counted as cut."
+        ),
+    )
+    chat_template_kwargs: dict[str, bool | int | str] = Field(
+        default={},
+        exclude_if=lambda value: not value,
+        description="What the chat template is told besides, such as enable_thinking: false (Qwen3) or reasoning_effort: low (gpt-oss).",
+    )
+
+    @property
+    def reasoning(self) -> ReasoningParser | None:
+        """The parser, once ``for_model`` has decided it."""
+        return None if self.reasoning_parser == "auto" else self.reasoning_parser
+
+    def for_model(self, model: str) -> "EngineOptions":
+        """The options with ``auto`` decided for a model of this name."""
+        if self.reasoning_parser != "auto":
+            return self
+        return self.model_copy(update={"reasoning_parser": proposed_parser(model)})
 
 
 class Generator(FrozenConfig):
@@ -543,6 +595,23 @@ class Generator(FrozenConfig):
             "For models below about a billion parameters: shorter prompts, and answers bounded by patterns."
         ),
     )
+
+    @model_validator(mode="after")
+    def _parser_fits_the_model(self) -> "Generator":
+        proposed, stated = proposed_parser(self.model), self.engine.reasoning_parser
+        if proposed is None or stated in ("auto", proposed):
+            return self
+        if stated is None and self.engine.chat_template_kwargs.get("enable_thinking") is False:
+            return self
+        raise ValueError(
+            f"engine.reasoning_parser is {stated}, and {self.model} marks what it thinks as {proposed}: rows would carry it; "
+            f"allowed: auto, {proposed}"
+            + (
+                ""
+                if proposed == "openai_gptoss"
+                else ", or null with chat_template_kwargs: {enable_thinking: false}"
+            )
+        )
 
 
 class Sampling(FrozenConfig):

@@ -302,7 +302,7 @@ class Surroundings:
 
     def arguments(self, model: str, options: EngineOptions, pool: PoolConfig) -> dict[str, Any]:
         """Constructor arguments of actors that run a model."""
-        return generation_arguments(self.models[model], options, pool, self.engine_factory)
+        return generation_arguments(self.models[model], options.for_model(model), pool, self.engine_factory)
 
     def documents(self) -> RowSource:
         """The train split; held-out documents are never shown to an LLM."""
