@@ -15,7 +15,7 @@ from embedloom.core.model_folder import ModelFolder
 from embedloom.encoder.export import prepare_base
 from embedloom.encoder.model import Encoder
 from embedloom.encoder.own_code import trusted_copy
-from embedloom.encoder.registry import local_contents, open_model, resolve_model
+from embedloom.encoder.registry import local_contents, local_folder, open_model, resolve_model
 from embedloom.errors import DataError
 from embedloom.retrieval.teachers import SentenceEncoder, teacher_source
 from fakes_bases import make_base
@@ -193,16 +193,10 @@ def test_the_endpoint_says_that_it_runs_such_code(tmp_path):
         application(build_application, folder)
     bound = application(build_application, folder, trust_remote_code=True)
     spec, settings = bound[0], bound[1]
-    assert settings.trust_remote_code and is_trusted_path(spec.folder)
+    assert settings.trust_remote_code and is_trusted(local_folder(spec.folder))
 
 
 def application(build, folder, **serving):
     section = ServingConfig(require_gate=False, **serving)
     args = ApplicationArgs(model_folder=str(folder), served_name="own", serving=section)
     return build(args)._bound_deployment.init_args
-
-
-def is_trusted_path(path):
-    from pathlib import Path
-
-    return is_trusted(Path(path))

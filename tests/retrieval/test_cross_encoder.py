@@ -9,6 +9,7 @@ import torch
 
 from embedloom.config.mining import MiningConfig
 from embedloom.core.prompting import Templates
+from embedloom.encoder.registry import local_folder
 from embedloom.errors import ConfigError, DataError
 from embedloom.mining.stage import rescoring_source
 from embedloom.retrieval.cross_encoder import CrossEncoderSource
@@ -111,7 +112,7 @@ def test_a_score_that_is_not_finite_is_refused(model):
 def test_the_section_opens_the_model_and_knows_its_positions(model):
     section = {"model": str(model), "top": 5, "max_tokens": 64, "query_template": "{instruction} {text}"}
     found = rescoring_source(MiningConfig(teachers=["t"], rescoring=section))
-    assert (found.name, found.folder, found.max_tokens) == (str(model), model, 64)
+    assert (found.name, local_folder(found.folder), found.max_tokens) == (str(model), model, 64)
     assert score(found.open()).shape == (4,)
     with pytest.raises(ConfigError, match=r"mining\.rescoring: max_tokens: 512 is above the 128 positions"):
         rescoring_source(MiningConfig(teachers=["t"], rescoring={"model": str(model), "top": 5}))

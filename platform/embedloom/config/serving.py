@@ -286,7 +286,20 @@ class ServingConfig(FrozenConfig):
 class ApplicationArgs(FrozenConfig):
     """Arguments of ``build``; also the ``args`` of serve/config.yaml."""
 
-    model_folder: str = Field(description="Folder of the model that is served.")
+    model_folder: str = Field(
+        description=(
+            "Model that is served: a folder that every node sees, or a name by which each node finds it: a Hugging Face id, "
+            "a name of the registry, a .gguf file."
+        )
+    )
+    model_release: str | None = Field(
+        default=None,
+        exclude_if=lambda value: value is None,
+        description=(
+            "With a model by name: commit of the Hugging Face id, or version of the package that ships it, which all "
+            "replicas must have. Null: any."
+        ),
+    )
     served_name: str = Field(min_length=1, description="What clients put into `model`.")
     model_id: str | None = Field(
         default=None,

@@ -73,14 +73,21 @@ def _our_own_only(folder: Path) -> ForeignLayout:
 class ModelFolder:
     """One model folder in Hugging Face layout, ours (with ``contract.json``) or foreign."""
 
-    def __init__(self, path: Path, read_foreign: Callable[[Path], ForeignLayout] = _our_own_only) -> None:
+    def __init__(
+        self,
+        path: Path,
+        read_foreign: Callable[[Path], ForeignLayout] = _our_own_only,
+        travels: Any = None,
+    ) -> None:
         """Nothing is read yet.
 
         Args:
             path: the folder.
             read_foreign: what understands a folder without a contract; without it, such a folder has only contents.
+            travels: what other machines open the model by (``encoder.registry.NodeModel``); None: the path.
         """
         self.path = path.expanduser().absolute()
+        self.travels: Any = self.path if travels is None else travels
         self._read_foreign = read_foreign
 
     @cached_property

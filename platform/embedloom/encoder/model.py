@@ -26,7 +26,7 @@ from embedloom.encoder.backbone import (
 )
 from embedloom.encoder.cpu_layers import fuse, quantize_linears
 from embedloom.encoder.foreign import Head, HeadModule
-from embedloom.encoder.registry import open_model
+from embedloom.encoder.registry import NodeModel, open_model
 from embedloom.encoder.tokenizer import CutTexts, contract_ids, formatted_ids, load_tokenizer
 from embedloom.errors import ConfigError, DataError
 
@@ -263,7 +263,7 @@ class Encoder:
     @classmethod
     def load(
         cls,
-        folder: Path,
+        folder: Path | NodeModel,
         *,
         threads: int | None = None,
         dtype: DTypeName = "auto",

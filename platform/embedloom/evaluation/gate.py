@@ -17,7 +17,7 @@ from embedloom.core.schemas import ScoreTable
 from embedloom.core.storage import Place
 from embedloom.core.verdict import GATE_FILE, PASSED, REFUSED, VERDICTS_FOLDER, Verdict
 from embedloom.encoder.backbone import DTypeName
-from embedloom.encoder.registry import open_model
+from embedloom.encoder.registry import NodeModel, open_model
 from embedloom.errors import DataError
 from embedloom.evaluation.evaluator import Evaluator
 from embedloom.evaluation.jobs import Scorer, Unit
@@ -297,7 +297,13 @@ class Contender:
     """One of the two models."""
 
     name: str  # in scores.json and below items/
-    folder: Path
+    folder: Path  # on this machine
+    named: NodeModel | None = None  # what other machines open it by; None: the folder, which they see too
+
+    @property
+    def travels(self) -> Path | NodeModel:
+        """What every node opens the model by."""
+        return self.folder if self.named is None else self.named
 
 
 def judge(
@@ -446,7 +452,7 @@ def _latency(
 ) -> tuple[float, float] | None:
     if not config.measures_latency:
         return None
-    scorers, _ = make_scorers({contender.name: contender.folder for contender in contenders}, (), None)
+    scorers, _ = make_scorers({contender.name: contender.travels for contender in contenders}, (), None)
     with Evaluator((), None, workers, place, place, dtype, 1) as evaluator:
         found = evaluator.time(scorers, TIMED_QUERIES)
     candidate, current = (found[contender.name]["p50_milliseconds"] for contender in contenders)

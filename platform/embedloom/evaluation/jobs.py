@@ -12,6 +12,7 @@ import numpy as np
 from embedloom.core.prompting import PromptContract, Side
 from embedloom.core.storage import Place
 from embedloom.encoder.model import Vectors
+from embedloom.encoder.registry import NodeModel
 from embedloom.encoder.tokenizer import CutTexts
 from embedloom.errors import DataError
 from embedloom.evaluation.specs import TaskSpec
@@ -188,7 +189,7 @@ class Scorer:
     group: Group
     mteb_name: str  # organisation/model
     revision: str
-    folder: Path | None = None
+    folder: Path | NodeModel | None = None
     contract_hash: str = ""
 
     @property

@@ -1,13 +1,14 @@
 """What is scored: model folders, the teacher and BM25, each with the identity its results are kept under."""
 
 import importlib.util
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import mteb
 
 from embedloom.core.prompting import PromptContract
-from embedloom.encoder.registry import open_model
+from embedloom.encoder.registry import NodeModel, open_model
 from embedloom.errors import ConfigError, MissingDependency
 from embedloom.evaluation.jobs import Group, Scorer
 
@@ -37,14 +38,16 @@ def load_bm25() -> Any:
 
 
 def make_scorers(
-    models: dict[str, Path], baselines: tuple[str, ...], teacher: tuple[str, Path] | None
+    models: Mapping[str, Path | NodeModel],
+    baselines: tuple[str, ...],
+    teacher: tuple[str, Path | NodeModel] | None,
 ) -> tuple[list[Scorer], dict[str, PromptContract]]:
     """Scorers in the order in which they are reported, and the models' contracts by hash.
 
     Args:
-        models: name -> model folder.
+        models: name -> model folder, or a model by name.
         baselines: ``bm25``, ``teacher``.
-        teacher: name and folder of the mining teacher.
+        teacher: name of the mining teacher, and its folder or what every node finds it by.
 
     Raises:
         ConfigError: a teacher is asked for and none given.
@@ -70,9 +73,9 @@ def make_scorers(
 
 
 def _scorer(
-    name: str, group: Group, label: str, folder: Path, contracts: dict[str, PromptContract]
+    name: str, group: Group, label: str, folder: Path | NodeModel, contracts: dict[str, PromptContract]
 ) -> Scorer:
     model = open_model(folder)
     revision, contract = model.revision, model.scored_contract
     contracts[contract.hash] = contract
-    return Scorer(name, group, label, revision, model.path, contract.hash)
+    return Scorer(name, group, label, revision, model.travels, contract.hash)

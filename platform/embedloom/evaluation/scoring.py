@@ -37,7 +37,7 @@ from embedloom.core.prompting import PromptContract
 from embedloom.core.storage import Place
 from embedloom.encoder.backbone import DTypeName
 from embedloom.encoder.model import DEFAULT_BATCH_TOKENS, Encoder, Vectors
-from embedloom.encoder.registry import open_model
+from embedloom.encoder.registry import local_folder, open_model
 from embedloom.errors import StageError
 from embedloom.evaluation.jobs import (
     EmbedJob,
@@ -411,10 +411,11 @@ class EvaluationActor:
             self._model = load_bm25()
         else:
             encoder: Encoder | SentenceEncoder
-            if open_model(scorer.folder).beyond is not None:
-                encoder = SentenceEncoder(scorer.folder, self._dtype, self._threads)
+            folder = local_folder(scorer.folder)
+            if open_model(folder).beyond is not None:
+                encoder = SentenceEncoder(folder, self._dtype, self._threads)
             else:
-                encoder = Encoder.load(scorer.folder, threads=self._threads, dtype=self._dtype)
+                encoder = Encoder.load(folder, threads=self._threads, dtype=self._dtype)
             self._model = EncoderModel(encoder, scorer.mteb_name, scorer.revision)
         self._scorer = scorer
         return self._model

@@ -1,5 +1,6 @@
 """The evaluation stage: every model and baseline on every task, scored by mteb, ranked, with intervals."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -9,6 +10,7 @@ from embedloom.core.artefacts import Artefact, ArtefactWriter
 from embedloom.core.schemas import ScoredPrompts
 from embedloom.core.storage import Place
 from embedloom.encoder.backbone import DTypeName
+from embedloom.encoder.registry import NodeModel
 from embedloom.errors import StageError
 from embedloom.evaluation.evaluator import Evaluator
 from embedloom.evaluation.jobs import Unit
@@ -26,8 +28,8 @@ Figures = dict[Unit, dict[str, Any]]
 def evaluate(
     config: EvaluationConfig,
     corpus: Artefact | None,
-    models: dict[str, Path],
-    teacher: tuple[str, Path] | None,
+    models: Mapping[str, Path | NodeModel],
+    teacher: tuple[str, Path | NodeModel] | None,
     pool: PoolConfig,
     out: ArtefactWriter,
     dtype: DTypeName,
@@ -38,8 +40,8 @@ def evaluate(
     Args:
         config: tasks and baselines.
         corpus: artefact whose held-out split ``heldout`` tasks use.
-        models: name -> model folder, in the order they are reported: base, candidates, merged.
-        teacher: name and folder of the mining teacher, for the ``teacher`` baseline.
+        models: name -> model folder or model by name, in the order they are reported: base, candidates, merged.
+        teacher: name of the mining teacher and what finds it, for the ``teacher`` baseline.
         pool: actors and what each reserves.
         out: writer of the evaluation artefact.
         dtype: compute type.
@@ -57,8 +59,8 @@ def evaluate(
 def score_models(
     config: EvaluationConfig,
     corpus: Artefact | None,
-    models: dict[str, Path],
-    teacher: tuple[str, Path] | None,
+    models: Mapping[str, Path | NodeModel],
+    teacher: tuple[str, Path | NodeModel] | None,
     pool: PoolConfig,
     place: Place,
     dtype: DTypeName,

@@ -11,7 +11,7 @@ from mteb.types import PromptType
 
 from embedloom.core.artefacts import Artefact
 from embedloom.core.prompting import PromptContract
-from embedloom.encoder.registry import open_model
+from embedloom.encoder.registry import NodeModel, open_model
 from embedloom.encoder.tokenizer import InstructionTooLong, check_room, load_tokenizer
 from embedloom.errors import DataError, first_line
 from embedloom.evaluation.jobs import Unit
@@ -72,7 +72,7 @@ def check_rooms(units: Sequence[Unit], contracts: Mapping[str, PromptContract]) 
     Raises:
         InstructionTooLong: names task and model, the limit and the length.
     """
-    tokenizers: dict[Path, Any] = {}
+    tokenizers: dict[Path | NodeModel, Any] = {}
     for unit in units:
         folder, contract = unit.scorer.folder, contracts.get(unit.scorer.contract_hash)
         if folder is None or contract is None or unit.task.kind != "mteb":

@@ -15,7 +15,7 @@ from embedloom.config.mining import MiningConfig, Teacher
 from embedloom.core.artefacts import Artefact, ArtefactWriter
 from embedloom.core.prompting import DEFAULT_INSTRUCTIONS, Side, Templates
 from embedloom.core.storage import Place
-from embedloom.encoder.registry import open_model, resolve_model
+from embedloom.encoder.registry import NodeModel, open_model
 from embedloom.encoder.tokenizer import load_tokenizer, prompt_ids, room_problem
 from embedloom.errors import ConfigError, StageError
 from embedloom.mining.audit import audit_summary, judge_sample
@@ -61,15 +61,15 @@ def rescoring_source(config: MiningConfig) -> PairScorerSource:
     section = config.rescoring
     if section is None:
         raise ConfigError("mining.rescoring: the section is missing")
-    folder = resolve_model(section.model, section.trust_remote_code)
-    check_cross_encoder(folder)
+    model = open_model(NodeModel.of(section.model, section.trust_remote_code))
+    check_cross_encoder(model.path)
     try:
-        check_positions(section.model, open_model(folder), {"max_tokens": section.max_tokens})
+        check_positions(section.model, model, {"max_tokens": section.max_tokens})
     except ConfigError as error:
         raise ConfigError(f"mining.rescoring: {error}") from error
     return CrossEncoderSource(
         name=section.model,
-        folder=folder,
+        folder=model.travels,
         templates=Templates(query=section.query_template, instructions=config.instructions),
         max_tokens=section.max_tokens,
         batch_size=section.batch_size,

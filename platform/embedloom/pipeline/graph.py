@@ -20,6 +20,7 @@ from embedloom.core.contents import Contents, changes, digest
 from embedloom.core.progress import begun, ended, note, stage_log
 from embedloom.corpus.sources import source_contents, source_settings, source_state
 from embedloom.encoder.registry import (
+    NodeModel,
     hub_revisions,
     local_contents,
     model_key,
@@ -513,9 +514,9 @@ def _vectors(run: Run, inputs: Inputs, out: ArtefactWriter) -> Artefact:
 
     config = run.config.embedding
     models = [artefact for name, artefact in inputs.items() if name != "corpus"]
-    folder = models[0].place.local if models else resolve_model(config.model, config.trust_remote_code)
+    model = models[0].place.local if models else NodeModel.of(config.model, config.trust_remote_code)
     corpus = inputs["corpus"].place.uri if config.corpus is None else config.corpus
-    return embed_artefact(config, corpus, open_model(folder), run.profile.stages.embedding, out)
+    return embed_artefact(config, corpus, open_model(model), run.profile.stages.embedding, out)
 
 
 # ``embedloom replay``: which artefacts of a run are stale, and why.

@@ -20,7 +20,7 @@ from embedloom.core.model_folder import ModelFolder
 from embedloom.core.progress import begun, ended, note
 from embedloom.core.storage import Place
 from embedloom.core.verdict import REFUSED, Verdict
-from embedloom.encoder.registry import check_model_name, open_model, resolve_model
+from embedloom.encoder.registry import NodeModel, check_model_name, open_model
 from embedloom.errors import ConfigError, DataError
 from embedloom.pipeline.commands import execute
 from embedloom.pipeline.nodes import VERDICT_FILE
@@ -86,7 +86,7 @@ def embed_texts(
     if dry_run:
         pool = machine.stages.embedding
         return f"would embed {corpus} with {config.model} as {config.dtype}, up to {pool.max_actors} actors x {pool.cpus:g} CPU\n{place.uri}"
-    model = open_model(resolve_model(config.model, config.trust_remote_code))
+    model = open_model(NodeModel.of(config.model, config.trust_remote_code))
     settings = config.model_dump(mode="json", exclude={"previous", "corpus", "model"})
     inputs = {"corpus": fingerprint(states), "model": model.id}
     wanted = fingerprint("vectors", fingerprint(settings), inputs)
@@ -237,7 +237,7 @@ def serve_model(config: ServingConfig, cluster: ClusterConfig, profile: str, dry
     if dry_run:
         corpus = f" and search {config.corpus}" if config.corpus else ""
         return f"would serve {config.model} as {name!r}{corpus} at {url}\n{url}"
-    model = open_model(resolve_model(config.model, config.trust_remote_code))
+    model = open_model(NodeModel.of(config.model, config.trust_remote_code))
     config = gate_rule(config, model)
     from embedloom.cluster.session import ray_session
 
@@ -246,7 +246,7 @@ def serve_model(config: ServingConfig, cluster: ClusterConfig, profile: str, dry
         from embedloom.serving.stage import start_endpoint
 
         with start_endpoint(
-            config, model.path, model.id, name, machine.serve, config.compute_dtype, own_ray
+            config, model.travels, model.id, name, machine.serve, config.compute_dtype, own_ray
         ) as endpoint:
             endpoint.wait()
     return url
@@ -315,7 +315,7 @@ def deploy_model(
         return f"would deploy {command.model} into {url}, on {how}\n{url}", 0
     from embedloom.cluster.session import ray_session
 
-    model = open_model(resolve_model(command.model, command.trust_remote_code))
+    model = open_model(NodeModel.of(command.model, command.trust_remote_code))
     with ray_session(machine, cluster.auth):
         # Imports Ray, which reads how to authenticate on its first import: the session has said it by now.
         from embedloom.serving.rollout.deploy import DeployRequest, deploy
@@ -417,7 +417,7 @@ def gate_models(
         return f"would judge {request.candidate} against {request.against} on {tasks}\n{request.out}", 0
 
     names, trust = (request.candidate, request.against), request.trust_remote_code
-    models = [ModelFolder(resolve_model(name, trust)) for name in names]
+    models = [open_model(NodeModel.of(name, trust)) for name in names]
     machine = cluster.profile(profile)
     from embedloom.cluster.session import ray_session
 
@@ -427,7 +427,7 @@ def gate_models(
         from embedloom.evaluation.stage import score_models
 
         candidate, current = (
-            Contender(f"{model.path.name}-{model.revision}", model.path) for model in models
+            Contender(f"{model.path.name}-{model.revision}", model.path, model.travels) for model in models
         )
         if candidate.name == current.name:
             raise DataError(
@@ -436,9 +436,9 @@ def gate_models(
         place = Place(request.out)
         dtype = "auto" if run is None else run.config.encoder.dtype
         workers = machine.stages.evaluation
-        folders = {contender.name: contender.folder for contender in (candidate, current)}
+        named = {contender.name: contender.travels for contender in (candidate, current)}
         score_models(
-            sections.evaluation, _corpus(run), folders, None, workers, place, dtype, place.child("_vectors")
+            sections.evaluation, _corpus(run), named, None, workers, place, dtype, place.child("_vectors")
         )
         verdict = judge(sections.gate, place, (candidate, current), sections.evaluation.pool, workers, dtype)
     if trusted := [model.name for model in (candidate, current) if is_trusted(model.folder)]:

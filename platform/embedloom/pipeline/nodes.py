@@ -74,7 +74,7 @@ def build_evaluation(
         UserError: a task, model or baseline that cannot be scored.
         StageError: some scores failed.
     """
-    from embedloom.encoder.registry import resolve_model
+    from embedloom.encoder.registry import NodeModel
     from embedloom.evaluation.stage import evaluate
 
     last = config.training.stages[-1].name
@@ -87,7 +87,7 @@ def build_evaluation(
             "evaluation.baselines: 'teacher' needs a model folder, the first teacher is an endpoint"
         )
     trust = config.mining.teachers[0].trust_remote_code
-    baseline = (teacher, resolve_model(teacher, trust)) if "teacher" in config.evaluation.baselines else None
+    baseline = (teacher, NodeModel.of(teacher, trust)) if "teacher" in config.evaluation.baselines else None
     return evaluate(
         config.evaluation,
         inputs["corpus"],

@@ -337,7 +337,7 @@ def embed_artefact(
         source=source,
         ledger=ledger,
         out=out.place,
-        model=EncoderSource(model.id, model.path, dtype=config.compute_dtype),
+        model=EncoderSource(model.id, model.travels, dtype=config.compute_dtype),
         normalize=contract.normalize,
         config=config,
         pool=pool,

@@ -13,6 +13,7 @@ from embedloom.core.artefacts import fingerprint
 from embedloom.core.model_folder import ModelFolder
 from embedloom.core.prompting import Templates
 from embedloom.encoder.backbone import DTypeName, pick_device, pick_dtype
+from embedloom.encoder.registry import NodeModel, local_folder
 from embedloom.errors import DataError
 from embedloom.retrieval.teachers import load_offline
 
@@ -60,7 +61,7 @@ class CrossEncoderSource:
     """
 
     name: str
-    folder: Path
+    folder: Path | NodeModel
     templates: Templates  # of the query; a document is read as it is
     max_tokens: int = 512  # of a pair, special tokens included; the longer of the two texts is cut first
     batch_size: int = 32
@@ -79,18 +80,17 @@ class CrossEncoderScorer:
     """sentence-transformers' ``CrossEncoder`` behind the ``PairScorer`` protocol."""
 
     def __init__(self, source: CrossEncoderSource) -> None:
-        check_cross_encoder(source.folder)
+        folder = local_folder(source.folder)
+        check_cross_encoder(folder)
         self._source = source
         device = pick_device()
         self._dtype = pick_dtype(source.dtype, device)
-        self._model = load_offline(
-            "CrossEncoder", source.folder, device, self._dtype, max_length=source.max_tokens
-        )
+        self._model = load_offline("CrossEncoder", folder, device, self._dtype, max_length=source.max_tokens)
         if self._model.num_labels != 1:
             raise DataError(
-                f"{source.folder}: this cross-encoder has {self._model.num_labels} labels; allowed: 1, the relevance"
+                f"{folder}: this cross-encoder has {self._model.num_labels} labels; allowed: 1, the relevance"
             )
-        identity = ModelFolder(source.folder).fingerprint
+        identity = ModelFolder(folder).fingerprint
         self._contract_hash = fingerprint(
             "cross_encoder", identity, source.templates.facts(), source.max_tokens
         )

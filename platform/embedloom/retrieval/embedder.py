@@ -11,6 +11,7 @@ from embedloom.config.cluster import PoolConfig
 from embedloom.core.prompting import PromptContract, Side
 from embedloom.encoder.backbone import DTypeName
 from embedloom.encoder.model import Encoder, Vectors
+from embedloom.encoder.registry import NodeModel
 from embedloom.encoder.tokenizer import CutTexts, InstructionTooLong
 from embedloom.retrieval.search import check_vectors
 
@@ -83,7 +84,7 @@ class EncoderSource:
     """One of our model folders, or a foreign one whose contract can be derived."""
 
     name: str
-    folder: Path
+    folder: Path | NodeModel
     contract: PromptContract | None = None  # replaces the folder's own, such as other length limits
     dtype: DTypeName = "auto"
 
@@ -151,7 +152,7 @@ class SharedEncoderSource:
     """An encoder whose weights are in the object store; they stay there as long as this object lives."""
 
     name: str
-    folder: Path
+    folder: Path | NodeModel
     contract: PromptContract | None
     weights: Any  # ray.ObjectRef of SharedWeights; ray ships no types
 

@@ -20,8 +20,8 @@ from embedloom.core.prompting import CONTRACT_FILE, DEFAULT_INSTRUCTIONS, PLAIN_
 from embedloom.encoder.backbone import DTypeName, pick_device, pick_dtype, position_limit, read_config
 from embedloom.encoder.foreign import read_layout
 from embedloom.encoder.model import TokenCount, Vectors
-from embedloom.encoder.own_code import SWITCH, trusted_copy
-from embedloom.encoder.registry import open_model, resolve_model
+from embedloom.encoder.own_code import SWITCH
+from embedloom.encoder.registry import NodeModel, local_folder, open_model
 from embedloom.encoder.tokenizer import MIN_TEXT_TOKENS, CutTexts, InstructionTooLong
 from embedloom.errors import ConfigError, DataError, MissingDependency, StageError, one_line
 from embedloom.retrieval.embedder import EmbedderSource, EncoderSource, unit_vectors
@@ -245,7 +245,7 @@ class SentenceTransformerSource:
     """
 
     name: str
-    folder: Path
+    folder: Path | NodeModel
     max_query_tokens: int | None = None  # special tokens and template included; None: the model's own limit
     max_document_tokens: int | None = None
     query_template: str | None = None  # None: the model's own query prompt before the text
@@ -268,11 +268,12 @@ class SentenceTransformerEmbedder:
 
     def __init__(self, source: SentenceTransformerSource) -> None:
         device = pick_device()
+        folder = local_folder(source.folder)
         self._dtype = pick_dtype(source.dtype, device)
-        self.model = load_offline("SentenceTransformer", source.folder, device, self._dtype)
+        self.model = load_offline("SentenceTransformer", folder, device, self._dtype)
         self._batch_size = source.batch_size
         self._name = source.name
-        self._templates = _templates(source)
+        self._templates = _templates(source, folder)
         own = getattr(self.model, "max_seq_length", None)
         self._limits: dict[Side, int | None] = {
             "query": source.max_query_tokens or own,
@@ -281,7 +282,7 @@ class SentenceTransformerEmbedder:
         self.cuts = CutTexts()
         # The limits as given: "the model's own" is part of the folder's fingerprint already.
         asked = [source.max_query_tokens, source.max_document_tokens]
-        identity = ModelFolder(source.folder).fingerprint
+        identity = ModelFolder(folder).fingerprint
         self._contract_hash = fingerprint(
             "sentence_transformers", identity, self._templates.facts(), asked, "unit"
         )
@@ -490,9 +491,9 @@ def load_offline(
     return model.eval()
 
 
-def _templates(source: SentenceTransformerSource) -> Templates:
+def _templates(source: SentenceTransformerSource, folder: Path) -> Templates:
     """The given templates; where none is given, the model's prompt and the text, as the library's encode does."""
-    layout = read_layout(source.folder)
+    layout = read_layout(folder)
     if layout.left_out:
         note("model", f"{source.name}: {layout.left_out}")
     own = Templates(
@@ -531,7 +532,7 @@ def teacher_source(
     max_document_tokens: int | None = None,
     instructions: Mapping[str, str] | None = None,
 ) -> EmbedderSource:
-    """What opens this teacher; a model of the hub is fetched here, before any actor starts.
+    """What opens this teacher; a model of the hub is fetched here, as its limits are checked, and by each node that opens it.
 
     Args:
         teacher: its section.
@@ -546,7 +547,7 @@ def teacher_source(
     named = {key: text for key, text in (instructions or {}).items() if text != DEFAULT_INSTRUCTIONS.get(key)}
     if teacher.engine == "openai":
         return _endpoint(teacher, named)
-    model = open_model(teacher_folder(teacher))
+    model = open_model(teacher_model(teacher))
     limits = {
         "max_query_tokens": teacher.max_query_tokens or max_query_tokens,
         "max_document_tokens": teacher.max_document_tokens or max_document_tokens,
@@ -556,10 +557,10 @@ def teacher_source(
         own = model.contract
         changes: dict[str, Any] = {key: limit for key, limit in limits.items() if limit is not None}
         contract = own.model_copy(update={**changes, "instructions": {**own.instructions, **named}})
-        return EncoderSource(teacher.model, model.path, contract, teacher.dtype)
+        return EncoderSource(teacher.model, model.travels, contract, teacher.dtype)
     return SentenceTransformerSource(
         name=teacher.model,
-        folder=model.path,
+        folder=model.travels,
         query_template=teacher.query_template,
         document_template=teacher.document_template,
         instructions={**DEFAULT_INSTRUCTIONS, **named},
@@ -569,12 +570,9 @@ def teacher_source(
     )
 
 
-def teacher_folder(teacher: Teacher) -> Path:
-    """Local folder of a teacher's weights; sentence-transformers folders may keep their config.json further down."""
-    path, trust = Path(teacher.model).expanduser(), teacher.trust_remote_code
-    if not (path / "modules.json").is_file():
-        return resolve_model(teacher.model, trust)
-    return trusted_copy(path.absolute()) if trust else path.absolute()
+def teacher_model(teacher: Teacher) -> NodeModel:
+    """A teacher's weights, by what every node finds them."""
+    return NodeModel.of(teacher.model, teacher.trust_remote_code)
 
 
 def pick_engine(teacher: Teacher, model: ModelFolder) -> str:

@@ -12,8 +12,7 @@ from embedloom.config.cluster import GATEWAY_CPUS, ServeScaling
 from embedloom.config.serving import ApplicationArgs, ServingConfig
 from embedloom.core.model_folder import ModelFolder
 from embedloom.core.trained_prompts import check_default
-from embedloom.encoder.own_code import trusted_copy
-from embedloom.encoder.registry import open_model
+from embedloom.encoder.registry import NodeModel, open_model
 from embedloom.errors import ConfigError
 from embedloom.serving.applications import GATEWAY, SINGLE
 from embedloom.serving.calls import EndpointSettings, check_aliases
@@ -119,11 +118,24 @@ def build_encoders(args: ApplicationArgs) -> Application:
 
 
 def _opened(args: ApplicationArgs) -> ModelFolder:
-    model = open_model(Path(args.model_folder))
-    if args.serving.trust_remote_code and not model.is_trusted:
-        model = open_model(trusted_copy(model.path))
+    model = open_model(_named(args))
     model.check_servable()
     return model
+
+
+def named_model(model: Path | NodeModel) -> dict[str, str | None]:
+    """The keys of ``ApplicationArgs`` that say which model it is."""
+    if isinstance(model, NodeModel):
+        return {"model_folder": model.name, "model_release": model.release}
+    return {"model_folder": str(model), "model_release": None}
+
+
+def _named(args: ApplicationArgs) -> Path | NodeModel:
+    """What every node opens the model by: a folder as it is, anything else by its name."""
+    path, trust = Path(args.model_folder), args.serving.trust_remote_code
+    if args.model_release is None and not trust and (path.is_dir() or path.is_absolute()):
+        return path
+    return NodeModel(args.model_folder, trust, args.model_release)
 
 
 def _bound_encoders(args: ApplicationArgs, model: ModelFolder) -> Application:
@@ -132,7 +144,7 @@ def _bound_encoders(args: ApplicationArgs, model: ModelFolder) -> Application:
     shared = shares_weights(args.scaling) and plain
     options = _patience(args.serving) | _computing(args) | _replicas(args.scaling)
     if shared:
-        options["deployment_actors"] = [weights_actor(str(model.path), args.serving.compute_dtype)]
+        options["deployment_actors"] = [weights_actor(model.travels, args.serving.compute_dtype)]
     encoders = serve.deployment(EncoderReplica, name=ENCODERS)
     return encoders.options(**options, max_ongoing_requests=args.serving.max_ongoing_requests).bind(
         _model(args, model, shared)
@@ -164,7 +176,7 @@ def _model(args: ApplicationArgs, model: ModelFolder, shared: bool = False) -> M
             "'bfloat16'"
         )
     return ModelSpec(
-        folder=str(model.path),
+        folder=model.travels,
         fingerprint=args.fingerprint,
         batching=BatchSettings.of(serving),
         threads=scaling.compute_threads,

@@ -15,6 +15,7 @@ from embedloom.config.cluster import ServeScaling
 from embedloom.config.serving import ServingEngine
 from embedloom.encoder.backbone import DTypeName, SharedWeights
 from embedloom.encoder.model import Encoder
+from embedloom.encoder.registry import NodeModel, local_folder
 from embedloom.serving.api import create_api
 from embedloom.serving.calls import EndpointSettings
 from embedloom.serving.front import log_to_stderr
@@ -43,37 +44,37 @@ def shares_weights(scaling: ServeScaling) -> bool:
     return scaling.max_replicas > 1 and scaling.gpus == 0
 
 
-def weights_actor(model_folder: str, dtype: DTypeName) -> DeploymentActorConfig:
+def weights_actor(model: Path | NodeModel, dtype: DTypeName) -> DeploymentActorConfig:
     """What a deployment states so that its replicas can call ``mapped_weights``."""
     import ray
 
     return DeploymentActorConfig(
         name=WEIGHTS_ACTOR,
         actor_class=ray.remote(WeightsHolder),
-        init_kwargs={"model_folder": model_folder, "dtype": dtype},
+        init_kwargs={"model": model, "dtype": dtype},
         actor_options={"num_cpus": _BOOKKEEPING_CPUS},
     )
 
 
-def read_weights(model_folder: str, dtype: DTypeName) -> Any:
-    """The weights of a folder as arrays, laid out for inference in ``dtype``: ``encoder.shared.SharedWeights``.
+def read_weights(model: Path | NodeModel, dtype: DTypeName) -> Any:
+    """The weights of a model as arrays, laid out for inference in ``dtype``: ``encoder.shared.SharedWeights``.
 
     Raises:
         DataError: not a model folder, or a broken one.
     """
 
-    return Encoder.load(Path(model_folder), dtype=dtype, device="cpu").share_weights()
+    return Encoder.load(local_folder(model), dtype=dtype, device="cpu").share_weights()
 
 
 class WeightsHolder:
     """Owns the weights; light, as it never looks at them."""
 
-    def __init__(self, model_folder: str, dtype: DTypeName) -> None:
+    def __init__(self, model: Path | NodeModel, dtype: DTypeName) -> None:
         import ray
 
         # max_calls: the process that read the model, three times its size at the worst, ends with the task.
         reader = ray.remote(num_cpus=_BOOKKEEPING_CPUS, max_calls=1, max_retries=3)(read_weights)
-        self._weights = reader.remote(model_folder, dtype)
+        self._weights = reader.remote(model, dtype)
         # Serve starts replicas when this constructor is through. A failure is theirs to raise, with its reason.
         ray.wait([self._weights], fetch_local=False)
 
@@ -106,7 +107,7 @@ def mapped_weights() -> Any:
 class ModelSpec:
     """Which model a replica serves, and how it computes."""
 
-    folder: str
+    folder: Path | NodeModel
     fingerprint: str
     batching: BatchSettings
     threads: int
@@ -137,7 +138,7 @@ def load_service(spec: ModelSpec) -> EncoderService:
 
 
 def _load(spec: ModelSpec, weights: SharedWeights | None) -> ServingEncoder:
-    folder = Path(spec.folder)
+    folder = local_folder(spec.folder)
     encoder: ServingEncoder
     if spec.engine == "vllm":
         from embedloom.serving.vllm_encoder import VLLMEncoder

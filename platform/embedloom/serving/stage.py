@@ -26,12 +26,13 @@ from embedloom.core.command_output import WORKERS_LOG, current_logs
 from embedloom.core.progress import begun, ended, note
 from embedloom.core.schemas import check_table
 from embedloom.encoder.backbone import DTypeName
+from embedloom.encoder.registry import NodeModel
 from embedloom.errors import ServeError, last_line
 from embedloom.retrieval.inputs import DOCUMENTS_FOLDER, SPLITS
 from embedloom.retrieval.ledger import VECTORS_FOLDER
 from embedloom.retrieval.vector_files import read_vectors
 from embedloom.serving.address import ask, remember
-from embedloom.serving.app import build_application, build_encoders
+from embedloom.serving.app import build_application, build_encoders, named_model
 from embedloom.serving.applications import (
     APPLICATION,
     GATEWAY,
@@ -188,7 +189,7 @@ class Endpoint:
 
 def start_endpoint(
     config: ServingConfig,
-    model_folder: Path,
+    model: Path | NodeModel,
     model_id: str,
     served_name: str,
     scaling: ServeScaling,
@@ -199,7 +200,7 @@ def start_endpoint(
 
     Args:
         config: the serving section.
-        model_folder: Hugging Face layout, readable by every replica.
+        model: a folder that every node sees, or a model by name.
         model_id: what identifies the weights; shown by ``/v1/models`` as fingerprint.
         served_name: the name clients put into ``model``.
         scaling: replicas and what each reserves.
@@ -217,7 +218,7 @@ def start_endpoint(
     if dtype is not None:
         config = config.model_copy(update={"compute_dtype": dtype})
     content: dict[str, Any] = {
-        "model_folder": str(model_folder),
+        **named_model(model),
         "model_id": model_id,
         "served_name": served_name,
         "on_loopback": _on_loopback(config.host),

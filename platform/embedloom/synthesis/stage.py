@@ -3,7 +3,6 @@
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from embedloom.config.synthesis import SynthesisConfig
 from embedloom.core.artefacts import Artefact, ArtefactWriter
 from embedloom.core.schemas import SCHEMAS, check_table, table_from_rows
 from embedloom.core.storage import Place
-from embedloom.encoder.registry import resolve_on_node
+from embedloom.encoder.registry import NodeModel
 from embedloom.retrieval.embed import Ahead
 from embedloom.retrieval.embedder import EmbedderSource
 from embedloom.retrieval.teachers import teacher_source
@@ -52,7 +51,7 @@ def model_sources(config: SynthesisConfig) -> dict[str, Callable[[], Path]]:
     names = [generator.model for generator in config.generators]
     if config.quality.judge is not None:
         names.append(config.quality.judge.model)
-    return {name: partial(resolve_on_node, name) for name in names}
+    return {name: NodeModel(name).folder for name in names}
 
 
 def round_trip_teacher(config: SynthesisConfig, teachers: Sequence[Teacher]) -> EmbedderSource | None:

@@ -19,7 +19,7 @@ from embedloom.core.model_folder import ModelFolder
 from embedloom.core.progress import begun, ended, note
 from embedloom.core.prompting import PromptContract
 from embedloom.errors import ConfigError, ServeError
-from embedloom.serving.app import build_application, build_encoders
+from embedloom.serving.app import build_application, build_encoders, named_model
 from embedloom.serving.applications import (
     APPLICATION,
     ingress_handle,
@@ -85,7 +85,7 @@ def successor(request: DeployRequest, live: ApplicationArgs, info: ModelInfo) ->
         )
     # The live model's permission is not the new one's.
     changes: dict[str, Any] = {
-        "model": str(request.model.path),
+        "model": named_model(request.model.travels)["model_folder"],
         "verdict": request.verdict,
         "trust_remote_code": request.model.is_trusted,
     }
@@ -95,7 +95,7 @@ def successor(request: DeployRequest, live: ApplicationArgs, info: ModelInfo) ->
         changes["require_gate"] = request.require_gate
     content = {
         **live.model_dump(mode="json"),
-        "model_folder": str(request.model.path),
+        **named_model(request.model.travels),
         "model_id": request.model.id,
         "serving": {**live.serving.model_dump(mode="json"), **changes},
     }
@@ -135,7 +135,7 @@ def deploy(request: DeployRequest) -> Outcome:
     started = time.monotonic()
     try:
         run(build_encoders(new), name, None)
-        _golden(new, name)
+        _golden(new, name, request.model.path)
         ended("deploy", time.monotonic() - started, {}, "started")
         begun("deploy", "watching")
         decision, window = _watch(_orders(request, new, name), request.rules)
@@ -162,9 +162,9 @@ def _orders(request: DeployRequest, new: ApplicationArgs, name: str) -> TrialOrd
     )
 
 
-def _golden(new: ApplicationArgs, name: str) -> None:
+def _golden(new: ApplicationArgs, name: str, folder: Path) -> None:
     handle = serve.get_deployment_handle(ENCODERS, name)
-    expected, dtype = expected_vectors(Path(new.model_folder))
+    expected, dtype = expected_vectors(folder)
     # Serve spreads calls over replicas, so a few rounds reach each of them, most likely.
     for _ in range(max(1, new.scaling.min_replicas)):
         lowest = check_golden(
