@@ -153,6 +153,20 @@ def test_dry_run_starts_and_writes_nothing(tiny_llama, tiny_model, tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
+def test_vectors_of_gpus_are_other_artefacts_and_those_of_cpus_what_they_were(
+    tiny_llama, tiny_model, tmp_path
+):
+    config = write_config(tmp_path, tiny_llama, tiny_model)
+
+    def known(profile, *overrides):
+        return fingerprints(graph(load(config, profile, CLUSTER, list(overrides))))
+
+    on_cpu, on_gpu = known("local"), known("h100x1")
+    assert {name for name in on_cpu if on_cpu[name] != on_gpu[name]} == {"vectors"}
+    assert known("h100x1", "embedding.compute_dtype=float32") == on_cpu
+    assert known("local", "embedding.compute_dtype=bfloat16") == on_gpu
+
+
 def test_other_rescoring_needs_no_other_mining(tiny_llama, tiny_model, tmp_path):
     config = write_config(tmp_path, tiny_llama, tiny_model)
     cross = make_tiny_cross_encoder(tmp_path / "cross")

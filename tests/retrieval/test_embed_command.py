@@ -113,6 +113,24 @@ def test_a_delta_run_embeds_only_new_texts_and_keeps_the_rest_bit_for_bit(ray_lo
 
 
 @pytest.mark.ray
+def test_vectors_computed_in_bfloat16_as_on_gpus_are_not_mixed_with_others(
+    ray_local, tiny_model, tmp_path, capsys
+):
+    source, out = write_lines(tmp_path / "in.jsonl", TEXTS[:12]), tmp_path / "out"
+    on_cpu = embed(source, out, tiny_model)
+    assert on_cpu.manifest["details"]["recipe"]["compute_dtype"] == "float32"
+    on_gpu = embed(source, out, tiny_model, compute_dtype=EmbeddingConfig().computed(1).compute_dtype)
+    assert on_gpu.manifest["details"]["recipe"]["compute_dtype"] == "bfloat16"
+    assert (on_gpu.counts["embedded"], on_gpu.counts["reused"]) == (12, 0)
+    assert "compute_dtype is 'float32' there, 'bfloat16' here" in capsys.readouterr().err
+    _, vectors = read_vectors(on_gpu.place, "vectors")
+    in_half = Encoder.load(tiny_model, dtype="bfloat16").embed(TEXTS[:12], "document")
+    np.testing.assert_allclose(vectors, in_half, atol=5e-3)
+    exact = Encoder.load(tiny_model, dtype="float32").embed(TEXTS[:12], "document")
+    assert not np.allclose(vectors, exact, atol=1e-5)
+
+
+@pytest.mark.ray
 @pytest.mark.parametrize("dtype", ["float16", "int8", "binary"])
 def test_stored_types_through_the_command(ray_local, tiny_model, tmp_path, dtype):
     source = write_lines(tmp_path / "in.jsonl", TEXTS[:12])

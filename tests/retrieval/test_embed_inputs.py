@@ -207,6 +207,16 @@ def test_an_instruction_that_no_document_would_carry_is_refused():
     check_instruction(EmbeddingConfig(instruction="x", task_type="sts"), ("sts",))
 
 
+@pytest.mark.parametrize(
+    ("stated", "gpus", "computed"),
+    [("auto", 0, "float32"), ("auto", 0.5, "bfloat16"), ("auto", 1, "bfloat16"), ("float32", 1, "float32"), ("bfloat16", 0, "bfloat16")],
+)  # fmt: skip
+def test_the_recipe_says_what_the_pool_computes_in(stated, gpus, computed):
+    config = EmbeddingConfig(compute_dtype=stated).computed(gpus)
+    assert config.recipe["compute_dtype"] == computed
+    assert config.computed(0) == config  # said once
+
+
 def test_origins_are_int64(tmp_path):
     table(tmp_path, "in.parquet", text=["x"])
     ledger_rows(tmp_path / "in.parquet", tmp_path / "out")

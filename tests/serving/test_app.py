@@ -196,3 +196,19 @@ def test_streams_are_of_the_torch_engine_alone(tiny_model):
     with pytest.raises(ConfigError, match=r"serve\.streams: 2 with serving\.engine 'vllm'"):
         serve(2)
     serve(None)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "stated", "computed"),
+    [(0.0, "auto", "float32"), (0.5, "auto", "bfloat16"), (1.0, "float32", "float32"), (0.0, "int8", "int8")],
+)
+def test_replicas_with_gpus_compute_in_bfloat16_and_the_endpoint_says_so(tiny_model, gpus, stated, computed):
+    args = ApplicationArgs(
+        model_folder=str(tiny_model),
+        served_name="t",
+        serving=ServingConfig(require_gate=False, compute_dtype=stated),
+        scaling=ServeScaling(gpus=gpus),
+    )
+    spec, settings = build_application(args)._bound_deployment.init_args[:2]
+    assert spec.dtype == computed
+    assert settings.compute_dtype == computed

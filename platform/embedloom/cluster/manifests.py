@@ -11,6 +11,7 @@ import yaml
 
 from embedloom.cluster.session import init_arguments, node_environment, required_image, serve_environment
 from embedloom.config.cluster import HEAD_POOL, ClusterConfig, NodePool, Profile
+from embedloom.config.embedding import computed_dtype
 from embedloom.errors import ConfigError
 
 # What a job takes with it: the project folder without results, environments and caches.
@@ -350,7 +351,13 @@ def check_pools(profile: Profile, profile_name: str) -> None:
 def serve_config(profile: Profile) -> dict[str, Any]:
     """Serve's config file (``serve deploy``): the endpoint with the profile's scaling."""
     on_machine = not profile.pools
-    arguments: dict[str, Any] = {"model_folder": _model_folder(profile), "served_name": "embedloom"}
+    # Said, though it is the default: who reads the file sees what a replica computes in, and its memory follows from it.
+    serving = {"compute_dtype": computed_dtype("auto", profile.serve.gpus)}
+    arguments: dict[str, Any] = {
+        "model_folder": _model_folder(profile),
+        "served_name": "embedloom",
+        "serving": serving,
+    }
     scaling = profile.serve.model_dump(mode="json")
     return {
         "proxy_location": "HeadOnly" if on_machine else "EveryNode",

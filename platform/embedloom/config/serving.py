@@ -6,6 +6,7 @@ from pydantic import Field, field_validator, model_validator
 
 from embedloom.config.base import FrozenConfig
 from embedloom.config.cluster import ServeScaling
+from embedloom.config.embedding import ComputeType, computed_dtype
 from embedloom.core.prompting import Side
 
 ServingEngine = Literal["torch", "vllm"]
@@ -110,9 +111,10 @@ class ServingConfig(FrozenConfig):
     port: int = Field(default=8000, ge=1, le=65535, description="TCP port to listen on.")
     route_prefix: str = Field(default="/", pattern=r"^/.*$", description="Path below which all routes lie.")
     compute_dtype: Literal["auto", "float32", "bfloat16", "int8"] = Field(
-        default="float32",
+        default="auto",
         description=(
-            "Number type of the computation: float32 as embedding.compute_dtype, so that vectors agree. "
+            "Number type of the computation. auto: as embedding.compute_dtype, so that vectors agree: bfloat16 in replicas "
+            "with GPUs, float32 on CPUs. "
             "int8: linear layers in 8 bits, for CPUs with AVX-512 VNNI; with require_gate only where the "
             "run's held-out queries lose at most 0.005 nDCG@10 by it."
         ),
@@ -323,6 +325,11 @@ class ApplicationArgs(FrozenConfig):
     def fingerprint(self) -> str:
         """What identifies the weights."""
         return self.model_id or self.served_name
+
+    @property
+    def compute_dtype(self) -> ComputeType:
+        """What replicas of this scaling compute in."""
+        return computed_dtype(self.serving.compute_dtype, self.scaling.gpus)
 
     @property
     def single(self) -> bool:

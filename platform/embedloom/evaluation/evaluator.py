@@ -9,6 +9,7 @@ from ray.exceptions import RayActorError
 
 from embedloom.compute.shards import PLACEMENT_SECONDS, no_place, reserved
 from embedloom.config.cluster import PoolConfig
+from embedloom.config.embedding import computed_dtype
 from embedloom.core.artefacts import Artefact
 from embedloom.core.progress import Progress, note
 from embedloom.core.prompting import PromptContract
@@ -210,18 +211,19 @@ class Evaluator:
             pool: actors and what each reserves.
             place: where results go.
             vectors: where embedded texts are kept; may be shared between evaluations.
-            dtype: compute type.
+            dtype: compute type; auto is bfloat16 on GPUs, and on CPUs what each computes fast.
             shard_texts: texts that one actor embeds at a time.
         """
         self._tasks = list(tasks)
         self._pool_config = pool
         self._place = place.absolute()
         self._vectors = vectors.absolute()
-        self._dtype: DTypeName = dtype
+        # Kept vectors are named by it: those of GPUs are not taken for a CPU's.
+        self._dtype: DTypeName = computed_dtype(dtype, pool.gpus) if pool.gpus else dtype
         self._shard_texts = shard_texts
         # An actor may run in another folder, so relative places would point elsewhere there.
         readable = corpus and Artefact(corpus.place.absolute(), corpus.manifest)
-        self._arguments = (readable, dtype, pool.compute_threads)
+        self._arguments = (readable, self._dtype, pool.compute_threads)
         self._pool: ScoringPool | None = None
         self._surveys: dict[TaskSpec, Survey] = {}
         self._keyed: set[str] = set()  # contracts whose texts are surveyed

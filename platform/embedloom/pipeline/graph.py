@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
+from embedloom.config.embedding import EmbeddingConfig
 from embedloom.config.run import Inputs, Node, Run, RunConfig
 from embedloom.config.training import ROUNDING
 from embedloom.core.artefacts import (
@@ -212,7 +213,7 @@ def graph(run: Run) -> dict[str, Node]:
     parents = (["corpus"] if config.embedding.corpus is None else []) + (
         [source[model]] if model in source else []
     )
-    state, held = embedding_node(config.embedding, set(source))
+    state, held = embedding_node(_embedding(run), set(source))
     opened = () if model in source else (model,)
     nodes.append(Node("vectors", "embed", state, tuple(parents), _vectors, held, opened))
     return _named_as_built(run, nodes)
@@ -509,10 +510,15 @@ def _gate(run: Run, inputs: Inputs, out: ArtefactWriter) -> Artefact:
     return build_gate(run.config, run.profile, inputs, out)
 
 
+def _embedding(run: Run) -> EmbeddingConfig:
+    """The section with the number type that the profile's pool computes in."""
+    return run.config.embedding.computed(run.profile.stages.embedding.gpus)
+
+
 def _vectors(run: Run, inputs: Inputs, out: ArtefactWriter) -> Artefact:
     from embedloom.retrieval.corpora import embed_artefact
 
-    config = run.config.embedding
+    config = _embedding(run)
     models = [artefact for name, artefact in inputs.items() if name != "corpus"]
     model = models[0].place.local if models else NodeModel.of(config.model, config.trust_remote_code)
     corpus = inputs["corpus"].place.uri if config.corpus is None else config.corpus

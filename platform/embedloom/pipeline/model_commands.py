@@ -83,8 +83,9 @@ def embed_texts(
     check_model_name(config.model, "--model")
     states = input_state(corpus)
     machine = cluster.profile(profile)
+    pool = machine.stages.embedding
+    config = config.computed(pool.gpus)
     if dry_run:
-        pool = machine.stages.embedding
         return f"would embed {corpus} with {config.model} as {config.dtype}, up to {pool.max_actors} actors x {pool.cpus:g} CPU\n{place.uri}"
     model = open_model(NodeModel.of(config.model, config.trust_remote_code))
     settings = config.model_dump(mode="json", exclude={"previous", "corpus", "model"})
@@ -103,7 +104,7 @@ def embed_texts(
         # Imports Ray, which reads how to authenticate on its first import: the session has said it by now.
         from embedloom.retrieval.corpora import embed_artefact
 
-        done = embed_artefact(config, corpus, model, machine.stages.embedding, writer)
+        done = embed_artefact(config, corpus, model, pool, writer)
     ended("embed", done.manifest["seconds"], done.counts)
     return place.uri
 

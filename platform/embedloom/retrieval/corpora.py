@@ -320,7 +320,7 @@ def embed_artefact(
     """
     out.place.sweep()
     contract = model.contract
-    config = _with_task(config, contract)
+    config = _with_task(config.computed(pool.gpus), contract)
     _check(config, contract)
     tokenizer = load_tokenizer(model.transformer)
     try:

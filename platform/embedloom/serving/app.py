@@ -96,7 +96,7 @@ def _settings(args: ApplicationArgs, serving: ServingConfig, model: ModelFolder)
         max_item_characters=serving.max_item_characters,
         max_body_bytes=int(serving.max_body_mib * 2**20),
         max_batch_tokens=serving.max_batch_tokens,
-        compute_dtype=serving.compute_dtype,
+        compute_dtype=args.compute_dtype,
         keys=read_keys(serving),
         allowed_origins=serving.allowed_origins,
         hosts=_hosts(args),
@@ -144,7 +144,7 @@ def _bound_encoders(args: ApplicationArgs, model: ModelFolder) -> Application:
     shared = shares_weights(args.scaling) and plain
     options = _patience(args.serving) | _computing(args) | _replicas(args.scaling)
     if shared:
-        options["deployment_actors"] = [weights_actor(model.travels, args.serving.compute_dtype)]
+        options["deployment_actors"] = [weights_actor(model.travels, args.compute_dtype)]
     encoders = serve.deployment(EncoderReplica, name=ENCODERS)
     return encoders.options(**options, max_ongoing_requests=args.serving.max_ongoing_requests).bind(
         _model(args, model, shared)
@@ -180,7 +180,7 @@ def _model(args: ApplicationArgs, model: ModelFolder, shared: bool = False) -> M
         fingerprint=args.fingerprint,
         batching=BatchSettings.of(serving),
         threads=scaling.compute_threads,
-        dtype=serving.compute_dtype,
+        dtype=args.compute_dtype,
         engine=serving.engine,
         gpus=scaling.gpus,
         streams=scaling.compute_streams if serving.engine == "torch" else 1,

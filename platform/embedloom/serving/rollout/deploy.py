@@ -171,7 +171,7 @@ def _golden(new: ApplicationArgs, name: str, folder: Path) -> None:
             lambda job: handle.encode.remote(job).result(timeout_s=_CALL_SECONDS),
             expected,
             dtype,
-            new.serving.compute_dtype,
+            new.compute_dtype,
         )
     note("deploy", f"golden vectors agree (lowest cosine {lowest:.6f})")
 
