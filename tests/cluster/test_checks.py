@@ -90,7 +90,7 @@ def test_a_profile_that_fits_is_accepted():
         ),
         (
             {"logical_cpus": 4},
-            "logical_cpus and gpus describe one machine; with pools, each pool states its own",
+            "logical_cpus, gpus and accelerator describe one machine; with pools, each pool states its own",
         ),
     ],
 )

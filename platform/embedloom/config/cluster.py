@@ -827,6 +827,13 @@ class Profile(FrozenConfig):
         ),
     )
     gpus: int = Field(default=0, ge=0, description="Without pools: GPUs of this machine.")
+    accelerator: str | None = Field(
+        default=None,
+        description=(
+            "Without pools: kind of this machine's GPUs as Ray names it, such as H100; chooses the device in rates.yaml. "
+            "Null: not stated, so `plan` predicts nothing of them."
+        ),
+    )
     object_store_mib: int = Field(
         default=512,
         ge=100,
@@ -859,9 +866,9 @@ class Profile(FrozenConfig):
 
     @model_validator(mode="after")
     def _stages_fit_the_machines(self) -> "Profile":
-        if self.pools and (self.gpus or self.logical_cpus is not None):
+        if self.pools and (self.gpus or self.logical_cpus is not None or self.accelerator is not None):
             raise ValueError(
-                "logical_cpus and gpus describe one machine; with pools, each pool states its own"
+                "logical_cpus, gpus and accelerator describe one machine; with pools, each pool states its own"
             )
         check_profile(self)
         return self

@@ -9,8 +9,26 @@ from embedloom.config.base import FrozenConfig, read_yaml, validate
 
 RATES_FILE = "rates.yaml"
 WorkKind = Literal[
-    "corpus", "encoder", "synthesize", "embed", "train", "examples", "merge", "evaluate", "gate"
+    "corpus",
+    "encoder",
+    "synthesize",
+    "embed",
+    "search",
+    "prepare",
+    "train",
+    "examples",
+    "merge",
+    "evaluate",
+    "gate",
 ]
+Basis = Literal["measured", "published", "assumed"]
+_BASIS = Field(
+    default="assumed",
+    description=(
+        "measured: by this program, on the device that is named. published: by somebody else. assumed: neither; it wants "
+        "to be measured. `plan` says which figures rest on which."
+    ),
+)
 Unit = Literal["rows", "tokens", "bytes", "flops", "scores"]
 
 
@@ -22,6 +40,13 @@ class Sourced(FrozenConfig):
         min_length=8,
         description="Where the number is from: a document, or the command that measured it, and when.",
     )
+    basis: Basis = _BASIS
+
+
+class ModelSize(Sourced):
+    """How large the weights of a model are."""
+
+    model: str = Field(description="Name of the model, as a run config has it.")
 
 
 class Device(FrozenConfig):
@@ -36,6 +61,30 @@ class Device(FrozenConfig):
             "Dense bfloat16 peak of the device, in TFLOP/s; MFU is counted against it. Null: unknown, so "
             "rates of the device cannot state an MFU."
         ),
+    )
+    peak_float32_tflops: Sourced | None = Field(
+        default=None,
+        description=(
+            "Float32 peak without tensor cores, in TFLOP/s; what computes in float32 is counted against it. Null: unknown, "
+            "so such work is not predicted."
+        ),
+    )
+    memory_gb: Sourced | None = Field(
+        default=None,
+        description=(
+            "Memory of the device, in GB of 10^9 bytes; `plan` refuses what cannot fit. Null: unknown, so memory is not "
+            "checked."
+        ),
+    )
+    bus_gb_per_second: Sourced | None = Field(
+        default=None,
+        description=(
+            "Bus bandwidth of an all-reduce over several nodes, in GB/s, as nccl-tests counts it. Null: unknown, so the "
+            "communication of training is not predicted."
+        ),
+    )
+    node_bus_gb_per_second: Sourced | None = Field(
+        default=None, description="The same between the devices of one node. Null: as over several nodes."
     )
     price_per_hour: Sourced | None = Field(
         default=None,
@@ -59,6 +108,18 @@ class ModelShape(FrozenConfig):
     embedding_weights: int = Field(
         ge=0,
         description="Number of weights of the token embeddings, which are read by lookup and cost no FLOPs.",
+    )
+    key_size: int | None = Field(
+        default=None,
+        ge=1,
+        description="Key heads times their width, for the memory of activations. Null: hidden_size, so too much.",
+    )
+    mlp_size: int | None = Field(
+        default=None,
+        ge=1,
+        description=(
+            "Inner width of the MLP, for the memory of activations. Null: what layer_weights leave for a gated one."
+        ),
     )
     source: str = Field(min_length=8, description="Where the numbers are from.")
 
@@ -107,6 +168,7 @@ class WorkRate(FrozenConfig):
         min_length=8,
         description="Where the number is from: a document, or the command that measured it, and when.",
     )
+    basis: Basis = _BASIS
 
     @model_validator(mode="after")
     def _says_how_fast(self) -> "WorkRate":
@@ -146,6 +208,25 @@ class RatesConfig(FrozenConfig):
     models: dict[str, ModelShape] = Field(
         default_factory=dict, description="Model name -> the shape that FLOPs are counted from."
     )
+    weights_gb: tuple[ModelSize, ...] = Field(
+        default=(),
+        description="LLMs and the size of their weights as they are loaded, in GB; for the memory of engines.",
+    )
+    storage_gb_per_second: Sourced | None = Field(
+        default=None,
+        description="Speed at which a run's folder takes checkpoints, in GB/s. Null: unknown, so their time is not predicted.",
+    )
+    download_gb_per_second: Sourced | None = Field(
+        default=None,
+        description="Speed at which one node fetches models, in GB/s. Null: unknown, so fetching is not predicted.",
+    )
+    node_start_seconds: Sourced | None = Field(
+        default=None,
+        description=(
+            "Seconds from asking for a node to Ray running on it: the machine, the image, the start. Null: unknown, so it is "
+            "not predicted."
+        ),
+    )
     rates: tuple[WorkRate, ...] = Field(
         min_length=1, description="How fast each device does each kind of work."
     )
@@ -168,6 +249,10 @@ class RatesConfig(FrozenConfig):
     def device_of(self, accelerator: str | None) -> str | None:
         """Name of the device that a node pool's accelerator stands for; None where the file has none."""
         return next((name for name, one in self.devices.items() if one.accelerator == accelerator), None)
+
+    def weights_of(self, model: str) -> float | None:
+        """Size of a model's weights in GB; None where the file does not state it."""
+        return next((one.value for one in self.weights_gb if one.model == model), None)
 
     def rate_of(self, work: str, device: str, base: str | None) -> WorkRate | None:
         """The rate of this model, else that of any model; None where nothing is known."""

@@ -67,7 +67,7 @@ def _check_generators(run: Run, config: Path) -> None:
 
 def execute(run: Run, verb: str | None, dry_run: bool) -> str:
     """Run a verb (None: everything) and return the artefact's path; a dry run only prints the plan."""
-    from embedloom.pipeline.plan import keep_ledger, keep_plan, plan_table
+    from embedloom.pipeline.plan import check_memory, keep_ledger, keep_plan, plan_table
 
     nodes = graph(run)
     if verb is not None and all(node.verb != verb for node in nodes.values()):
@@ -78,6 +78,7 @@ def execute(run: Run, verb: str | None, dry_run: bool) -> str:
         preflight(run, verbs)
     if dry_run:
         return f"{plan_table(run)}\n{run.place.uri}"
+    check_memory(run, nodes, todo)
     check_benchmark_names(run, verbs)
     write_run_file(run)
     if todo:

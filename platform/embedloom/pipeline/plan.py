@@ -1,12 +1,15 @@
 """``plan`` and ``--dry-run``: what would run where, without starting anything."""
 
+from collections.abc import Sequence
+
 from embedloom.config.cluster import PoolConfig
 from embedloom.config.run import Node, Run
 from embedloom.core.tables import text_table
 from embedloom.pipeline.graph import fingerprints, finished, graph, states
 from embedloom.pipeline.preflight import looks_elsewhere, problems
 from embedloom.planning.cost import Plan, make_plan
-from embedloom.planning.ledger import build_ledger, prediction_lines, write_plan
+from embedloom.planning.ledger import build_ledger, memory_lines, prediction_lines, write_plan
+from embedloom.planning.memory import fits, memory_problems
 from embedloom.planning.work import LEDGER_FILE, Known, RunLedger, read_ledger, training_steps
 from embedloom.synthesis.prices import describe
 
@@ -40,12 +43,25 @@ def plan_table(run: Run, measured: RunLedger | None = None) -> str:
         else [f"cannot be built yet: {one}" for one in problems(run, verbs)]
     )
     costs = [] if section is None or "synthesis" in done else describe(section, run.profile.stages.synthesis)
-    return "\n".join([head, *lines, *replaced, *stops, *costs, *_prediction(run, nodes, known)])
+    left = [name for name in nodes if name not in done]
+    stops += [f"cannot be built: {one}" for one in memory_problems(run, nodes, known, left)]
+    held = [] if run.rates is None else memory_lines(fits(run, nodes, run.rates, known, left))
+    return "\n".join([head, *lines, *replaced, *stops, *costs, *_prediction(run, nodes, known), *held])
 
 
 def predicted(run: Run, nodes: dict[str, Node], known: Known) -> Plan | None:
     """What is left to build, predicted; None without a rates file."""
     return None if run.rates is None else make_plan(run, nodes, run.rates, known, known.finished)
+
+
+def check_memory(run: Run, nodes: dict[str, Node], building: Sequence[str]) -> None:
+    """Fail before anything starts if a stage to be built cannot fit its GPUs, or the corpus its machine.
+
+    Raises:
+        ConfigError: what it would take, what there is, and what would fit.
+    """
+    for problem in memory_problems(run, nodes, Known(finished(run, nodes), own_ledger(run)), building):
+        raise problem
 
 
 def keep_plan(run: Run, nodes: dict[str, Node]) -> None:

@@ -1,13 +1,24 @@
 """Time and money: the work of each artefact over the rate of its workers, and what the stages take together."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from embedloom.config.cluster import PoolConfig, TrainingGroup
-from embedloom.config.rates import RatesConfig, Unit, WorkRate
+from embedloom.config.rates import Basis, RatesConfig, Unit, WorkRate
 from embedloom.config.run import Node, Run
-from embedloom.planning.work import Known, LedgerEntry, Work, gpus_of, synthetic_rows, work_of
+from embedloom.planning.memory import weight_bytes
+from embedloom.planning.training_time import Part, parts_beside, preparation_cores, sourced
+from embedloom.planning.work import (
+    SEARCH_TYPE,
+    Known,
+    LedgerEntry,
+    Work,
+    device_of,
+    gpus_of,
+    synthetic_rows,
+    work_of,
+)
 from embedloom.synthesis.prices import prices, waves
 from embedloom.synthesis.prompts_used import writers
 
@@ -37,6 +48,8 @@ class Estimate:
     unit: Unit | None = None
     amount: float | None = None
     source: str = ""  # of the rate, or why there is none
+    basis: Basis | None = None  # of the rate
+    parts: tuple[Part, ...] = ()  # what the seconds consist of, where that is known
 
     @property
     def device_hours(self) -> float | None:
@@ -48,9 +61,15 @@ def estimate(run: Run, nodes: dict[str, Node], node: Node, rates: RatesConfig, k
     """Predict one artefact; a measured run's speed is preferred to the file's."""
     work = work_of(run, nodes, node, rates, known)
     workers = workers_of(run, node)
-    device = rates.device_of(gpus_of(run) if workers.gpus else None)
+    device = device_of(run, workers.gpus, rates)
     if device is None:
-        return Estimate(work, workers, None, None, source=f"no device {gpus_of(run)!r} in the rates file")
+        kind = gpus_of(run)
+        source = (
+            "the profile does not say which GPUs it has (accelerator)"
+            if kind is None
+            else f"no device {kind!r} in the rates file"
+        )
+        return Estimate(work, workers, None, None, source=source)
     if node.name == "synthesis":
         return _synthesis(run, Estimate(work, workers, device, None), node, rates, known)
     entry, base = known.entry(node), Estimate(work, workers, device, None)
@@ -58,7 +77,37 @@ def estimate(run: Run, nodes: dict[str, Node], node: Node, rates: RatesConfig, k
         found = _from_measured(base, entry, known.is_same(entry, node))
         if found is not None:
             return found
-    return _from_rates(base, rates)
+    found = _from_rates(base, rates)
+    if found.seconds is None or not workers.gpus:
+        return found
+    return _with_parts(found, _beside(run, found, rates))
+
+
+def _with_parts(one: Estimate, more: Sequence[Part]) -> Estimate:
+    seconds = (one.seconds or 0.0) + sum(part.seconds for part in more)
+    return replace(one, seconds=seconds, parts=(*one.parts, *more))
+
+
+def _beside(run: Run, one: Estimate, rates: RatesConfig) -> list[Part]:
+    """What a stage on GPUs takes beside its own speed."""
+    work = one.work
+    if work.steps is not None:
+        computing = next((part.seconds for part in one.parts if part.name == "computing"), 0.0)
+        return parts_beside(run, rates, rates.devices[str(one.device)], work.steps, computing)
+    models = {
+        "mining": [teacher.model for teacher in run.config.mining.teachers if teacher.engine != "openai"],
+        "rescoring": [run.config.mining.rescoring.model] if run.config.mining.rescoring else [],
+    }.get(work.name, [])
+    return _fetching(models, rates)
+
+
+def _fetching(models: Sequence[str], rates: RatesConfig) -> list[Part]:
+    """Every node fetches the models that it opens; the sizes of some may not be known."""
+    sizes = [size for model in models if (size := weight_bytes(rates, model)) is not None]
+    if not sizes or rates.download_gb_per_second is None:
+        return []
+    speed = rates.download_gb_per_second
+    return [sourced("fetching models", sum(sizes) / (speed.value * 1e9), speed)]
 
 
 def _from_rates(base: Estimate, rates: RatesConfig) -> Estimate:
@@ -69,13 +118,38 @@ def _from_rates(base: Estimate, rates: RatesConfig) -> Estimate:
             base, None, None, None, f"no rate of {work.kind} by {work.base} on {device} in the rates file"
         )
     if rate.mfu is None and rate.per_second is None:
-        return _with(base, rate.start_seconds, None, None, rate.source)
+        return replace(_with(base, rate.start_seconds, None, None, rate.source), basis=rate.basis)
     amount = work.amount(rate.unit)
     if amount is None:
         reason = work.basis or f"{rate.unit} unknown: the shape of {work.base} is not in the rates file"
         return _with(base, None, rate.unit, None, reason)
-    seconds = rate.start_seconds + amount / (_speed(rate, rates) * base.workers.devices)
-    return _with(base, seconds, rate.unit, amount, rate.source)
+    searching = _searching(base, rates) if rate.mfu is not None else None
+    if searching is not None:
+        amount -= work.search_flops
+    computing = amount / (_speed(rate, rates) * base.workers.devices)
+    parts = [
+        Part("starting", rate.start_seconds, rate.basis, rate.source),
+        Part("computing", computing, rate.basis, rate.source),
+        *([] if searching is None else [searching]),
+    ]
+    if work.search_flops and rate.mfu is not None and searching is None:
+        return _with(
+            base, None, rate.unit, amount, f"no rate of search in {SEARCH_TYPE} on {device} in the rates file"
+        )
+    seconds = sum(part.seconds for part in parts)
+    amount += work.search_flops if searching is not None else 0.0
+    return replace(_with(base, seconds, rate.unit, amount, rate.source), basis=rate.basis, parts=tuple(parts))
+
+
+def _searching(base: Estimate, rates: RatesConfig) -> Part | None:
+    """Exact search, in the type that it computes in; None where there is none, or no rate."""
+    device = rates.devices[str(base.device)]
+    rate = rates.rate_of("search", str(base.device), None)
+    peak = device.peak_float32_tflops if SEARCH_TYPE == "float32" else device.peak_bf16_tflops
+    if not base.work.search_flops or rate is None or rate.mfu is None or peak is None:
+        return None
+    seconds = base.work.search_flops / (rate.mfu * peak.value * 1e12 * base.workers.devices)
+    return Part(f"searching in {SEARCH_TYPE}", seconds, rate.basis, rate.source)
 
 
 def _speed(rate: WorkRate, rates: RatesConfig) -> float:
@@ -89,6 +163,7 @@ def _speed(rate: WorkRate, rates: RatesConfig) -> float:
 def _from_measured(base: Estimate, entry: LedgerEntry, same: bool) -> Estimate | None:
     """Start-up as measured, the rest in proportion to the work and against the number of devices."""
     source = f"measured: {entry.name}"
+    base = replace(base, basis="measured")
     unit = next((one for one in ("rows", "tokens", "bytes", "flops", "scores") if one == entry.unit), None)
     amount = base.work.amount(unit) if unit else None
     if unit and amount is not None and entry.amount:
@@ -104,7 +179,7 @@ def _from_measured(base: Estimate, entry: LedgerEntry, same: bool) -> Estimate |
 def _with(
     base: Estimate, seconds: float | None, unit: Unit | None, amount: float | None, source: str
 ) -> Estimate:
-    return Estimate(base.work, base.workers, base.device, seconds, unit, amount, source)
+    return replace(base, seconds=seconds, unit=unit, amount=amount, source=source)
 
 
 def _synthesis(run: Run, base: Estimate, node: Node, rates: RatesConfig, known: Known) -> Estimate:
@@ -122,7 +197,7 @@ def _synthesis(run: Run, base: Estimate, node: Node, rates: RatesConfig, known: 
         if measured is not None:
             return measured
     start = rates.rate_of("synthesize", device, None)
-    seconds = 0.0
+    seconds, parts = 0.0, list[Part]()
     for wave in waves(writers(config), pool):
         slowest = 0.0
         for placed in wave:
@@ -130,8 +205,16 @@ def _synthesis(run: Run, base: Estimate, node: Node, rates: RatesConfig, known: 
             if hours is None:
                 return _with(base, None, None, most, f"no rate known for {placed.generator.model}")
             slowest = max(slowest, hours * 3600 / (placed.pool.max_actors * max(1.0, placed.pool.gpus)))
-        seconds += slowest + (start.start_seconds if start else 0.0)
-    return _with(base, seconds, "tokens", most, "at most, see the synthesis lines")
+        seconds += slowest
+        parts += [Part("starting", start.start_seconds, start.basis, start.source)] if start else []
+        if base.workers.gpus:
+            # Nodes fetch at the same time, so the largest generator of a wave is waited for.
+            sizes = {one.generator.model: weight_bytes(rates, one.generator.model) or 0.0 for one in wave}
+            parts += _fetching([max(sizes, key=lambda model: sizes[model])], rates)
+    parts.insert(0, Part("writing", seconds, "assumed", "output tokens/s of the synthesis lines, at most"))
+    seconds = sum(part.seconds for part in parts)
+    found_plan = _with(base, seconds, "tokens", most, "at most, see the synthesis lines")
+    return replace(found_plan, basis="assumed" if base.workers.gpus else "measured", parts=tuple(parts))
 
 
 def workers_of(run: Run, node: Node) -> Workers:
@@ -188,6 +271,14 @@ class Plan:
         if peak is None or one.work.flops is None or not one.seconds:
             return None
         return one.work.flops / (peak * one.workers.devices * one.seconds)
+
+    def candidates(self) -> dict[str, list[Estimate]]:
+        """The training stages of each run, in order; those without an estimate are left out."""
+        found: dict[str, list[Estimate]] = {}
+        for name, one in self.estimates.items():
+            if name.startswith("training/") and one.seconds is not None:
+                found.setdefault(name.split("/")[1], []).append(one)
+        return found
 
     @property
     def is_bound(self) -> bool:
@@ -264,9 +355,13 @@ def make_plan(
         for name, device in rates.devices.items()
         if device.price_per_hour is not None
     }
+    estimates = {name: estimate(run, nodes, node, rates, known) for name, node in left.items()}
+    estimates, inputs = _with_preparation(
+        run, estimates, {name: node.inputs for name, node in left.items()}, rates
+    )
     return Plan(
-        {name: estimate(run, nodes, node, rates, known) for name, node in left.items()},
-        {name: node.inputs for name, node in left.items()},
+        _with_node_starts(run, estimates, rates),
+        inputs,
         prices,
         rates.currency,
         run.profile.total_gpus,
@@ -276,3 +371,54 @@ def make_plan(
             if device.peak_bf16_tflops is not None
         },
     )
+
+
+PREPARATION = "preparation"  # of training data: no artefact of its own, but a line of the plan
+
+
+def _with_preparation(
+    run: Run, estimates: dict[str, Estimate], inputs: dict[str, tuple[str, ...]], rates: RatesConfig
+) -> tuple[dict[str, Estimate], dict[str, tuple[str, ...]]]:
+    """A line for the tokens of each training stage, before its first run; the other runs read the same ones.
+
+    On CPUs, and where a run was measured, it is part of what a stage takes to start.
+    """
+    found, needs, added = dict[str, Estimate](), dict(inputs), set[str]()
+    device = rates.device_of(None)
+    rate = None if device is None else rates.rate_of("prepare", device, None)
+    for name, one in estimates.items():
+        stage = one.work.steps.stage.name if one.work.steps is not None else ""
+        line = f"{PREPARATION}/{stage}"
+        if stage and one.workers.gpus and one.basis != "measured" and rate is not None and one.work.tokens:
+            if stage not in added:
+                cores = float(preparation_cores(run.profile))
+                work = Work(line, "prepare", one.work.base, one.work.rows, tokens=one.work.tokens)
+                base = Estimate(work, Workers(f"{cores:g} cores", 0.0, cores), device, None)
+                found[line] = _from_rates(base, rates)
+                needs[line] = tuple(parent for parent in inputs[name] if not parent.startswith("training/"))
+                added.add(stage)
+            needs[name] = (*needs[name], line)
+        found[name] = one
+    return found, needs
+
+
+_NODES_KEPT_SECONDS = 600  # without work, by the autoscaler of the rendered files
+
+
+def _with_node_starts(run: Run, estimates: dict[str, Estimate], rates: RatesConfig) -> dict[str, Estimate]:
+    """The wait for nodes before the first stage that needs GPUs, and after every stage so long without that they are gone."""
+    start = rates.node_start_seconds
+    bought = [pool for pool in run.profile.pools.values() if pool.gpus and not pool.min_nodes]
+    if start is None or not bought:
+        return estimates
+    found, held, idle = dict[str, Estimate](), False, 0.0
+    for name, one in estimates.items():
+        if not one.workers.gpus:
+            idle += one.seconds or 0.0
+            held = held and idle < _NODES_KEPT_SECONDS
+            found[name] = one
+            continue
+        missing = not held and one.seconds is not None
+        found[name] = _with_parts(one, [sourced("buying nodes", start.value, start)]) if missing else one
+        held, idle = True, 0.0
+    return found

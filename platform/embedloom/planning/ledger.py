@@ -1,15 +1,17 @@
 """The ledger of a run: actual beside planned, the speeds that other plans are calibrated with, and both as text."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from embedloom.config.rates import Published, RatesConfig
+from embedloom.config.rates import Published, RatesConfig, Sourced
 from embedloom.config.run import Node, Run
 from embedloom.core.artefacts import Artefact
 from embedloom.core.storage import Place
 from embedloom.core.tables import text_table
 from embedloom.planning.cost import Estimate, Plan, workers_of
-from embedloom.planning.work import PLAN_FILE, Known, LedgerEntry, RunLedger, Work, gpus_of, work_of
+from embedloom.planning.memory import Fit
+from embedloom.planning.work import PLAN_FILE, Known, LedgerEntry, RunLedger, Work, device_of, work_of
 from embedloom.synthesis.prices import prices
 
 _START_SHARE = 0.8  # of the measured seconds, at most, are taken for start-up where the stage does not say
@@ -50,7 +52,7 @@ def _entry(
     run: Run, node: Node, artefact: Artefact, work: Work, rates: RatesConfig, planned: dict[str, Any]
 ) -> LedgerEntry:
     workers = workers_of(run, node)
-    device = rates.device_of(gpus_of(run) if workers.gpus else None) or "unknown"
+    device = device_of(run, workers.gpus, rates) or "unknown"
     seconds = float(artefact.manifest["seconds"])
     expected = planned.get(node.name, {}).get("seconds")
     return LedgerEntry(
@@ -146,7 +148,7 @@ def prediction_lines(run: Run, plan: Plan, rates: RatesConfig, calibrated: str |
     rows = [head, *(_row(plan, one) for one in plan.estimates.values())]
     lines = [f"prediction by {basis}:", *text_table(rows[0], rows[1:], style=None), *_sums(plan)]
     lines += _training_lines(run, plan, rates)
-    return [*lines, *_sources(plan)]
+    return [*lines, *_part_lines(plan), *_candidate_lines(run, plan), *_sources(plan, rates)]
 
 
 def _row(plan: Plan, one: Estimate) -> tuple[str, ...]:
@@ -197,6 +199,62 @@ def _training_lines(run: Run, plan: Plan, rates: RatesConfig) -> list[str]:
     return lines
 
 
+def _part_lines(plan: Plan) -> list[str]:
+    """What the hours of GPU stages consist of; of equal stages the first one's."""
+    lines, shown = [], set[str]()
+    for name, one in plan.estimates.items():
+        stage = f"{name.split('/')[0]} ({name.rsplit('/', 1)[-1]})" if name.startswith("training/") else name
+        if len(one.parts) < 2 or not one.workers.gpus or stage in shown:
+            continue
+        shown.add(stage)
+        sums: dict[str, float] = {}
+        for part in one.parts:
+            sums[part.name] = sums.get(part.name, 0.0) + part.seconds
+        parts = ", ".join(f"{what} {time_text(seconds)}" for what, seconds in sums.items() if seconds)
+        lines.append(f"time of {stage}: {parts}")
+    return lines
+
+
+def _candidate_lines(run: Run, plan: Plan) -> list[str]:
+    """All candidates one after another on the profile's group, and side by side on a group each."""
+    found = plan.candidates()
+    if len(found) < 2:
+        return []
+    stages = [one for own in found.values() for one in own]
+    gpus = stages[0].workers.gpus
+    if not gpus:
+        return []
+    hours = sum(one.device_hours or 0.0 for one in stages)
+    cost = sum(plan.cost(one.work.name) or 0.0 for one in stages)
+    money = f"{hours:,.0f} GPU-hours, {cost:,.0f} {plan.currency}"
+    alone = time_text(sum(one.seconds or 0.0 for one in stages))
+    together = time_text(max(sum(one.seconds or 0.0 for one in own) for own in found.values()))
+    return [
+        f"{len(found)} candidates one after another on {gpus:,.0f} GPUs: {alone}, {money}",
+        f"{len(found)} candidates side by side on {gpus * len(found):,.0f} GPUs (a group of {gpus:,.0f} each): {together}, {money}",
+    ]
+
+
+def memory_lines(found: Sequence[Fit]) -> list[str]:
+    """What one GPU holds in every stage, part by part, beside what it may."""
+    known = [one for one in found if one.memory is not None]
+    rows = [
+        (
+            one.stage,
+            one.what,
+            f"{one.memory.total / 1e9:,.1f}",
+            f"{one.limit / 1e9:,.1f}",
+            ", ".join(f"{name} {size / 1e9:.1f}" for name, size in one.memory.parts.items()),
+        )
+        for one in known
+        if one.memory is not None
+    ]
+    head = ("memory of a GPU", "what it holds", "GB", "may be filled", "of it")
+    lines = text_table(head, rows, {0, 1, 4}, style=None) if rows else []
+    unknown = sorted({one.what for one in found if one.memory is None and one.limit})
+    return [*lines, *(f"memory: {what}" for what in unknown)]
+
+
 def _steps_text(one: Estimate, runs: int) -> str:
     steps = one.work.steps
     assert steps is not None  # noqa: S101 - only training has lines here
@@ -214,7 +272,7 @@ def _cost_text(plan: Plan, one: Estimate) -> str:
         return f"not predicted: {one.source}"
     unit = "GPU-hours" if one.workers.gpus else "core-hours"
     mfu = plan.mfu(one.work.name)
-    at = "" if mfu is None else f" at {mfu:.1%} MFU"
+    at = "" if mfu is None else f" ({mfu:.1%} MFU over all of them)"
     return f"{time_text(one.seconds)}{at}, {amount_text(one.device_hours)} {unit}, {amount_text(plan.cost(one.work.name))} {plan.currency}"
 
 
@@ -225,26 +283,63 @@ def _published_line(published: Published, shown: dict[str, Estimate]) -> str:
     known = [value for value in ours if value is not None]
     total = f"{sum(known) / 3600:.1f} h" if len(known) == len(ours) else "not predicted"
     return (
-        f"training: both stages of one candidate {total}; published {parts} = {theirs:.1f} h on {published.gpus} "
+        f"training: both stages of one candidate {total} by this plan; published, and not what the plan is fitted to: {parts} = {theirs:.1f} h on {published.gpus} "
         f"{published.device}, {theirs * published.gpus:,.0f} GPU-hours ({published.source})"
     )
 
 
-def _sources(plan: Plan) -> list[str]:
-    """What each number rests on, equal ones together."""
-    by_source: dict[str, list[str]] = {}
+def _sources(plan: Plan, rates: RatesConfig) -> list[str]:
+    """What each number rests on, equal ones together: first what was measured, then what others published, then assumptions."""
+    found: dict[tuple[str, str], dict[str, list[str]]] = {}
+
+    def rests(what: str, part: str, basis: str, source: str) -> None:
+        parts = found.setdefault((basis, source), {}).setdefault(what, [])
+        if part not in parts:
+            parts.append(part)
+
     for name, one in plan.estimates.items():
         kind = name.split("/")[0]
-        names = by_source.setdefault(one.source, [])
-        if kind not in names:
-            names.append(kind)
-    lines = [f"rate of {', '.join(names)}: {source}" for source, names in by_source.items()]
-    basis = {
+        for part in one.parts:
+            if part.seconds:
+                rests(kind, part.name, part.basis, part.source)
+        if not one.parts:
+            rests(kind, "", one.basis or "not known", one.source)
+    for what, number in _numbers(plan, rates).items():
+        if number is not None:
+            rests(what, "", number.basis, number.source)
+    order = ("measured", "published", "assumed", "not known")
+    lines = [
+        f"{basis}: {'; '.join(_named(what, parts) for what, parts in names.items())}: {source.removeprefix(f'{basis}: ')}"
+        for basis in order
+        for (own, source), names in found.items()
+        if own == basis
+    ]
+    sizes = {
         one.work.basis.strip()
         for one in plan.estimates.values()
         if one.work.basis and one.seconds is not None
     }
-    return [*lines, *(f"sizes: {text}" for text in sorted(basis) if text != "counted")]
+    return [*lines, *(f"sizes: {text}" for text in sorted(sizes) if text != "counted")]
+
+
+def _numbers(plan: Plan, rates: RatesConfig) -> dict[str, Sourced | None]:
+    """What is no rate, and yet decides hours, money and what fits."""
+    used = next((str(one.device) for one in plan.estimates.values() if one.workers.gpus), None)
+    found: dict[str, Sourced | None] = {"length of texts": rates.text_fill}
+    if used is None or used not in rates.devices:
+        return found
+    device = rates.devices[used]
+    return found | {
+        "peak": device.peak_bf16_tflops,
+        "memory": device.memory_gb,
+        "price": device.price_per_hour,
+    }
+
+
+def _named(what: str, parts: list[str]) -> str:
+    """``training (communication)``; what a stage's own rate says needs no brackets."""
+    own = [part for part in parts if part not in ("", "starting", "computing")]
+    return f"{what} ({', '.join(own)})" if own else what
 
 
 def ledger_lines(ledger: RunLedger) -> list[str]:

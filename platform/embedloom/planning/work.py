@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 from embedloom.config.rates import ModelShape, RatesConfig, Unit, WorkKind, forward_flops
 from embedloom.config.run import Node, Run, RunConfig
@@ -109,12 +109,18 @@ class Known:
 
 
 def gpus_of(run: Run) -> str | None:
-    """Accelerator of the profile's GPU machines; None where it has none.
+    """Accelerator of the profile's GPU machines; None where it has none, or does not say.
 
     Machines of several kinds are not told apart: the first in the file's order speaks for all.
     """
     kinds = [pool.accelerator for pool in run.profile.pools.values() if pool.gpus]
-    return kinds[0] if kinds else None
+    return kinds[0] if kinds else run.profile.accelerator
+
+
+def device_of(run: Run, gpus: float, rates: RatesConfig) -> str | None:
+    """Name in the rates file of what a stage computes on; None where the file has no such GPU, or nobody says which it is."""
+    kind = gpus_of(run) if gpus else None
+    return None if gpus and kind is None else rates.device_of(kind)
 
 
 # How many documents and pairs a run will have, before it has read one.
@@ -243,6 +249,7 @@ def _epoch_rows(stage: TrainingStage, nodes: dict[str, Node], known: Known) -> i
     return rows if isinstance(rows, int) else None
 
 
+SEARCH_TYPE: Literal["float32", "bfloat16"] = "float32"  # that exact search multiplies in on GPUs
 _WEIGHT_BYTES = 4  # exports are float32 unless the base is not
 
 
@@ -258,6 +265,7 @@ class Work:
     tokens: float | None = None
     flops: float | None = None
     nbytes: float | None = None
+    search_flops: float = 0.0  # part of flops, computed in SEARCH_TYPE
     scores: int | None = None
     steps: Steps | None = None
     basis: str = ""
@@ -312,22 +320,32 @@ def _mining(run: Run, nodes: dict[str, Node], node: Node, rates: RatesConfig, kn
     tokens = float(pairs.rows * config.max_query_tokens + texts.rows * config.max_document_tokens)
     fill = _fill(node, rates, known)
     shapes = [rates.models.get(teacher.model) for teacher in config.teachers]
-    flops = None
+    flops, searching = None, 0.0
     if all(shape is not None for shape in shapes):
         sides = (
             (pairs.rows, config.max_query_tokens * fill),
             (texts.rows, config.max_document_tokens * fill),
         )
-        flops = sum(
-            2.0 * pairs.rows * texts.rows * shape.hidden_size
-            + sum(embedding_flops(shape, None, rows, each) for rows, each in sides)
-            for shape in shapes
-            if shape is not None
+        known_shapes = [shape for shape in shapes if shape is not None]
+        searching = sum(2.0 * pairs.rows * texts.rows * shape.hidden_size for shape in known_shapes)
+        flops = searching + sum(
+            embedding_flops(shape, None, rows, each) for shape in known_shapes for rows, each in sides
         )
     full = tokens * len(config.teachers)
     basis = f"documents {texts.basis}, pairs {pairs.basis}"
     bound = pairs.is_bound or texts.is_bound
-    return Work(node.name, "embed", base, pairs.rows, full, full * fill, flops, basis=basis, is_bound=bound)
+    return Work(
+        node.name,
+        "embed",
+        base,
+        pairs.rows,
+        full,
+        full * fill,
+        flops,
+        search_flops=searching,
+        basis=basis,
+        is_bound=bound,
+    )
 
 
 def _rescoring(run: Run, nodes: dict[str, Node], node: Node, rates: RatesConfig, known: Known) -> Work:
