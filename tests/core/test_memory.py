@@ -7,7 +7,6 @@ from embedloom.core.memory import (
     Trainer,
     engine_memory,
     inference_memory,
-    micro_batch_tokens,
     search_memory,
     training_memory,
     training_remedy,
@@ -127,15 +126,6 @@ def test_recomputation_is_proposed_before_more_gpus():
 
 def test_nothing_is_proposed_where_one_query_is_too_long():
     assert training_remedy(LLAMA_8B, PAPER, 10**7, 10**7, A100) is None
-
-
-def test_micro_batches_are_as_few_as_fit_and_of_equal_size():
-    # (76.5 - 23.7) GB / 0.625 MB a token are 84,500 tokens.
-    assert micro_batch_tokens(LLAMA_8B, PAPER, A100, 49_152, 1_536) == 49_152
-    assert micro_batch_tokens(LLAMA_8B, PAPER, A100, 100_000, 1_536) == 50_000
-    assert micro_batch_tokens(LLAMA_8B, PAPER, A100, 700, 1_536) == 1_536
-    with pytest.raises(ValueError, match="the longest query with its documents has 100,000 tokens"):
-        micro_batch_tokens(LLAMA_8B, PAPER, A100, 49_152, 100_000)
 
 
 def test_embedding_in_bfloat16_takes_half_of_float32():

@@ -1,7 +1,7 @@
 """``cluster/rates.yaml``: how fast devices are and what they cost, each number with its source."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -22,7 +22,7 @@ WorkKind = Literal[
     "gate",
 ]
 Basis = Literal["measured", "published", "assumed"]
-_BASIS = Field(
+_BASIS: Any = Field(
     default="assumed",
     description=(
         "measured: by this program, on the device that is named. published: by somebody else. assumed: neither; it wants "

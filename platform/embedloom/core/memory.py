@@ -255,36 +255,14 @@ def training_remedy(
     while workers <= _MOST_WORKERS:
         for stage in dict.fromkeys(stages):
             for again in dict.fromkeys((trainer.recomputed_layers, None)):
-                tried = replace(trainer, workers=workers, zero_stage=stage, recomputed_layers=again)
+                # Under ZeRO-3 gradients are reduced with every micro-batch, unless that is what was configured.
+                once = trainer.reduces_once and workers > 1 and stage in (trainer.zero_stage, 1, 2)
+                tried = replace(
+                    trainer, workers=workers, zero_stage=stage, recomputed_layers=again, reduces_once=once
+                )
                 most = training_memory(shape, tried, 0).largest_batch(device_bytes)
                 fitting = min(tokens, most)
                 if fitting >= max(least_tokens, min(tokens, _SMALLEST_BATCH)):
                     return Remedy(tried, fitting, training_memory(shape, tried, fitting))
         workers = 2 ** (math.floor(math.log2(workers)) + 1)
     return None
-
-
-def micro_batch_tokens(
-    shape: Shape, trainer: Trainer, device_bytes: float, rank_tokens: int, least_tokens: int
-) -> int:
-    """Tokens of a micro-batch for one worker's share of a step: as few micro-batches as fit, of equal size.
-
-    Args:
-        shape: of the model.
-        trainer: how it is trained.
-        device_bytes: memory of one GPU.
-        rank_tokens: tokens of a step that fall to one worker.
-        least_tokens: of the longest query with its documents, which is never cut in two.
-
-    Raises:
-        ValueError: not even the longest query fits.
-    """
-    most = training_memory(shape, trainer, 0).largest_batch(device_bytes, 1)
-    if most < least_tokens:
-        needed = training_memory(shape, trainer, least_tokens).total
-        raise ValueError(
-            f"the longest query with its documents has {least_tokens:,} tokens and takes {needed / 1e9:.0f} GB; allowed: "
-            f"{USABLE_SHARE:.0%} of {device_bytes / 1e9:.0f} GB"
-        )
-    passes = math.ceil(max(1, rank_tokens) / most)
-    return max(least_tokens, math.ceil(rank_tokens / passes))

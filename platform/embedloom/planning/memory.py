@@ -1,8 +1,9 @@
 """Whether the stages of a run fit the GPUs, and the corpus the machine, that a profile gives them, and what would fit."""
 
+import math
 import os
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from embedloom.config.cluster import HEAD_POOL, PoolConfig, Profile, TrainingGroup
 from embedloom.config.embedding import ComputeType, computed_dtype
@@ -84,20 +85,25 @@ def gpu_bytes(run: Run, rates: RatesConfig) -> float | None:
     return None if found is None else found.value * GB
 
 
-def trainer_of(config: TrainingConfig, group: TrainingGroup, dtype: str, shape: Shape) -> Trainer:
-    """How a training section trains on a group of GPUs, as far as memory depends on it."""
+def trainer_of(
+    config: TrainingConfig, stage: TrainingStage, group: TrainingGroup, dtype: str, shape: Shape
+) -> Trainer:
+    """How a stage trains on a group of GPUs, as far as memory depends on it; reductions as of several micro-batches."""
     half = dtype != "float32" and group.bf16_weights is not False
     trained = None
     if config.lora is not None:
         trained = _adapter_weights(shape, config.lora.rank)
     elif config.freeze_token_embeddings:
         trained = shape.weights - shape.embedding_weights
+    every = config.recomputed_layers(stage)
     return Trainer(
         workers=group.workers,
         zero_stage=config.zero_stage,
         weight_dtype="bfloat16" if half else "float32",
         gradient_dtype=group.gradient_dtype,
-        recomputed_layers=None if config.gradient_checkpointing else 0,
+        recomputed_layers=math.ceil(shape.layers / every) if every else 0,
+        overlaps=config.zero_stage > 0,
+        reduces_once=group.reduces_each_step(config.zero_stage),
         trained_weights=trained,
     )
 
@@ -128,15 +134,33 @@ class StepTokens:
         return -(-self.rank // self.micro_batch)
 
 
-def step_tokens(run: Run, stage: TrainingStage) -> StepTokens:
-    """Tokens of a stage's step, every text at its limit."""
-    encoder, group = run.config.encoder, run.profile.stages.training
+def step_tokens(run: Run, stage: TrainingStage, shape: Shape, device: float) -> StepTokens:
+    """Tokens of a stage's step, every text at its limit.
+
+    Args:
+        run: the run.
+        stage: of its training.
+        shape: of the model, which decides what ``micro_batch_tokens: auto`` is.
+        device: memory of a GPU in bytes.
+    """
+    config, encoder, group = run.config.training, run.config.encoder, run.profile.stages.training
     of_group = encoder.max_query_tokens + (1 + stage.negatives) * encoder.max_document_tokens
     queries = -(-stage.global_batch // group.workers)
     rank = queries * of_group
+    if config.micro_batch_tokens == "auto":
+        trainer = trainer_of(config, stage, group, encoder.dtype, shape)
+        whole = training_memory(shape, replace(trainer, reduces_once=False), rank)
+        most = rank if whole.fits(device) else training_memory(shape, trainer, 0).largest_batch(device)
+    else:
+        most = config.micro_batch_tokens
     # Groups are never cut, so a micro-batch holds whole ones, and one that is longer than the limit alone.
-    whole = max(1, run.config.training.micro_batch_tokens // of_group) * of_group
-    return StepTokens(of_group, rank, min(rank, whole))
+    return StepTokens(of_group, rank, min(rank, max(1, most // of_group) * of_group))
+
+
+def step_trainer(trainer: Trainer, tokens: StepTokens) -> Trainer:
+    """The same for a step of so many micro-batches: a single one is reduced as it goes, and holds no whole gradient."""
+    once = trainer.reduces_once and tokens.passes > 1 and trainer.workers > 1
+    return replace(trainer, reduces_once=once)
 
 
 def fits(
@@ -177,25 +201,27 @@ def _training(run: Run, rates: RatesConfig, device: float) -> Iterator[Fit]:
         if found is None:
             yield Fit(name, _unknown(base), None, limit)
             continue
-        shape, tokens = shape_of(found, run.config.encoder.num_layers), step_tokens(run, stage)
-        config = run.config.training
-        trainer = trainer_of(config, group, run.config.encoder.dtype, shape)
+        shape, config = shape_of(found, run.config.encoder.num_layers), run.config.training
+        trainer = trainer_of(config, stage, group, run.config.encoder.dtype, shape)
         if trainer.weight_dtype == "bfloat16" and trainer.zero_stage == 0:
             continue  # refused by what builds the engine, with the reason
-        memory = training_memory(shape, trainer, tokens.micro_batch)
-        remedy = "" if memory.total <= limit else _remedy(training_remedy(
-            shape, trainer, tokens.micro_batch, tokens.group, device), trainer, run.profile)  # fmt: skip
-        how = f"{base}, {_trainer_text(trainer)}, {tokens.micro_batch:,} tokens"
+        tokens = step_tokens(run, stage, shape, device)
+        memory = training_memory(shape, step_trainer(trainer, tokens), tokens.micro_batch)
+        remedy = ""
+        if memory.total > limit:
+            found_one = training_remedy(shape, trainer, tokens.micro_batch, tokens.group, device)
+            remedy = _remedy(found_one, trainer, run.profile, config.micro_batch_tokens == "auto")
+        how = f"{base}, {_trainer_text(trainer, shape)}, {tokens.micro_batch:,} tokens"
         yield Fit(name, how, memory, limit, remedy)
 
 
-def _trainer_text(trainer: Trainer) -> str:
-    again = {0: "nothing computed again", None: "layers computed again"}[trainer.recomputed_layers]
+def _trainer_text(trainer: Trainer, shape: Shape) -> str:
+    again = f"{trainer.recomputed_layers} of {shape.layers} layers computed again"
     plural = "" if trainer.workers == 1 else "s"
     return f"ZeRO-{trainer.zero_stage} on {trainer.workers} GPU{plural}, {again}"
 
 
-def _remedy(found: Remedy | None, trainer: Trainer, profile: Profile) -> str:
+def _remedy(found: Remedy | None, trainer: Trainer, profile: Profile, auto: bool) -> str:
     if found is None:
         return "nothing on up to 1,024 GPUs of this kind does: allowed are a smaller model, shorter texts or training.lora"
     proposed = found.trainer
@@ -204,7 +230,8 @@ def _remedy(found: Remedy | None, trainer: Trainer, profile: Profile) -> str:
         keys.append(f"training.zero_stage: {proposed.zero_stage}")
     if proposed.recomputed_layers != trainer.recomputed_layers:
         keys.append("training.gradient_checkpointing: true")
-    keys.append(f"training.micro_batch_tokens: {found.tokens}")
+    if not auto:
+        keys.append(f"training.micro_batch_tokens: {found.tokens}")
     if proposed.workers != trainer.workers:
         there = (
             f", of which this profile has {profile.total_gpus}"

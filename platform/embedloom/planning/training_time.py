@@ -6,7 +6,7 @@ from embedloom.config.cluster import Profile
 from embedloom.config.rates import Basis, Device, RatesConfig, Sourced
 from embedloom.config.run import Run
 from embedloom.core.memory import BYTES, Shape, Trainer
-from embedloom.planning.memory import shape_of, step_tokens, trainer_of
+from embedloom.planning.memory import shape_of, step_tokens, step_trainer, trainer_of
 from embedloom.planning.work import Steps
 
 GB = 1e9
@@ -42,13 +42,14 @@ def parts_beside(run: Run, rates: RatesConfig, device: Device, steps: Steps, com
     if found is None or not steps.steps:
         return []
     shape, config = shape_of(found, run.config.encoder.num_layers), run.config.training
-    trainer = trainer_of(config, group, run.config.encoder.dtype, shape)
+    trainer = trainer_of(config, steps.stage, group, run.config.encoder.dtype, shape)
     parts = []
-    bus = bus_of(run.profile, device)
-    if bus is not None and group.workers > 1:
-        passes = step_tokens(run, steps.stage).passes
+    bus, memory = bus_of(run.profile, device), device.memory_gb
+    if bus is not None and memory is not None and group.workers > 1:
+        tokens = step_tokens(run, steps.stage, shape, memory.value * GB)
+        backward = _BACKWARD_SHARE * computing / steps.steps
         each = step_communication(
-            shape, trainer, passes, bus.value * GB, _BACKWARD_SHARE * computing / steps.steps
+            shape, step_trainer(trainer, tokens), tokens.passes, bus.value * GB, backward
         )
         parts.append(sourced("communication", steps.steps * each, bus))
     if rates.storage_gb_per_second is not None:
