@@ -3,7 +3,10 @@
 from dataclasses import dataclass
 from typing import Any
 
-from embedloom.config.training import TrainingConfig
+from embedloom.compute.shards import run_here
+from embedloom.config.training import TrainingConfig, TrainingSource
+from embedloom.core.storage import Place
+from embedloom.training.data import ROWS_FOLDER, RowRules, SourceWork, TextTokens, prepare_works
 
 
 def training_config(**changes: Any) -> TrainingConfig:
@@ -11,6 +14,15 @@ def training_config(**changes: Any) -> TrainingConfig:
     stage = {"name": "s", "negatives": 1, "global_batch": 2, "learning_rate": 1e-3}
     settings: dict[str, Any] = {"candidates": [{"name": "a", "seed": 0}], "stages": [stage]}
     return TrainingConfig.model_validate({**settings, **changes})
+
+
+def prepare_source(source: TrainingSource, tokens: TextTokens, rules: RowRules, out: Place) -> dict[str, Any]:
+    """Write one source's token ids below ``out`` in this process; its index."""
+    own = (rules.negatives, rules.repeat, rules.skip_bad)
+    work = SourceWork(source, None, out.child(ROWS_FOLDER), tokens.folder, tokens.identity, own, out)
+    (index,) = prepare_works("prepare", [work], run_here)
+    work.rows.remove()
+    return index
 
 
 @dataclass(frozen=True)

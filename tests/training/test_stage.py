@@ -250,6 +250,23 @@ def test_a_reader_that_cannot_read_the_base_is_found_before_the_first_step(
     assert not list(tmp_path.rglob(METRICS_FILE))
 
 
+def test_data_are_prepared_before_a_worker_is_asked_for(tiny_model, tmp_path, monkeypatch):
+    """Without Ray here: preparing small data needs no task, and asking for a worker would start one."""
+    mining = make_mining(tmp_path / "mining")
+    asked = []
+
+    def refuse(stage, *_, **__):
+        asked.append([path.name for path in (tmp_path / "prepared").rglob("index.json")])
+        raise StageError(f"{stage}: no worker here")
+        yield
+
+    monkeypatch.setattr("embedloom.training.stage.run_tasks", refuse)
+    monkeypatch.setattr("embedloom.training.stage._READABLE", {})
+    with pytest.raises(StageError, match="parity: no worker here"):
+        run(tmp_path / "model", mining, tiny_model, make_config())
+    assert asked == [["index.json", "index.json"]]  # of both sources of the mix
+
+
 @pytest.mark.ray
 def test_a_finished_model_whose_check_failed_is_checked_again_without_training(
     ray_local, undisturbed, tiny_model, tmp_path, monkeypatch

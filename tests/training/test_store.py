@@ -24,12 +24,11 @@ from embedloom.training.data import (
     ExampleStore,
     RowRules,
     TextTokens,
-    prepare_source,
     prepare_sources,
 )
 from embedloom.training.order import BatchReader, ExampleOrder, Share, plan_batch, shares_of
 from embedloom.training.sources import read_source
-from fakes_training import training_config
+from fakes_training import prepare_source, training_config
 
 
 def write_lines(path, rows):
@@ -62,7 +61,7 @@ def small_parts(monkeypatch):
 def test_prepared_rows_are_what_the_encoder_would_tokenize(tiny_model, tmp_path, small_parts):
     path = write_lines(tmp_path / "a.jsonl", [line(n, negatives=1 + n % 3) for n in range(20)])
     tokens, place = TextTokens(tiny_model), Place(str(tmp_path / "data"))
-    index = prepare_source(source_of(path), None, tokens, rules(), place.child("s"))
+    index = prepare_source(source_of(path), tokens, rules(), place.child("s"))
     assert index["parts"] == [8, 8, 4]
     # Rows with 1, 2 or 3 negatives, 3 wanted: 7 x 2 + 7 x 1 + 6 x 0 repeats.
     assert index["repeated_negatives"] == 21
@@ -87,7 +86,7 @@ def test_only_texts_that_stand_opposite_each_other_both_carry_the_instruction(
     path = write_lines(tmp_path / "a.jsonl", [line(0)])
     source = source_of(path, task_type=task_type, instruction="Do it")
     place = Place(str(tmp_path / "data"))
-    prepare_source(source, None, TextTokens(tiny_model), rules(), place.child("s"))
+    prepare_source(source, TextTokens(tiny_model), rules(), place.child("s"))
     (group,) = ExampleStore(place, {"s": "s"}, 1).groups([0])
     encoder = Encoder.load(tiny_model, dtype="float32")
     instructed = encoder.tokenize(["yes 0"], "query", task_type, "Do it")[0]
@@ -98,7 +97,7 @@ def test_only_texts_that_stand_opposite_each_other_both_carry_the_instruction(
 def test_a_sources_own_number_of_negatives_repeats_fewer(tiny_model, tmp_path):
     path = write_lines(tmp_path / "a.jsonl", [line(0, negatives=4)])
     place = Place(str(tmp_path / "data"))
-    prepare_source(source_of(path, negatives=1), None, TextTokens(tiny_model), rules(), place.child("s"))
+    prepare_source(source_of(path, negatives=1), TextTokens(tiny_model), rules(), place.child("s"))
     (group,) = ExampleStore(place, {"s": "s"}, 3).groups([0])
     assert group.documents[1] == group.documents[2] == group.documents[3]
 
@@ -120,11 +119,11 @@ def test_a_bad_row_is_refused_by_source_and_id_or_counted(tiny_model, tmp_path, 
     name = "a.jsonl:2" if reason == "not_text" else "r3"
     with pytest.raises(DataError, match=rf"source 's': row '(r3|a\.jsonl:2)': .*\({reason}\)") as caught:
         prepare_source(
-            source_of(path), None, tokens, rules(repeat=repeat), Place(str(tmp_path / "data")).child("s")
+            source_of(path), tokens, rules(repeat=repeat), Place(str(tmp_path / "data")).child("s")
         )
     assert "bad_rows: skip" in str(caught.value) and (name in str(caught.value) or reason == "not_text")
     skipping = rules(repeat=repeat, skip_bad=True)
-    index = prepare_source(source_of(path), None, tokens, skipping, Place(str(tmp_path / "b")).child("s"))
+    index = prepare_source(source_of(path), tokens, skipping, Place(str(tmp_path / "b")).child("s"))
     assert index["rejects"] == {reason: 1} and index["parts"] == [2]
 
 
@@ -176,7 +175,7 @@ def test_ranges_of_rows_become_the_bytes_and_counts_of_one_pass(tiny_model, tmp_
     )
     limits = rules(skip_bad=True)
     kept, cuts = in_one_go(source_of(path), tokens, limits, whole)
-    index = prepare_source(source_of(path), None, tokens, rules(skip_bad=True), place.child("s"))
+    index = prepare_source(source_of(path), tokens, rules(skip_bad=True), place.child("s"))
     # 11 empty queries, 3 rows of nothing but their positive, 1 long instruction; one range of 8 is lost whole.
     assert index["rejects"] == {"no_query": 11, "negative_is_positive": 3, "instruction_too_long": 1}
     assert index["parts"] == [8, 8, 8, 8, 8, 5] and len(kept) == 45
@@ -199,7 +198,7 @@ def test_a_bad_row_is_told_before_what_comes_after_it_is_read(tiny_model, tmp_pa
         stream.write("no JSON\n")
     with pytest.raises(DataError, match=r"row 'r1': it has no positive"):
         prepare_source(
-            source_of(path), None, TextTokens(tiny_model), rules(), Place(str(tmp_path / "data")).child("s")
+            source_of(path), TextTokens(tiny_model), rules(), Place(str(tmp_path / "data")).child("s")
         )
 
 
@@ -211,7 +210,7 @@ def test_a_killed_preparation_does_only_what_was_not_done(tiny_model, tmp_path, 
         Place(str(tmp_path / "whole")),
     )
     source = source_of(path)
-    index = prepare_source(source, None, tokens, rules(skip_bad=True), whole.child("s"))
+    index = prepare_source(source, tokens, rules(skip_bad=True), whole.child("s"))
     done, written = [], Place.write_bytes
 
     def killed_at(name_end):
@@ -231,9 +230,9 @@ def test_a_killed_preparation_does_only_what_was_not_done(tiny_model, tmp_path, 
             if name_end == INDEX_FILE:  # of the source, not that of its rows, which are there
                 assert any(name == INDEX_FILE for name in done)
             with pytest.raises(KeyboardInterrupt):
-                prepare_source(source, None, tokens, rules(skip_bad=True), place.child("s"))
+                prepare_source(source, tokens, rules(skip_bad=True), place.child("s"))
         assert not place.exists(f"s/{INDEX_FILE}")
-    assert prepare_source(source, None, tokens, rules(skip_bad=True), place.child("s")) == index
+    assert prepare_source(source, tokens, rules(skip_bad=True), place.child("s")) == index
     assert place.names("s") == whole.names("s")
     for name in whole.names("s"):
         assert place.read_bytes(name) == whole.read_bytes(name)
@@ -251,7 +250,7 @@ def mixed(tiny_model, tmp_path_factory):
         source_of(write_lines(root / "b.jsonl", [line(n) for n in range(9)]), "b"),
     )
     for source in sources:
-        prepare_source(source, None, TextTokens(tiny_model), rules(), place.child(source.name))
+        prepare_source(source, TextTokens(tiny_model), rules(), place.child(source.name))
     return ExampleStore(place, {"a": "a", "b": "b"}, 3), sources
 
 
@@ -307,7 +306,7 @@ def many_parts(model, root, parts):
     """A source of so many parts, all with the same row."""
     place = Place(str(root / "data"))
     path = write_lines(root / "a.jsonl", [line(0)])
-    index = prepare_source(source_of(path), None, TextTokens(model), rules(), place.child("s"))
+    index = prepare_source(source_of(path), TextTokens(model), rules(), place.child("s"))
     folder = place.local / "s"
     for kind in ("part", "keys"):
         for number in range(1, parts):

@@ -34,6 +34,7 @@ from embedloom.training.sources import (
     reads_by_range,
     row_table,
     rows_of_table,
+    source_bytes,
     source_state,
     with_absolute_paths,
 )
@@ -176,6 +177,8 @@ def _joined(queries: Keys, documents: Keys) -> np.ndarray[Any, np.dtype[np.uint6
 
 
 PART_ROWS = 4096
+_FEW_RANGES = 2
+_SMALL_BYTES = 64 << 20
 _TOKENIZED_ROWS = 1024  # at a time
 INDEX_FILE = "index.json"
 ROWS_FOLDER = "_rows"  # of a source that ranges are cut from, and
@@ -446,37 +449,33 @@ class SourceWork:
         return islice(rows_of_table(self.rows.read_table(piece.file)), piece.start, piece.stop)
 
 
-def prepare_source(
-    source: TrainingSource, mined: Place | None, tokens: TextTokens, rules: "RowRules", out: Place
-) -> Json:
-    """Write one source's token ids below ``out`` in this process; see ``prepare_works``."""
-    own = (rules.negatives, rules.repeat, rules.skip_bad)
-    work = SourceWork(source, mined, out.child(ROWS_FOLDER), tokens.folder, tokens.identity, own, out)
-    (index,) = prepare_works("prepare", [work], run_here)
-    work.rows.remove()
-    return index
-
-
 def prepare_works(label: str, works: Sequence[SourceWork], tasks: Tasks) -> list[Json]:
     """Write the token ids of sources that are not there yet, and return the index of each: rows per part and counts.
 
     Args:
         label: of the stage, for progress lines.
         works: the sources.
-        tasks: runs a function over many items, in order.
+        tasks: runs a function over many items, in order. What is small is done here, as a worker process takes longer to
+            start: ten CPU seconds of imports.
 
     Raises:
         DataError: a source that does not fit its format, has no usable row, or a bad one where those are not skipped.
     """
     missing = list({work.out.uri: work for work in works if not work.out.exists(INDEX_FILE)}.values())
     unread = [work for work in missing if not reads_by_range(work.source)]
-    for _ in tasks(label, write_rows, unread, cpus=0, beside_driver=True):
+    large = [work for work in unread if source_bytes(work.source) >= _SMALL_BYTES]
+    for work in unread:
+        if work not in large:
+            write_rows(work)
+    for _ in tasks(label, write_rows, large, cpus=0, beside_driver=True) if large else ():
         pass
     ranges = [(work, shard) for work in missing for shard in plan_shards(work.files(), PART_ROWS)]
-    progress = (
-        Progress(f"{label}, tokens", sum(shard.rows for _, shard in ranges), "rows") if ranges else None
-    )
     counts: dict[str, list[Json]] = {work.out.uri: [] for work in missing}
+    is_large = len(ranges) > _FEW_RANGES
+    tasks = tasks if is_large else run_here
+    progress = (
+        Progress(f"{label}, tokens", sum(shard.rows for _, shard in ranges), "rows") if is_large else None
+    )
     for (work, shard), one in zip(ranges, tasks(label, tokenize_range, ranges, cpus=1), strict=True):
         counts[work.out.uri].append(one)
         if progress is not None:
@@ -864,7 +863,9 @@ class _Reader:
             for source in sources
         }
         found = self._prepared(sources, folders, folders, None)
-        (shared,) = self._tasks(self._label, find_shared_answers, [folders], self._data, cpus=1)
+        parts = sum(len(index["parts"]) for index in found.values())
+        tasks = self._tasks if parts > _FEW_RANGES else run_here
+        (shared,) = tasks(self._label, find_shared_answers, [folders], self._data, cpus=1)
         touched = [source for source in sources if source.name in shared.touched]
         if touched:
             for source in touched:

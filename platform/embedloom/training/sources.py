@@ -663,6 +663,12 @@ def reads_by_range(source: TrainingSource) -> bool:
     return source.format == "mined" or (source.format == "examples" and "://" in (source.path or ""))
 
 
+def source_bytes(source: TrainingSource) -> int:
+    """Size of the files that a source names."""
+    paths = [path for path in (source.path, *source.local_texts.values()) if path and "://" not in path]
+    return sum(file.stat().st_size for path in paths for file in files_at(path))
+
+
 def with_absolute_paths(source: TrainingSource) -> TrainingSource:
     """The source for processes with another working directory."""
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from embedloom.compute.shards import run_tasks
+from embedloom.compute.shards import run_here, run_tasks
 from embedloom.config.cluster import PoolConfig, TrainingGroup
 from embedloom.config.training import Candidate, ParityReader, TrainingConfig, TrainingSource, TrainingStage
 from embedloom.core.artefacts import Artefact, ArtefactWriter
@@ -29,6 +29,7 @@ from embedloom.training.order import order_of, schedule_warnings, steps_of
 
 CHECKPOINT_FOLDER = "_train"
 DATA_FOLDER = "_data"
+_MANY_EXAMPLES = 100_000  # of an epoch, at 8 bytes; to order fewer takes less than to start a process for it
 _CURVE_POINTS = 200
 
 
@@ -105,13 +106,14 @@ def _prompt_facts(loop: LoopConfig, prepared: Prepared) -> dict[str, Any]:
     steps = steps_of(loop.stage, order)
     for warning in schedule_warnings(loop.stage, steps, order.epoch_size):
         note(loop.label, f"warning: {warning}")
-    (drawn,) = run_tasks(loop.label, _drawn, [steps * loop.stage.global_batch], loop, cpus=1)
+    tasks = run_tasks if order.epoch_size > _MANY_EXAMPLES else run_here
+    (drawn,) = tasks(loop.label, _drawn, [steps * loop.stage.global_batch], loop, cpus=1)
     found = drawn_prompts(loop.sources, prepared, drawn)
     return {"queries": sum(drawn.values()), "prompts": [one.as_json() for one in found]}
 
 
 def _drawn(examples: int, loop: LoopConfig) -> dict[str, int]:
-    """How many of the first examples come from each source: 8 bytes a row of memory, so not the driver's."""
+    """How many of the first examples come from each source; takes 8 bytes a row, so it is not the driver's where they are many."""
     store = ExampleStore(loop.data, loop.folders, loop.stage.negatives)
     return order_of(loop.training, loop.stage, loop.sources, store, loop.seed).drawn(examples)
 
