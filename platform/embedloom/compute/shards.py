@@ -388,6 +388,7 @@ class Handling:
 
     Attributes:
         prepare: what the worker is given of an item; runs in the reading task.
+        prepare_cpus: what that task reserves, where preparing is more than reading.
         finish: from the worker's tables to those that are written; runs in the writing task, on CPUs the actors leave
             free. Names the done folder last in the worker's place.
         in_flight: items an actor works on at once; above 1 its worker is called by several threads.
@@ -397,6 +398,7 @@ class Handling:
     """
 
     prepare: Callable[[pa.Table], pa.Table] | None = None
+    prepare_cpus: float = _TASK_CPUS
     finish: Finish | None = None
     in_flight: int = 1
     starts: Starts | None = None
@@ -448,7 +450,7 @@ def stream(
     context.wait_for_min_actors_s = PLACEMENT_SECONDS
     finish = handling.finish
     dataset = ray.data.from_items(list(range(items)), override_num_blocks=items)
-    dataset = dataset.map(_reading(read, handling.prepare, written), num_cpus=_TASK_CPUS)
+    dataset = dataset.map(_reading(read, handling.prepare, written), num_cpus=_reading_cpus(handling, pool))
     if worker is not None:
         checked = done_folder if finish is None else None
         arguments = (worker, worker_arguments, checked, pool.compute_threads, handling.starts)
@@ -465,6 +467,12 @@ def stream(
             yield int(row["position"])
             if handling.watch is not None:
                 handling.watch()
+
+
+def _reading_cpus(handling: Handling, pool: PoolConfig) -> float:
+    """What a reading task reserves; never what an actor does: such steps Ray Data runs in one process, the actor's."""
+    cpus = handling.prepare_cpus
+    return cpus - 0.001 if cpus == pool.cpus else cpus
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from embedloom.encoder.backbone import autocast_of, has_own_code
+from embedloom.encoder.feeding import send
 from embedloom.errors import DataError
 
 # Packed attention in one compiled loop (_attention.c) for CPUs, where no gradient is wanted.
@@ -168,14 +169,14 @@ class PackedLayout:
         """int32 [texts + 1], the cumulative lengths."""
         # NumPy's small arrays cost a fifth of torch's small tensors, which a short query would notice.
         sums = np.concatenate(([0], self.lengths_array.cumsum())).astype(np.int32)
-        return torch.from_numpy(sums).to(self.device)
+        return send(torch.from_numpy(sums), self.device)
 
     @cached_property
     def positions(self) -> Tensor:
         """int64 [1, tokens], counting from 0 in every text."""
         lengths = self.lengths_array
         starts = np.repeat(lengths.cumsum() - lengths, lengths)
-        return torch.from_numpy(np.arange(len(starts)) - starts).unsqueeze(0).to(self.device)
+        return send(torch.from_numpy(np.arange(len(starts)) - starts).unsqueeze(0), self.device)
 
     @cached_property
     def groups(self) -> list[LengthGroup]:

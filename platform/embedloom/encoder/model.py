@@ -2,8 +2,10 @@
 
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -25,6 +27,7 @@ from embedloom.encoder.backbone import (
     shared_backbone,
 )
 from embedloom.encoder.cpu_layers import fuse, quantize_linears
+from embedloom.encoder.feeding import Queue, Result, batch_tokens, batches_behind, fetch, send
 from embedloom.encoder.foreign import Head, HeadModule
 from embedloom.encoder.registry import NodeModel, open_model
 from embedloom.encoder.tokenizer import CutTexts, contract_ids, formatted_ids, load_tokenizer
@@ -230,7 +233,12 @@ class TokenCount:
         return 1 - self.real / self.padded if self.padded else 0.0
 
 
-DEFAULT_BATCH_TOKENS = 4096
+def _ids(texts: Sequence[Sequence[int]]) -> Tensor:
+    """Token ids of texts behind one another, int64 [tokens]."""
+    return torch.from_numpy(np.concatenate([np.asarray(ids, dtype=np.int64) for ids in texts]))
+
+
+DEFAULT_BATCH_TOKENS: int | None = None  # as suits the device, see ``feeding.batch_tokens``
 
 Vectors = np.ndarray[Any, np.dtype[np.float32]]  # [texts, dimension]
 
@@ -258,6 +266,8 @@ class Encoder:
         pooled = int(backbone.config.hidden_size) * len(pooling_modes(contract.pooling))
         self.head: Head = Head(head, pooled).to(self.device)
         self._memory = MemoryLimit()
+        self.behind = batches_behind(self.device)  # batches whose vectors are outstanding
+        self._turn: AbstractContextManager[Any] = Lock() if self.behind else nullcontext()
         self._pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
 
     @classmethod
@@ -375,16 +385,16 @@ class Encoder:
         order = sorted(range(len(lengths)), key=lambda position: (-lengths[position], position))
         causal = self.contract.attention == "causal"
         layout = PackedLayout([lengths[position] for position in order], causal, self.device)
-        row = torch.tensor([[token for position in order for token in texts[position]]])
+        row = _ids([texts[position] for position in order]).unsqueeze(0)
         if self._fused is not None and not torch.is_grad_enabled():
             hidden = self._fused(row, layout)
         else:
             hidden = self.backbone(
-                input_ids=row.to(self.device), position_ids=layout.positions, packed=layout
+                input_ids=send(row, self.device), position_ids=layout.positions, packed=layout
             ).last_hidden_state[0]
         vectors = pool_packed(hidden, layout.starts, self.contract.pooling)
-        places = torch.argsort(torch.tensor(order, device=self.device))
-        return vectors[places[: len(token_ids)]]
+        places = torch.argsort(torch.tensor(order))[: len(token_ids)]
+        return vectors[send(places, self.device)]
 
     def _forward_padded(self, token_ids: Sequence[Sequence[int]], lengths: list[int]) -> Tensor:
         ids, mask = self._pad(token_ids, lengths)
@@ -401,27 +411,38 @@ class Encoder:
                 if self.contract.padding_side == "left"
                 else slice(0, lengths[row])
             )
-            ids[row, span] = torch.tensor(tokens, dtype=torch.long)
+            ids[row, span] = torch.as_tensor(tokens, dtype=torch.long)
             mask[row, span] = 1
-        return ids.to(self.device), mask.to(self.device)
+        return send(ids, self.device), send(mask, self.device)
 
-    @torch.inference_mode()
     def embed_tokens(
-        self, token_ids: Sequence[Sequence[int]], max_batch_tokens: int = DEFAULT_BATCH_TOKENS
+        self, token_ids: Sequence[Sequence[int]], max_batch_tokens: int | None = DEFAULT_BATCH_TOKENS
     ) -> Vectors:
         """Vectors of tokenized texts, in order: float32 [len(token_ids), dimension].
 
         Batches shrink for good where memory runs out. Several threads may call it at once; ``tokens`` may then miss some.
+        On a GPU they start their batches in turn, and a batch's vectors are waited for when the next was started.
+
+        Args:
+            token_ids: lists of numbers or integer arrays, none empty.
+            max_batch_tokens: padded tokens a batch; None: as suits the device, see ``feeding``.
 
         Raises:
             DataError: a vector came out as NaN or infinite, or a single text does not fit into memory.
         """
         vectors: Vectors = np.empty((len(token_ids), self.dimension), dtype=np.float32)
 
-        def work(batch: list[int]) -> None:
-            vectors[batch] = self.forward([token_ids[position] for position in batch]).cpu().numpy()
+        def start(batch: Sequence[int]) -> Result:
+            with self._turn, torch.inference_mode():
+                return fetch(self.forward([token_ids[position] for position in batch]))
 
-        run_batches([len(ids) for ids in token_ids], max_batch_tokens, self._memory, work)
+        def take(batch: Sequence[int], found: Vectors) -> None:
+            vectors[batch] = found
+
+        budget = batch_tokens(self.device) if max_batch_tokens is None else max_batch_tokens
+        queue = Queue(start, take, self.behind)
+        run_batches([len(ids) for ids in token_ids], budget, self._memory, queue)
+        queue.finish()
         if not np.isfinite(vectors).all():
             bad = int(np.flatnonzero(~np.isfinite(vectors).all(axis=1))[0])
             raise DataError(f"the encoder gave a non-finite vector for text {bad} of {len(token_ids)}")
@@ -433,7 +454,7 @@ class Encoder:
         side: Side,
         task_type: str | None = None,
         instruction: str | Sequence[str | None] | None = None,
-        max_batch_tokens: int = DEFAULT_BATCH_TOKENS,
+        max_batch_tokens: int | None = DEFAULT_BATCH_TOKENS,
     ) -> Vectors:
         """Tokenize and embed: float32 [len(texts), dimension]."""
         token_ids = self.tokenize(texts, side, task_type, instruction)

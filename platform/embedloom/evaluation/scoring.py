@@ -185,7 +185,7 @@ class EncoderModel(AbsEncoder):
         encoder: Encoder | SentenceEncoder,
         name: str,
         revision: str,
-        max_batch_tokens: int = DEFAULT_BATCH_TOKENS,
+        max_batch_tokens: int | None = DEFAULT_BATCH_TOKENS,
     ) -> None:
         self.encoder = encoder
         self.max_batch_tokens = max_batch_tokens
@@ -343,9 +343,7 @@ class EvaluationActor:
                 texts = [chosen[row].text for row in rows]
                 instructions = [chosen[row].instruction for row in rows]
                 if rows:
-                    vectors[rows] = encoder.embed(
-                        texts, side, listed.task_type, instructions, DEFAULT_BATCH_TOKENS
-                    )
+                    vectors[rows] = encoder.embed(texts, side, listed.task_type, instructions)
             tokens = (encoder.tokens.real - before[0], encoder.tokens.padded - before[1])
             store.write(job.shard.id, listed.keys[job.shard.rows], vectors, *tokens, encoder.cuts.take())
         return Outcome()

@@ -1,21 +1,32 @@
 """Embedding a table of texts in an actor pool, shard by shard, and the query vectors that are made before the table is whole."""
 
 import hashlib
+import json
+import pickle
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import asdict, dataclass
+from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
-from embedloom.compute.shards import Link, run_sharded
+from embedloom.compute.shards import PLAIN, Handling, Link, run_sharded
 from embedloom.config.cluster import PoolConfig
 from embedloom.core.prompting import Side, document_text
 from embedloom.core.storage import Place
 from embedloom.encoder.tokenizer import CutTexts, InstructionTooLong
-from embedloom.retrieval.embedder import EmbedderSource, count_prefetched, share_weights, taken_cuts
+from embedloom.retrieval.embedder import (
+    EmbedderSource,
+    SplitSource,
+    TokenEmbedder,
+    count_prefetched,
+    share_weights,
+    taken_cuts,
+)
 from embedloom.retrieval.search import Matrix
 from embedloom.retrieval.stored import StoredType, final_table, stored_vectors, vector_columns
+from embedloom.retrieval.tokenizing import opened_tokenizer
 from embedloom.retrieval.vector_files import CONTRACT_KEY, MODEL_KEY, cost_counts, cost_metadata
 
 # Query vectors made ahead: while other rows are still being written, in the Ray Data pipeline that writes them.
@@ -132,7 +143,12 @@ class AheadVectors:
         self, asked: Sequence[Asked], contract_hash: str, model_id: str
     ) -> dict[int, tuple[Matrix, int]]:
         """Vector [d] and tokens, by number in ``asked``, of those that are there from the same model and prompts."""
-        digests = [asked_digest(one) for one in asked]
+        return self.find_digests([asked_digest(one) for one in asked], contract_hash, model_id)
+
+    def find_digests(
+        self, digests: Sequence[bytes], contract_hash: str, model_id: str
+    ) -> dict[int, tuple[Matrix, int]]:
+        """As ``find``, by what ``asked_digest`` gave."""
         keys = np.frombuffer(b"".join(digests), np.uint64)[::2]
         places = np.searchsorted(self._keys, keys)
         known = places < len(self._keys)
@@ -201,6 +217,64 @@ class TextColumns:
     instruction: str | None = None  # None: the contract's own instructions
 
 
+# On pools with GPUs texts are tokenized in the tasks that read them, one CPU each, wherever CPUs are free: on nodes without
+# GPUs where there are some, else on those that the actors leave free (62 of 94 on a node of eight). Small models take a
+# million tokens a second and GPU, a core makes a quarter of a million: in the actor itself the GPU would wait three quarters
+# of the time. The actors get ids, and work on two shards at once, so that one is computed while the other is written up.
+# Only our own encoder's texts: sentence-transformers tokenizes as a model's modules say, which come with its weights.
+
+
+_CUTS = b"cuts"
+_SHARDS_AT_ONCE = 2
+
+
+@dataclass(frozen=True, slots=True)
+class RowTokens:
+    """A shard of texts as ids, made where no model is; picklable.
+
+    Attributes:
+        source: pickled ``SplitSource``.
+        side: whether the texts are queries or documents.
+        columns: which columns of the input hold what.
+    """
+
+    source: bytes
+    side: Side
+    columns: TextColumns
+
+    def __call__(self, rows: pa.Table) -> pa.Table:
+        """Per row its id, the number of its text, and where no row before has that text, its tokens and digest."""
+        asked, positions = distinct_texts(rows, self.columns)
+        tokenizer = opened_tokenizer(self.source)
+        texts, task_types, instructions = zip(*asked, strict=True)
+        token_ids = tokenizer.tokenize(texts, self.side, task_types, instructions)
+        given: list[Any] = [None] * rows.num_rows
+        digests: list[Any] = [None] * rows.num_rows
+        for number, row in enumerate(np.unique(positions, return_index=True)[1].tolist()):
+            given[row], digests[row] = token_ids[number], asked_digest(asked[number])
+        columns = {
+            "id": pa.array(rows.column(self.columns.id).to_pylist(), pa.string()),
+            "text": pa.array(positions, pa.int32()),
+            "tokens": pa.array(given, pa.list_(pa.int32())),
+            "digest": pa.array(digests, pa.binary(16)),
+        }
+        cuts = json.dumps(asdict(tokenizer.cuts.take())).encode()
+        return pa.table(columns).replace_schema_metadata({_CUTS: cuts})
+
+
+def distinct_texts(rows: pa.Table, columns: TextColumns) -> tuple[list[Asked], list[int]]:
+    """The different texts of a shard in order, each with task type and instruction, and each row's number among them."""
+    keys = zip(
+        _texts(rows, columns.texts),
+        _values(rows, columns.task_type, "retrieval"),
+        _values(rows, columns.instruction, None),
+        strict=True,
+    )
+    unique: dict[Asked, int] = {}
+    positions = [unique.setdefault(key, len(unique)) for key in keys]
+    return list(unique), positions
+
+
 class EmbeddingWorker:
     """Actor that embeds one shard of texts."""
 
@@ -212,7 +286,19 @@ class EmbeddingWorker:
         vector_dtype: StoredType,
         columns: TextColumns,
         ahead: Place | None = None,
+        tokenized: bool = False,
     ) -> None:
+        """Load the model.
+
+        Args:
+            source: of the model.
+            side: whether the texts are queries or documents.
+            done_folder: folder of the vectors.
+            vector_dtype: stored type.
+            columns: which columns of the input hold what.
+            ahead: where vectors of some of these texts stand already.
+            tokenized: whether shards come from ``RowTokens``.
+        """
         self.embedder = source.open()
         self.model_id = source.name
         self.side: Side = side
@@ -220,32 +306,52 @@ class EmbeddingWorker:
         self.vector_dtype = vector_dtype
         self.columns = columns
         self.known = None if ahead is None else AheadVectors(ahead)
+        self._tokenized = tokenized
 
     def __call__(self, rows: pa.Table) -> dict[str, pa.Table]:
         """Embed the shard's texts; identical texts, and those embedded ahead, go through the model once."""
-        keys = list(
-            zip(
-                _texts(rows, self.columns.texts),
-                _values(rows, self.columns.task_type, "retrieval"),
-                _values(rows, self.columns.instruction, None),
-                strict=True,
-            )
-        )
-        unique: dict[tuple[str, str, str | None], int] = {}
-        positions = [unique.setdefault(key, len(unique)) for key in keys]
-        vectors, tokens = self._vectors(list(unique))
-        ids = rows.column(self.columns.id).to_pylist()
-        contract_hash = self.embedder.contract_hash
+        if self._tokenized:
+            ids, positions, vectors, tokens, cuts = self._of_tokens(rows)
+        else:
+            asked, positions = distinct_texts(rows, self.columns)
+            ids = rows.column(self.columns.id).to_pylist()
+            vectors, tokens = self._vectors(asked)
+            cuts = taken_cuts(self.embedder)
         table = vector_table(
             ids,
             vectors[positions],
-            contract_hash,
+            self.embedder.contract_hash,
             self.model_id,
             sum(tokens),
             self.vector_dtype,
-            taken_cuts(self.embedder),
+            cuts,
         )
         return {self.done_folder: table}
+
+    def _of_tokens(
+        self, rows: pa.Table
+    ) -> tuple[list[str], list[int], np.ndarray[Any, Any], list[int], CutTexts]:
+        """Ids, numbers of texts, the texts' vectors and tokens, and what was cut of them, of a tokenized shard."""
+        first = rows.filter(pc.is_valid(rows.column("tokens")))
+        lists, digests = first.column("tokens").combine_chunks(), first.column("digest").to_pylist()
+        flat, stops = np.asarray(lists.flatten()), np.cumsum(np.asarray(lists.value_lengths()))
+        token_ids = cast("list[Sequence[int]]", np.split(flat, stops[:-1]))
+        known = (
+            {}
+            if self.known is None
+            else self.known.find_digests(digests, self.embedder.contract_hash, self.model_id)
+        )
+        new = [number for number in range(len(token_ids)) if number not in known]
+        if new:
+            embedder = cast("TokenEmbedder", self.embedder)
+            made = embedder.embed_tokens([token_ids[number] for number in new])
+            known |= {
+                number: (vector, len(token_ids[number])) for number, vector in zip(new, made, strict=True)
+            }
+        vectors, tokens = zip(*(known[number] for number in range(len(token_ids))), strict=True)
+        cuts = CutTexts(**json.loads((rows.schema.metadata or {})[_CUTS]))
+        ids, positions = rows.column("id").to_pylist(), rows.column("text").to_pylist()
+        return ids, positions, np.stack(vectors), list(tokens), cuts
 
     def _vectors(self, asked: list[Asked]) -> tuple[np.ndarray[Any, Any], list[int]]:
         contract_hash = self.embedder.contract_hash
@@ -292,6 +398,7 @@ def embed_corpus(
     columns: TextColumns = TextColumns(),
     by_file: bool = False,
     ahead: Place | None = None,
+    tokenize_apart: bool | None = None,
 ) -> dict[str, int]:
     """Embed every row below ``source_folder`` into ``output/done_folder/part-*.parquet``; resumes by shard.
 
@@ -308,11 +415,17 @@ def embed_corpus(
         columns: which columns hold what.
         by_file: no file of vectors holds rows of two input files.
         ahead: where vectors of some of these queries stand already; see ``embed.py``.
+        tokenize_apart: whether the tasks that read texts tokenize them, for our own encoder; None: on pools with GPUs.
 
     Returns:
         ``{"rows": …, "tokens": …}``: rows written and real tokens embedded; where texts were cut also ``texts_cut`` and
         ``tokens_left_out``, of the distinct texts of each shard.
     """
+    apart = isinstance(model, SplitSource) and (pool.gpus > 0 if tokenize_apart is None else tokenize_apart)
+    arguments = {
+        "side": side, "done_folder": done_folder, "vector_dtype": vector_dtype, "columns": columns, "ahead": ahead,
+        "tokenized": apart,
+    }  # fmt: skip
     parts = run_sharded(
         stage=stage,
         source=source,
@@ -321,19 +434,18 @@ def embed_corpus(
         done_folder=done_folder,
         shard_rows=shard_rows,
         worker=EmbeddingWorker,
-        worker_arguments=lambda: dict(
-            source=share_weights(model, pool),
-            side=side,
-            done_folder=done_folder,
-            vector_dtype=vector_dtype,
-            columns=columns,
-            ahead=ahead,
-        ),
+        worker_arguments=lambda: {"source": share_weights(model, pool), **arguments},
         pool=pool,
         unit="texts",
         by_file=by_file,
+        handling=_tokenizing(model, side, columns) if apart else PLAIN,
     )
     return vector_counts(output, parts)
+
+
+def _tokenizing(model: EmbedderSource, side: Side, columns: TextColumns) -> Handling:
+    tokens = RowTokens(pickle.dumps(model), side, columns)
+    return Handling(prepare=tokens, prepare_cpus=1.0, in_flight=_SHARDS_AT_ONCE)
 
 
 def vector_counts(place: Place, parts: list[str]) -> dict[str, int]:

@@ -3,17 +3,19 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
 from embedloom.config.cluster import PoolConfig
 from embedloom.core.prompting import PromptContract, Side
+from embedloom.encoder import registry
 from embedloom.encoder.backbone import DTypeName
 from embedloom.encoder.model import Encoder, Vectors
 from embedloom.encoder.registry import NodeModel
 from embedloom.encoder.tokenizer import CutTexts, InstructionTooLong
 from embedloom.retrieval.search import check_vectors
+from embedloom.retrieval.tokenizing import EncoderTokenizer, Tokenizer
 
 # Vectors of length 1, whose inner product is the cosine.
 
@@ -66,6 +68,14 @@ def taken_cuts(embedder: Embedder) -> CutTexts:
     return CutTexts() if cuts is None else cuts.take()
 
 
+class TokenEmbedder(Embedder, Protocol):
+    """An embedder that also takes texts that were tokenized elsewhere."""
+
+    def embed_tokens(self, token_ids: Sequence[Sequence[int]]) -> Vectors:
+        """Vectors float32 [len(token_ids), d]; several threads may call it at once."""
+        ...
+
+
 class EmbedderSource(Protocol):
     """Where an embedder comes from: small and picklable, opened once in every actor."""
 
@@ -76,6 +86,19 @@ class EmbedderSource(Protocol):
 
     def open(self) -> Embedder:
         """Load the model."""
+        ...
+
+
+@runtime_checkable
+class SplitSource(EmbedderSource, Protocol):
+    """A source whose texts can be tokenized on one machine while the model computes on another."""
+
+    def open(self) -> TokenEmbedder:
+        """Load the model."""
+        ...
+
+    def open_tokenizer(self) -> Tokenizer:
+        """Load what tokenizes, without the weights."""
         ...
 
 
@@ -91,6 +114,10 @@ class EncoderSource:
     def open(self) -> "EncoderEmbedder":
         """Load the encoder."""
         return EncoderEmbedder(Encoder.load(self.folder, dtype=self.dtype, contract=self.contract), self.name)
+
+    def open_tokenizer(self) -> EncoderTokenizer:
+        """Load tokenizer and contract."""
+        return EncoderTokenizer(registry.open_model(self.folder), self.contract, self.name)
 
 
 class EncoderEmbedder:
@@ -126,7 +153,11 @@ class EncoderEmbedder:
             token_ids = self.encoder.tokenize(texts, side, task_types, instructions)
         except InstructionTooLong as error:
             raise InstructionTooLong(f"model {self._name!r}: {error}") from error
-        return self.encoder.embed_tokens(token_ids), [len(ids) for ids in token_ids]
+        return self.embed_tokens(token_ids), [len(ids) for ids in token_ids]
+
+    def embed_tokens(self, token_ids: Sequence[Sequence[int]]) -> Vectors:
+        """See ``TokenEmbedder.embed_tokens``."""
+        return self.encoder.embed_tokens(token_ids)
 
 
 def count_prefetched(embedder: Embedder, asked: Sequence[tuple[str, str, str | None]], side: Side) -> None:

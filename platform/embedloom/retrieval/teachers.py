@@ -439,7 +439,7 @@ class SentenceEncoder:
         side: Side,
         task_type: str = "retrieval",
         instruction: str | Sequence[str | None] | None = None,
-        max_batch_tokens: int = 0,
+        max_batch_tokens: int | None = None,
     ) -> Vectors:
         """As ``Encoder.embed``: float32 [len(texts), dimension]; the library's batches have rows, not tokens."""
         given = (
