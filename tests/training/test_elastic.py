@@ -1,4 +1,4 @@
-"""A real Ray Train group on four nodes of this machine that loses one of three workers for good."""
+"""Worker groups: what a worker is started with, and a real one that loses one of three workers for good."""
 
 import json
 import subprocess
@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from embedloom.config.cluster import TrainingGroup
+from embedloom.training.stage import worker_environment
 
 DRILL = Path(__file__).parents[1] / "drills" / "train_elastic.py"
 
@@ -31,3 +32,10 @@ def test_no_fewer_workers_than_none_and_no_more_than_all():
     with pytest.raises(ValueError, match="min_workers"):
         TrainingGroup(workers=2, min_workers=0)
     assert TrainingGroup(workers=2).min_workers is None
+
+
+def test_gpu_workers_get_segments_that_grow():
+    gpu = worker_environment(TrainingGroup(workers=8, cpus=11, gpus=1, threads=4))
+    assert gpu["PYTORCH_CUDA_ALLOC_CONF"] == "expandable_segments:True"
+    assert (gpu["DS_ACCELERATOR"], gpu["OMP_NUM_THREADS"]) == ("cuda", "4")
+    assert worker_environment(TrainingGroup(cpus=2)) == {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "2"}

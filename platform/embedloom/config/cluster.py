@@ -69,7 +69,8 @@ class TrainingGroup(FrozenConfig):
         ge=1,
         description=(
             "Fewest workers that a group goes on with when machines are lost, from its last checkpoint and with the same "
-            "batches, split over those that are left. Null: it waits until there are as many as workers again."
+            "batches, split over those that are left. A group also starts with as few, and grows later. Null: it waits until "
+            "there are as many as workers."
         ),
     )
     grow_seconds: float = Field(

@@ -236,6 +236,15 @@ def mined_sources(mix: dict[str, float]) -> tuple[TrainingSource, ...]:
     )
 
 
+def worker_environment(group: TrainingGroup) -> dict[str, str]:
+    """Environment variables of a training worker."""
+    found = {"OMP_NUM_THREADS": str(group.compute_threads), "DS_ACCELERATOR": "cuda" if group.gpus else "cpu"}
+    if group.gpus:
+        # Every micro-batch has another length, and fixed segments of the allocator would be left half full.
+        found["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
+    return found
+
+
 def _fit(loop: LoopConfig, group: TrainingGroup, storage: Place) -> Any:
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
@@ -243,10 +252,6 @@ def _fit(loop: LoopConfig, group: TrainingGroup, storage: Place) -> Any:
     from embedloom.training.elastic import LostMachines
 
     gpu = group.gpus > 0
-    environment = {"OMP_NUM_THREADS": str(loop.threads), "DS_ACCELERATOR": "cuda" if gpu else "cpu"}
-    if gpu:
-        # Every micro-batch has another length, and fixed segments of the allocator would be left half full.
-        environment["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
     trainer = TorchTrainer(
         train_worker,
         train_loop_config=loop,
@@ -263,7 +268,7 @@ def _fit(loop: LoopConfig, group: TrainingGroup, storage: Place) -> Any:
             storage_path=str(storage.local) if storage.is_local else storage.uri,
             failure_config=FailureConfig(max_failures=loop.training.max_failures),
             checkpoint_config=CheckpointConfig(num_to_keep=loop.training.checkpoints_kept),
-            worker_runtime_env={"env_vars": environment},
+            worker_runtime_env={"env_vars": worker_environment(group)},
             callbacks=[] if group.min_workers is None else [LostMachines(loop.label)],
         ),
     )
