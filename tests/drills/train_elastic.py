@@ -53,7 +53,7 @@ def train(inputs: Path, out: Path, steps: int, min_workers: int | None) -> None:
     from embedloom.training.stage import train_stage
 
     stage = {
-        "name": "pretrain", "negatives": 2, "global_batch": 9, "learning_rate": 2e-3, "max_steps": steps, "warmup_steps": 2
+        "name": "pretrain", "negatives": 2, "global_batch": 9, "learning_rate": 5e-5, "max_steps": steps, "warmup_steps": 2
     }  # fmt: skip
     config = TrainingConfig.model_validate(
         {
@@ -77,7 +77,8 @@ def work(folder: Path, steps: int) -> None:
     inputs.mkdir()
     make_inputs(inputs)
     cluster = four_nodes()
-    ray.init(address=cluster.address, log_to_driver=True)
+    # Or what Ray Train starts beside the workers asks the newest cluster of the machine, which may be another one.
+    ray.init(address=cluster.address, runtime_env={"env_vars": {"RAY_ADDRESS": cluster.address}})
     train(inputs, folder / "calm", steps, None)
     train(inputs, folder / "elastic", steps, 2)
     ray.shutdown()
