@@ -4,11 +4,12 @@
 
 Four Ray nodes on this machine, three of which hold a worker each (gloo). A calm run trains a tiny Llama with three
 workers; then a run that may go on with two trains the same, and after its second checkpoint the raylet of a drawn worker
-is killed with -9. Prints one JSON object: the seconds from the kill until training was further than ever before, the
+and all that it started are killed with -9. Prints one JSON object: the seconds from the kill until training was further than ever before, the
 workers that wrote the last checkpoint, and how far losses and numbers of tokens of all steps are from the calm run's.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -19,6 +20,8 @@ import threading
 import time
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 TESTS = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(TESTS), str(TESTS.parent / "platform")]
@@ -148,9 +151,13 @@ def drill(folder: Path, seed: int, steps: int) -> dict[str, Any]:
     wait(driver, lambda: len(watch.workers) >= 2, "second checkpoint")
     raylets = started(driver.pid, "raylet/raylet")
     lost = random.Random(seed).choice(raylets[1:])
-    before = len(losses(out))
-    lost.kill()
+    machine = [lost, *lost.children(recursive=True)]
     struck = time.monotonic()
+    for process in machine:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    time.sleep(1.0)  # what rank 0 had computed is written
+    before = len(losses(out))
     wait(driver, lambda: len(losses(out)) > before, "step with two workers")
     seconds = time.monotonic() - struck
     code = driver.wait(LIMIT_SECONDS)

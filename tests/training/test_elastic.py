@@ -1,6 +1,7 @@
 """Worker groups: what a worker is started with, and a real one that loses one of three workers for good."""
 
 import json
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from embedloom.config.cluster import TrainingGroup
+from embedloom.training.elastic import answers
 from embedloom.training.stage import worker_environment
 
 DRILL = Path(__file__).parents[1] / "drills" / "train_elastic.py"
@@ -16,7 +18,16 @@ DRILL = Path(__file__).parents[1] / "drills" / "train_elastic.py"
 @pytest.mark.ray
 @pytest.mark.slow
 def test_two_of_three_workers_go_on_with_the_same_batches(tmp_path):
-    command = [sys.executable, "-W", "ignore", str(DRILL), "--folder", str(tmp_path / "drill")]
+    command = [
+        sys.executable,
+        "-W",
+        "ignore",
+        str(DRILL),
+        "--steps",
+        "40",
+        "--folder",
+        str(tmp_path / "drill"),
+    ]
     run = subprocess.run(command, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stdout + run.stderr
     found = json.loads(run.stdout)
@@ -24,6 +35,15 @@ def test_two_of_three_workers_go_on_with_the_same_batches(tmp_path):
     assert found["workers"][0] == 3 and found["workers"][-1] == 2
     assert found["steps"][0] == found["steps"][1] > found["steps_before"]
     assert found["same_tokens"] and found["largest_difference"] <= 1e-4
+
+
+def test_a_machine_answers_as_long_as_something_listens_on_its_port():
+    with socket.socket() as raylet:
+        raylet.bind(("127.0.0.1", 0))
+        raylet.listen()
+        node = {"NodeManagerAddress": "127.0.0.1", "NodeManagerPort": raylet.getsockname()[1]}
+        assert answers(node)
+    assert not answers(node)
 
 
 def test_no_fewer_workers_than_none_and_no_more_than_all():
