@@ -1,10 +1,10 @@
-"""Encoder throughput beside sentence-transformers at the best of its settings: same texts, model, dtype, cores.
+"""Encoder throughput beside sentence-transformers at the best of its settings: same texts, model, dtype, cores or GPU.
 
-    python benchmarks/embed_throughput.py [--quick] [--json] [--texts FOLDER] [--dtype float32|bfloat16|both]
+    python benchmarks/embed_throughput.py [--quick] [--json] [--texts FOLDER] [--dtype float32|bfloat16|both] [--device cpu]
 
 Work: 20,000 documents of the Parquet files in FOLDER (column ``text``) at their natural lengths, cut at 256 tokens,
-through MiniLM-L6. The peer's settings (batch size, two processes of one thread, and for bfloat16 weights cast or
-autocast) are tried on a sample and the best runs on everything. The two sides take turns, block by block, so that a
+through MiniLM-L6, on a GPU where torch sees one. The peer's settings (batch size, on a CPU two processes of one thread,
+and for bfloat16 weights cast or autocast) are tried on a sample and the best runs on everything. The two sides take turns, block by block, so that a
 machine that slows down slows both. The floor is the time of the real tokens' matrix products alone, at the best rate
 measured here. The headline is float32; ``work.by_dtype`` holds both.
 """
@@ -26,7 +26,7 @@ from sentence_transformers import SentenceTransformer
 
 from embedloom.config.corpus import CorpusSource
 from embedloom.corpus.python_docs import read_python_docs
-from embedloom.encoder.backbone import has_fast_bf16
+from embedloom.encoder.backbone import has_fast_bf16, pick_device
 from embedloom.encoder.model import Encoder
 from embedloom.encoder.registry import resolve_model
 
@@ -54,27 +54,32 @@ def load_texts(folder: Path, count: int) -> tuple[list[str], str]:
 def seconds_of(work: Callable[[], Any]) -> tuple[float, Any]:
     started = time.perf_counter()
     result = work()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
     return time.perf_counter() - started, result
 
 
-def peer_settings(folder: Path, dtype: str, quick: bool) -> dict[str, Encode]:
+def peer_settings(folder: Path, dtype: str, quick: bool, device: str) -> dict[str, Encode]:
     """The ways of running the peer, by name."""
-    models = {"": SentenceTransformer(str(folder), device="cpu", model_kwargs={"dtype": dtype})}
+    models = {"": SentenceTransformer(str(folder), device=device, model_kwargs={"dtype": dtype})}
     if dtype == "bfloat16" and not quick:
         models[", autocast"] = SentenceTransformer(
-            str(folder), device="cpu", model_kwargs={"dtype": "float32"}
+            str(folder), device=device, model_kwargs={"dtype": "float32"}
         )
+    sizes = (64, 256) if device == "cuda" else (16, 32)
+    if not quick:
+        sizes = (32, 128, 512, 2048) if device == "cuda" else (16, 32, 64, 128)
     settings: dict[str, Encode] = {}
     for mode, model in models.items():
         model.max_seq_length = MAX_TOKENS
-        for size in (16, 32) if quick else (16, 32, 64, 128):
+        for size in sizes:
 
             def encode(texts: list[str], model: Any = model, size: int = size, mode: str = mode) -> Any:
-                with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bool(mode)):
+                with torch.autocast(device, dtype=torch.bfloat16, enabled=bool(mode)):
                     return np.asarray(model.encode(texts, batch_size=size), dtype=np.float32)
 
             settings[f"batch_size={size}{mode}"] = encode
-    if not quick:
+    if not quick and device == "cpu":
         settings["2 processes, batch_size=16"] = two_processes(models[""])
     return settings
 
@@ -110,27 +115,30 @@ def gemm_floor_seconds(encoder: Encoder, tokens: int) -> float:
     rates = []
     with torch.inference_mode():
         for columns, rows in ((hidden, inner), (inner, hidden)):
-            left = torch.randn(2048, columns, dtype=encoder.dtype)
-            right = torch.randn(columns, rows, dtype=encoder.dtype)
-            bias = torch.zeros(rows, dtype=encoder.dtype)
-            products: list[Callable[[], Any]] = [
-                lambda left=left, right=right: left @ right,
-                lambda left=left, right=right, bias=bias: torch.ops.mkldnn._linear_pointwise(
-                    left, right.t(), bias, "none", [], ""
-                ),
-            ]
+            # A GPU is not filled by fewer: 65,536 tokens are what a batch has there.
+            tokens_here = 65536 if encoder.device.type == "cuda" else 2048
+            like = {"dtype": encoder.dtype, "device": encoder.device}
+            left, right = torch.randn(tokens_here, columns, **like), torch.randn(columns, rows, **like)
+            bias = torch.zeros(rows, **like)
+            products: list[Callable[[], Any]] = [lambda left=left, right=right: left @ right]
+            if encoder.device.type == "cpu":
+                products.append(
+                    lambda left=left, right=right, bias=bias: torch.ops.mkldnn._linear_pointwise(
+                        left, right.t(), bias, "none", [], ""
+                    )
+                )
             seconds = min(seconds_of(product)[0] for product in products for _ in range(20))
-            rates.append(2 * 2048 * columns * rows / seconds)
+            rates.append(2 * tokens_here * columns * rows / seconds)
     return tokens * flops_per_token / max(rates)
 
 
-def compare(folder: Path, texts: list[str], dtype: Any, quick: bool) -> dict[str, Any]:
+def compare(folder: Path, texts: list[str], dtype: Any, quick: bool, device: str) -> dict[str, Any]:
     """Ours and the peer's best on the same texts, in turns."""
-    encoder = Encoder.load(folder, dtype=dtype, device="cpu")
-    plain = Encoder.load(folder, dtype="float32", device="cpu", trainable=True)
+    encoder = Encoder.load(folder, dtype=dtype, device=device)
+    plain = Encoder.load(folder, dtype="float32", device=device, trainable=True)
     sample = texts[: 60 if quick else 300]
     reference = plain.embed(sample, "document")
-    settings = peer_settings(folder, dtype, quick)
+    settings = peer_settings(folder, dtype, quick, device)
     best, tried = choose(settings, sample)
     encoder.embed(sample[:8], "document")
     ours, theirs, cosines = 0.0, 0.0, []
@@ -175,14 +183,17 @@ def main() -> None:
     parser.add_argument("--texts", type=Path, default=TEXTS, metavar="FOLDER", help="folder of Parquet files")
     parser.add_argument("--documents", type=int, default=20_000, help="how many of them")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "both"), default="both")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     options = parser.parse_args()
 
     texts, source = load_texts(options.texts, 300 if options.quick else options.documents)
     dtypes = ["float32", "bfloat16"] if options.dtype == "both" else [options.dtype]
-    skipped = options.dtype == "both" and not has_fast_bf16(torch.device("cpu"))
+    device = pick_device(options.device).type
+    skipped = options.dtype == "both" and not has_fast_bf16(torch.device(device))
     if skipped:
         dtypes = ["float32"]  # emulated bfloat16 is slower than float32 on either side
-    by_dtype = {dtype: compare(resolve_model("minilm-l6"), texts, dtype, options.quick) for dtype in dtypes}
+    folder = resolve_model("minilm-l6")
+    by_dtype = {dtype: compare(folder, texts, dtype, options.quick, device) for dtype in dtypes}
     headline = by_dtype[dtypes[0]]
     keys = ("ours", "peer", "peer_name", "ratio", "floor_share", "equal")
     result = {"name": "embed_throughput", **{key: headline[key] for key in keys}, "unit": "real tokens/s"}
@@ -190,6 +201,7 @@ def main() -> None:
         "texts": len(texts), "source": source, "tokens": headline["tokens"], "threads": torch.get_num_threads(),
         "min_cosine": headline["min_cosine_to_peer"], "padding_share": headline["padding_share"],
         "mean_tokens": round(headline["tokens"] / len(texts), 1), "headline_dtype": dtypes[0],
+        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
         "no_fast_bfloat16_here": skipped, "by_dtype": by_dtype,
     }  # fmt: skip
     print(json.dumps(result) if options.json else json.dumps(result, indent=2))

@@ -1,15 +1,15 @@
-"""Training throughput beside sentence-transformers' trainer: same texts, model, optimizer, dtype, cores.
+"""Training throughput beside sentence-transformers' trainer: same texts, model, optimizer, dtype, cores or GPU.
 
-    python benchmarks/train_throughput.py [--quick] [--json] [--pairs FOLDER] [--steps N] [--layers N]
+    python benchmarks/train_throughput.py [--quick] [--json] [--pairs FOLDER] [--steps N] [--layers N] [--device cpu]
 
 Work: queries and positives of the Parquet files in FOLDER (columns ``query``, ``positive``) at their natural lengths, cut
 at 256 tokens, with other rows' positives as 1 and as 4 negatives; SmolLM2-135M cut to 12 layers, mean pooling, AdamW,
-bfloat16 autocast where the CPU has it. Ours is InfoNCE on a query's own negatives; the peer's nearest is
+bfloat16 autocast where the CPU has it; on a GPU, where torch sees one, ours has bfloat16 weights and ZeRO-1. Ours is InfoNCE on a query's own negatives; the peer's nearest is
 MultipleNegativesRankingLoss, which adds in-batch columns to the same products (microseconds a step). Each side runs in
 a process of its own, for its peak memory; the peer's batch size a forward is tried and its best counts. Model loading
 and the first two steps are left out. The headline is 1 negative; ``work.by_negatives`` holds both, with the share that
 the real tokens' matrix products alone would take at the best rate measured here, and our rate with one and two workers
-of a thread each.
+of a thread, or a GPU, each.
 """
 
 import argparse
@@ -68,7 +68,7 @@ def run_ours(
     workers: int,
     threads: int,
 ) -> dict[str, Any]:
-    """Our step, without Ray around it: DeepSpeed ZeRO-0; ``micro_batch`` in tokens; 0 threads are torch's own."""
+    """Our step, without Ray around it: DeepSpeed ZeRO-0, on GPUs ZeRO-1; ``micro_batch`` in tokens; 0 threads are torch's own."""
     import torch
     import torch.distributed as dist
 
@@ -77,18 +77,24 @@ def run_ours(
     from embedloom.training.data import prepare_sources
     from embedloom.training.loop import LoopConfig, StageTrainer
 
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0", LOCAL_RANK="0", DS_ACCELERATOR="cpu")
+    on_gpu = torch.cuda.is_available()
+    if on_gpu:
+        torch.cuda.set_device(rank)
+    os.environ.update(
+        MASTER_ADDR="127.0.0.1", MASTER_PORT="0", LOCAL_RANK=str(rank if on_gpu else 0),
+        DS_ACCELERATOR="cuda" if on_gpu else "cpu",
+    )  # fmt: skip
     if threads:
         torch.set_num_threads(threads)
     store = dist.FileStore(str(folder / f"rendezvous-{workers}-{threads}"), workers)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=workers)
+    dist.init_process_group("nccl" if on_gpu else "gloo", store=store, rank=rank, world_size=workers)
     source = TrainingSource(name="pairs", format="sentence_transformers", path=str(folder / "rows.jsonl"))
     stage = TrainingStage(
         name="bench", negatives=negatives, global_batch=batch, learning_rate=1e-5, max_steps=steps,
         warmup_steps=0, sources=(source,),
     )  # fmt: skip
     training = TrainingConfig(
-        runs=[{"name": "a", "seed": 0}], stages=[stage], temperature=TEMPERATURE, zero_stage=0,
+        runs=[{"name": "a", "seed": 0}], stages=[stage], temperature=TEMPERATURE, zero_stage=1 if on_gpu else 0,
         micro_batch_tokens=micro_batch,
     )  # fmt: skip
     data, model = Place(str(folder / "data")), folder / "model"
@@ -122,13 +128,24 @@ def gemm_rate(encoder: Any) -> float:
         (config.hidden_size, config.intermediate_size),
         (config.intermediate_size, config.hidden_size),
     ):
-        left = torch.randn(4096, columns, dtype=encoder.dtype)
-        right = torch.randn(columns, rows, dtype=encoder.dtype)
+        left = torch.randn(4096, columns, dtype=encoder.dtype, device=encoder.device)
+        right = torch.randn(columns, rows, dtype=encoder.dtype, device=encoder.device)
         for _ in range(20):
             started = time.perf_counter()
             left @ right
+            if encoder.device.type == "cuda":
+                torch.cuda.synchronize()
             best = max(best, 2 * 4096 * columns * rows / (time.perf_counter() - started))
     return best
+
+
+def peak_mb() -> int:
+    """Most memory this process held: of its GPU, where it has one, else resident."""
+    import torch
+
+    if torch.cuda.is_available():
+        return int(torch.cuda.max_memory_allocated() // 2**20)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
 
 
 def run_peer(folder: Path, negatives: int, steps: int, batch: int, micro_batch: int) -> dict[str, Any]:
@@ -149,7 +166,8 @@ def run_peer(folder: Path, negatives: int, steps: int, batch: int, micro_batch: 
     contract = PromptContract.load(folder / "model")
     rows = [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()]
     rows = [{**row, "anchor": contract.format(row["anchor"], "query")} for row in rows]
-    model = SentenceTransformer(str(folder / "model"), device="cpu", model_kwargs={"dtype": torch.float32})
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = SentenceTransformer(str(folder / "model"), device=device, model_kwargs={"dtype": torch.float32})
     times: list[float] = []
     tokens: list[int] = []
 
@@ -167,7 +185,7 @@ def run_peer(folder: Path, negatives: int, steps: int, batch: int, micro_batch: 
     arguments = SentenceTransformerTrainingArguments(
         output_dir=str(folder / "peer"), per_device_train_batch_size=micro_batch, max_steps=steps,
         gradient_accumulation_steps=batch // micro_batch, learning_rate=1e-5, optim="adamw_torch_fused",
-        bf16=has_fast_bf16(torch.device("cpu")), use_cpu=True, save_strategy="no", report_to="none",
+        bf16=has_fast_bf16(torch.device(device)), use_cpu=device == "cpu", save_strategy="no", report_to="none",
         logging_strategy="no", disable_tqdm=True, weight_decay=0.01,
     )  # fmt: skip
     loss = MultipleNegativesRankingLoss(model, scale=1 / TEMPERATURE)
@@ -201,6 +219,13 @@ def in_process(
     return {**result, "rate": result["tokens"] / result["seconds"]}
 
 
+def device_count() -> int:
+    """GPUs that workers get one of each; 0: they compute on the CPU."""
+    import torch
+
+    return int(torch.cuda.device_count())
+
+
 def compare(pairs: Path, negatives: int, options: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="embedloom-bench-") as scratch:
         folder = Path(scratch)
@@ -215,7 +240,7 @@ def compare(pairs: Path, negatives: int, options: argparse.Namespace) -> dict[st
             workers: in_process("ours", folder, negatives, options.steps, options.batch, 4096, workers, 1)[
                 "rate"
             ]
-            for workers in (1, 2)
+            for workers in ((1, 2) if device_count() != 1 else (1,))
         }
     best = max(tried, key=lambda size: tried[size]["rate"])
     peer = tried[best]
@@ -238,6 +263,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=None)
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--batch", type=int, default=None, help="queries a step: 32, with --quick 8")
+    parser.add_argument(
+        "--device", choices=("auto", "cpu"), default="auto", help="auto: GPUs where there are any"
+    )
     for hidden in ("--side", "--work"):
         parser.add_argument(hidden, help=argparse.SUPPRESS)
     for hidden in ("--negatives", "--micro-batch"):
@@ -245,19 +273,22 @@ def main() -> None:
     for hidden, value in (("--rank", 0), ("--workers", 1), ("--threads", 0)):
         parser.add_argument(hidden, type=int, default=value, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.device == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # of the processes of both sides, too
     options.steps = options.steps or (4 if options.quick else 12)
     options.batch = options.batch or (8 if options.quick else 32)
     if options.side:
         work = (Path(options.work), options.negatives, options.steps, options.batch, options.micro_batch)
         ours = (options.rank, options.workers, options.threads)
         result = run_peer(*work) if options.side == "peer" else run_ours(*work, *ours)
-        result["peak_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+        result["peak_mb"] = peak_mb()
         print(json.dumps(result))
         return
     found = {count: compare(options.pairs, count, options) for count in ((1,) if options.quick else (1, 4))}
     keys = ("ours", "peer", "peer_name", "ratio", "floor_share", "peak_mb", "peer_peak_mb")
     result = {"name": "train_throughput", **{key: found[1][key] for key in keys}, "unit": "real tokens/s"}
     result["work"] = {"steps": options.steps, "global_batch": options.batch, "layers": options.layers}
+    result["work"]["gpus"] = device_count()
     result["work"]["by_negatives"] = found
     print(json.dumps(result) if options.json else json.dumps(result, indent=2))
 
