@@ -16,13 +16,13 @@ def serial_search(
     *, stage: str, catalogue: Any, items: int, task: Any, k: int, pool: Any, memory_bytes: int = 2**30
 ) -> Iterator[int]:
     """In place of retrieval.sharded.search_sharded; one share."""
-    from embedloom.retrieval.sharded import VectorStore, merge_shares
+    from embedloom.retrieval.sharded import VectorStore, choose, rank
 
     store = VectorStore(catalogue, memory_bytes, (0, 1))
     for number in range(items):
         asked = task.read(number)
-        found = store.search_and_score(asked.queries, k, asked.rows, asked.positions)
-        task.finish(number, *merge_shares([found], k))
+        near, pairs = choose([store.nominate(asked.queries, k, asked.rows, asked.positions)], k)
+        task.finish(number, rank(near, [store.score(asked.queries, *near.unscored())], k), pairs)
         yield number
 
 

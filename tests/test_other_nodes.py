@@ -40,8 +40,8 @@ def test_a_node_without_the_first_ones_cache_mines_embeds_scores_and_serves(tmp_
     assert done.returncode == 0, done.stderr[-6000:]
     found = json.loads(done.stdout.strip().splitlines()[-1])
     driver, without, own = found.pop("devices")
-    assert driver[1] == without[1] == "cpu" and driver[2] != "torch" and without[2] != "torch"
-    assert without[0] == "" and own == ["0", "cuda", "torch"]
+    assert driver[1] == without[1] == "cpu" and driver[2] != "bf16" and without[2] != "bf16"
+    assert without[0] == "" and own == ["0", "cuda", "bf16"]
     assert found == {"mined": 8, "rescored": 8, "vectors": 12, "scores": 2, "served": 32}
     fetched = tmp_path / "work" / "second" / "cache" / "huggingface" / "hub"
     assert {path.name for path in fetched.iterdir()} == {"models--org--tiny", "models--org--cross"}

@@ -9,6 +9,10 @@ from embedloom.errors import DataError
 from embedloom.retrieval import search
 from embedloom.retrieval.search import DocumentBlock, TopK, check_vectors, merge_top_k, pair_scores, top_k
 
+needs_kernel = pytest.mark.skipif(search.load_kernel() is None, reason="not compiled, or no AVX-512 VNNI")
+ENGINES = ["faiss", "torch", "bf16", pytest.param("int8", marks=needs_kernel)]
+HERE = ["torch", "faiss", "bf16"] + ([] if search.load_kernel() is None else ["int8"])
+
 
 def brute_force(queries, documents, k):
     """Reference: float64 products, rounded to float32, sorted by (-score, position)."""
@@ -36,7 +40,7 @@ def collection():
     return queries, documents
 
 
-@pytest.mark.parametrize("engine", ["faiss", "torch", "int8"])
+@pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("k", [1, 5, 30, 64])
 def test_equals_brute_force_with_duplicates(collection, engine, k):
     queries, documents = collection
@@ -52,7 +56,7 @@ def test_shards_agree_bit_for_bit(collection, shards):
     whole = top_k(queries, documents, 20)
     positions = np.arange(len(documents))
     parts = [
-        top_k(queries, documents[rows], 20, positions=rows, engine=("torch", "faiss", "int8")[number % 3])
+        top_k(queries, documents[rows], 20, positions=rows, engine=HERE[number % len(HERE)])
         for number, rows in enumerate(np.array_split(positions, shards))
     ]
     merged = merge_top_k(parts[::-1], 20)
@@ -74,7 +78,7 @@ def test_every_document_tied_with_the_kth_is_considered():
     vector = unit_rows(np.random.default_rng(0), 1, 16)
     documents = np.repeat(vector, 1000, axis=0)
     order = np.random.default_rng(1).permutation(1000)
-    for engine in ("faiss", "torch"):
+    for engine in ("faiss", "torch", "bf16"):
         found = top_k(vector, documents, 5, positions=order, engine=engine)
         np.testing.assert_array_equal(found.positions, [[0, 1, 2, 3, 4]])
         assert len(set(found.scores[0].tolist())) == 1
@@ -102,7 +106,7 @@ def test_near_ties_below_float32_resolution_follow_the_exact_products():
     dimension=st.integers(1, 33),
     k=st.integers(1, 70),
     cuts=st.lists(st.integers(0, 60), max_size=4),
-    engine=st.sampled_from(["auto", "torch", "faiss"]),
+    engine=st.sampled_from(["auto", "torch", "faiss", "bf16"]),
 )
 def test_any_cut_gives_the_same_result(seed, rows, queries, dimension, k, cuts, engine):
     generator = np.random.default_rng(seed)
@@ -118,6 +122,7 @@ def test_any_cut_gives_the_same_result(seed, rows, queries, dimension, k, cuts, 
     np.testing.assert_array_equal(merged.scores, scores)
 
 
+@needs_kernel
 @pytest.mark.parametrize("count", [1, 2, 15, 17])
 def test_documents_that_all_point_away_are_found(count):
     """Every score is negative, and 8-bit products come in groups of 16 that padding fills with sums of zero."""
@@ -168,7 +173,7 @@ def test_different_dimensions_are_refused():
         top_k(np.ones((1, 4), np.float32), np.ones((2, 4), np.float32), 0)
 
 
-@pytest.mark.parametrize("engine", ["faiss", "torch", "int8"])
+@pytest.mark.parametrize("engine", ENGINES)
 def test_blocks_searched_one_after_another_prune_each_other(engine):
     """Real-sized blocks: several chunks of 8-bit products, thresholds handed from block to block."""
     generator = np.random.default_rng(5)
@@ -194,6 +199,7 @@ def test_quantization_error_stays_below_its_bound():
     assert np.abs(rough - true).max() > 0
 
 
+@needs_kernel
 @pytest.mark.parametrize("most", [search._MOST_NOMINEES, 10_000])
 def test_documents_that_8_bits_cannot_tell_apart(most, monkeypatch):
     """Thousands of copies of one vector with noise below the quantization step; too many nominees go by float32."""

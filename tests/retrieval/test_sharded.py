@@ -8,9 +8,11 @@ import numpy as np
 import psutil
 import pytest
 
+from embedloom.compute import shards
 from embedloom.config.cluster import PoolConfig
 from embedloom.core.storage import Place
-from embedloom.errors import DataError
+from embedloom.errors import DataError, StageError
+from embedloom.retrieval import sharded
 from embedloom.retrieval.embed import vector_table
 from embedloom.retrieval.search import pair_scores, top_k
 from embedloom.retrieval.sharded import Asked, VectorCatalogue, search_sharded
@@ -57,8 +59,8 @@ def stored(tmp_path_factory):
     )
 
 
-def search(place, task, actors, memory_bytes=2**30):
-    pool = PoolConfig(min_actors=actors, max_actors=actors, cpus=0.5)
+def search(place, task, actors, memory_bytes=2**30, cpus=0.5):
+    pool = PoolConfig(min_actors=actors, max_actors=actors, cpus=cpus)
     catalogue = VectorCatalogue.read(place, "v")
     return list(
         search_sharded(
@@ -111,3 +113,32 @@ def test_a_bad_vector_ends_the_search_with_its_name(ray_local, stored, tmp_path)
     place.write_table("v/part-000000.parquet", vector_table(IDS, broken, "c", "m", 1))
     with pytest.raises(DataError, match="the vector of id 'd033' is not finite"):
         search(place, Task(queries, tmp_path), 2)
+
+
+@pytest.mark.ray
+def test_bfloat16_shares_score_only_who_is_near_in_all_of_them(ray_local, stored, tmp_path, monkeypatch):
+    """The engine of GPUs in the actors; of 80 and 60 vectors the memory takes 60, so that both ways of scoring are taken."""
+    place, vectors, queries = stored
+
+    class Bf16Share(sharded._Share):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            self._store._engine = "bf16"
+
+    monkeypatch.setattr(sharded, "_Share", Bf16Share)
+    search(place, Task(queries, tmp_path), 2, memory_bytes=70 * 16 * 4)
+    check(tmp_path, vectors, queries)
+
+
+@pytest.mark.ray
+def test_an_actor_without_a_place_ends_the_search(ray_local, stored, tmp_path, monkeypatch):
+    import ray
+
+    place, _, queries = stored
+    for module in (shards, sharded):
+        monkeypatch.setattr(module, "PLACEMENT_SECONDS", 1)
+    monkeypatch.setattr(sharded, "_LOOK_SECONDS", 0.5)
+    cpus = ray.cluster_resources()["CPU"] / 2 + 0.5  # one has a place, the second has not
+    message = rf"test: only [01] of the 2 actors .* placed in 1 s; each needs {cpus:g} CPUs, 0 GPUs and 0 GiB; .*'CPU'.*free"
+    with pytest.raises(StageError, match=message):
+        search(place, Task(queries, tmp_path), 2, cpus=cpus)

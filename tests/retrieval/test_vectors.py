@@ -54,8 +54,8 @@ def test_find_and_score_pairs(tmp_path, vectors):
     positions = catalogue.find(["d089", "nobody", "d000", "d007", "d089"])
     assert positions.tolist() == [89, -1, 0, 7, 89]
     rows = np.array([0, 0, 1, 1, 1])
-    found, scores = VectorStore(catalogue).search_and_score(vectors[:2], 0, rows, positions)
-    assert found.positions.shape == (2, 0) and np.isnan(scores[1])
+    found, scores = VectorStore(catalogue).nominate(vectors[:2], 0, rows, positions)
+    assert found.rows.shape == (2, 0) and np.isnan(scores[1])
     expected = (vectors[rows].astype(np.float64) * vectors[positions].astype(np.float64)).sum(axis=1)
     np.testing.assert_array_equal(scores[[0, 2, 3, 4]], expected[[0, 2, 3, 4]].astype(np.float32))
     assert len(catalogue) == 90

@@ -320,6 +320,7 @@ def in_flight(
     at_once: int | Callable[[], int],
     stage: str,
     pool: PoolConfig | None = None,
+    watch: tuple[Callable[[], None], float] | None = None,
 ) -> Iterator[Any]:
     """Yield the results of Ray tasks, ``at_once`` of them submitted; what is left at an error is cancelled.
 
@@ -328,18 +329,22 @@ def in_flight(
         at_once: tasks in flight; a function is asked anew for each, as a cluster may grow meanwhile.
         stage: named in errors.
         pool: None: results come in order. Else as they are done, and a task that has no place in the cluster is an error.
+        watch: called whenever so many seconds pass without a result; what it raises ends the wait.
     """
     import ray
 
     waiting: list[Any] = []
+    look, seconds = watch or (None, PLACEMENT_SECONDS)
 
     def result() -> Any:
         while True:
             candidates = waiting[:1] if pool is None else waiting
-            done, _ = ray.wait(candidates, num_returns=1, timeout=PLACEMENT_SECONDS)
+            done, _ = ray.wait(candidates, num_returns=1, timeout=seconds)
             if done:
                 waiting.remove(done[0])
                 return ray.get(done[0])
+            if look is not None:
+                look()
             if pool is not None:
                 _check_placement(stage, pool, ray.cluster_resources())
 
@@ -358,14 +363,25 @@ def in_flight(
 def _check_placement(stage: str, pool: PoolConfig, total: dict[str, float]) -> None:
     """A long task is waited for; one that has no place in the cluster is not."""
     if total.get("CPU", 0.0) < pool.cpus or total.get("GPU", 0.0) < pool.gpus:
-        raise no_place(stage, "task", pool, total)
+        raise no_place(stage, "no task", pool, total)
 
 
-def no_place(stage: str, what: str, pool: PoolConfig, total: dict[str, float]) -> StageError:
-    """What to raise where no task or actor of a pool was placed in time."""
+def no_place(
+    stage: str, what: str, pool: PoolConfig, total: dict[str, float], free: dict[str, float] | None = None
+) -> StageError:
+    """What to raise where tasks or actors of a pool were not placed in time.
+
+    Args:
+        stage: named in the message.
+        what: subject of "could be placed", as "no task".
+        pool: what each asked for.
+        total: what the cluster has.
+        free: what of it nobody reserves; None: not said.
+    """
+    unused = "" if free is None else f", of which are free {free}"
     return StageError(
-        f"{stage}: no {what} could be placed in {PLACEMENT_SECONDS} s; each needs {pool.cpus:g} CPUs, "
-        f"{pool.gpus:g} GPUs and {pool.memory_gib:g} GiB; the cluster has {total}"
+        f"{stage}: {what} could be placed in {PLACEMENT_SECONDS:g} s; each needs {pool.cpus:g} CPUs, "
+        f"{pool.gpus:g} GPUs and {pool.memory_gib:g} GiB; the cluster has {total}{unused}"
     )
 
 

@@ -169,7 +169,7 @@ class ScoringPool:
             if done:
                 break
             if all(job is None for _, job in self._running.values()):
-                raise no_place("evaluate", "actor", self._pool, ray.cluster_resources())
+                raise no_place("evaluate", "no actor", self._pool, ray.cluster_resources())
         index, job = self._running.pop(done[0])
         try:
             return index, job, ray.get(done[0]), None
