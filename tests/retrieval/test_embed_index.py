@@ -2,6 +2,7 @@
 
 import json
 
+import faiss
 import numpy as np
 import pytest
 
@@ -34,7 +35,7 @@ def place_with(folder, vectors, dtype="float32"):
 def test_flat_is_exact_and_knows_its_ids(tmp_path, vectors):
     place = place_with(tmp_path, vectors)
     facts = build_index(IndexConfig(kind="flat", sample=50), place, "c1")
-    assert facts["recall_at_10"] == 1.0 and facts["rows"] == ROWS
+    assert facts["recall_at_10"] == 1.0 and facts["rows"] == ROWS and facts["built_on"] == "cpu"
     names, scores = load_index(place, "c1").search(vectors[300:305], 4)
     expected = top_k(vectors[300:305], vectors, 4)
     assert names == [[IDS[row] for row in line] for line in expected.positions]
@@ -102,3 +103,77 @@ def test_an_index_that_does_not_belong_is_refused(tmp_path, vectors, monkeypatch
 def test_more_cells_than_vectors_are_refused(tmp_path, vectors):
     with pytest.raises(DataError, match="5000 cells for 1200 vectors"):
         build_index(IndexConfig(kind="ivf", lists=5000), place_with(tmp_path, vectors), "c1")
+
+
+class Cagra:
+    """In place of faiss.GpuIndexCagra: keeps what it is told, and lets the CPU link the graph."""
+
+    def __init__(self, resources, dimension, metric, settings):
+        assert resources == "gpu" and metric == faiss.METRIC_INNER_PRODUCT
+        self.degrees = settings.graph_degree, settings.intermediate_graph_degree
+        self.calls = CALLS
+        self.calls.append(("graph", self.degrees))
+
+    def train(self, vectors):
+        self.vectors = vectors.copy()
+
+    def copyTo(self, graph):
+        graph.hnsw.efConstruction = 200
+        graph.add(self.vectors)
+
+
+class Settings:
+    graph_degree = intermediate_graph_degree = 0
+
+
+CALLS: list = []
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """FAISS as if it had GPU code and a GPU: what is put there is a copy on the CPU, and noted."""
+
+    def to_gpu(resources, device, index):
+        assert (resources, device) == ("gpu", 0)
+        CALLS.append(("copied", index.ntotal))
+        return faiss.clone_index(index)
+
+    CALLS.clear()
+    monkeypatch.setattr(faiss, "StandardGpuResources", lambda: "gpu", raising=False)
+    monkeypatch.setattr(faiss, "get_num_gpus", lambda: 1)
+    monkeypatch.setattr(faiss, "index_cpu_to_gpu", to_gpu, raising=False)
+    monkeypatch.setattr(faiss, "get_compile_options", lambda: "OPTIMIZE GPU CUVS ")
+    monkeypatch.setattr(faiss, "GpuIndexCagra", Cagra, raising=False)
+    monkeypatch.setattr(faiss, "GpuIndexCagraConfig", Settings, raising=False)
+    return CALLS
+
+
+def test_cells_learnt_and_assigned_on_a_gpu_are_those_of_the_cpu(tmp_path, vectors, request):
+    config = IndexConfig(kind="ivf", lists=20, probes=3, sample=50)
+    there, here = place_with(tmp_path / "a", vectors), place_with(tmp_path / "b", vectors)
+    mine = build_index(config, here, "c1")
+    calls = request.getfixturevalue("gpu")
+    facts = build_index(config, there, "c1")
+    assert calls == [("copied", 0), ("copied", 20)]  # for the means, then the 20 centroids themselves
+    assert facts == {**mine, "built_on": "gpu"} and mine["built_on"] == "cpu"
+    assert there.read_bytes("index.faiss") == here.read_bytes("index.faiss")
+
+
+def test_graph_of_cagra_is_searched_as_hnsw(tmp_path, vectors, gpu):
+    place = place_with(tmp_path, vectors)
+    facts = build_index(IndexConfig(kind="hnsw", neighbours=8, search_width=64, sample=100), place, "c1")
+    assert gpu == [("graph", (16, 32))]
+    assert facts["built_on"] == "gpu" and facts["recall_at_10"] > 0.9
+    loaded = load_index(place, "c1")
+    assert loaded.faiss_index.hnsw.efSearch == 64
+    assert loaded.search(vectors[700:701], 1)[0] == [["d0700"]]
+
+
+@pytest.mark.parametrize("missing", ["cuvs", "gpu"])
+def test_graph_is_built_on_the_cpu_without_cuvs_or_a_gpu(tmp_path, vectors, gpu, missing, monkeypatch):
+    if missing == "cuvs":
+        monkeypatch.setattr(faiss, "get_compile_options", lambda: "OPTIMIZE GPU ")
+    else:
+        monkeypatch.setattr(faiss, "get_num_gpus", lambda: 0)
+    facts = build_index(IndexConfig(kind="hnsw", sample=20), place_with(tmp_path, vectors), "c1")
+    assert gpu == [] and facts["built_on"] == "cpu"

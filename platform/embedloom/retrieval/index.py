@@ -4,6 +4,7 @@
 has their ids in that order; ``index.json``, written last, says what the two belong to.
 """
 
+import importlib
 import importlib.util
 import math
 import os
@@ -63,7 +64,11 @@ def require_faiss() -> None:
 
 
 def build_index(config: IndexConfig, place: Place, contract_hash: str) -> dict[str, Any]:
-    """Write the index of ``place/vectors`` and return its facts: kind, rows, recall@10.
+    """Write the index of ``place/vectors`` and return its facts: kind, device it was built on, rows, recall@10.
+
+    On a GPU that this process may use, with a FAISS that has GPU code, cells (ivf) are learnt and assigned there, and
+    graphs (hnsw) built as CAGRA where cuVS is compiled in. The vectors and the finished index are in main memory either
+    way, so the file is searched by any FAISS, and only a graph needs all vectors on the GPU.
 
     Recall is measured on ``sample`` document vectors, each moved by noise of a tenth of its length: the share of
     the ten answers that score no less than the tenth best of the exact search, so equal texts count alike.
@@ -83,15 +88,24 @@ def build_index(config: IndexConfig, place: Place, contract_hash: str) -> dict[s
     names = place.names(VECTORS_FOLDER, ".parquet")
     rows = sum(place.parquet_footer(name)[1] for name in names)
     dimension = next(_blocks(place, names))[1].shape[1]
-    index = _empty_index(config, place, names, rows, dimension)
-    for _, vectors in _blocks(place, names):
-        index.add(vectors)
+    gpu = gpu_resources()
+    if config.kind == "hnsw" and gpu is not None and has_cagra():
+        index, device = _graph_by_gpu(config, gpu, place, names, rows, dimension), "gpu"
+    elif config.kind == "ivf" and gpu is not None:
+        index, device = _cells_by_gpu(config, gpu, place, names, rows, dimension), "gpu"
+    else:
+        index, device = _empty_index(config, rows, dimension), "cpu"
+        if config.kind == "ivf":
+            index.train(_sample(place, names, rows, config.training_rows, config.seed))
+        for _, vectors in _blocks(place, names):
+            index.add(vectors)
     recall = _recall(config, index, place, names, rows)
     _write(index, place)
     ids = pa.concat_tables([place.read_table(name, ["id"]) for name in names])
     place.write_table(IDS_FILE, ids.replace_schema_metadata(None).combine_chunks())
     facts = {
         "kind": config.kind,
+        "built_on": device,
         "rows": rows,
         "dimension": dimension,
         "contract_hash": contract_hash,
@@ -147,7 +161,23 @@ def _blocks(place: Place, names: list[str]) -> Iterator[tuple[int, Matrix]]:
         start += len(vectors)
 
 
-def _empty_index(config: IndexConfig, place: Place, names: list[str], rows: int, dimension: int) -> Any:
+def gpu_resources() -> Any | None:
+    """FAISS's handle of a GPU; None where this process has none, or FAISS was compiled without (``faiss-cpu``)."""
+    import faiss
+
+    if not hasattr(faiss, "StandardGpuResources") or faiss.get_num_gpus() == 0:
+        return None
+    return faiss.StandardGpuResources()
+
+
+def has_cagra() -> bool:
+    """Whether FAISS builds graphs on GPUs: CAGRA, of NVIDIA's cuVS."""
+    import faiss
+
+    return hasattr(faiss, "GpuIndexCagra") and "CUVS" in faiss.get_compile_options()
+
+
+def _empty_index(config: IndexConfig, rows: int, dimension: int) -> Any:
     import faiss
 
     if config.kind == "flat":
@@ -163,8 +193,51 @@ def _empty_index(config: IndexConfig, place: Place, names: list[str], rows: int,
     index: Any = faiss.IndexIVFFlat(quantizer, dimension, lists, faiss.METRIC_INNER_PRODUCT)
     index.cp.seed, index.nprobe = config.seed + 1234, min(config.probes, lists)
     index.cp.min_points_per_centroid = 1
-    index.train(_sample(place, names, rows, config.training_rows, config.seed))
     return index
+
+
+def _cells_by_gpu(
+    config: IndexConfig, gpu: Any, place: Place, names: list[str], rows: int, dimension: int
+) -> Any:
+    """An IVF index in main memory whose products of vectors and centroids, nearly all its work, are made on a GPU."""
+    faiss = _faiss()
+
+    index = _empty_index(config, rows, dimension)
+    index.clustering_index = faiss.index_cpu_to_gpu(gpu, 0, faiss.IndexFlatIP(dimension))
+    index.train(_sample(place, names, rows, config.training_rows, config.seed))
+    index.clustering_index = None
+    centroids = faiss.index_cpu_to_gpu(gpu, 0, index.quantizer)
+    for _, vectors in _blocks(place, names):
+        _, cells = centroids.search(vectors, 1)
+        # By pointers: numpy arrays are not taken here.
+        index.add_core(len(vectors), faiss.swig_ptr(vectors), None, faiss.swig_ptr(cells))
+    return index
+
+
+def _graph_by_gpu(
+    config: IndexConfig, gpu: Any, place: Place, names: list[str], rows: int, dimension: int
+) -> Any:
+    """An HNSW index in main memory over the graph that CAGRA builds on a GPU, which must hold all the vectors."""
+    faiss = _faiss()
+
+    settings = faiss.GpuIndexCagraConfig()
+    settings.graph_degree = 2 * config.neighbours  # HNSW has twice the links at its lowest level
+    settings.intermediate_graph_degree = 2 * settings.graph_degree
+    cagra = faiss.GpuIndexCagra(gpu, dimension, faiss.METRIC_INNER_PRODUCT, settings)
+    vectors = np.empty((rows, dimension), np.float32)
+    for start, part in _blocks(place, names):
+        vectors[start : start + len(part)] = part
+    cagra.train(vectors)
+    graph = faiss.IndexHNSWCagra(dimension, config.neighbours, faiss.METRIC_INNER_PRODUCT)
+    graph.base_level_only = False  # with the upper levels, so that searches start near
+    cagra.copyTo(graph)
+    graph.hnsw.efSearch = config.search_width
+    return graph
+
+
+def _faiss() -> Any:
+    """The module without its types, which know nothing of GPUs."""
+    return importlib.import_module("faiss")
 
 
 def _sample(place: Place, names: list[str], rows: int, size: int, seed: int) -> Matrix:
