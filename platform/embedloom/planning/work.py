@@ -249,7 +249,9 @@ def _epoch_rows(stage: TrainingStage, nodes: dict[str, Node], known: Known) -> i
     return rows if isinstance(rows, int) else None
 
 
-SEARCH_TYPE: Literal["float32", "bfloat16"] = "float32"  # that exact search multiplies in on GPUs
+SEARCH_TYPE: Literal["float32", "bfloat16"] = (
+    "bfloat16"  # that exact search nominates in on GPUs (retrieval/search.py)
+)
 _WEIGHT_BYTES = 4  # exports are float32 unless the base is not
 
 
