@@ -30,7 +30,8 @@ TRAINING = Ask("training", "worker", {"CPU": 11, "GPU": 1}, 64, 64, "PACK")
 def test_machines_and_asks_of_the_64_gpu_profile():
     profile = load_cluster(ROOT / "cluster/cluster.yaml").profile("a100x64")
     found = machines(profile)
-    assert [machine.name for machine in found] == ["head-0", *(f"a100-{n}" for n in range(8))]
+    names = ["head-0", *(f"cpu-{n}" for n in range(4)), *(f"a100-{n}" for n in range(8))]
+    assert [machine.name for machine in found] == names
     assert sum(machine.gpus for machine in found) == 64
     wanted = {(ask.stage, ask.what): ask for ask in asks(profile)}
     assert [stage for stage, _ in wanted] == [
@@ -144,7 +145,7 @@ print(json.dumps(found))
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_ray_places_on_nine_simulated_nodes_what_the_arithmetic_says():
+def test_ray_places_on_thirteen_simulated_nodes_what_the_arithmetic_says():
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "platform")}
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(SCRIPT)],
@@ -164,7 +165,7 @@ def test_ray_places_on_nine_simulated_nodes_what_the_arithmetic_says():
     assert embedding[:3] == [64, 0, [8] * 8]
     assert serve[:3] == [128, 2, [16] * 8]
     table = "\n".join(lines[:-1])
-    assert "on 9 simulated nodes" in table
+    assert "on 13 simulated nodes" in table
     rows = {line.split("  ")[0]: line for line in lines}
     assert "64 on 8 nodes" in rows["training"] and "8 a node" in rows["training"]
     assert "0 on 0 nodes, 64 pending" in rows["embedding beside training"]

@@ -95,6 +95,8 @@ def test_local_profile_needs_no_cluster_files(cluster):
 
 def test_launcher_says_what_the_pools_say():
     launcher = documents(small_cluster(), "small")["launcher.yaml"]
+    options = launcher["available_node_types"]["gpu"].pop("docker")["worker_run_options"]
+    assert options[0] == "--shm-size=18432m"  # 2 GiB of object store and 16 beside it
     assert launcher["max_workers"] == 3
     assert launcher["provider"] == {"type": "aws", "region": "eu-west-1"}
     assert launcher["available_node_types"] == {
@@ -280,10 +282,12 @@ def test_a_local_session_says_to_serve_how_it_listens():
 
 def test_a_launchers_shell_hands_the_bounds_on_whole():
     launcher = documents(small_cluster(), "small")["launcher.yaml"]
-    for command in launcher["head_start_ray_commands"] + launcher["worker_start_ray_commands"]:
-        if "ray start" in command:
-            (stated,) = [word for word in shlex.split(command) if word.startswith(LISTENER_VARIABLE)]
-            assert json.loads(stated.partition("=")[2])["max_headers"] == 100
+    workers = launcher["available_node_types"]["gpu"]["docker"]["worker_run_options"]
+    for options in (launcher["docker"]["head_run_options"], workers):
+        # Ray joins the options of `docker run` by spaces.
+        (stated,) = [word for word in shlex.split(" ".join(options)) if LISTENER_VARIABLE in word]
+        assert json.loads(stated.removeprefix(f"--env={LISTENER_VARIABLE}="))["max_headers"] == 100
+        assert "--env=RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO=1" in options
 
 
 def test_the_grace_of_a_stop_reaches_the_pods_and_is_held_against_the_time_of_a_request():

@@ -25,7 +25,7 @@ from embedloom.synthesis.prompt import Prompt
 ROOT = Path(__file__).parents[2]
 # Mappings whose keys are the user's own, by the name of the section.
 OWN_KEYS = {
-    "profiles", "pools", "labels", "languages", "document_languages", "mix", "env_vars", "attributes", "fields",
+    "profiles", "pools", "labels", "secrets", "languages", "document_languages", "mix", "env_vars", "attributes", "fields",
     "devices", "models", "where", "stage_hours",
 }  # fmt: skip
 # An ablation's keys are paths into a run config; tests/pipeline/test_ablation.py misspells those.

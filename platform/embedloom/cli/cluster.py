@@ -1,11 +1,14 @@
 """``embedloom cluster``: the files that launchers, KubeRay and Serve read, and where a profile's stages go."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from embedloom.cli.options import ClusterFile, ProfileName
+
+if TYPE_CHECKING:
+    from embedloom.config.cluster import ClusterConfig
 
 LOCAL = "local"
 
@@ -44,16 +47,45 @@ def cluster_check(
             "--crds", metavar="FOLDER", help="KubeRay's definitions: ray-operator/config/crd/bases."
         ),
     ] = None,
+    pods: Annotated[
+        bool, typer.Option("--pods", help="Also say what would keep the profile's pods from starting.")
+    ] = False,
+    run: Annotated[
+        str | None,
+        typer.Option("--run", metavar="CONFIG", help="With --pods: a run whose models the pods must get."),
+    ] = None,
 ) -> None:
     """Validate what render would write with what reads it."""
     from embedloom.cluster.render import check
     from embedloom.config.cluster import load_cluster
     from embedloom.config.shipped import cluster_file
+    from embedloom.errors import ConfigError
 
+    if run is not None and not pods:
+        raise ConfigError("--run: is read with --pods only")
     path = cluster_file(cluster)
-    for line in check(load_cluster(path), profile, crds=crds):
+    config = load_cluster(path)
+    for line in check(config, profile, crds=crds):
         print(line)
+    if pods:
+        _check_pods(config, profile, run)
     print(path)
+
+
+def _check_pods(config: "ClusterConfig", profile: str, run: str | None) -> None:
+    """Print what ``check_pods`` finds; raise ConfigError if pods would not start."""
+    from embedloom.cluster.pods import check_pods
+    from embedloom.config.run import load_run
+    from embedloom.config.shipped import config_file
+    from embedloom.errors import ConfigError
+
+    report = check_pods(config, profile, None if run is None else load_run(config_file(run)))
+    for line in report.lines:
+        print(line)
+    if report.problems:
+        raise ConfigError(
+            f"--pods: {len(report.problems)} problems of profile {profile}; the lines above say which"
+        )
 
 
 @app.command("placement")

@@ -9,8 +9,8 @@ from typing import Any
 
 import yaml
 
-from embedloom.cluster.session import init_arguments, node_environment, required_image, serve_environment
-from embedloom.config.cluster import HEAD_POOL, ClusterConfig, NodePool, Profile
+from embedloom.cluster.session import init_arguments, node_environment, required_image
+from embedloom.config.cluster import HEAD_POOL, ClusterConfig, NodePool, Profile, Toleration, Volume
 from embedloom.config.embedding import computed_dtype
 from embedloom.errors import ConfigError
 
@@ -44,21 +44,19 @@ def job_runtime_env(working_dir: Path | None = None) -> dict[str, Any]:
 
 IDLE_MINUTES = 10
 GCS_PORT = 6379
+NODE_SECRETS = "~/.embedloom/secrets.env"  # of a container: the profile's secrets, NAME=value a line
+SHARED_MEMORY = "/dev/shm"
 
 
 def launcher_config(cluster: ClusterConfig, profile: Profile, name: str) -> dict[str, Any]:
     """The cluster launcher's file.
 
     Raises:
-        ConfigError: a pool without an instance type.
+        ConfigError: a pool without an instance type, or with what only Kubernetes has.
     """
     for pool, machines in profile.pools.items():
-        if machines.instance is None:
-            raise ConfigError(
-                f"pools.{pool}.instance: required for the launcher (region is set), but missing"
-            )
+        _check_launcher_pool(profile, pool, machines)
     mount = profile.storage.mount_command
-    head = profile.pools[HEAD_POOL]
     # These machines are the cluster's own, so stopping every Ray on them is right, unlike on a shared one.
     return {
         "cluster_name": name,
@@ -69,72 +67,130 @@ def launcher_config(cluster: ClusterConfig, profile: Profile, name: str) -> dict
         "docker": {
             "image": required_image(cluster),
             "container_name": "embedloom",
-            "run_options": _run_options(profile),
+            "run_options": [_mount(folder) for folder in _host_folders(profile)],
+            "head_run_options": _run_options(profile, HEAD_POOL),
         },
-        "file_mounts": {"~/.ray/auth_token": cluster.auth.token_path} if cluster.auth.mode == "token" else {},
+        "file_mounts": _file_mounts(cluster, profile),
         "cluster_synced_files": [],
         "initialization_commands": [] if mount is None else [mount],
         "head_node_type": HEAD_POOL,
-        "available_node_types": {pool: _node_type(pool, m) for pool, m in profile.pools.items()},
+        "available_node_types": {pool: _node_type(profile, pool) for pool in profile.pools},
         "head_start_ray_commands": [
             "ray stop",
-            f"{_ray_start_command(cluster, profile, head, small_store(head, profile))} --head --port={GCS_PORT} "
+            f"{_ray_start_command(cluster, profile, profile.store_bytes(HEAD_POOL))} --head --port={GCS_PORT} "
             "--dashboard-host=127.0.0.1 --autoscaling-config=~/ray_bootstrap_config.yaml",
         ],
         "worker_start_ray_commands": [
             "ray stop",
-            f"{_ray_start_command(cluster, profile, None, profile.object_store_mib * 2**20)} --address=$RAY_HEAD_IP:{GCS_PORT}",
+            f"{_ray_start_command(cluster, profile, profile.object_store_mib * 2**20)} --address=$RAY_HEAD_IP:{GCS_PORT}",
         ],
     }
 
 
-def small_store(pool: NodePool, profile: Profile) -> int:
-    """Object store of the head in bytes: the profile's, but at most 30 % of its memory (Ray's own share)."""
-    return min(profile.object_store_mib * 2**20, int(pool.memory_gib * 2**30 * 0.3))
+def _check_launcher_pool(profile: Profile, name: str, pool: NodePool) -> None:
+    if pool.instance is None:
+        raise ConfigError(f"pools.{name}.instance: required for the launcher (region is set), but missing")
+    for volume, mount in pool.volumes.items():
+        if mount.host_path is None:
+            raise ConfigError(
+                f"pools.{name}.volumes.{volume}.host_path: required for the launcher (region is set), but missing"
+            )
+    settings = profile.launcher
+    if pool.fabric == "efa" and (settings.subnet is None or not settings.security_groups):
+        missing = "subnet" if settings.subnet is None else "security_groups"
+        raise ConfigError(
+            f"launcher.{missing}: required for the interfaces of pools.{name}.fabric efa (region is set), but missing"
+        )
 
 
-def _ray_start_command(
-    cluster: ClusterConfig, profile: Profile, pool: NodePool | None, store_bytes: int
-) -> str:
-    environment: dict[str, str] = {"RAY_AUTH_MODE": cluster.auth.mode}
-    if pool is not None:
-        environment |= node_environment(profile, pool)
-    else:  # worker commands are the same for all pools
-        environment |= serve_environment(profile)
+def _file_mounts(cluster: ClusterConfig, profile: Profile) -> dict[str, str]:
+    found = {"~/.ray/auth_token": cluster.auth.token_path} if cluster.auth.mode == "token" else {}
+    if profile.secrets:
+        found[NODE_SECRETS] = profile.launcher.secrets_file
+    return found
+
+
+def _ray_start_command(cluster: ClusterConfig, profile: Profile, store_bytes: int) -> str:
     options = [f"--object-store-memory={store_bytes}"]
     if profile.spill_folder is not None:
         options.append(f"--object-spilling-directory={profile.spill_folder}")
-    stated = " ".join(f"{key}={shlex.quote(value)}" for key, value in environment.items())
-    return f"{stated} ray start {' '.join(options)}"
+    secrets = f"set -a && . {NODE_SECRETS} && set +a && " if profile.secrets else ""
+    return f"{secrets}RAY_AUTH_MODE={cluster.auth.mode} ray start {' '.join(options)}"
 
 
-def _run_options(profile: Profile) -> list[str]:
-    """Shared memory for the object store, and the node's folders that the container shares."""
-    options = [f"--shm-size={profile.object_store_mib}m"]
-    root = profile.storage.root
-    folders = [profile.spill_folder, root if root is not None and "://" not in root else None]
-    return options + [f"--volume={folder}:{folder}" for folder in folders if folder is not None]
+def _host_folders(profile: Profile) -> list[str]:
+    """Folders of a node that every container shares with it."""
+    return [folder for folder in profile.node_folders() if folder != SHARED_MEMORY]
 
 
-def _node_type(name: str, pool: NodePool) -> dict[str, Any]:
+def _mount(folder: str, inside: str | None = None, read_only: bool = False) -> str:
+    return f"--volume={folder}:{inside or folder}{':ro' if read_only else ''}"
+
+
+def _run_options(profile: Profile, name: str) -> list[str]:
+    """Options of ``docker run`` of a pool, quoted for the shell that Ray hands them to."""
+    pool = profile.pools[name]
+    options = [f"--shm-size={profile.shm_mib(name)}m"]
+    if pool.fabric is not None:  # registers memory, which must stay where it is
+        options += ["--device=/dev/infiniband", "--cap-add=IPC_LOCK", "--ulimit=memlock=-1:-1"]
+    for mount in pool.volumes.values():
+        if mount.host_path is not None:
+            options.append(_mount(mount.host_path, mount.path, mount.read_only))
+    options += [f"--env={key}={value}" for key, value in node_environment(profile, pool).items()]
+    return [shlex.quote(option) for option in options]
+
+
+def _node_type(profile: Profile, name: str) -> dict[str, Any]:
+    pool = profile.pools[name]
     resources: dict[str, int] = {"CPU": pool.cpus}
     if pool.gpus:
         resources["GPU"] = pool.gpus
     if pool.accelerator is not None:
         resources[f"accelerator_type:{pool.accelerator}"] = 1
-    workers = (0, 0) if name == HEAD_POOL else (pool.min_nodes, pool.max_nodes)
-    node_config: dict[str, Any] = {"InstanceType": pool.instance}
-    labels = dict(pool.labels)
-    if pool.spot:
-        node_config["InstanceMarketOptions"] = {"MarketType": "spot"}
-        labels["ray.io/market-type"] = "spot"
+    head = name == HEAD_POOL
+    workers = (0, 0) if head else (pool.min_nodes, pool.max_nodes)
+    labels = dict(pool.labels) | ({"ray.io/market-type": "spot"} if pool.spot else {})
     return {
         "resources": resources,
         "min_workers": workers[0],
         "max_workers": workers[1],
-        "node_config": node_config,
+        "node_config": _ec2_instance(profile, pool),
+        **({} if head else {"docker": {"worker_run_options": _run_options(profile, name)}}),
         **({"labels": labels} if labels else {}),
     }
+
+
+def _ec2_instance(profile: Profile, pool: NodePool) -> dict[str, Any]:
+    """EC2's arguments of a node, as ``create_instances`` has them."""
+    settings = profile.launcher
+    found: dict[str, Any] = {"InstanceType": pool.instance}
+    if pool.spot:
+        found["InstanceMarketOptions"] = {"MarketType": "spot"}
+    if pool.disk_gib is not None:
+        root = {"VolumeSize": pool.disk_gib, "VolumeType": "gp3", "DeleteOnTermination": True}
+        found["BlockDeviceMappings"] = [{"DeviceName": "/dev/sda1", "Ebs": root}]
+    if pool.placement_group is not None:
+        found["Placement"] = {"GroupName": pool.placement_group}
+    if settings.iam_profile is not None:
+        found["IamInstanceProfile"] = {"Name": settings.iam_profile}
+    if pool.fabric == "efa":
+        found["NetworkInterfaces"] = [
+            {
+                "NetworkCardIndex": card,
+                "DeviceIndex": min(card, 1),  # 0 is the primary interface's alone
+                "InterfaceType": "efa",
+                "DeleteOnTermination": True,
+                "SubnetId": settings.subnet,
+                "Groups": list(settings.security_groups),
+            }
+            for card in range(pool.fabric_devices)
+        ]
+        return found
+    if settings.subnet is not None:
+        found["SubnetIds"] = [settings.subnet]
+    if settings.security_groups:
+        found["SecurityGroupIds"] = list(settings.security_groups)
+    return found
 
 
 # KubeRay's RayCluster, RayJob and RayService of a profile. Plain dictionaries.
@@ -178,9 +234,9 @@ def cluster_spec(cluster: ClusterConfig, profile: Profile) -> dict[str, Any]:
         "enableInTreeAutoscaling": True,
         "autoscalerOptions": {"version": "v2", "idleTimeoutSeconds": IDLE_MINUTES * 60},
         "headGroupSpec": {
-            "rayStartParams": _ray_start_params(profile, small_store(head, profile)),
+            "rayStartParams": _ray_start_params(profile, profile.store_bytes(HEAD_POOL)),
             **_labels(head),
-            "template": _pod(cluster, profile, head, "ray-head"),
+            "template": _pod(cluster, profile, HEAD_POOL),
         },
         "workerGroupSpecs": [
             {
@@ -190,7 +246,7 @@ def cluster_spec(cluster: ClusterConfig, profile: Profile) -> dict[str, Any]:
                 "maxReplicas": machines.max_nodes,
                 "rayStartParams": _ray_start_params(profile, profile.object_store_mib * 2**20),
                 **_labels(machines),
-                "template": _pod(cluster, profile, machines, "ray-worker"),
+                "template": _pod(cluster, profile, pool),
             }
             for pool, machines in profile.pools.items()
             if pool != HEAD_POOL
@@ -221,9 +277,24 @@ def ray_job(cluster: ClusterConfig, profile: Profile, order: RayJobOrder) -> dic
             "shutdownAfterJobFinishes": True,
             "ttlSecondsAfterFinished": KEEP_FINISHED_SECONDS,
             "backoffLimit": 2,
+            **_submitter(cluster, profile.pools[HEAD_POOL]),
             "rayClusterSpec": spec,
         },
     }
+
+
+def _submitter(cluster: ClusterConfig, head: NodePool) -> dict[str, Any]:
+    """The pod that submits a RayJob's command, where KubeRay's own could not pull the image: it has no pull secrets."""
+    if not head.image_pull_secrets:
+        return {}
+    limits = {"cpu": "1", "memory": "1Gi"}
+    container = {
+        "name": "ray-job-submitter",
+        "image": required_image(cluster),
+        "resources": {"limits": limits, "requests": {"cpu": "500m", "memory": "200Mi"}},
+    }
+    pod = {"containers": [container], "restartPolicy": "Never", **_pull_secrets(head)}
+    return {"submitterPodTemplate": {"spec": pod}}
 
 
 def config_map(profile: Profile, order: RayJobOrder) -> dict[str, Any]:
@@ -261,24 +332,22 @@ def _labels(pool: NodePool) -> dict[str, Any]:
     return {"labels": dict(pool.labels)} if pool.labels else {}
 
 
-def _pod(cluster: ClusterConfig, profile: Profile, pool: NodePool, container: str) -> dict[str, Any]:
-    resources: dict[str, Any] = {"cpu": str(pool.cpus), "memory": f"{pool.memory_gib:g}Gi"}
-    if pool.gpus:
-        resources["nvidia.com/gpu"] = str(pool.gpus)
-    volumes = _volumes(profile)
+def _pod(cluster: ClusterConfig, profile: Profile, name: str) -> dict[str, Any]:
+    pool = profile.pools[name]
+    volumes = _volumes(profile, name)
+    container: dict[str, Any] = {
+        "name": "ray-head" if name == HEAD_POOL else "ray-worker",
+        "image": required_image(cluster),
+        "env": _environment(profile, pool),
+        "resources": _resources(pool),
+        "volumeMounts": [mount for mount, _ in volumes],
+    }
+    if pool.fabric is not None:
+        # Registered memory must stay where it is; a pod has no limits to state but may be let lock as much as it likes.
+        container["securityContext"] = {"capabilities": {"add": ["IPC_LOCK"]}}
     spec: dict[str, Any] = {
-        "containers": [
-            {
-                "name": container,
-                "image": required_image(cluster),
-                "env": [
-                    {"name": key, "value": value} for key, value in node_environment(profile, pool).items()
-                ],
-                "resources": {"limits": resources, "requests": dict(resources)},
-                "volumeMounts": [{"name": name, "mountPath": path} for name, (path, _) in volumes.items()],
-            }
-        ],
-        "volumes": [{"name": name, **source} for name, (_, source) in volumes.items()],
+        "containers": [container],
+        "volumes": [{"name": mount["name"], **source} for mount, source in volumes],
         "terminationGracePeriodSeconds": profile.serve.termination_grace_seconds,
     }
     selector = {}
@@ -288,23 +357,75 @@ def _pod(cluster: ClusterConfig, profile: Profile, pool: NodePool, container: st
         selector["karpenter.sh/capacity-type"] = "spot"
     if selector:
         spec["nodeSelector"] = selector
-    return {"spec": spec}
+    if pool.tolerations:
+        spec["tolerations"] = [_toleration(one) for one in pool.tolerations]
+    return {"spec": spec | _pull_secrets(pool)}
 
 
-def _volumes(profile: Profile) -> dict[str, tuple[str, dict[str, Any]]]:
-    """Mount path and source by name."""
+def _environment(profile: Profile, pool: NodePool) -> list[dict[str, Any]]:
+    stated = [{"name": key, "value": value} for key, value in node_environment(profile, pool).items()]
+    kept = [(variable, profile.secrets[variable]) for variable in pool.secrets]
+    return stated + [
+        {"name": variable, "valueFrom": {"secretKeyRef": {"name": one.secret, "key": one.key}}}
+        for variable, one in kept
+    ]
+
+
+def _resources(pool: NodePool) -> dict[str, Any]:
+    amounts = {"cpu": str(pool.cpus), "memory": f"{pool.memory_gib:g}Gi"}
+    if pool.gpus:
+        amounts["nvidia.com/gpu"] = str(pool.gpus)
+    amounts |= {device: str(count) for device, count in pool.fabric_request.items()}
+    if pool.hugepages:
+        amounts["hugepages-2Mi"] = f"{pool.hugepages}Mi"
+    return {"limits": amounts, "requests": dict(amounts)}
+
+
+def _toleration(one: Toleration) -> dict[str, str]:
+    found = {"key": one.key, "operator": "Exists"}
+    if one.value is not None:
+        found |= {"operator": "Equal", "value": one.value}
+    return found if one.effect is None else {**found, "effect": one.effect}
+
+
+def _pull_secrets(pool: NodePool) -> dict[str, Any]:
+    return (
+        {"imagePullSecrets": [{"name": name} for name in pool.image_pull_secrets]}
+        if pool.image_pull_secrets
+        else {}
+    )
+
+
+def _volumes(profile: Profile, name: str) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """Each volume of a pool's pods: where the container mounts it, and its source."""
     # The object store lives in shared memory, of which containers get 64 MiB unless told otherwise.
-    shared = {"emptyDir": {"medium": "Memory", "sizeLimit": f"{profile.object_store_mib}Mi"}}
-    found: dict[str, tuple[str, dict[str, Any]]] = {"shm": ("/dev/shm", shared)}
+    shared = {"emptyDir": {"medium": "Memory", "sizeLimit": f"{profile.shm_mib(name)}Mi"}}
+    found = [({"name": "shm", "mountPath": SHARED_MEMORY}, shared)]
     if profile.spill_folder is not None:
-        found["spill"] = (
-            profile.spill_folder,
-            {"hostPath": {"path": profile.spill_folder, "type": "DirectoryOrCreate"}},
-        )
+        found.append(({"name": "spill", "mountPath": profile.spill_folder}, _host_path(profile.spill_folder)))
     if profile.storage.claim is not None and profile.storage.root is not None:
         claim = {"persistentVolumeClaim": {"claimName": profile.storage.claim}}
-        found["runs"] = (profile.storage.root, claim)
+        found.append(({"name": "runs", "mountPath": profile.storage.root}, claim))
+    if profile.cache_folder is not None and not profile.is_shared(profile.cache_folder):
+        found.append(({"name": "cache", "mountPath": profile.cache_folder}, _host_path(profile.cache_folder)))
+    for volume, one in profile.pools[name].volumes.items():
+        mount: dict[str, Any] = {"name": volume, "mountPath": one.path}
+        found.append((mount | ({"readOnly": True} if one.read_only else {}), _source(one)))
     return found
+
+
+def _host_path(folder: str) -> dict[str, Any]:
+    return {"hostPath": {"path": folder, "type": "DirectoryOrCreate"}}
+
+
+def _source(volume: Volume) -> dict[str, Any]:
+    if volume.claim is not None:
+        return {"persistentVolumeClaim": {"claimName": volume.claim}}
+    if volume.secret is not None:
+        return {"secret": {"secretName": volume.secret}}
+    if volume.config_map is not None:
+        return {"configMap": {"name": volume.config_map}}
+    return _host_path(str(volume.host_path))
 
 
 SERVED_MODEL_MOUNT = (

@@ -30,11 +30,25 @@ PROCESS_ENVIRONMENT = {
 
 
 def node_environment(profile: Profile, pool: NodePool) -> dict[str, str]:
-    """Variables of a node's Ray process, by name."""
-    found = {**PROCESS_ENVIRONMENT, **serve_environment(profile)}
+    """Variables of a node's Ray process, by name, the pool's own words last; secrets are not among them."""
+    found = PROCESS_ENVIRONMENT | serve_environment(profile)
     if pool.spot:
         found["RAY_NODE_MARKET_TYPE"] = "spot"  # Ray's own label ray.io/market-type
-    return found
+    if profile.cache_folder is not None:
+        found |= {"EMBEDLOOM_CACHE": profile.cache_folder, "HF_HOME": f"{profile.cache_folder}/huggingface"}
+    return found | _fabric_environment(pool) | pool.env
+
+
+def _fabric_environment(pool: NodePool) -> dict[str, str]:
+    """What makes NCCL take the fabric, and end rather than go on over TCP where it can be told to."""
+    if pool.fabric == "efa":
+        # From AWS's guide to EFA and NCCL: the interface reads and writes the GPUs' memory itself (p4 must be told so), and
+        # registered memory survives a fork.
+        return {"FI_PROVIDER": "efa", "FI_EFA_USE_DEVICE_RDMA": "1", "FI_EFA_FORK_SAFE": "1"}
+    if pool.fabric == "infiniband":
+        # By NCCL's own name of it, without which it would go on over TCP in silence.
+        return {"NCCL_NET": "IB", "NCCL_IB_HCA": "mlx5"}
+    return {}
 
 
 def serve_environment(profile: Profile) -> dict[str, str]:

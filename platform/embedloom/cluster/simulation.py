@@ -1,7 +1,7 @@
 """A profile's stages placed by Ray itself, on as many raylets with made-up GPUs on this machine.
 
 No actor starts: a placement group takes what an actor, engine, worker or replica would take, and the scheduler that
-decides is the real one. Nine raylets need some 2 GB of memory and half a minute. Import it after
+decides is the real one. Thirteen raylets need some 3 GB of memory and a minute. Import it after
 ``session.set_ray_environment``.
 """
 

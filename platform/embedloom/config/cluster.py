@@ -3,12 +3,13 @@ No Ray, so ``plan`` and ``--dry-run`` answer without it.
 """
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from embedloom.config.base import FrozenConfig, read_yaml, validate
 from embedloom.errors import ConfigError
@@ -586,6 +587,7 @@ def check_profile(profile: "Profile") -> None:
         check_minimum(ask, nodes)
     check_streaming(profile, nodes)
     check_object_store(profile, nodes)
+    check_environment(profile)
 
 
 def check_head(profile: "Profile") -> None:
@@ -700,6 +702,67 @@ def check_object_store(profile: "Profile", nodes: list[Machine]) -> None:
             )
 
 
+def check_environment(profile: "Profile") -> None:
+    """Raise ValueError for a secret that is not defined, a variable that is stated twice, or two mounts in one place."""
+    for name, pool in profile.pools.items():
+        where = f"pools.{name}"
+        for variable in pool.secrets:
+            if variable not in profile.secrets:
+                defined = ", ".join(sorted(profile.secrets)) or "none"
+                raise ValueError(
+                    f"{where}.secrets: {variable} is not defined; defined in the profile's secrets: {defined}"
+                )
+            if variable in pool.env:
+                raise ValueError(
+                    f"{where}: {variable} is stated in both env and secrets; allowed: one of them"
+                )
+        for variable in CACHE_VARIABLES:
+            if profile.cache_folder is not None and variable in pool.env:
+                raise ValueError(
+                    f"{where}.env: {variable} is stated beside cache_folder, which sets it; allowed: one of them"
+                )
+        taken = profile.node_folders()
+        for volume, mount in pool.volumes.items():
+            if mount.path in taken:
+                raise ValueError(
+                    f"{where}.volumes.{volume}.path: {mount.path!r} is mounted already, by {taken[mount.path]}"
+                )
+            taken[mount.path] = f"volumes.{volume}"
+
+
+_IMAGE = re.compile(
+    r"(?:(?P<registry>[a-z0-9-]+(?:\.[a-z0-9-]+)+(?::[0-9]+)?|[a-z0-9-]+:[0-9]+|localhost)/)?"
+    r"(?P<name>[a-z0-9]+(?:[._-]+[a-z0-9]+)*(?:/[a-z0-9]+(?:[._-]+[a-z0-9]+)*)*)"
+    r"(?::(?P<tag>[A-Za-z0-9_][A-Za-z0-9._-]{0,127}))?"
+    r"(?:@(?P<digest>sha256:[0-9a-f]{64}))?"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class ImageReference:
+    """The parts of an image's name, as the OCI distribution specification has them."""
+
+    registry: str | None
+    name: str
+    tag: str | None
+    digest: str | None
+
+
+def image_reference(image: str) -> ImageReference:
+    """Read ``registry/name:tag@sha256:digest``, of which all but the name may be missing.
+
+    Raises:
+        ValueError: it is none.
+    """
+    found = _IMAGE.fullmatch(image)
+    if found is None:
+        raise ValueError(
+            f"{image!r} is no image; allowed: registry/name:tag or registry/name@sha256: and 64 hexadecimal digits, "
+            "the name in lower case"
+        )
+    return ImageReference(**found.groupdict())
+
+
 class RayVersion(FrozenConfig):
     """What every node runs."""
 
@@ -708,10 +771,17 @@ class RayVersion(FrozenConfig):
     image: str | None = Field(
         default=None,
         description=(
-            "Container image with embedloom installed, from cluster/requirements-cuda.lock. Null: none; "
-            "KubeRay and the launcher need one."
+            "Container image of every node, built from docker/Dockerfile: registry/name:tag, or "
+            "registry/name@sha256:... which nobody can replace. Null: none; KubeRay and the launcher need one."
         ),
     )
+
+    @field_validator("image")
+    @classmethod
+    def _image_is_one(cls, image: str | None) -> str | None:
+        if image is not None:
+            image_reference(image)
+        return image
 
 
 class AuthConfig(FrozenConfig):
@@ -765,6 +835,67 @@ class StorageConfig(FrozenConfig):
         return self
 
 
+class SecretKey(FrozenConfig):
+    """One value of a Kubernetes Secret."""
+
+    secret: str = Field(description="Name of the Secret, in the profile's namespace.")
+    key: str = Field(description="Key of the value in the Secret.")
+
+
+_VOLUME_SOURCES = ("claim", "secret", "config_map", "host_path")
+
+
+class Volume(FrozenConfig):
+    """A folder that a pool's containers see: where, and what is there."""
+
+    path: str = Field(pattern="^/", description="Absolute folder in the container.")
+    claim: str | None = Field(
+        default=None, description="KubeRay: PersistentVolumeClaim that is mounted. Null: another source."
+    )
+    secret: str | None = Field(
+        default=None, description="KubeRay: Secret whose keys are files there. Null: another source."
+    )
+    config_map: str | None = Field(
+        default=None, description="KubeRay: ConfigMap whose keys are files there. Null: another source."
+    )
+    host_path: str | None = Field(
+        default=None,
+        pattern="^/",
+        description="Folder of the node, made if it is not there; what the launcher mounts in any case. Null: another source.",
+    )
+    read_only: bool = Field(default=False, description="Whether containers may only read it.")
+
+    @model_validator(mode="after")
+    def _has_a_source(self) -> "Volume":
+        of_kubernetes = [key for key in _VOLUME_SOURCES[:-1] if getattr(self, key) is not None]
+        if len(of_kubernetes) > 1:
+            raise ValueError(f"{' and '.join(of_kubernetes)} are both set; allowed: one of them")
+        if not of_kubernetes and self.host_path is None:
+            raise ValueError(f"no source; one of {', '.join(_VOLUME_SOURCES)} is required")
+        return self
+
+
+class Toleration(FrozenConfig):
+    """A taint of nodes that a pool's pods put up with."""
+
+    key: str = Field(description="Key of the taint, such as nvidia.com/gpu.")
+    value: str | None = Field(default=None, description="Value of the taint. Null: any.")
+    effect: Literal["NoSchedule", "PreferNoSchedule", "NoExecute"] | None = Field(
+        default="NoSchedule", description="Effect of the taint. Null: any."
+    )
+
+    def covers(self, key: str, effect: str) -> bool:
+        """Whether it puts up with any taint of that key and effect."""
+        return self.key == key and self.value is None and self.effect in (None, effect)
+
+
+# What the device plugins of EFA and of NVIDIA's network operator call their devices.
+_FABRIC_RESOURCES = {"efa": "vpc.amazonaws.com/efa", "infiniband": "rdma/rdma_shared_device_a"}
+EFA_HUGEPAGES_MIB = 5120  # what libfabric's provider takes, and what AWS's node images set aside
+MIB_BESIDE_STORE = 16384  # of shared memory: NCCL's rings and vLLM's broadcasts of 8 GPUs, with room
+CACHE_VARIABLES = ("EMBEDLOOM_CACHE", "HF_HOME")
+
+
 class NodePool(FrozenConfig):
     """Machines of one kind."""
 
@@ -792,12 +923,127 @@ class NodePool(FrozenConfig):
         description="Cheaper machines that may be taken away; every stage resumes. Not for the head.",
     )
     labels: dict[str, str] = Field(default_factory=dict, description="Ray node labels.")
+    env: dict[str, str] = Field(
+        default_factory=dict,
+        description="Variables of the nodes' environment; they win over those that the profile sets.",
+    )
+    secrets: tuple[str, ...] = Field(
+        default=(), description="Variables whose values come from a Secret: names of the profile's `secrets`."
+    )
+    volumes: dict[str, Volume] = Field(
+        default_factory=dict, description="Name -> folder that the containers see, besides the profile's own."
+    )
+    tolerations: tuple[Toleration, ...] = Field(
+        default=(), description="KubeRay: taints of the nodes that the pods put up with."
+    )
+    image_pull_secrets: tuple[str, ...] = Field(
+        default=(), description="KubeRay: Secrets with which the image is pulled from its registry."
+    )
+    fabric: Literal["efa", "infiniband"] | None = Field(
+        default=None,
+        description=(
+            "Network between the GPUs of several nodes, beside the ordinary one: asks for its devices, locked memory and "
+            "NCCL's variables. Null: TCP, on which a reduction of 15 GB takes seconds."
+        ),
+    )
+    fabric_devices: int = Field(
+        default=1,
+        ge=1,
+        description="Devices of the fabric in one node that a pod takes: 4 on p4d and p4de, 32 on p5 and p5e.",
+    )
+    fabric_resource: str | None = Field(
+        default=None,
+        description=(
+            "KubeRay: what the device plugin calls a device of the fabric. Null: vpc.amazonaws.com/efa, or "
+            "rdma/rdma_shared_device_a for infiniband."
+        ),
+    )
+    hugepages_mib: int | None = Field(
+        default=None,
+        ge=0,
+        multiple_of=2,
+        description=(
+            "Memory in pages of 2 MiB that a pod takes of those that the node has set aside. Null: 5120 with fabric efa, "
+            "as AWS's node images have it, else none."
+        ),
+    )
+    disk_gib: int | None = Field(
+        default=None,
+        ge=1,
+        description="Launcher: size of the root disk, in GiB, which holds the image. Null: the machine image's own.",
+    )
+    placement_group: str | None = Field(
+        default=None,
+        description=(
+            "Launcher: EC2 placement group of strategy cluster that the nodes start in, close to each other; it must be "
+            "there. Null: none."
+        ),
+    )
 
     @model_validator(mode="after")
     def _bounds_are_ordered(self) -> "NodePool":
         if self.max_nodes < self.min_nodes:
             raise ValueError(f"max_nodes is {self.max_nodes}, below min_nodes {self.min_nodes}")
         return self
+
+    @model_validator(mode="after")
+    def _names_are_names(self) -> "NodePool":
+        for variable in self.env:
+            if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", variable):
+                raise ValueError(
+                    f"env: {variable!r} is no name of a variable; allowed: letters, digits and _"
+                )
+        for volume in self.volumes:
+            if not re.fullmatch(r"[a-z0-9]([a-z0-9-]*[a-z0-9])?", volume) or volume in _OWN_VOLUMES:
+                raise ValueError(
+                    f"volumes: {volume!r} is not allowed; allowed: lower case letters, digits and -, and none of "
+                    f"{', '.join(_OWN_VOLUMES)}"
+                )
+        return self
+
+    @property
+    def hugepages(self) -> int:
+        """MiB in pages of 2 MiB that a pod takes."""
+        if self.hugepages_mib is not None:
+            return self.hugepages_mib
+        return EFA_HUGEPAGES_MIB if self.fabric == "efa" else 0
+
+    @property
+    def fabric_request(self) -> dict[str, int]:
+        """Devices that a pod asks for, by the name of their resource."""
+        if self.fabric is None:
+            return {}
+        return {self.fabric_resource or _FABRIC_RESOURCES[self.fabric]: self.fabric_devices}
+
+
+_OWN_VOLUMES = ("shm", "spill", "runs", "cache", "config")
+
+
+class LauncherConfig(FrozenConfig):
+    """What `ray up` needs of an AWS account, besides instance types."""
+
+    subnet: str | None = Field(
+        default=None,
+        description="Subnet of all nodes, such as subnet-0123. Null: Ray chooses; EFA's interfaces need it.",
+    )
+    security_groups: tuple[str, ...] = Field(
+        default=(),
+        description=(
+            "Security groups of all nodes, such as sg-0123; one must allow all traffic within itself. None: Ray makes one; "
+            "EFA's interfaces need them."
+        ),
+    )
+    iam_profile: str | None = Field(
+        default=None,
+        description=(
+            "IAM instance profile of all nodes, by name: may start and end instances (head), read the registry and the "
+            "storage root. Null: Ray makes one for the head, and the others have none."
+        ),
+    )
+    secrets_file: str = Field(
+        default="~/.embedloom/secrets.env",
+        description="File on the machine of `ray up` with the profile's secrets, NAME=value a line; copied to the nodes.",
+    )
 
 
 class Profile(FrozenConfig):
@@ -853,6 +1099,30 @@ class Profile(FrozenConfig):
         default_factory=dict,
         description="Pool name -> machines of one kind; the pool named head holds the cluster's head.",
     )
+    shared_memory_mib: int | None = Field(
+        default=None,
+        ge=100,
+        description=(
+            "With pools: shared memory of a container, in MiB, of which the object store is a part; NCCL and vLLM need some "
+            "too. Null: the object store and 16384 more."
+        ),
+    )
+    cache_folder: str | None = Field(
+        default=None,
+        pattern="^/",
+        description=(
+            "With pools: folder of every node that models and data sets are fetched to (EMBEDLOOM_CACHE, and HF_HOME in it), "
+            "on its fast local disk or below the storage root. Null: the container's own disk, lost with it. On one machine, "
+            "set EMBEDLOOM_CACHE."
+        ),
+    )
+    secrets: dict[str, SecretKey] = Field(
+        default_factory=dict,
+        description="Variable -> Kubernetes Secret with its value; pools name the variables they get.",
+    )
+    launcher: LauncherConfig = Field(
+        default=LauncherConfig(), description="What the launcher's file needs of an AWS account."
+    )
     stages: StageResources = Field(
         default=StageResources(),
         description="What each stage may take. Stages run one after another, so each may take everything.",
@@ -871,8 +1141,36 @@ class Profile(FrozenConfig):
             raise ValueError(
                 "logical_cpus, gpus and accelerator describe one machine; with pools, each pool states its own"
             )
+        for key in ("cache_folder", "shared_memory_mib"):
+            if getattr(self, key) is not None and not self.pools:
+                raise ValueError(f"{key} is for pools, and this profile has none")
         check_profile(self)
         return self
+
+    def store_bytes(self, pool: str) -> int:
+        """Object store of a node in bytes: the profile's, on the head at most 30 % of its memory (Ray's own share)."""
+        whole = self.object_store_mib * 2**20
+        return min(whole, int(self.pools[pool].memory_gib * 2**30 * 0.3)) if pool == HEAD_POOL else whole
+
+    def shm_mib(self, pool: str) -> int:
+        """Shared memory of a node's container in MiB."""
+        return self.shared_memory_mib or math.ceil(self.store_bytes(pool) / 2**20) + MIB_BESIDE_STORE
+
+    def node_folders(self) -> dict[str, str]:
+        """Folders that every container of the profile has from outside, and which key says so."""
+        found = {"/dev/shm": "the object store"}
+        if self.spill_folder is not None:
+            found[self.spill_folder] = "spill_folder"
+        if self.storage.root is not None and "://" not in self.storage.root:
+            found[self.storage.root] = "storage.root"
+        if self.cache_folder is not None and not self.is_shared(self.cache_folder):
+            found[self.cache_folder] = "cache_folder"
+        return found
+
+    def is_shared(self, folder: str) -> bool:
+        """Whether a folder lies below a storage root that is a folder too."""
+        root = self.storage.root
+        return root is not None and Path(folder).is_relative_to(root)
 
     @property
     def total_gpus(self) -> int:
