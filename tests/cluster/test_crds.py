@@ -1,6 +1,5 @@
-"""Rendered resources against a definition (``cluster/render.py``); a small one by hand, KubeRay's own in $KUBERAY_CRDS."""
+"""Rendered resources against a definition (``cluster/render.py``); a small one by hand, KubeRay's own where they are."""
 
-import os
 from pathlib import Path
 
 import pytest
@@ -130,9 +129,8 @@ def test_check_says_which_kind_has_no_definition(folder):
         check_custom_resource(content, read_crds(folder), "rayjob.yaml")
 
 
-@pytest.mark.skipif("KUBERAY_CRDS" not in os.environ, reason="no folder of KubeRay's definitions given")
-def test_shipped_profiles_fit_kuberays_own_definitions():
+def test_shipped_profiles_fit_kuberays_own_definitions(kuberay_crds):
     config = load_cluster(ROOT / "cluster/cluster.yaml")
     for name, profile in config.profiles.items():
         if profile.pools:
-            check(config, name, project=ROOT, crds=Path(os.environ["KUBERAY_CRDS"]))
+            check(config, name, project=ROOT, crds=kuberay_crds)

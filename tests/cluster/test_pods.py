@@ -1,7 +1,6 @@
 """Pods of a profile (``cluster/manifests.py``), and what would keep them from starting (``cluster/pods.py``)."""
 
 import json
-import os
 import shlex
 from pathlib import Path
 
@@ -385,8 +384,7 @@ def test_the_command_prints_all_and_fails_for_a_problem(tmp_path):
     assert "is read with --pods only" in str(invoke("cluster", "check", "--run", "quickstart").exception)
 
 
-@pytest.mark.skipif("KUBERAY_CRDS" not in os.environ, reason="no folder of KubeRay's definitions given")
-def test_every_key_fits_kuberays_own_definitions():
+def test_every_key_fits_kuberays_own_definitions(kuberay_crds):
     full = {
         "env": {"A": "b"}, "secrets": ["HF_TOKEN"], "image_pull_secrets": ["reg"], "fabric": "efa",
         "tolerations": [{"key": "k", "value": "v", "effect": "NoExecute"}, {"key": "k", "effect": None}],
@@ -399,5 +397,5 @@ def test_every_key_fits_kuberays_own_definitions():
     config = cluster(
         gpu=full, head={**full, "fabric": "infiniband"}, storage=storage, cache_folder="/m", spill_folder="/s"
     )
-    lines = check(config, "small", project=ROOT, crds=Path(os.environ["KUBERAY_CRDS"]))
+    lines = check(config, "small", project=ROOT, crds=kuberay_crds)
     assert sum("valid for the definition of ray.io/v1" in line for line in lines) == 3
