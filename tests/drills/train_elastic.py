@@ -26,10 +26,13 @@ import psutil
 TESTS = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(TESTS), str(TESTS.parent / "platform")]
 
-from drills.processes import LIMIT_SECONDS, started
+from drills.processes import started, stop
 from drills.train_kills import make_inputs
 
 TOLERANCE = 1e-4
+LIMIT_SECONDS = (
+    3600  # two trainings and five starts of workers, which took two minutes each on two busy cores
+)
 CHECKPOINT_STEPS = 3
 WORKER_CPUS = 2  # more than the head has, so that each worker is on a node of its own
 
@@ -124,6 +127,18 @@ def wait(driver: subprocess.Popen[bytes], until: Any, what: str) -> None:
         time.sleep(0.05)
 
 
+def lose_machine(driver: int, out: Path, seed: int) -> tuple[int, float]:
+    """Kill a drawn worker's raylet and all that it started; returns the steps done by then, and when it was."""
+    lost = random.Random(seed).choice(started(driver, "raylet/raylet")[1:])
+    machine = [lost, *lost.children(recursive=True)]
+    struck = time.monotonic()
+    for process in machine:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    time.sleep(1.0)  # what rank 0 had computed is written
+    return len(losses(out)), struck
+
+
 def drill(folder: Path, seed: int, steps: int) -> dict[str, Any]:
     """Both runs and the kill between; what came out."""
     arguments = [
@@ -148,19 +163,15 @@ def drill(folder: Path, seed: int, steps: int) -> dict[str, Any]:
     out = folder / "elastic"
     watch = Watch(out)
     watch.start()
-    wait(driver, lambda: len(watch.workers) >= 2, "second checkpoint")
-    raylets = started(driver.pid, "raylet/raylet")
-    lost = random.Random(seed).choice(raylets[1:])
-    machine = [lost, *lost.children(recursive=True)]
-    struck = time.monotonic()
-    for process in machine:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process.kill()
-    time.sleep(1.0)  # what rank 0 had computed is written
-    before = len(losses(out))
-    wait(driver, lambda: len(losses(out)) > before, "step with two workers")
-    seconds = time.monotonic() - struck
-    code = driver.wait(LIMIT_SECONDS)
+    try:
+        wait(driver, lambda: len(watch.workers) >= 2, "second checkpoint")
+        before, struck = lose_machine(driver.pid, out, seed)
+        wait(driver, lambda: len(losses(out)) > before, "step with two workers")
+        seconds = time.monotonic() - struck
+        code = driver.wait(LIMIT_SECONDS)
+    except BaseException:
+        stop(driver)
+        raise
     calm, elastic = losses(folder / "calm"), losses(out)
     return {
         "exit": code,
