@@ -8,6 +8,10 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from embedloom.core.storage import Place
 
 COMMIT = "c" * 40
 SITE = '''
@@ -62,9 +66,10 @@ def main(folder: Path) -> None:
     auth = AuthConfig(token_path=str(folder / "token"))
     set_ray_environment(auth)
     ensure_token(auth)
+    Path(os.environ["RAY_TMPDIR"], "ray").mkdir(exist_ok=True)  # where Ray notes the newest cluster's address
     cluster = Cluster(shutdown_at_exit=True)
     own = {
-        "temp_dir": os.environ["RAY_FOLDER"],
+        "temp_dir": f"{os.environ['RAY_TMPDIR']}/ray",
         "object_store_memory": 100 * 2**20,
         "include_dashboard": False,
     }
@@ -130,12 +135,42 @@ def results(folder: Path) -> dict[str, object]:
     )
     return {
         "devices": devices(),
+        "shared": shared(folder, corpus.place, Path(os.environ["EMBEDLOOM_CACHE"])),
         "mined": mined.counts["rows"],
         "rescored": again.counts["rows"],
         "vectors": vectors.counts["rows"],
         "scores": evaluation.counts["scores"],
         "served": served_dimension(folder),
     }
+
+
+def shared(folder: Path, corpus: "Place", first_cache: Path) -> int:
+    """Vectors of two actors that share a GPU, once the weights' files are gone from every node."""
+    import ray
+
+    from embedloom.config.cluster import PoolConfig
+    from embedloom.encoder.registry import NodeModel
+    from embedloom.retrieval.embed import TextColumns, embed_corpus
+    from embedloom.retrieval.embedder import EncoderSource, share_weights
+
+    pool = PoolConfig(min_actors=2, max_actors=2, gpus=0.5, cpus=1)
+    source = share_weights(EncoderSource("tiny", NodeModel.of("org/tiny"), dtype="float32"), pool)
+    ray.wait([source.weights], fetch_local=False)
+    caches = (first_cache, folder / "second" / "cache")
+    files = [path for cache in caches for path in cache.rglob("models--org--tiny/**/*.safetensors")]
+    assert len(files) >= 2, files
+    for path in files:
+        path.rename(f"{path}.gone")
+    try:
+        done = embed_corpus(
+            stage="shared", source=corpus, source_folder="documents/train", output=corpus.child("shared"),
+            done_folder="vectors", model=source, side="document", pool=pool, shard_rows=3,
+            columns=TextColumns(texts=("text",)),
+        )  # fmt: skip
+    finally:
+        for path in files:
+            Path(f"{path}.gone").rename(path)
+    return done["rows"]
 
 
 def devices() -> list[tuple[str | None, str, str]]:

@@ -17,6 +17,8 @@ ROOT = Path(__file__).parents[1]
 
 
 @pytest.mark.ray
+@pytest.mark.slow  # ten pools and an endpoint start one after another
+@pytest.mark.timeout(1900)
 def test_a_node_without_the_first_ones_cache_mines_embeds_scores_and_serves(tmp_path: Path, tiny_model: Path):
     hub = tmp_path / "hub" / "org"
     shutil.copytree(tiny_model, hub / "tiny")
@@ -35,13 +37,14 @@ def test_a_node_without_the_first_ones_cache_mines_embeds_scores_and_serves(tmp_
         }
         done = subprocess.run(
             [sys.executable, str(ROOT / "tests" / "fakes_nodes.py"), str(tmp_path / "work")],
-            env=environment, capture_output=True, text=True, check=False, timeout=540,
+            env=environment, capture_output=True, text=True, check=False, timeout=1800,
         )  # fmt: skip
     assert done.returncode == 0, done.stderr[-6000:]
     found = json.loads(done.stdout.strip().splitlines()[-1])
     driver, without, own = found.pop("devices")
     assert driver[1] == without[1] == "cpu" and driver[2] != "bf16" and without[2] != "bf16"
     assert without[0] == "" and own == ["0", "cuda", "bf16"]
+    assert found.pop("shared") == 12
     assert found == {"mined": 8, "rescored": 8, "vectors": 12, "scores": 2, "served": 32}
     fetched = tmp_path / "work" / "second" / "cache" / "huggingface" / "hub"
     assert {path.name for path in fetched.iterdir()} == {"models--org--tiny", "models--org--cross"}

@@ -8,7 +8,6 @@ import numpy as np
 import psutil
 import pytest
 
-from embedloom.compute import shards
 from embedloom.config.cluster import PoolConfig
 from embedloom.core.storage import Place
 from embedloom.errors import DataError, StageError
@@ -59,8 +58,8 @@ def stored(tmp_path_factory):
     )
 
 
-def search(place, task, actors, memory_bytes=2**30, cpus=0.5):
-    pool = PoolConfig(min_actors=actors, max_actors=actors, cpus=cpus)
+def search(place, task, actors, memory_bytes=2**30, cpus=0.5, start_seconds=None):
+    pool = PoolConfig(min_actors=actors, max_actors=actors, cpus=cpus, start_seconds=start_seconds)
     catalogue = VectorCatalogue.read(place, "v")
     return list(
         search_sharded(
@@ -135,10 +134,8 @@ def test_an_actor_without_a_place_ends_the_search(ray_local, stored, tmp_path, m
     import ray
 
     place, _, queries = stored
-    for module in (shards, sharded):
-        monkeypatch.setattr(module, "PLACEMENT_SECONDS", 1)
     monkeypatch.setattr(sharded, "_LOOK_SECONDS", 0.5)
     cpus = ray.cluster_resources()["CPU"] / 2 + 0.5  # one has a place, the second has not
-    message = rf"test: only [01] of the 2 actors .* placed in 1 s; each needs {cpus:g} CPUs, 0 GPUs and 0 GiB; .*'CPU'.*free"
+    message = rf"test: only [01] of the 2 actors .* placed in 1 s \(start_seconds\); each needs {cpus:g} CPUs, 0 GPUs and 0 GiB; .*'CPU'.*free"
     with pytest.raises(StageError, match=message):
-        search(place, Task(queries, tmp_path), 2, cpus=cpus)
+        search(place, Task(queries, tmp_path), 2, cpus=cpus, start_seconds=1)

@@ -1,23 +1,70 @@
 """Weights in the object store instead of in every actor."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from embedloom.config.cluster import PoolConfig
 from embedloom.core.storage import Place
+from embedloom.encoder.backbone import DTypeName, load_backbone, placed, shared_backbone
 from embedloom.encoder.model import Encoder
 from embedloom.retrieval.embed import TextColumns, embed_corpus
-from embedloom.retrieval.embedder import EncoderSource, SharedEncoderSource, share_weights
+from embedloom.retrieval.embedder import EncoderSource, SharedEncoderSource, read_stored, share_weights
 from embedloom.retrieval.vector_files import read_vectors
 
 
-@pytest.mark.parametrize("pool", [PoolConfig(), PoolConfig(max_actors=4, gpus=1)])
-def test_single_actors_and_gpus_load_the_folder_themselves(pool: PoolConfig):
+def test_a_single_actor_loads_the_folder_itself():
     source = EncoderSource("name", Path("nowhere"))
-    assert share_weights(source, pool) is source
+    for pool in (PoolConfig(), PoolConfig(gpus=1)):
+        assert share_weights(source, pool) is source
+
+
+def stored_as(model: Path, folder: Path, dtype: torch.dtype) -> Path:
+    """The model with its weights in another type."""
+    shutil.copytree(model, folder)
+    for path in folder.glob("*.safetensors"):
+        tensors = {name: tensor.to(dtype) for name, tensor in load_file(path).items()}
+        save_file(tensors, path, {"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_reader_of_stored_weights_reads_no_file_of_them_and_gives_the_same_vectors(
+    tiny_model: Path, tmp_path: Path, stored: torch.dtype, dtype: DTypeName
+):
+    folder = stored_as(tiny_model, tmp_path / "model", stored)
+    texts = ["open a file", "größer", "a longer text about columns of a table"]
+    expected = Encoder.load(folder, dtype=dtype, device="cpu").embed(texts, "document")
+    weights = read_stored(folder, None)
+    assert weights.nbytes == pytest.approx(
+        sum(path.stat().st_size for path in folder.glob("*.safetensors")), rel=0.2
+    )
+    for array in weights.arrays.values():
+        array.flags.writeable = False  # as Ray maps them
+    for path in folder.glob("*.safetensors"):
+        path.unlink()
+    found = Encoder.load(folder, dtype=dtype, device="cpu", weights=weights).embed(texts, "document")
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_on_a_device_parameters_are_cast_and_buffers_are_not(tiny_model: Path):
+    weights = read_stored(tiny_model, None)
+    own = load_backbone(tiny_model, "bidirectional", torch.bfloat16)
+    shared = placed(
+        shared_backbone(tiny_model, "bidirectional", weights), torch.bfloat16, torch.device("cpu")
+    )
+    expected = {**dict(own.named_parameters()), **dict(own.named_buffers())}
+    found = {**dict(shared.named_parameters()), **dict(shared.named_buffers())}
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert found[name].dtype == tensor.dtype, name
+        assert torch.equal(found[name], tensor), name
 
 
 @pytest.mark.ray

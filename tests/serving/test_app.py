@@ -168,11 +168,11 @@ def test_host_that_is_not_ours_is_named():
     [
         ({"min_replicas": 0, "max_replicas": 3}, {}, True),
         ({"min_replicas": 0, "max_replicas": 1}, {}, False),  # nobody to share with
-        ({"min_replicas": 2, "max_replicas": 2, "gpus": 0.5}, {}, False),  # weights live on the device
+        ({"min_replicas": 2, "max_replicas": 2, "gpus": 0.5}, {}, True),  # one reading for both devices
         ({"min_replicas": 2, "max_replicas": 2}, {"engine": "vllm"}, False),
     ],
 )
-def test_several_replicas_on_cpu_share_their_weights(tiny_model, scaling, serving, shared):
+def test_several_replicas_share_their_weights(tiny_model, scaling, serving, shared):
     args = ApplicationArgs(
         model_folder=str(tiny_model),
         served_name="t",

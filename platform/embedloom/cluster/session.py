@@ -78,6 +78,8 @@ def required_image(cluster: ClusterConfig) -> str:
     return cluster.ray.image
 
 
+_WORKERS_START_SECONDS = 1200  # of Ray Train, where a profile's own budget is shorter
+
 # Ray's workers import embedloom from here when it is not pip-installed in their image.
 PACKAGE_ROOT = Path(__file__).resolve().parents[2]
 
@@ -94,8 +96,6 @@ def set_ray_environment(auth: AuthConfig) -> None:
     os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
     for name, value in PROCESS_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    # A worker process needs a minute to import torch on a busy node, and longer where nodes scale from zero.
-    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "1200")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # One progress line a stage is enough; the libraries' bars and reports drown it in every actor's log.
@@ -110,6 +110,9 @@ def ray_session(profile: Profile, auth: AuthConfig) -> Iterator[bool]:
     A job started by ``ray job submit`` finds ``RAY_ADDRESS`` set and joins that cluster; otherwise the local
     profile starts a private one ("local", so it never joins somebody else's cluster on this machine).
     """
+    # A worker process needs a minute to import torch on a busy node, and longer where nodes scale from zero.
+    patience = max(_WORKERS_START_SECONDS, profile.start_budget)
+    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(patience))
     set_ray_environment(auth)
     os.environ.update(serve_environment(profile))
     try:

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from threading import Thread
 from typing import Any, NoReturn, Protocol, TypeVar
 
@@ -147,11 +148,13 @@ class Link:
     Attributes:
         worker: class of its actors; called with ``arguments``.
         pool: actors and what each reserves.
+        weights: of the models that they load; see ``Handling``.
     """
 
     worker: Callable[..., PartWorker]
     arguments: dict[str, Any]
     pool: PoolConfig
+    weights: "Weights" = ()
 
 
 class LinkActor:
@@ -225,8 +228,9 @@ def from_ipc(content: bytes) -> pa.Table:
 # Functions over many items in Ray tasks: a bounded number at a time, our errors whole.
 
 
-# What cannot be placed must say so, not wait for the half hour that is Ray's default.
-PLACEMENT_SECONDS = 600
+PLACEMENT_SECONDS = (
+    600  # between two looks at whether a task has a place, where no pool says how long it may take
+)
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -334,7 +338,7 @@ def in_flight(
     import ray
 
     waiting: list[Any] = []
-    look, seconds = watch or (None, PLACEMENT_SECONDS)
+    look, seconds = watch or (None, PLACEMENT_SECONDS if pool is None else pool.start_budget)
 
     def result() -> Any:
         while True:
@@ -380,9 +384,71 @@ def no_place(
     """
     unused = "" if free is None else f", of which are free {free}"
     return StageError(
-        f"{stage}: {what} could be placed in {PLACEMENT_SECONDS:g} s; each needs {pool.cpus:g} CPUs, "
+        f"{stage}: {what} could be placed in {pool.start_budget} s (start_seconds); each needs {pool.cpus:g} CPUs, "
         f"{pool.gpus:g} GPUs and {pool.memory_gib:g} GiB; the cluster has {total}{unused}"
     )
+
+
+# Weights on the nodes before a pool starts: what an actor's constructor takes is then loading alone.
+
+
+LOAD_BYTES_A_SECOND = (
+    100e6  # the slowest that weights are read at, from a node's disk or a shared file system
+)
+Weights = tuple[Callable[[], Path], ...]  # each gives a model's local folder where it is called
+
+
+def fetch_weights(stage: str, weights: Weights, pool: PoolConfig) -> int:
+    """Have every node that may hold an actor of the pool fetch what the actors load; returns the bytes of all.
+
+    The first task reserves what an actor does, so that a node is bought where none is up; the others run on the nodes that are up
+    then. One that joins later fetches when its first actor opens the model.
+
+    Raises:
+        UserError: a model that cannot be had there.
+        StageError: the first task found no place in the pool's ``start_budget``.
+    """
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    if not weights:
+        return 0
+    one = pool.model_copy(update={"min_actors": 1, "max_actors": 1})
+    ((first, size),) = run_tasks(stage, _fetched, [weights], pool=one)
+    others = [
+        node["NodeID"]
+        for node in ray.nodes()
+        if node["Alive"]
+        and node["NodeID"] != first
+        and node["Resources"].get("CPU", 0) >= pool.cpus
+        and node["Resources"].get("GPU", 0) >= pool.gpus
+    ]
+    task = ray.remote(num_cpus=0, max_retries=_RETRIES)(_fetched)
+    references = [
+        task.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=True)).remote(weights)
+        for node in others
+    ]
+    with stage_errors(stage):
+        for _ in in_flight(iter(references), max(1, len(references)), stage):
+            pass
+    return int(size)
+
+
+def elsewhere(weights: Weights) -> Weights:
+    """Weights that this machine has already: nothing where it is all of the cluster."""
+    import ray
+
+    if not weights or not ray.is_initialized():
+        return ()
+    return weights if sum(node["Alive"] for node in ray.nodes()) > 1 else ()
+
+
+def _fetched(weights: Weights) -> tuple[str, int]:
+    """This node, and the bytes of the models' files."""
+    import ray
+
+    files = [path for folder in weights for path in folder().rglob("*") if path.is_file()]
+    return ray.get_runtime_context().get_node_id(), sum(path.stat().st_size for path in files)
 
 
 # Streaming tables through a pool of Ray actors: read in tasks, compute in actors, write in tasks.
@@ -410,6 +476,7 @@ class Handling:
         in_flight: items an actor works on at once; above 1 its worker is called by several threads.
         starts: counts how often each item was begun, and stops one that keeps killing actors.
         watch: called after every item; what it raises ends the run.
+        weights: of the models that actors load; fetched on each node before the pool starts.
         links: further pools of the same pipeline, in order; each is given an item once its tables are written.
     """
 
@@ -419,6 +486,7 @@ class Handling:
     in_flight: int = 1
     starts: Starts | None = None
     watch: Callable[[], None] | None = None
+    weights: Weights = ()
     links: tuple[Link, ...] = ()
 
 
@@ -463,7 +531,7 @@ def stream(
 
     context = DataContext.get_current()
     context.enable_progress_bars = False
-    context.wait_for_min_actors_s = PLACEMENT_SECONDS
+    context.wait_for_min_actors_s = _prepared(stage, None if worker is None else pool, handling)
     finish = handling.finish
     dataset = ray.data.from_items(list(range(items)), override_num_blocks=items)
     dataset = dataset.map(_reading(read, handling.prepare, written), num_cpus=_reading_cpus(handling, pool))
@@ -476,7 +544,7 @@ def stream(
     task_cpus = _TASK_CPUS if finish is None else _FINISH_CPUS
     dataset = dataset.map(_writing(write, finish, done_folder, written), num_cpus=task_cpus)
     dataset = _linked(dataset, handling.links, items, name)
-    with _told_by(stage), closing(iter(dataset.iter_rows())) as rows:
+    with _told_by(stage, context.wait_for_min_actors_s), closing(iter(dataset.iter_rows())) as rows:
         for row in rows:
             if row["failure"]:
                 raise pickle.loads(row["failure"])
@@ -491,8 +559,18 @@ def _reading_cpus(handling: Handling, pool: PoolConfig) -> float:
     return cpus - 0.001 if cpus == pool.cpus else cpus
 
 
+def _prepared(stage: str, pool: PoolConfig | None, handling: Handling) -> int:
+    """Have the weights of all pools on their nodes; returns the seconds that actors may then take to start."""
+    pools = [] if pool is None else [(handling.weights, pool)]
+    pools += [(link.weights, link.pool) for link in handling.links]
+    budgets = [
+        one.start_budget + fetch_weights(stage, weights, one) / LOAD_BYTES_A_SECOND for weights, one in pools
+    ]
+    return round(max(budgets, default=PLACEMENT_SECONDS))
+
+
 @contextmanager
-def _told_by(stage: str) -> Iterator[None]:
+def _told_by(stage: str, start_seconds: int) -> Iterator[None]:
     """Errors that name the stage; a user's own pass as they are."""
     try:
         yield
@@ -501,6 +579,11 @@ def _told_by(stage: str) -> Iterator[None]:
     except EmbedloomError:
         raise
     except Exception as error:
+        if "Timed out while starting actors" in str(error):  # Ray's words
+            raise StageError(
+                f"{stage}: its actors were not placed and loaded within {start_seconds} s; allowed: a larger start_seconds of "
+                "the stage's pool or of the profile, or a pool that the cluster has room for"
+            ) from error
         raise StageError(f"{stage}: a worker failed: {_cause(error)}") from error
 
 

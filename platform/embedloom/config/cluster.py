@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 from pydantic import Field, field_validator, model_validator
 
@@ -15,6 +15,22 @@ from embedloom.config.base import FrozenConfig, read_yaml, validate
 from embedloom.errors import ConfigError
 
 # What one stage may take of the machines; ``cluster/cluster.yaml`` holds one set per profile.
+
+
+# A p4de node takes some 10 minutes to be bought and to pull an image of 20 GB, and reads weights of 280 GB in as many again;
+# where nodes are up, importing torch on a busy one takes a minute.
+COLD_START_SECONDS = 3600
+WARM_START_SECONDS = 600
+_START_SECONDS = Field(
+    default=None,
+    ge=1,
+    exclude_if=lambda value: value is None,
+    description=(
+        "Seconds that the first actors or replicas may take from being asked for until they are loaded: buying nodes, pulling "
+        "the image, loading weights, to which 1 s is added per 100 MB of a generator's. Null: the profile's start_seconds; "
+        "without one 3600 where the profile has nodes with min_nodes 0, else 600."
+    ),
+)
 
 
 class PoolConfig(FrozenConfig):
@@ -39,6 +55,7 @@ class PoolConfig(FrozenConfig):
     tensor_parallel: int = Field(
         default=1, ge=1, description="GPUs that one LLM engine spans; gpus must be the same number."
     )
+    start_seconds: int | None = _START_SECONDS
 
     @model_validator(mode="after")
     def _bounds_are_ordered(self) -> "PoolConfig":
@@ -49,6 +66,11 @@ class PoolConfig(FrozenConfig):
                 f"tensor_parallel {self.tensor_parallel} needs gpus: {self.tensor_parallel}, found {self.gpus:g}"
             )
         return self
+
+    @property
+    def start_budget(self) -> int:
+        """Seconds until the first actors must be there."""
+        return self.start_seconds or WARM_START_SECONDS
 
     @property
     def compute_threads(self) -> int:
@@ -232,6 +254,7 @@ class ServeScaling(FrozenConfig):
             "scaling down."
         ),
     )
+    start_seconds: int | None = _START_SECONDS
     haproxy: bool = Field(
         default=False, description="HAProxy in place of Serve's Python proxy, on every node."
     )
@@ -278,6 +301,11 @@ class ServeScaling(FrozenConfig):
                 "so it would never scale up"
             )
         return self
+
+    @property
+    def start_budget(self) -> int:
+        """Seconds until the first replicas must answer."""
+        return self.start_seconds or WARM_START_SECONDS
 
     @property
     def drain_seconds(self) -> float:
@@ -1046,6 +1074,15 @@ class LauncherConfig(FrozenConfig):
     )
 
 
+_Budgeted = TypeVar("_Budgeted", PoolConfig, ServeScaling)
+
+
+def _with_budget(section: _Budgeted, seconds: int) -> _Budgeted:
+    if section.start_seconds is not None:
+        return section
+    return section.model_copy(update={"start_seconds": seconds})
+
+
 class Profile(FrozenConfig):
     """One place to run: this machine, or a cluster."""
 
@@ -1091,6 +1128,15 @@ class Profile(FrozenConfig):
         description=(
             "Folder on a fast local disk of every node, to which the object store spills. Null: Ray's "
             "session folder."
+        ),
+    )
+    start_seconds: int | None = Field(
+        default=None,
+        ge=1,
+        exclude_if=lambda value: value is None,
+        description=(
+            "start_seconds of every stage and of serve that states none of its own. Null: 3600 with pools of min_nodes 0, whose "
+            "nodes must first be bought, else 600."
         ),
     )
     block_mib: float = Field(default=32.0, gt=0, description="Target size of Ray Data's blocks, in MiB.")
@@ -1145,6 +1191,12 @@ class Profile(FrozenConfig):
             if getattr(self, key) is not None and not self.pools:
                 raise ValueError(f"{key} is for pools, and this profile has none")
         check_profile(self)
+        # Here, and not where it is asked for: a stage is handed its pool and never sees the profile.
+        budget = self.start_seconds or (COLD_START_SECONDS if self.buys_nodes else None)
+        if budget is not None:
+            self.__dict__["serve"] = _with_budget(self.serve, budget)
+            pools = {stage: _with_budget(getattr(self.stages, stage), budget) for stage in POOL_STAGES}
+            self.__dict__["stages"] = self.stages.model_copy(update=pools)
         return self
 
     def store_bytes(self, pool: str) -> int:
@@ -1171,6 +1223,16 @@ class Profile(FrozenConfig):
         """Whether a folder lies below a storage root that is a folder too."""
         root = self.storage.root
         return root is not None and Path(folder).is_relative_to(root)
+
+    @property
+    def buys_nodes(self) -> bool:
+        """Whether some nodes are bought when they are asked for."""
+        return any(pool.min_nodes == 0 for pool in self.pools.values())
+
+    @property
+    def start_budget(self) -> int:
+        """Seconds until what is asked for must be there, where a stage says nothing else."""
+        return self.start_seconds or (COLD_START_SECONDS if self.buys_nodes else WARM_START_SECONDS)
 
     @property
     def total_gpus(self) -> int:

@@ -15,6 +15,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import transformers
+from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import (
     CONFIG_MAPPING,
@@ -625,7 +626,9 @@ class SharedWeights:
 
     arrays: dict[str, np.ndarray[Any, Any]]
     bfloat16: frozenset[str]  # names whose arrays are the bits of bfloat16 in uint16, which numpy lacks
-    dtype: torch.dtype  # what the linear layers compute in
+    dtype: (
+        torch.dtype | None
+    )  # what the linear layers compute in; None: as the files hold them, each reader decides
     inference_linear: bool
 
     @property
@@ -634,12 +637,48 @@ class SharedWeights:
         return sum({id(array): array.nbytes for array in self.arrays.values()}.values())
 
 
-def export_weights(backbone: nn.Module, dtype: torch.dtype) -> SharedWeights:
+def stored_weights(folder: Path, attention: str) -> SharedWeights:
+    """The weights of a folder in the type that its files hold them in, for readers that put them onto devices of their own.
+
+    Raises:
+        DataError: see ``load_backbone``.
+    """
+    return export_weights(load_backbone(folder, attention, file_dtype(folder)).eval(), None)
+
+
+def file_dtype(folder: Path) -> torch.dtype:
+    """The type of a folder's weights, so that nothing is rounded; float32 where files differ or are no safetensors."""
+    found: set[str] = set()
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            found |= {file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118 - no mapping
+    return {"BF16": torch.bfloat16, "F16": torch.float16}.get(
+        found.pop() if len(found) == 1 else "", torch.float32
+    )
+
+
+def placed(backbone: PreTrainedModel, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    """Parameters in ``dtype`` on ``device``, buffers (rotary frequencies) in their own type, as loading a folder gives them.
+
+    Layer by layer, so that a host copy that is mapped is never doubled.
+    """
+    made: dict[int, Tensor] = {}  # by the address of the host copy: tied ones stay one
+    for module in backbone.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None and parameter.is_floating_point():
+                key = parameter.data_ptr()
+                if key not in made:
+                    made[key] = parameter.data.to(device=device, dtype=dtype)
+                module._parameters[name] = nn.Parameter(made[key], requires_grad=False)
+    return backbone.to(device)
+
+
+def export_weights(backbone: nn.Module, dtype: torch.dtype | None) -> SharedWeights:
     """Views of a CPU model's weights; nothing is copied, strides are kept.
 
     Args:
         backbone: the model, laid out as the readers shall compute with it.
-        dtype: what its linear layers compute in.
+        dtype: what its linear layers compute in; None: each reader decides.
     """
     arrays: dict[str, np.ndarray[Any, Any]] = {}
     bfloat16 = set()
@@ -687,6 +726,13 @@ def shared_backbone(folder: Path, attention: str, weights: SharedWeights) -> Pre
     if not own:
         check_attention(model, attention)
     return model
+
+
+def check_kernels(weights: SharedWeights) -> None:
+    """Raise DataError where this CPU cannot compute with weights that were laid out on another machine, perhaps: the kernel
+    itself would fail with less to say."""
+    if weights.inference_linear and weights.dtype is not None and not has_fast_linear(weights.dtype):
+        raise DataError(f"shared {weights.dtype} weights: this CPU has no kernels for them; set dtype")
 
 
 def _named_tensors(model: nn.Module) -> list[tuple[str, Tensor]]:

@@ -18,12 +18,14 @@ from embedloom.encoder.backbone import (
     DTypeName,
     SharedWeights,
     cast_for_inference,
+    check_kernels,
     export_weights,
     has_fast_linear,
     is_decoder,
     load_backbone,
     pick_device,
     pick_dtype,
+    placed,
     shared_backbone,
 )
 from embedloom.encoder.cpu_layers import fuse, quantize_linears
@@ -293,7 +295,8 @@ class Encoder:
             contract: replaces the folder's own.
             trainable: whether gradients will be asked for. On CPU, only then do weights stay plain float32
                 parameters, cast by autocast per product; else they are laid out for speed and stored in ``dtype``.
-            weights: those of ``share_weights`` in another process, used in place; decides dtype and device.
+            weights: those of ``share_weights`` in another process, used in place, which decide dtype and device; or of
+                ``stored_weights``, copied to the device.
 
         Raises:
             DataError: no model, no weights, a broken contract, attention that is not what the contract says, or a
@@ -309,18 +312,17 @@ class Encoder:
         root, head = model.transformer, model.head
         if contract is None:
             contract = model.contract
-        if weights is not None:
-            # Made on another machine, perhaps; there the kernel itself would fail with less to say.
-            if weights.inference_linear and not has_fast_linear(weights.dtype):
-                raise DataError(
-                    f"shared {weights.dtype} weights: this CPU has no kernels for them; set dtype"
-                )
+        if weights is not None and weights.dtype is not None:
+            check_kernels(weights)
             backbone = shared_backbone(root, contract.attention, weights)
             return cls(backbone, load_tokenizer(root), contract, weights.dtype, head)
         target = pick_device(device)
         compute = pick_dtype(dtype, target)
         stored = compute if target.type == "cuda" else torch.float32
-        backbone = load_backbone(root, contract.attention, stored).to(target).eval()
+        if weights is None:
+            backbone = load_backbone(root, contract.attention, stored).to(target).eval()
+        else:
+            backbone = placed(shared_backbone(root, contract.attention, weights), stored, target)
         if target.type == "cpu" and not trainable and has_fast_linear(compute):
             cast_for_inference(backbone, compute)
         encoder = cls(backbone, load_tokenizer(root), contract, compute, head)

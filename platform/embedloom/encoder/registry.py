@@ -7,7 +7,7 @@ import hashlib
 import importlib.util
 import json
 import os
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from difflib import get_close_matches
 from importlib import metadata
@@ -260,6 +260,11 @@ class NodeModel:
                 f"model {self.name!r}: {distribution} is {here} on this node and {self.release} where the command was "
                 "started; allowed: the same version on every node"
             )
+
+
+def fetched_by_name(model: "Path | NodeModel") -> tuple[Callable[[], Path], ...]:
+    """What fetches a model where it is called; nothing for a folder, which every node sees already."""
+    return (model.folder,) if isinstance(model, NodeModel) and not Path(model.name).is_dir() else ()
 
 
 def local_folder(model: "str | Path | NodeModel") -> Path:

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import ray
 from ray.exceptions import RayActorError
 
-from embedloom.compute.shards import PLACEMENT_SECONDS, no_place, reserved
+from embedloom.compute.shards import elsewhere, fetch_weights, no_place, reserved
 from embedloom.config.cluster import PoolConfig
 from embedloom.config.embedding import computed_dtype
 from embedloom.core.artefacts import Artefact
@@ -15,6 +15,7 @@ from embedloom.core.progress import Progress, note
 from embedloom.core.prompting import PromptContract
 from embedloom.core.storage import Place
 from embedloom.encoder.backbone import DTypeName
+from embedloom.encoder.registry import fetched_by_name
 from embedloom.encoder.tokenizer import CutTexts
 from embedloom.errors import StageError, last_line
 from embedloom.evaluation.jobs import (
@@ -165,7 +166,7 @@ class ScoringPool:
     def _wait(self) -> tuple[int, Job | None, Outcome | None, BaseException | None]:
         """What finishes next: the actor's number, the job (None: it only started), result or error."""
         while True:
-            done, _ = ray.wait(list(self._running), num_returns=1, timeout=PLACEMENT_SECONDS)
+            done, _ = ray.wait(list(self._running), num_returns=1, timeout=self._pool.start_budget)
             if done:
                 break
             if all(job is None for _, job in self._running.values()):
@@ -254,6 +255,10 @@ class Evaluator:
         if not todo:
             return {}
         check_rooms(todo, contracts)
+        if self._pool is None:  # its actors hold what the fetching tasks reserve
+            folders = {unit.scorer.folder for unit in todo if unit.scorer.folder is not None}
+            named = tuple(fetch for folder in folders for fetch in fetched_by_name(folder))
+            fetch_weights("evaluate", elsewhere(named), self._pool_config)
         failures = self._survey(
             [contracts[key] for key in sorted({u.scorer.contract_hash for u in todo} - {""})]
         )

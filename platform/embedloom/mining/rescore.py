@@ -7,7 +7,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from embedloom.compute.shards import run_sharded
+from embedloom.compute.shards import Handling, run_sharded
 from embedloom.config.cluster import PoolConfig
 from embedloom.config.mining import MiningConfig
 from embedloom.core.artefacts import Artefact, ArtefactWriter
@@ -23,6 +23,7 @@ from embedloom.mining.candidates import (
 )
 from embedloom.mining.queries import QUERIES_FOLDER
 from embedloom.retrieval.cross_encoder import PairScorerSource
+from embedloom.retrieval.embedder import weights_of
 
 
 def rescore(
@@ -65,6 +66,7 @@ def rescore(
         worker_arguments={"scorer": scorer, "mined": Mined.of(mined, corpus), "top": config.rescoring.top},
         pool=pool,
         unit="queries",
+        handling=Handling(weights=weights_of(scorer)),
         by_file=True,
     )
     kept = [out.place.read_table(part, ["document_ids"]).column("document_ids") for part in parts]

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from embedloom.compute.shards import parquet_rows, run_tasks, stream
+from embedloom.compute.shards import Handling, parquet_rows, run_tasks, stream
 from embedloom.config.cluster import PoolConfig
 from embedloom.config.embedding import EmbeddingConfig, IndexConfig
 from embedloom.core.artefacts import MANIFEST_FILE, Artefact, ArtefactWriter
@@ -18,7 +18,7 @@ from embedloom.core.prompting import PromptContract
 from embedloom.core.storage import Place, absolute
 from embedloom.encoder.tokenizer import InstructionTooLong, check_room, load_tokenizer
 from embedloom.errors import ConfigError, DataError
-from embedloom.retrieval.embedder import EmbedderSource, EncoderSource, taken_cuts
+from embedloom.retrieval.embedder import EmbedderSource, EncoderSource, share_weights, taken_cuts, weights_of
 from embedloom.retrieval.identity import aside_of
 from embedloom.retrieval.index import build_index, require_faiss
 from embedloom.retrieval.inputs import TextSource, check_instruction, open_input
@@ -269,9 +269,10 @@ def embed_rows(
             write=_writer(out, ledger, missing),
             written=_written(out, ledger, missing),
             worker=RowsWorker,
-            worker_arguments=dict(source=model, config=config, normalize=normalize),
+            worker_arguments=dict(source=share_weights(model, pool), config=config, normalize=normalize),
             done_folder=OWN_FOLDER,
             pool=pool,
+            handling=Handling(weights=weights_of(model)),
         )
         for item in items:
             progress.advance(ledger.own[missing[item]])

@@ -4,7 +4,7 @@ import hashlib
 import json
 import pickle
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, cast
 
 import numpy as np
@@ -23,6 +23,7 @@ from embedloom.retrieval.embedder import (
     count_prefetched,
     share_weights,
     taken_cuts,
+    weights_of,
 )
 from embedloom.retrieval.search import Matrix
 from embedloom.retrieval.stored import StoredType, final_table, stored_vectors, vector_columns
@@ -69,6 +70,7 @@ class Ahead:
                     "out": self.place.child(f"{number}/{key}"),
                 },
                 self.pool,
+                weights_of(teacher),
             )
             for number, teacher in enumerate(self.teachers)
         )
@@ -438,7 +440,7 @@ def embed_corpus(
         pool=pool,
         unit="texts",
         by_file=by_file,
-        handling=_tokenizing(model, side, columns) if apart else PLAIN,
+        handling=replace(_tokenizing(model, side, columns) if apart else PLAIN, weights=weights_of(model)),
     )
     return vector_counts(output, parts)
 

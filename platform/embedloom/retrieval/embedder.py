@@ -7,12 +7,12 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
+from embedloom.compute.shards import Weights, elsewhere, reserved
 from embedloom.config.cluster import PoolConfig
 from embedloom.core.prompting import PromptContract, Side
-from embedloom.encoder import registry
-from embedloom.encoder.backbone import DTypeName
+from embedloom.encoder.backbone import DTypeName, SharedWeights, stored_weights
 from embedloom.encoder.model import Encoder, Vectors
-from embedloom.encoder.registry import NodeModel
+from embedloom.encoder.registry import NodeModel, fetched_by_name, open_model
 from embedloom.encoder.tokenizer import CutTexts, InstructionTooLong
 from embedloom.retrieval.search import check_vectors
 from embedloom.retrieval.tokenizing import EncoderTokenizer, Tokenizer
@@ -117,7 +117,7 @@ class EncoderSource:
 
     def open_tokenizer(self) -> EncoderTokenizer:
         """Load tokenizer and contract."""
-        return EncoderTokenizer(registry.open_model(self.folder), self.contract, self.name)
+        return EncoderTokenizer(open_model(self.folder), self.contract, self.name)
 
 
 class EncoderEmbedder:
@@ -175,6 +175,12 @@ def count_prefetched(embedder: Embedder, asked: Sequence[tuple[str, str, str | N
         embedder.encoder.tokenize(texts, side, task_types, instructions)
 
 
+def weights_of(source: object) -> Weights:
+    """What fetches the model of a source, or of a pair scorer's, where it is called; nothing of an endpoint or a plain folder."""
+    folder = getattr(source, "folder", None)
+    return () if folder is None else elsewhere(fetched_by_name(folder))
+
+
 # One copy of an encoder's weights per node: they lie in Ray's object store, and every actor maps them.
 
 
@@ -186,30 +192,57 @@ class SharedEncoderSource:
     folder: Path | NodeModel
     contract: PromptContract | None
     weights: Any  # ray.ObjectRef of SharedWeights; ray ships no types
+    dtype: DTypeName = "auto"  # where the weights leave it open
 
     def open(self) -> EncoderEmbedder:
-        """Build the encoder over the mapped arrays."""
+        """Build the encoder over the mapped arrays; on a GPU, which has a copy of its own, they are let go again.
+
+        Raises:
+            DataError: the task that read the weights could not.
+        """
         import ray
 
-        weights = ray.get(self.weights)
-        return EncoderEmbedder(Encoder.load(self.folder, contract=self.contract, weights=weights), self.name)
+        try:
+            weights = ray.get(self.weights)
+        except ray.exceptions.RayTaskError as error:
+            raise error.cause from error
+        encoder = Encoder.load(self.folder, dtype=self.dtype, contract=self.contract, weights=weights)
+        return EncoderEmbedder(encoder, self.name)
+
+
+_READER_RETRIES = 3  # of nodes that are lost; with them goes the copy, and Ray reads again
+
+
+def read_stored(folder: Path | NodeModel, contract: PromptContract | None) -> SharedWeights:
+    """The weights of an encoder as its files hold them; in a task, whose process takes the loader's memory with it.
+
+    Raises:
+        DataError: a model that cannot be loaded.
+    """
+    model = open_model(folder)
+    return stored_weights(model.transformer, (contract or model.contract).attention)
 
 
 def share_weights(source: EmbedderSource, pool: PoolConfig) -> EmbedderSource:
-    """Put an encoder's weights into the object store, if several actors compute with them on CPU.
+    """Put an encoder's weights into the object store, if several actors are to have them: files are read once.
 
-    The driver loads the model once for it. ``dtype: auto`` is decided by the driver's CPU for all actors.
+    For actors on CPU the driver loads the model, and ``dtype: auto`` is decided by its CPU for all. For actors with GPUs a task
+    does, where an actor would run and before there is one; nodes get their host copy from it, not from the storage.
 
     Args:
         source: what the pool's actors would open.
-        pool: one with GPUs keeps its source, as weights then live on the device, and so does a single actor.
+        pool: a single actor keeps its source.
 
     Returns:
         What the actors open instead.
     """
-    if not isinstance(source, EncoderSource) or pool.gpus or pool.max_actors == 1:
+    if not isinstance(source, EncoderSource) or pool.max_actors == 1:
         return source
     import ray
 
+    if pool.gpus:
+        reader = ray.remote(max_calls=1, max_retries=_READER_RETRIES)(read_stored).options(**reserved(pool))
+        weights = reader.remote(source.folder, source.contract)
+        return SharedEncoderSource(source.name, source.folder, source.contract, weights, source.dtype)
     encoder = Encoder.load(source.folder, dtype=source.dtype, device="cpu", contract=source.contract)
     return SharedEncoderSource(source.name, source.folder, source.contract, ray.put(encoder.share_weights()))

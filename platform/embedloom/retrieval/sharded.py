@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from embedloom.compute.shards import PLACEMENT_SECONDS, in_flight, no_place, reserved, stage_errors
+from embedloom.compute.shards import in_flight, no_place, reserved, stage_errors
 from embedloom.config.cluster import PoolConfig
 from embedloom.core.storage import Place
 from embedloom.errors import DataError, StageError
@@ -326,7 +326,7 @@ class _Placement:
         """Look where they are, the lost ones that are to be started again too.
 
         Raises:
-            StageError: some had no place for ``PLACEMENT_SECONDS``.
+            StageError: some had no place for the pool's ``start_budget``.
         """
         import ray
         from ray.core.generated.gcs_pb2 import ActorTableData
@@ -335,7 +335,7 @@ class _Placement:
         homeless = {n for n, one in enumerate(self._actors) if one._get_local_state() not in placed}
         now = time.monotonic()
         self._since = {n: self._since.get(n, now) for n in homeless}
-        if any(now - since >= PLACEMENT_SECONDS for since in self._since.values()):
+        if any(now - since >= self._pool.start_budget for since in self._since.values()):
             what = f"only {len(self._actors) - len(homeless)} of the {len(self._actors)} actors that share the search"
             raise no_place(self._stage, what, self._pool, ray.cluster_resources(), ray.available_resources())
 

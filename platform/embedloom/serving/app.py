@@ -144,7 +144,7 @@ def _bound_encoders(args: ApplicationArgs, model: ModelFolder) -> Application:
     shared = shares_weights(args.scaling) and plain
     options = _patience(args.serving) | _computing(args) | _replicas(args.scaling)
     if shared:
-        options["deployment_actors"] = [weights_actor(model.travels, args.compute_dtype)]
+        options["deployment_actors"] = [weights_actor(model.travels, args.compute_dtype, args.scaling.gpus)]
     encoders = serve.deployment(EncoderReplica, name=ENCODERS)
     return encoders.options(**options, max_ongoing_requests=args.serving.max_ongoing_requests).bind(
         _model(args, model, shared)

@@ -14,7 +14,6 @@ from embedloom.errors import ServeError, last_line
 
 APPLICATION = "embedloom"  # the one that answers HTTP
 SINGLE, GATEWAY = "endpoint", "gateway"  # its deployments that do
-START_SECONDS = 300.0  # a replica imports torch first, which takes a minute on a busy node
 QUIET = {"log_level": "WARNING", "enable_access_log": False}
 _POLL_SECONDS = 0.2
 
@@ -30,15 +29,21 @@ def version_names() -> list[str]:
     return [name for name in serve.status().applications if name.startswith(f"{APPLICATION}-")]
 
 
-def run(application: Application, name: str, route_prefix: str | None) -> None:
+def run(application: Application, name: str, route_prefix: str | None, seconds: float) -> None:
     """Start an application, or replace a running one replica by replica, and wait until all of it is in place.
+
+    Args:
+        application: what to start.
+        name: its name.
+        route_prefix: where it answers HTTP; None: nowhere.
+        seconds: it may take: nodes that are bought, weights that are loaded, see ``ServeScaling.start_budget``.
 
     Raises:
         ServeError: it did not start, or not in time; a replaced one goes on with its old replicas.
     """
     target = RunTarget(application, name=name, route_prefix=route_prefix, logging_config=QUIET)
     serve.run_many([target], wait_for_applications_running=False)
-    deadline = time.monotonic() + START_SECONDS
+    deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         found = serve.status().applications.get(name)
         if found is not None and found.status == "RUNNING" and all(map(_settled, found.deployments.values())):
@@ -48,7 +53,9 @@ def run(application: Application, name: str, route_prefix: str | None) -> None:
             # Serve wraps a replica's whole traceback into its message.
             raise ServeError(f"{name} did not start: {last_line(reasons[0] if reasons else found.message)}")
         time.sleep(_POLL_SECONDS)
-    raise ServeError(f"{name} did not start within {START_SECONDS:g} s; is there room for another replica?")
+    raise ServeError(
+        f"{name} did not start within {seconds:g} s (serve.start_seconds); is there room for another replica?"
+    )
 
 
 def remove(name: str) -> None:

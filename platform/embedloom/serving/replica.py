@@ -16,6 +16,7 @@ from embedloom.config.serving import ServingEngine
 from embedloom.encoder.backbone import DTypeName, SharedWeights
 from embedloom.encoder.model import Encoder
 from embedloom.encoder.registry import NodeModel, local_folder
+from embedloom.retrieval.embedder import read_stored
 from embedloom.serving.api import create_api
 from embedloom.serving.calls import EndpointSettings
 from embedloom.serving.front import log_to_stderr
@@ -37,39 +38,39 @@ _BOOKKEEPING_CPUS = 0.1
 
 
 def shares_weights(scaling: ServeScaling) -> bool:
-    """Whether replicas share weights: there may be several, and they compute on CPU.
-
-    A GPU has weights of its own in any case, and a single replica shares with nobody.
-    """
-    return scaling.max_replicas > 1 and scaling.gpus == 0
+    """Whether replicas share weights: a single one shares with nobody. On GPUs, which have copies of their own, it is the
+    reading that they share."""
+    return scaling.max_replicas > 1
 
 
-def weights_actor(model: Path | NodeModel, dtype: DTypeName) -> DeploymentActorConfig:
+def weights_actor(model: Path | NodeModel, dtype: DTypeName, gpus: float = 0.0) -> DeploymentActorConfig:
     """What a deployment states so that its replicas can call ``mapped_weights``."""
     import ray
 
     return DeploymentActorConfig(
         name=WEIGHTS_ACTOR,
         actor_class=ray.remote(WeightsHolder),
-        init_kwargs={"model": model, "dtype": dtype},
+        init_kwargs={"model": model, "dtype": None if gpus else dtype},
         actor_options={"num_cpus": _BOOKKEEPING_CPUS},
     )
 
 
-def read_weights(model: Path | NodeModel, dtype: DTypeName) -> Any:
-    """The weights of a model as arrays, laid out for inference in ``dtype``: ``encoder.shared.SharedWeights``.
+def read_weights(model: Path | NodeModel, dtype: DTypeName | None) -> Any:
+    """The weights of a model as arrays, laid out for inference in ``dtype``: ``SharedWeights``; dtype None: as
+    the files hold them, for GPUs.
 
     Raises:
         DataError: not a model folder, or a broken one.
     """
-
+    if dtype is None:
+        return read_stored(model, None)
     return Encoder.load(local_folder(model), dtype=dtype, device="cpu").share_weights()
 
 
 class WeightsHolder:
     """Owns the weights; light, as it never looks at them."""
 
-    def __init__(self, model: Path | NodeModel, dtype: DTypeName) -> None:
+    def __init__(self, model: Path | NodeModel, dtype: DTypeName | None) -> None:
         import ray
 
         # max_calls: the process that read the model, three times its size at the worst, ends with the task.

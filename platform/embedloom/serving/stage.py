@@ -18,15 +18,16 @@ from ray import serve
 from ray.serve import Application
 from ray.serve.exceptions import RayServeException
 
+from embedloom.compute.shards import elsewhere, fetch_weights
 from embedloom.config.base import validate
-from embedloom.config.cluster import ServeScaling
+from embedloom.config.cluster import PoolConfig, ServeScaling
 from embedloom.config.serving import ApplicationArgs, ServingConfig
 from embedloom.core.artefacts import Artefact
 from embedloom.core.command_output import WORKERS_LOG, current_logs
 from embedloom.core.progress import begun, ended, note
 from embedloom.core.schemas import check_table
 from embedloom.encoder.backbone import DTypeName
-from embedloom.encoder.registry import NodeModel
+from embedloom.encoder.registry import NodeModel, fetched_by_name
 from embedloom.errors import ServeError, last_line
 from embedloom.retrieval.inputs import DOCUMENTS_FOLDER, SPLITS
 from embedloom.retrieval.ledger import VECTORS_FOLDER
@@ -38,7 +39,6 @@ from embedloom.serving.applications import (
     GATEWAY,
     QUIET,
     SINGLE,
-    START_SECONDS,
     ingress_handle,
     remove,
     run,
@@ -226,6 +226,7 @@ def start_endpoint(
     arguments = validate(ApplicationArgs, {**content, "serving": config, "scaling": scaling}, "serving")
     encoders = None if arguments.single else version_name(arguments.fingerprint)
     build_application(arguments, encoders)  # checked before anything is opened
+    _fetch(model, scaling)
     owns_serve = not _serve_is_running()
     listener = _opened(config, scaling, own_ray) if owns_serve else None
     if listener is not None:
@@ -246,6 +247,12 @@ def start_endpoint(
         endpoint.stop()
         raise
     return endpoint
+
+
+def _fetch(model: Path | NodeModel, scaling: ServeScaling) -> None:
+    """Have the model on the nodes that replicas may run on."""
+    pool = PoolConfig(cpus=scaling.cpus, gpus=scaling.gpus, start_seconds=scaling.start_seconds)
+    fetch_weights("serve", elsewhere(fetched_by_name(model)), pool)
 
 
 def _opened(config: ServingConfig, scaling: ServeScaling, own_ray: bool) -> ListenerOwner | None:
@@ -277,9 +284,9 @@ def _start(
         logging_config=QUIET,
     )
     if encoders is not None:
-        run(build_encoders(arguments), encoders, None)
-    run(application, APPLICATION, serving.route_prefix)
-    _wait_until_ready(endpoint, START_SECONDS)
+        run(build_encoders(arguments), encoders, None, arguments.scaling.start_budget)
+    run(application, APPLICATION, serving.route_prefix, arguments.scaling.start_budget)
+    _wait_until_ready(endpoint, arguments.scaling.start_budget)
     ended("serve", time.monotonic() - started, {}, "ready")
 
 

@@ -109,6 +109,7 @@ def refuse_ungraded(stage: str, judge: Judge, one: Round) -> None:
         worker_arguments=dict(judge.arguments),
         pool=judge.pool,
         handling=Handling(
+            weights=(judge.arguments["model"],),
             prepare=_Prepare(judge.check, judge.prompt),
             finish=_Finish(judge.check, judge.prompt),
             in_flight=shards_in_flight(judge.options, judge.pool),

@@ -63,7 +63,7 @@ def _fits(wanted: Sequence[tuple[PoolConfig, int]], budget: PoolConfig) -> bool:
 
 
 def _scaled(wave: Sequence[Generator], budget: PoolConfig) -> list[Placed]:
-    pools = [one.pool or budget for one in wave]
+    pools = [_started_as(budget, one.pool) if one.pool else budget for one in wave]
     actors = [pool.min_actors for pool in pools]
     while True:
         open_ones = [
@@ -80,6 +80,11 @@ def _scaled(wave: Sequence[Generator], budget: PoolConfig) -> list[Placed]:
         Placed(one, pool.model_copy(update={"max_actors": most}))
         for one, pool, most in zip(wave, pools, actors, strict=True)
     ]
+
+
+def _started_as(budget: PoolConfig, pool: PoolConfig) -> PoolConfig:
+    """A generator's own pool; how long machines take to come is the profile's to say."""
+    return pool.model_copy(update={"start_seconds": pool.start_seconds or budget.start_seconds})
 
 
 def _needs(pool: PoolConfig) -> str:

@@ -222,7 +222,9 @@ class Rounds:
                 raise StageError(f"stopped, because another generator failed: {failed[0]}")
 
         maker = self._phase.maker(name)
+        arguments = self._phase.arguments(placed)
         handling = Handling(
+            weights=(arguments["model"],),
             prepare=maker.prepare,
             finish=maker.finish,
             in_flight=shards_in_flight(placed.generator.engine, placed.pool),
@@ -230,7 +232,6 @@ class Rounds:
             watch=watch,
             links=self._links(one),
         )
-        arguments = self._phase.arguments(placed)
         try:
             parts = self._run_sharded(one, name, first, GenerationWorker, placed.pool, arguments, handling)
         except BaseException as error:

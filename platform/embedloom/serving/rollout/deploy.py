@@ -134,7 +134,7 @@ def deploy(request: DeployRequest) -> Outcome:
     begun("deploy", f"starting {request.model.path} beside the live version")
     started = time.monotonic()
     try:
-        run(build_encoders(new), name, None)
+        run(build_encoders(new), name, None, new.scaling.start_budget)
         _golden(new, name, request.model.path)
         ended("deploy", time.monotonic() - started, {}, "started")
         begun("deploy", "watching")
@@ -224,9 +224,14 @@ def _promote(live: ApplicationArgs, new: ApplicationArgs, name: str, encoders: s
     ingress_handle().end_trial.remote().result(timeout_s=_CALL_SECONDS)
     prefix = live.serving.route_prefix
     try:
-        run(build_application(new, None if new.single else name), APPLICATION, prefix)
+        run(
+            build_application(new, None if new.single else name),
+            APPLICATION,
+            prefix,
+            live.scaling.start_budget,
+        )
     except ServeError:
-        run(build_application(live, encoders), APPLICATION, prefix)
+        run(build_application(live, encoders), APPLICATION, prefix, live.scaling.start_budget)
         remove(name)
         raise
     if new.single:
