@@ -18,7 +18,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from datetime import date
-from importlib.metadata import version
+from importlib.metadata import packages_distributions, version
 from pathlib import Path
 from typing import Any
 
@@ -174,14 +174,18 @@ def table(header: Cells, rows: list[Cells]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
+def versions() -> str:
+    """Of the packages that are compared, by the names that they are installed under (vLLM for CPUs has another)."""
+    installed = packages_distributions()
+    modules = ("torch", "transformers", "sentence_transformers", "vllm")
+    return ", ".join(f"{installed[name][0]} {version(installed[name][0])}" for name in modules)
+
+
 def document(layouts: list[Cells], families: list[Cells], command: str) -> str:
     """``docs/models.md``."""
-    packages = ", ".join(
-        f"{name} {version(name)}" for name in ("torch", "transformers", "sentence-transformers", "vllm")
-    )
     return f"""# Models that can be brought
 
-Made on {date.today()} by `{command}` with {packages} on CPU in float32, from tiny random models: the tables say that the
+Made on {date.today()} by `{command}` with {versions()} on CPU in float32, from tiny random models: the tables say that the
 same numbers are computed, not how good a model is. The tests hold the same cases to 0.9999.
 
 ## Folders of sentence-transformers, read as it reads them

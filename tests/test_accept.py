@@ -245,6 +245,7 @@ def test_a_wrong_kernel_is_reported_as_failed(packed, image, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 def test_all_parts_pass_on_a_bare_machine(packed, image, tmp_path):
     run = on_bare_machine(packed, image, tmp_path, ",".join([*ALONE, *WITH_MORE]))
     found = part_files(tmp_path)
@@ -265,6 +266,7 @@ def test_all_parts_pass_on_a_bare_machine(packed, image, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.ray
+@pytest.mark.timeout(3600)
 def test_parts_with_ray_and_the_peer_pass(tmp_path):
     command = [sys.executable, str(KIT), "--tiny", "--out", str(tmp_path), "--only", ",".join(WITH_MORE)]
     environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_AUTH")}

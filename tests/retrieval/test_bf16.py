@@ -190,7 +190,9 @@ def by_blocks(generator, queries, documents, positions, k):
     return best
 
 
-@pytest.mark.parametrize("cases", [QUICK, pytest.param(ALL, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "cases", [QUICK, pytest.param(ALL, marks=[pytest.mark.slow, pytest.mark.timeout(1800)])]
+)
 def test_is_exact_search_bit_for_bit(cases, monkeypatch):
     for number in range(cases):
         generator = np.random.default_rng([20, number])
