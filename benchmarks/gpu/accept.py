@@ -957,21 +957,28 @@ def part_train(kit: Kit, report: Report) -> None:
 
     report.seen("attention kernel", use_older_varlen())
     report.seen("bf16 FLOP/s ceiling", kit.ceiling)
-    firsts: list[float] = []  # losses of the first run: what every ZeRO stage must repeat
+    first: tuple[list[float], list[float]] | None = (
+        None  # of the first run: what every ZeRO stage must repeat
+    )
     with process_group(kit):
         for run in train_runs(kit, np.random.default_rng(7)):
             with trainer_of(kit, run) as trainer:
                 records = [trainer.train_step()[0] for _ in range(12 if kit.tiny else 25)]
             losses = [record.loss for record in records]
             report.seen(f"losses, {run.name}", losses)
-            report.seen(f"gradient norms, {run.name}", [record.grad_norm for record in records])
+            norms = [record.grad_norm for record in records]
+            report.seen(f"gradient norms, {run.name}", norms)
             late, early = statistics.median(losses[-4:]), losses[0]
             report.must(
                 f"loss at the end, {run.name}", late, late < 0.7 * early, f"< 0.7 of {early:.4g} at the start"
             )
             if (run.negatives, len(set(run.lengths))) == (1, 1):
-                firsts = firsts or losses[:3]
-                report_same(report, f"first losses off those of ZeRO-1, {run.name}", losses[:3], firsts)
+                first = first or (losses[:3], norms[:3])
+                report_same(report, f"first losses off those of ZeRO-1, {run.name}", losses[:3], first[0])
+                # AdamW would hide a wrong scale from the losses.
+                report_same(
+                    report, f"first gradient norms off those of ZeRO-1, {run.name}", norms[:3], first[1]
+                )
             report_step(kit, report, run, records[3:])
 
 

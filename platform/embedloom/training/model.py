@@ -201,7 +201,7 @@ def unsharded_gradient_norm(engine: Any) -> float | None:
 
     To be asked after the last backward of a step and before the step, which clips.
     """
-    if hasattr(engine.optimizer, "_global_grad_norm"):
+    if engine.zero_optimization():  # its optimizer has a norm from its first step on, and not before
         return None
     norms = [weight.grad.norm() for weight in engine.module.parameters() if weight.grad is not None]
     return float(torch.linalg.vector_norm(torch.stack(norms)))
