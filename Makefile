@@ -61,20 +61,20 @@ demo: install
 	$(BIN)/embedloom run $(CONFIG)
 	$(BIN)/embedloom serve $(CONFIG) --ask "$(QUESTION)" $(if $(TASK),--task $(TASK))
 
-# Without the tests that start Ray or a real engine: minutes instead of half an hour.
+# Without the tests that start Ray or a real engine: minutes instead of most of an hour.
 test: install-dev
 	$(BIN)/python -m pytest -m "not ray and not slow"
 
 test-all: install-dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "not drill"
 
 # The wheel on the other Pythons that this machine has, with what the light commands need.
 smoke: install-dev
 	$(BIN)/python tests/smoke.py 3.12 3.13
 
 drill: install-dev
+	$(BIN)/python -m pytest -m drill
 	$(BIN)/python tests/drills/run_drills.py --drills 100
-	$(BIN)/python tests/drills/train_elastic.py
 	$(BIN)/python tests/drills/serve_overload.py
 	$(BIN)/python tests/drills/serve_kills.py
 	$(BIN)/python tests/drills/serve_kills.py --replicas 1

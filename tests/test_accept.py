@@ -266,6 +266,7 @@ def test_all_parts_pass_on_a_bare_machine(packed, image, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.ray
+@pytest.mark.drill
 @pytest.mark.timeout(3600)
 def test_parts_with_ray_and_the_peer_pass(tmp_path):
     command = [sys.executable, str(KIT), "--tiny", "--out", str(tmp_path), "--only", ",".join(WITH_MORE)]

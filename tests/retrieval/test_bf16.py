@@ -191,7 +191,8 @@ def by_blocks(generator, queries, documents, positions, k):
 
 
 @pytest.mark.parametrize(
-    "cases", [QUICK, pytest.param(ALL, marks=[pytest.mark.slow, pytest.mark.timeout(1800)])]
+    "cases",
+    [QUICK, pytest.param(ALL, marks=[pytest.mark.slow, pytest.mark.drill, pytest.mark.timeout(1800)])],
 )
 def test_is_exact_search_bit_for_bit(cases, monkeypatch):
     for number in range(cases):

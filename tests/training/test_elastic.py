@@ -17,6 +17,7 @@ DRILL = Path(__file__).parents[1] / "drills" / "train_elastic.py"
 
 @pytest.mark.ray
 @pytest.mark.slow
+@pytest.mark.drill
 @pytest.mark.timeout(1800)
 def test_two_of_three_workers_go_on_with_the_same_batches(tmp_path):
     command = [
