@@ -257,7 +257,8 @@ def test_a_hub_model_that_moved_is_seen_without_asking_the_hub(inputs, tmp_path,
     from huggingface_hub import constants, snapshot_download
 
     old, new = "a" * 40, "b" * 40
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))  # for its own reading below
     run = opened(inputs, tmp_path, "encoder.base=org/base")
     nodes, wanted = graph(run), fingerprints(graph(run))
     cached(tmp_path / "hub", inputs / "base", old)

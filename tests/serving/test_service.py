@@ -137,10 +137,13 @@ def test_a_request_that_is_too_much_for_the_time_it_has_is_told_so():
 
 
 def test_a_request_that_waited_elsewhere_has_less_time():
-    now = time.time()
-    jobs = [replace(job("document", texts=["x" * 62]), deadline=now + left) for left in (-1, 0.5, 5, 500)]
-    answers, _ = timed(FakeEncoder(), *jobs)
-    assert [isinstance(answer, Refusal) for answer in answers] == [True, True, False, False]
+    def is_refused(seconds_left: float) -> bool:
+        # Each in a service of its own: what one answer took is the next one's rate.
+        one = replace(job("document", texts=["x" * 62]), deadline=time.time() + seconds_left)
+        (answer,), _ = timed(FakeEncoder(), one)
+        return isinstance(answer, Refusal)
+
+    assert [is_refused(left) for left in (-1, 0.5, 60, 500)] == [True, True, False, False]
 
 
 def test_a_request_that_became_too_late_is_not_computed():
