@@ -541,6 +541,8 @@ class Near:
     def reached(self, k: int) -> Matrix:
         """Score that k documents are known to reach: [n], -inf where there are fewer."""
         width = self.lowers.shape[1]
+        if k == 0:  # given documents are scored without a search
+            return np.full(len(self.lowers), np.inf, np.float32)
         if width < k:
             return np.full(len(self.lowers), -np.inf, np.float32)
         kth: Matrix = np.partition(self.lowers, width - k, axis=1)[:, width - k]
@@ -704,6 +706,8 @@ class DocumentBlock:
             exact: score them at once, where the vectors will not be at hand later.
             query_rows: queries at a time.
         """
+        if k == 0:
+            return before
         found = []
         for start in range(0, len(queries), query_rows):
             rows = slice(start, start + query_rows)
