@@ -9,7 +9,7 @@ from embedloom.errors import DataError
 from embedloom.retrieval import sharded as vectors_module
 from embedloom.retrieval.embed import vector_table
 from embedloom.retrieval.search import top_k
-from embedloom.retrieval.sharded import VectorCatalogue, VectorStore
+from embedloom.retrieval.sharded import VectorCatalogue, VectorStore, choose, rank
 from embedloom.retrieval.vector_files import check_same_contract, read_vector_file
 
 IDS = [f"d{number:03d}" for number in range(90)]
@@ -59,6 +59,23 @@ def test_find_and_score_pairs(tmp_path, vectors):
     expected = (vectors[rows].astype(np.float64) * vectors[positions].astype(np.float64)).sum(axis=1)
     np.testing.assert_array_equal(scores[[0, 2, 3, 4]], expected[[0, 2, 3, 4]].astype(np.float32))
     assert len(catalogue) == 90
+
+
+@pytest.mark.parametrize("shares", [1, 2, 3])
+def test_given_documents_are_scored_over_shares_where_none_are_searched_for(
+    tmp_path, vectors, shares, monkeypatch
+):
+    place = Place(str(tmp_path))
+    write(place, IDS, vectors, 3)
+    monkeypatch.setattr(vectors_module, "BLOCK_ROWS", 30)
+    catalogue = VectorCatalogue.read(place, "v")
+    stores = [VectorStore(catalogue, 2**30, (number, shares)) for number in range(shares)]
+    rows, positions = np.array([0, 0, 1]), np.array([5, 40, 80])  # one in each file
+    near, scores = choose([store.nominate(vectors[:2], 0, rows, positions) for store in stores], 0)
+    found = rank(near, [store.score(vectors[:2], *near.unscored()) for store in stores], 0)
+    assert found.positions.shape == found.scores.shape == (2, 0)
+    expected = (vectors[rows].astype(np.float64) * vectors[positions].astype(np.float64)).sum(axis=1)
+    np.testing.assert_array_equal(scores, expected.astype(np.float32))
 
 
 def test_half_precision_files_are_searched_as_stored(tmp_path, vectors):
