@@ -3,6 +3,7 @@
 import os
 import socket
 import tempfile
+import time
 from pathlib import Path
 
 # Before any test imports Ray or transformers: offline, quiet, and a token file outside the user's home.
@@ -28,6 +29,39 @@ from fakes import make_tiny_encoder, make_tiny_llama
 # A deadline would be a timed assertion: it failed a test on a busy machine.
 settings.register_profile("embedloom", deadline=None)
 settings.load_profile("embedloom")
+
+
+_BEGUN = time.monotonic()
+# The way from end to end, which --minutes has to leave time for.
+_FIRST = (
+    "pipeline/test_graph.py", "serving/test_endpoint.py", "training/test_stage.py", "mining/", "evaluation/",
+    "test_init.py", "serving/test_deploy.py",
+)  # fmt: skip
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """--minutes, for a CI whose time is limited on machines of different speed."""
+    parser.addoption("--minutes", type=float, help="begin no test after so many minutes; those are skipped")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """With --minutes, the way from end to end first."""
+    if config.getoption("--minutes") is None:
+        return
+    here = Path(__file__).parent
+
+    def rank(item: pytest.Item) -> int:
+        name = item.path.relative_to(here).as_posix()
+        return next((number for number, first in enumerate(_FIRST) if name.startswith(first)), len(_FIRST))
+
+    items.sort(key=rank)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip, and say so, what is left when the time given by --minutes is over."""
+    minutes = item.config.getoption("--minutes")
+    if minutes is not None and time.monotonic() - _BEGUN > 60 * minutes:
+        pytest.skip(f"not begun within {minutes:g} minutes")
 
 
 @pytest.fixture(scope="session")
