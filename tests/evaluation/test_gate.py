@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from embedloom.config.cluster import PoolConfig
@@ -14,6 +15,7 @@ from embedloom.errors import DataError
 from embedloom.evaluation.gate import (
     Contender,
     Evidence,
+    _parameters,
     _weight_bytes,
     decide,
     judge,
@@ -119,12 +121,14 @@ def test_borda_within_the_pool_counts():
         ({"max_latency_milliseconds": 29.0}, {"latency"}),
         ({"max_latency_ratio": 3.0, "max_latency_milliseconds": 30.0}, set()),
         ({"max_size_ratio": 1.5}, {"size"}),
+        ({"max_size_mib": 1.9}, {"size"}),
         ({"max_size_mib": 2.0, "max_size_ratio": 2.0}, set()),
     ],
 )
 def test_latency_and_size_have_limits(limits, broken):
     given = evidence(a=0.03)
-    judged = Evidence(given.candidate, given.current, given.items, None, "", (30.0, 10.0), (2 * 2**20, 2**20))
+    sizes = (2 * 2**20, 2**20), (2_000_000, 1_000_000)
+    judged = Evidence(given.candidate, given.current, given.items, None, "", (30.0, 10.0), *sizes)
     assert failed(decide(GateConfig(resamples=500, **limits), judged)) == broken
 
 
@@ -256,6 +260,22 @@ def test_a_verdict_covers_all_that_a_foreign_model_is_read_from(tmp_path):
     for name in ("gate.json", "int8.json", "README.md"):
         (folder / name).write_text("{}")
     assert ModelFolder(folder).weights in seen
+
+
+def test_a_model_is_no_larger_for_the_type_of_its_files(tmp_path):
+    """A base stored in bfloat16, and what was trained from it in float32."""
+    tensors = {"a": torch.ones(3, 5), "b": torch.ones(7)}
+    for name, dtype in (("base", torch.bfloat16), ("trained", torch.float32)):
+        (tmp_path / name).mkdir()
+        save_file(
+            {key: tensor.to(dtype) for key, tensor in tensors.items()}, tmp_path / name / "model.safetensors"
+        )
+    base, trained = tmp_path / "base", tmp_path / "trained"
+    assert _parameters(base) == _parameters(trained) == 22 and _weight_bytes(trained) > _weight_bytes(base)
+    given = evidence(a=0.03)
+    sizes = (_weight_bytes(trained), _weight_bytes(base)), (_parameters(trained), _parameters(base))
+    judged = Evidence(given.candidate, given.current, given.items, None, "", None, *sizes)
+    assert decide(GateConfig(resamples=500, max_size_ratio=1.0), judged).verdict == "passed"
 
 
 def test_a_foreign_transformer_in_a_folder_of_its_own_has_weights(tmp_path):

@@ -224,14 +224,14 @@ class GateConfig(FrozenConfig):
         default=None,
         gt=0,
         description=(
-            "Largest allowed size of the candidate's weights as a multiple of the current model's. Null: "
-            "not checked."
+            "Largest allowed number of the candidate's parameters as a multiple of the current model's, "
+            "whatever types their files have. Null: not checked."
         ),
     )
     max_size_mib: float | None = Field(
         default=None,
         gt=0,
-        description="Largest allowed size of the candidate's weights, in MiB. Null: not checked.",
+        description="Largest allowed size of the candidate's weight files, in MiB. Null: not checked.",
     )
     resamples: int = Field(
         default=2000,

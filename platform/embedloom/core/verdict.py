@@ -36,6 +36,7 @@ class Verdict(TypedDict):
     created: str
     version: str
     size_bytes: NotRequired[list[int]]
+    parameters: NotRequired[list[int]]
     latency_milliseconds: NotRequired[list[float]]
     standings: NotRequired[list[dict[str, Any]]]
     pool: NotRequired[str]

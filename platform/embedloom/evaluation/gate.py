@@ -1,12 +1,14 @@
 """The gate: may this model replace that one? The decision, the evidence it is made from, and where the verdict is kept."""
 
 import datetime
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import numpy as np
+from safetensors import safe_open
 
 from embedloom import __version__
 from embedloom.config.cluster import PoolConfig
@@ -48,7 +50,8 @@ class Evidence:
     standings: tuple[Standing, Standing] | None = None  # candidate, current, within one pool
     pool: str = ""
     latency: tuple[float, float] | None = None  # milliseconds of one query, median
-    size: tuple[int, int] = (0, 0)  # bytes of weights
+    size: tuple[int, int] = (0, 0)  # bytes of weight files
+    parameters: tuple[int, int] = (0, 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +123,7 @@ def decide(config: GateConfig, evidence: Evidence) -> Decision:
         *_size_check(config, evidence),
     ]
     verdict = PASSED if all(check.passed for check in checks) else REFUSED
-    found: dict[str, Any] = {"size_bytes": list(evidence.size)}
+    found: dict[str, Any] = {"size_bytes": list(evidence.size), "parameters": list(evidence.parameters)}
     if evidence.latency is not None:
         found["latency_milliseconds"] = list(evidence.latency)
     if evidence.standings is not None:
@@ -256,8 +259,12 @@ def _latency_check(config: GateConfig, evidence: Evidence) -> list[Check]:
 
 
 def _size_check(config: GateConfig, evidence: Evidence) -> list[Check]:
-    candidate, current = (size / 2**20 for size in evidence.size)
-    return _limits("size", candidate, current, "MiB of weights", config.max_size_ratio, config.max_size_mib)
+    # By parameters, not bytes: a base may be stored in bfloat16 and what was trained from it in float32, and a server
+    # holds both in the type that it computes in.
+    candidate, current = (count / 1e6 for count in evidence.parameters)
+    by_count = _limits("size", candidate, current, "million parameters", config.max_size_ratio, None)
+    stored, current_stored = (size / 2**20 for size in evidence.size)
+    return by_count + _limits("size", stored, current_stored, "MiB of weights", None, config.max_size_mib)
 
 
 def _limits(
@@ -348,6 +355,7 @@ def judge(
         OWN if pinned is None else f"{pinned.source} ({pinned.fingerprint}), {len(ranked)} models",
         _latency(config, contenders, workers, place, dtype),
         (_weight_bytes(candidate.folder), _weight_bytes(current.folder)),
+        (_parameters(candidate.folder), _parameters(current.folder)),
     )
     decision = decide(config, evidence)
     found = {
@@ -462,3 +470,12 @@ def _latency(
 def _weight_bytes(folder: Path) -> int:
     """Of all modules: a foreign transformer may lie in a folder of its own, with layers after the pooling beside it."""
     return sum(path.stat().st_size for path in folder.rglob("*.safetensors"))
+
+
+def _parameters(folder: Path) -> int:
+    """Elements of all tensors of the same files, by their headers."""
+    total = 0
+    for path in folder.rglob("*.safetensors"):
+        with safe_open(path, framework="numpy") as file:
+            total += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+    return total
