@@ -88,7 +88,17 @@ class TestLanguage:
         ("It breaks all the time.", "Very Bad", False),
         ("It was a BAD choice.", "very bad", True),
         ("We sat on the beach of the lake.", "end of life", False),  # "of" is in any text
-        ("这个产品很好", "好评", True),
+        ("这个产品很好", "好评", False),  # 很好 is "very good", 好评 "good review": one character is no word
+        ("这个产品得到很多好评。", "好评", True),
+        ("यह फ़ोन बहुत अच्छा है और मुझे पसंद आया।", "सकारात्मक", False),
+        ("यह एक सकारात्मक समीक्षा है।", "सकारात्मक", True),
+        ("मैं घर में हूँ।", "हिंदी में", False),  # "में" is in any text
+        ("ข่าวนี้เกี่ยวกับการเมืองในประเทศ", "กีฬา", False),
+        ("ข่าวกีฬาวันนี้", "กีฬา", True),
+        ("இந்த படம் எனக்கு மிகவும் பிடித்தது.", "நேர்மறை", False),
+        ("এটি একটি ইতিবাচক মন্তব্য।", "ইতিবাচক", True),
+        ("오늘 경기는 긍정적인 결과였다.", "긍정", True),
+        ("Это и то, и другое.", "и", False),
     ],
 )
 def test_label_words_in_the_text_are_a_leak(text: str, label: str, leaks: bool):

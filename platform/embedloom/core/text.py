@@ -4,9 +4,9 @@ import difflib
 import hashlib
 import re
 import unicodedata
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -18,13 +18,23 @@ if TYPE_CHECKING:
 # What duplicates and contamination are judged by: a text without case and blanks, its words and hashed word n-grams.
 
 
-# Scripts that set no blanks count each character as a word; elsewhere a word is a run of letters and digits.
-# Their punctuation (U+3000 to U+303F, and the middle dot) is none.
-_SINGLE = (
+# A word is a run of letters and digits with the marks that belong to them: vowel signs, viramas and accents are neither letters
+# nor digits, and without them a Hindi word falls into its consonants. Scripts that set no blanks count each character, with its
+# marks, as a word; their punctuation (U+3000 to U+303F, and the middle dot) is none. No boundary parts what Unicode calls one
+# character (UAX #29, extended grapheme clusters).
+_IDEOGRAPHS_KANA_HANGUL = (
     r"\u2e80-\u2fff\u3005-\u3007\u3021-\u3029\u3031-\u3035\u303b\u3040-\u30fa\u30fc-\u9fff"
     r"\uac00-\ud7af\uf900-\ufaff\U00020000-\U0003ffff"
 )
-_WORD = re.compile(rf"[{_SINGLE}]|[^\W{_SINGLE}]+")
+# UAX #14 calls them complex context, as lines break in them by a dictionary alone: Thai, Lao, Myanmar, Khmer, Tai Le, New Tai
+# Lue, Tai Tham, Tai Viet, Ahom.
+_WITHOUT_BLANKS = (
+    (0x0E01, 0x0EFF), (0x1000, 0x109F), (0x1780, 0x17FF), (0x1950, 0x19DF), (0x1A20, 0x1AAF),
+    (0xA9E0, 0xA9FF), (0xAA60, 0xAADF), (0x11700, 0x1174F),
+)  # fmt: skip
+# Where marks stand; those left out (U+FE00 to U+FE0F, U+E0100 on) only pick the glyph of an ideograph or emoji.
+_MARKED = (range(0x0300, 0xFE00), range(0xFE20, 0x20000))
+_JOINERS = "\u200c\u200d"  # within a word they choose its letters' forms, as in Persian and Sinhala
 _MULTIPLIER = 0x9E3779B97F4A7C15
 
 Hashes = npt.NDArray[np.uint64]
@@ -36,8 +46,68 @@ def folded(text: str) -> str:
 
 
 def words_of(text: str) -> list[str]:
-    """Case-folded words, without punctuation."""
-    return _WORD.findall(text.casefold())
+    """Case-folded words in composed form, without punctuation; the same rule in every script, see above."""
+    return _patterns().word.findall(_composed(text))
+
+
+def terms_of(text: str) -> list[tuple[str, ...]]:
+    """Words of a text, where those that nothing parts in a script without blanks are one term (東京 of 東, 京)."""
+    word, alone = _patterns()
+    terms: list[tuple[str, ...]] = []
+    end = -1  # of the last word, if it stands alone
+    for found in word.finditer(_composed(text)):
+        single = alone.match(found[0]) is not None
+        if single and found.start() == end:
+            terms[-1] += (found[0],)
+        else:
+            terms.append((found[0],))
+        end = found.end() if single else -1
+    return terms
+
+
+def stands_alone(word: str) -> bool:
+    """Whether a word is one character of a script that sets no blanks."""
+    return _patterns().alone.match(word) is not None
+
+
+def letters_in(word: str) -> int:
+    """Letters and digits of a word, without marks and joiners."""
+    return sum(one.isalnum() for one in word)
+
+
+def _composed(text: str) -> str:
+    return unicodedata.normalize("NFC", text.casefold())
+
+
+class _Patterns(NamedTuple):
+    word: re.Pattern[str]
+    alone: re.Pattern[str]  # the first character of a word that is one by itself
+
+
+@lru_cache(maxsize=1)
+def _patterns() -> _Patterns:
+    """Built when they are first asked for, from Python's own tables: ten milliseconds."""
+    marks = [
+        chr(code) for span in _MARKED for code in span if unicodedata.category(chr(code)) in ("Mn", "Mc")
+    ]
+    letters = [
+        chr(code) for first, last in _WITHOUT_BLANKS for code in range(first, last + 1) if chr(code).isalpha()
+    ]
+    alone = _IDEOGRAPHS_KANA_HANGUL + _spans(letters)
+    extend = _spans(marks)
+    run = rf"[^\W{alone}][^\W{alone}]*(?:[{extend}{_JOINERS}]+[^\W{alone}]*)*"
+    return _Patterns(re.compile(rf"[{alone}][{extend}]*|{run}"), re.compile(f"[{alone}]"))
+
+
+def _spans(characters: Sequence[str]) -> str:
+    """Ascending characters as the inside of a character class."""
+    spans: list[list[str]] = []
+    for one in characters:
+        if spans and ord(one) == ord(spans[-1][1]) + 1:
+            spans[-1][1] = one
+        else:
+            spans.append([one, one])
+    return "".join(f"{first}-{last}" for first, last in spans)
 
 
 def hash64(text: str) -> int:

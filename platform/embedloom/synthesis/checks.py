@@ -15,7 +15,17 @@ from embedloom.compute.shards import run_tasks
 from embedloom.config.synthesis import ContaminationCheck, LanguageCheck, QualityConfig
 from embedloom.core.prompting import document_text
 from embedloom.core.storage import JSONL_ENDINGS, PARQUET_ENDINGS, Place, files_at, records_of
-from embedloom.core.text import Hashes, hash64, long_code, ngram_hashes, short_code, words_of
+from embedloom.core.text import (
+    Hashes,
+    hash64,
+    letters_in,
+    long_code,
+    ngram_hashes,
+    short_code,
+    stands_alone,
+    terms_of,
+    words_of,
+)
 from embedloom.errors import DataError
 from embedloom.synthesis.families.base import Attempt, Reject, Row, reject
 
@@ -216,7 +226,7 @@ def _file_texts(path: Path, columns: tuple[str, ...]) -> Iterator[str]:
 def _whole(text: str) -> int | None:
     """Hash of a text that is long enough not to be repeated by chance."""
     words = words_of(text)
-    single = sum(len(word) == 1 and not word.isascii() for word in words)
+    single = sum(map(stands_alone, words))
     if single < _MIN_SINGLE_WORDS and len(" ".join(words)) < _MIN_CHARACTERS:
         return None
     return hash64(" ".join(words))
@@ -286,7 +296,9 @@ def _build(check: ContaminationCheck, corpus: Place, place: Place) -> None:
 
 
 _ECHO_CHARACTERS = 20  # a prompt's line shorter than this may stand in a text by chance
-_LEAK_CHARACTERS = 3  # shorter label words ("of", "no") stand in any text
+# Shorter label words ("of", "no", "में") stand in any text, and so does one character of a script without blanks ("好").
+_LEAK_CHARACTERS = 3
+_LEAK_LETTERS = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -361,16 +373,26 @@ def _copy(row: Row, context: RowContext) -> Reject | None:
 
 
 def _label_leak(row: Row, context: RowContext) -> Reject | None:
-    """A word of the label in the text to classify; such a text needs no understanding."""
+    """A word of the label in the text to classify; such a text needs no understanding.
+
+    In a script without blanks a word is what nothing parts in the label (好评 of two characters), and counts where it stands whole.
+    """
     if not context.quality.label_leak or row["task_type"] != "classification":
         return None
-    text = set(words_of(str(row["query"])))
+    text = f" {' '.join(words_of(str(row['query'])))} "
     leaked = [
-        word
-        for word in words_of(str(row["positive"]))
-        if word in text and (len(word) >= _LEAK_CHARACTERS or not word.isascii())
+        term for term in terms_of(str(row["positive"])) if _tells(term) and f" {' '.join(term)} " in text
     ]
-    return reject("label_leak", f"{leaked[0]!r} of {row['positive']!r}: {row['query']}") if leaked else None
+    if not leaked:
+        return None
+    return reject("label_leak", f"{''.join(leaked[0])!r} of {row['positive']!r}: {row['query']}")
+
+
+def _tells(term: tuple[str, ...]) -> bool:
+    """Whether a term of a label is long enough not to stand in any text."""
+    if stands_alone(term[0]):
+        return len(term) >= _LEAK_LETTERS
+    return len(term[0]) >= _LEAK_CHARACTERS and letters_in(term[0]) >= _LEAK_LETTERS
 
 
 def _language(row: Row, context: RowContext) -> Reject | None:
