@@ -6,7 +6,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from embedloom.config.corpus import CorpusSource
-from embedloom.corpus.sources import READERS, read_source
+from embedloom.corpus.clean import Rejects
+from embedloom.corpus.sources import FILE_READERS, WHOLE_READERS, pieces_of, read_piece, read_source
 from embedloom.errors import DataError
 from fakes_corpus import jsonl_source, write_jsonl
 
@@ -35,7 +36,7 @@ def seen(rows):
 
 def test_every_format_of_the_config_has_a_reader():
     formats = CorpusSource.model_fields["format"].annotation.__args__
-    assert set(formats) == set(READERS)
+    assert set(formats) == set(FILE_READERS) | set(WHOLE_READERS)
 
 
 @pytest.mark.parametrize("format", ["parquet", "jsonl", "csv"])
@@ -298,3 +299,36 @@ def test_rows_that_are_pairs_become_a_document_a_text(format, tmp_path):
 def test_keys_of_pairs_need_a_table(settings, message):
     with pytest.raises(ValueError, match=message):
         CorpusSource(path="x", **settings)
+
+
+def pieces_read(source, most_bytes):
+    pieces = pieces_of(source, most_bytes)
+    return pieces, [row for piece in pieces for row in read_piece(piece, Rejects())]
+
+
+@pytest.mark.parametrize(("group_rows", "count"), [(10, 5), (50, 1)], ids=["groups", "one group"])
+def test_the_pieces_of_a_parquet_file_are_its_rows_under_the_same_names(group_rows, count, tmp_path):
+    """Fifty rows of 1,000 bytes; a row group is never cut, as reading from its middle decodes what stands before."""
+    texts = [f"{number:04d}" * 250 for number in range(50)]
+    path = tmp_path / "a.parquet"
+    table = pa.table({"text": texts, "kind": ["x" if number % 3 else "y" for number in range(50)]})
+    pq.write_table(table, path, row_group_size=group_rows, use_dictionary=False)
+    source = CorpusSource(format="parquet", path=str(path), where={"kind": "x"})
+    pieces, rows = pieces_read(source, 12_000)
+    assert len(pieces) == count
+    assert rows == list(read_source(source))
+    assert [row.text for row in rows] == [text for number, text in enumerate(texts) if number % 3]
+    assert rows[0].source == f"{path}:2" and rows[-1].source == f"{path}:50"
+
+
+def test_the_pieces_of_a_folder_are_whole_files_together(tmp_path):
+    for number in range(6):
+        write_jsonl(tmp_path / f"{number}.jsonl", [{"text": "t" * 3000 + str(number)}] * 2)
+    source = CorpusSource(format="jsonl", path=str(tmp_path))
+    pieces, rows = pieces_read(source, 25_000)
+    assert [len(piece.files) for piece in pieces] == [2, 2, 2]
+    assert rows == list(read_source(source))
+    # How many rows pass a limit is known only where they are read in order.
+    limited = source.model_copy(update={"limit": 3})
+    pieces, rows = pieces_read(limited, 25_000)
+    assert len(pieces) == 1 and rows == list(read_source(limited)) and len(rows) == 3

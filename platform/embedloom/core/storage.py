@@ -221,7 +221,9 @@ class Place:
             DataError: missing or not readable as Parquet.
         """
         with self._parquet(name) as stream:
-            for batch in pq.ParquetFile(stream).iter_batches(batch_size=rows, columns=columns):
+            # Else pyarrow keeps the bytes of every row group that was read until the file is closed.
+            file = pq.ParquetFile(stream, pre_buffer=False)
+            for batch in file.iter_batches(batch_size=rows, columns=columns):
                 yield pa.Table.from_batches([batch])
 
     def read_rows(self, name: str, start: int, stop: int, columns: list[str]) -> pa.Table:
@@ -367,26 +369,44 @@ def json_object(path: Path) -> dict[str, Any]:
 
 
 def parquet_records(
-    path: Path, columns: Callable[[list[str]], list[str]] = list
+    path: Path, columns: Callable[[list[str]], list[str]] = list, start: int = 0, stop: int | None = None
 ) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(row number, record) of one Parquet file, a batch at a time.
+    """(row number, record) of one Parquet file, a batch at a time; only the row groups asked for are read.
 
     Args:
         path: the file.
         columns: from the names of the file's columns to those that are read; raises where it misses one.
+        start: the first row.
+        stop: the row behind the last; None: all.
 
     Raises:
         DataError: not there, or not Parquet.
     """
-    number = 0
     try:
-        with pq.ParquetFile(path) as file:
-            for batch in file.iter_batches(_BATCH_ROWS, columns=columns(file.schema_arrow.names)):
-                for record in batch.to_pylist():
-                    yield number, record
-                    number += 1
+        # Not buffered ahead: pyarrow would keep the bytes of every row group that was read until the file is closed.
+        with pq.ParquetFile(path, pre_buffer=False) as file:
+            names = columns(file.schema_arrow.names)
+            end = file.metadata.num_rows if stop is None else min(stop, file.metadata.num_rows)
+            groups, number = _row_groups(file.metadata, start, end)
+            for batch in file.iter_batches(_BATCH_ROWS, row_groups=groups, columns=names):
+                first, last = max(start - number, 0), min(end - number, batch.num_rows)
+                records = batch.slice(first, max(0, last - first)).to_pylist()
+                yield from enumerate(records, number + first)
+                number += batch.num_rows
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{path}: not readable as Parquet: {one_line(error)}") from error
+
+
+def _row_groups(metadata: pq.FileMetaData, start: int, stop: int) -> tuple[list[int], int]:
+    """The row groups that hold rows ``start`` to ``stop``, and the first row of the first of them."""
+    groups: list[int] = []
+    first = end = 0
+    for group in range(metadata.num_row_groups):
+        begin, end = end, end + metadata.row_group(group).num_rows
+        if end > start and begin < stop:
+            first = first if groups else begin
+            groups.append(group)
+    return groups, first
 
 
 def records_of(

@@ -6,15 +6,16 @@ import hashlib
 import importlib.util
 import platform
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib import metadata
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.csv
+import pyarrow.parquet as pq
 
 from embedloom.config.corpus import CorpusSource
 from embedloom.core.contents import Contents, digest, path_contents
@@ -168,7 +169,7 @@ def check_columns(source: CorpusSource, found: Sequence[str], where: str) -> lis
 
 
 def rows_of(
-    source: CorpusSource, records: Iterable[Mapping[str, Any]], where: str, label: str
+    source: CorpusSource, records: Iterable[Mapping[str, Any]], where: str, label: str, first: int = 1
 ) -> Iterator[SourceRow]:
     """Turn records into rows.
 
@@ -176,12 +177,13 @@ def rows_of(
         source: names the columns.
         records: mappings that hold at least these columns.
         where: file or dataset, named in errors.
-        label: start of the ``source`` column; the row number, from 1, follows.
+        label: start of the ``source`` column; the row number follows.
+        first: number of the first row.
 
     Raises:
         DataError: a text or title that is not text, or a missing id.
     """
-    for number, record in enumerate(records, start=1):
+    for number, record in enumerate(records, start=first):
         if any(str(record[column]) != value for column, value in source.where.items()):
             continue
         place = f"{where}: row {number}"
@@ -345,16 +347,14 @@ def _hub_records(dataset: Any) -> Iterator[Mapping[str, Any]]:
 # Reader of plain text, Markdown and reStructuredText: one file is one document and one group.
 
 
-def read_text_files(source: CorpusSource) -> Iterator[SourceRow]:
-    """One row a file; the title is the first Markdown heading, else the file's name without its ending.
+def read_text_file(source: CorpusSource, path: Path, label: str) -> Iterator[SourceRow]:
+    """One row; the title is the first Markdown heading, else the file's name without its ending.
 
     Raises:
-        DataError: no file, or one that is not UTF-8.
+        DataError: not UTF-8.
     """
-    for path in files_of(source, TEXT_ENDINGS):
-        title, text = read_text(path)
-        label = label_of(source, path)
-        yield SourceRow(text=text, title=title, lang=source.lang, source=label, group=label)
+    title, text = read_text(path)
+    yield SourceRow(text=text, title=title, lang=source.lang, source=label, group=label)
 
 
 # Readers of Parquet, JSON lines and CSV: one file, a glob, or every fitting file below a folder.
@@ -364,37 +364,45 @@ CSV_ENDINGS = tuple(f"{ending}{packed}" for ending in (".csv", ".tsv") for packe
 _CSV_BLOCK_BYTES = 16 * 2**20  # no row may be longer than a block
 
 
-def read_parquet(source: CorpusSource) -> Iterator[SourceRow]:
-    """Rows of Parquet files, a batch at a time.
+def read_parquet(source: CorpusSource, path: Path, label: str) -> Iterator[SourceRow]:
+    """Rows of a Parquet file, a batch at a time.
 
     Raises:
         DataError: not Parquet, or a column that is not there.
     """
-    for path in files_of(source, PARQUET_ENDINGS):
-        found = parquet_records(path, partial(check_columns, source, where=str(path)))
-        yield from rows_of(source, (record for _, record in found), str(path), label_of(source, path))
+    return read_parquet_rows(source, path, label, 0, None)
 
 
-def read_jsonl(source: CorpusSource) -> Iterator[SourceRow]:
-    """Rows of JSON-lines files, plain or compressed; empty lines are passed over.
+def read_parquet_rows(
+    source: CorpusSource, path: Path, label: str, start: int, stop: int | None
+) -> Iterator[SourceRow]:
+    """Rows ``start`` to ``stop`` (None: the last) of a Parquet file.
+
+    Raises:
+        DataError: not Parquet, or a column that is not there.
+    """
+    found = parquet_records(path, partial(check_columns, source, where=str(path)), start, stop)
+    return rows_of(source, (record for _, record in found), str(path), label, start + 1)
+
+
+def read_jsonl(source: CorpusSource, path: Path, label: str) -> Iterator[SourceRow]:
+    """Rows of a JSON-lines file, plain or compressed; empty lines are passed over.
 
     A title that is absent from a line is no title; one absent from a whole file is an error.
 
     Raises:
         DataError: a line that is not a JSON object, or lacks a column.
     """
-    for path in files_of(source, JSONL_ENDINGS):
-        yield from rows_of(source, _json_records(path, source), str(path), label_of(source, path))
+    return rows_of(source, _json_records(path, source), str(path), label)
 
 
-def read_csv(source: CorpusSource) -> Iterator[SourceRow]:
-    """Rows of CSV files with a header line (``.tsv``: separated by tabs); quoted cells may span lines.
+def read_csv(source: CorpusSource, path: Path, label: str) -> Iterator[SourceRow]:
+    """Rows of a CSV file with a header line (``.tsv``: separated by tabs); quoted cells may span lines.
 
     Raises:
         DataError: not CSV in UTF-8, or a column that is not there.
     """
-    for path in files_of(source, CSV_ENDINGS):
-        yield from rows_of(source, _csv_records(path, source), str(path), label_of(source, path))
+    return rows_of(source, _csv_records(path, source), str(path), label)
 
 
 def _json_records(path: Path, source: CorpusSource) -> Iterator[Mapping[str, Any]]:
@@ -442,22 +450,128 @@ def _csv_records(path: Path, source: CorpusSource) -> Iterator[Mapping[str, Any]
         raise DataError(f"{path}: not readable as CSV: {one_line(error)}") from error
 
 
-# Sources: one reader a format, all giving the same rows; a reader streams, it never holds a whole file.
+# Sources: one reader a format, all giving the same rows; a reader streams, it never holds a whole file. The corpus stage
+# takes a source in pieces, each read by a task of its own: ``pieces_of`` lists them, ``read_piece`` gives their rows.
 #
 # Pairs alone are gathered: a text that answers many queries must be one document, or the others would be its negatives.
 
 
-Reader = Callable[[CorpusSource], Iterator[SourceRow]]
+_WHOLE_FILES = 2**62  # bytes: no file is read in several pieces
+_BYTES_OF_A_FILE = 4096  # what opening one costs, so that a piece does not hold a million of them
 
-READERS: dict[str, Reader] = {
-    "python_docs": read_python_docs,
-    "parquet": read_parquet,
-    "jsonl": read_jsonl,
-    "csv": read_csv,
-    "text": read_text_files,
-    "beir": read_beir,
-    "huggingface": read_hub_dataset,
+FileReader = Callable[[CorpusSource, Path, str], Iterator[SourceRow]]  # a file, and what its rows are called
+SourceReader = Callable[[CorpusSource, Rejects], Iterator[SourceRow]]
+
+# What is read file by file, so that many can be read at once: the endings of its files, and the reader of one.
+FILE_READERS: dict[str, tuple[tuple[str, ...], FileReader]] = {
+    "parquet": (PARQUET_ENDINGS, read_parquet),
+    "jsonl": (JSONL_ENDINGS, read_jsonl),
+    "csv": (CSV_ENDINGS, read_csv),
+    "text": (TEXT_ENDINGS, read_text_file),
 }
+# What is read as one.
+WHOLE_READERS: dict[str, SourceReader] = {
+    "python_docs": lambda source, _: read_python_docs(source),
+    "beir": read_beir,
+    "huggingface": lambda source, _: read_hub_dataset(source),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """What one task reads of a source; all pieces in order are the source. Picklable.
+
+    Attributes:
+        source: its section.
+        files: (path, what its rows are called); none: the source is read as one.
+        start: of a single Parquet file the first row.
+        stop: and the row behind the last; None: all that are there.
+        limit: most rows, where the source has a limit that only reading tells the end of.
+    """
+
+    source: CorpusSource
+    files: tuple[tuple[Path, str], ...] = ()
+    start: int = 0
+    stop: int | None = None
+    limit: int | None = None
+
+
+def pieces_of(source: CorpusSource, most_bytes: int) -> list[Piece]:
+    """What tasks read of a source: whole files together of up to ``most_bytes``, or row groups of a larger Parquet file.
+
+    Raises:
+        DataError: no file, or one that is not Parquet.
+    """
+    if source.format not in FILE_READERS:
+        return [Piece(source, limit=source.limit)]
+    endings, _ = FILE_READERS[source.format]
+    named = [(path.absolute(), label_of(source, path)) for path in files_of(source, endings)]
+    if source.limit is not None:  # how many rows pass is known only where they are read in order
+        return [Piece(source, tuple(named), limit=source.limit)]
+    if source.format == "parquet":
+        return [piece for path, label in named for piece in _parquet_pieces(source, path, label, most_bytes)]
+    found: list[list[tuple[Path, str]]] = []
+    room = 0
+    for path, label in named:
+        size = path.stat().st_size
+        if size > room or not found:
+            found.append([])
+            room = most_bytes
+        found[-1].append((path, label))
+        room -= size + _BYTES_OF_A_FILE
+    return [Piece(source, tuple(files)) for files in found]
+
+
+def _parquet_pieces(source: CorpusSource, path: Path, label: str, most_bytes: int) -> list[Piece]:
+    """Ranges of whole row groups: from the middle of one, all rows before it would be decoded once more."""
+    try:
+        metadata = pq.read_metadata(path)
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{path}: not readable as Parquet: {one_line(error)}") from error
+    check_columns(source, metadata.schema.to_arrow_schema().names, str(path))
+    bounds = [0]
+    end, room = 0, most_bytes
+    for group in (metadata.row_group(number) for number in range(metadata.num_row_groups)):
+        if end > bounds[-1] and group.total_byte_size > room:
+            bounds.append(end)
+            room = most_bytes
+        end += group.num_rows
+        room -= group.total_byte_size
+    return [Piece(source, ((path, label),), start, stop) for start, stop in pairwise([*bounds, end])]
+
+
+def read_piece(piece: Piece, rejects: Rejects) -> Iterator[SourceRow]:
+    """Rows of a piece as they are; none is no error.
+
+    Raises:
+        DataError: not readable, or a column that is not there.
+    """
+    source = piece.source
+    rows: Iterable[SourceRow]
+    if source.format not in FILE_READERS:
+        rows = WHOLE_READERS[source.format](source, rejects)
+    elif piece.stop is not None:
+        ((path, label),) = piece.files
+        rows = read_parquet_rows(source, path, label, piece.start, piece.stop)
+    else:
+        _, read = FILE_READERS[source.format]
+        rows = (row for path, label in piece.files for row in read(source, path, label))
+    return islice(rows, piece.limit)
+
+
+def finished_row(source: CorpusSource, row: SourceRow) -> SourceRow:
+    """A row with what its source's section says of all: a query taken out of it, the name of its pairs."""
+    if source.query_from is not None:
+        row = with_query(row, source.query_from, source.instruction)
+    return replace(row, dataset=source.dataset or "")
+
+
+def no_document(source: CorpusSource) -> DataError:
+    """What to raise where a source has no row."""
+    place = source.path or f"packages {list(source.packages)}"
+    return DataError(
+        f"corpus.sources: {place} ({source.format}) holds no document; give a source with at least one"
+    )
 
 
 def read_source(source: CorpusSource, rejects: Rejects | None = None) -> Iterator[SourceRow]:
@@ -470,16 +584,12 @@ def read_source(source: CorpusSource, rejects: Rejects | None = None) -> Iterato
     Raises:
         DataError: nothing there, not readable, a column that is not there, or no row at all.
     """
-    count = 0
-    read = read_beir(source, rejects) if source.format == "beir" else READERS[source.format](source)
-    rows: Iterable[SourceRow] = islice(read, source.limit)
+    rejects = Rejects() if rejects is None else rejects
+    pieces = pieces_of(source, _WHOLE_FILES)
+    rows = (row for piece in pieces for row in read_piece(piece, rejects))
+    empty = True
     for row in one_document_a_text(rows) if source.query_column is not None else rows:
-        count += 1
-        if source.query_from is not None:
-            row = with_query(row, source.query_from, source.instruction)
-        yield replace(row, dataset=source.dataset or "")
-    if count == 0:
-        place = source.path or f"packages {list(source.packages)}"
-        raise DataError(
-            f"corpus.sources: {place} ({source.format}) holds no document; give a source with at least one"
-        )
+        empty = False
+        yield finished_row(source, row)
+    if empty:
+        raise no_document(source)
