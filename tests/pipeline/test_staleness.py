@@ -430,3 +430,51 @@ def test_an_embedded_input_is_its_content(tmp_path):
         folder / "unter/ä.jsonl", [{"text": "y"}]
     )
     assert input_state(str(folder)) != before
+
+
+def begun(run):
+    """The writer of the synthesis of a run, opened as its stage would."""
+    nodes = graph(run)
+    return writer_for(run, nodes, "synthesis", {"corpus": fingerprints(nodes)["corpus"]})
+
+
+ROWS = "synthesis.families.0.rows"
+LIMIT = "synthesis.max_attempts_per_row"
+
+
+@pytest.mark.parametrize(
+    ("changed", "kept", "final"),
+    [
+        ((f"{LIMIT}=12",), True, True),
+        (("synthesis.expected_acceptance=0.5",), True, True),
+        ((f"{ROWS}=9",), True, False),
+        ((f"{ROWS}=2", f"{LIMIT}=12"), True, False),
+        (("synthesis.shard_rows=4",), False, False),
+        (("synthesis.sampling.top_p=0.5",), False, False),
+        ((f"{ROWS}=9", "run.seed=7"), False, False),
+        ((f"{ROWS}=9", "corpus.min_characters=7"), False, False),
+    ],
+)
+def test_begun_synthesis_goes_on_under_other_limits_and_numbers_of_rows(
+    inputs, tmp_path, changed, kept, final
+):
+    place = begun(opened(inputs, tmp_path)).place
+    place.write_json("steps/rows/round-000/plan.json", {})
+    place.write_json("pairs/part-000000.json", {})
+    other = opened(inputs, tmp_path, *changed)
+    for _ in range(2):  # and once more, should it be killed right then
+        writer = begun(other)
+        assert writer.resumed is (kept or _ == 1)
+        assert place.exists("steps/rows/round-000/plan.json") is kept
+        assert place.exists("pairs/part-000000.json") is final, "cut to the former quotas"
+        assert writer.fingerprint == fingerprints(graph(other))["synthesis"]
+
+
+def test_finished_synthesis_stays_under_another_limit(inputs, tmp_path):
+    run = opened(inputs, tmp_path)
+    done = begun(run).commit({"rows": 4})
+    raised = opened(inputs, tmp_path, f"{LIMIT}=12")
+    assert finished(raised, graph(raised))["synthesis"].fingerprint == done.fingerprint
+    assert fingerprints(graph(raised)) == fingerprints(graph(run)), "nothing behind it is stale either"
+    grown = opened(inputs, tmp_path, f"{ROWS}=9")
+    assert "synthesis" not in finished(grown, graph(grown))

@@ -1,6 +1,7 @@
 """The whole stage with engines that answer at once: quotas, refills, lineage, comparisons with other rows, kills."""
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -239,3 +240,85 @@ def test_a_corpus_without_train_documents_is_refused(tmp_path: Path):
     empty = ArtefactWriter(Place(str(tmp_path / "corpus")), "corpus", "c", {}, "local").commit({"rows": 0})
     with pytest.raises(DataError, match="documents/train: no Parquet file"):
         run(empty, tmp_path)
+
+
+class CountingMumbler(MumblingEngine):
+    """Mumbles three answers of ten, and notes every request by its id."""
+
+    def generate(self, requests):
+        with (self.folder / "asked.txt").open("a") as notes:
+            notes.writelines(f"{request.id}\n" for request in requests)
+        return super().generate(requests)
+
+
+def asked(folder: Path) -> list[str]:
+    return [
+        line for name in ("first", "second") for line in (folder / name / "asked.txt").read_text().split()
+    ]
+
+
+@pytest.fixture
+def stopped(corpus: Artefact, tmp_path: Path, serial: None) -> Path:
+    """A stage that its limit stopped: 1.2 attempts a row, and three of ten are refused."""
+    with pytest.raises(StageError, match=r"max_attempts_per_row allows to ask for 1\.2 times the rows"):
+        run(corpus, tmp_path, config(max_attempts_per_row=1.2), engine_factory=CountingMumbler)
+    assert len(asked(tmp_path)) == 48
+    return tmp_path
+
+
+def test_a_raised_limit_goes_on_with_the_rows_already_paid_for(corpus: Artefact, stopped: Path):
+    before = set(asked(stopped))
+    artefact = run(corpus, stopped, config(max_attempts_per_row=4), engine_factory=CountingMumbler)
+    every = asked(stopped)
+    assert artefact.counts["rows"] == 40
+    assert len(set(every)) == len(every) == artefact.counts["attempts"] < 70, "nothing was asked twice"
+    assert before < set(every)
+    assert sum(artefact.counts["rejects"].values()) + artefact.counts["surplus"] + 40 == len(every)
+
+
+@pytest.mark.parametrize("wanted", [20, 90])
+def test_other_numbers_of_rows_go_on_with_the_rows_already_paid_for(
+    corpus: Artefact, stopped: Path, wanted: int
+):
+    grown = config(families=[{"family": "seed_queries", "rows": wanted}])
+    artefact = run(corpus, stopped, grown, engine_factory=CountingMumbler)
+    every = asked(stopped)
+    assert artefact.counts["rows"] == wanted
+    assert artefact.counts["generators"] == {
+        "first": wanted * 3 // 4 + wanted % 4 // 2,
+        "second": wanted // 4,
+    }
+    assert len(set(every)) == len(every) == artefact.counts["attempts"]
+    assert (len(every) == 48) == (wanted == 20), "fewer rows than there are ask nothing"
+    found = rows(artefact)
+    assert len({row["query"] for row in found}) == len({row["id"] for row in found}) == wanted
+
+
+def test_a_family_whose_rows_are_lowered_to_fewer_than_the_generators_drops_a_cell(
+    corpus: Artefact, stopped: Path
+):
+    lowered = config(families=[{"family": "seed_queries", "rows": 1}])
+    artefact = run(corpus, stopped, lowered, engine_factory=CountingMumbler)
+    assert (artefact.counts["rows"], artefact.counts["generators"]) == (1, {"first": 1, "second": 0})
+    assert len(asked(stopped)) == 48
+
+
+class RepeatingEngine(FakeEngine):
+    """Knows 150 texts."""
+
+    def _answer(self, request):
+        return super()._answer(replace(request, seed=request.seed % 150))
+
+
+def test_rows_written_before_refuse_their_duplicates_after_keys_are_sorted_anew(
+    corpus: Artefact, tmp_path: Path, serial: None, monkeypatch: pytest.MonkeyPatch
+):
+    """As when a quota grows so far that more buckets are needed."""
+    with pytest.raises(StageError, match="refused: duplicate"):
+        run(corpus, tmp_path, config(max_attempts_per_row=1), engine_factory=RepeatingEngine)
+    assert Place(str(tmp_path / "out")).names("steps/rows/round-000/keys/of-0001/0000")
+    monkeypatch.setattr("embedloom.synthesis.rounds.bucket_count", lambda rows: 3)
+    grown = config(families=[{"family": "seed_queries", "rows": 60}])
+    found = run(corpus, tmp_path, grown, engine_factory=RepeatingEngine)
+    queries = [row["query"] for row in rows(found)]
+    assert len(set(queries)) == len(queries) == 60

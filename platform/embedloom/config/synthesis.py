@@ -648,6 +648,11 @@ class TaskConfig(FrozenConfig):
     )
 
 
+# Settings of the section that decide how many answers are asked for, and nothing of what is in a row: an artefact made with
+# others is the same, and one that is begun goes on.
+ASKING = ("max_attempts_per_row", "expected_acceptance")
+
+
 class SynthesisConfig(FrozenConfig):
     """Rows written by a mix of LLMs (arXiv 2511.07025 §4.3, §6.2)."""
 

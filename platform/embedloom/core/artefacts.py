@@ -163,6 +163,7 @@ class ArtefactWriter:
         profile: str,
         origin: Mapping[str, Any] | None = None,
         revisions: Callable[[], dict[str, str]] | None = None,
+        continues: str | None = None,
     ) -> None:
         """Begin, or go on.
 
@@ -174,6 +175,7 @@ class ArtefactWriter:
             profile: it is built on.
             origin: the settings and the contents of the files read, kept so that a later run can say what changed.
             revisions: asked when it is done: the commits of the Hugging Face models behind it, by their ids.
+            continues: fingerprint of another build whose files this one can use; what of them it cannot, its stage deletes.
         """
         self.place = place
         self.kind = kind
@@ -184,20 +186,24 @@ class ArtefactWriter:
         self._revisions = revisions
         self.fingerprint = fingerprint(kind, config_fingerprint, self.inputs)
         self._started = time.monotonic()
-        self.resumed = self._begin()
+        self.resumed = self._begin(continues)
 
-    def _begin(self) -> bool:
-        """Keep the files of an interrupted build of the same fingerprint; clear anything else."""
+    def _begin(self, continues: str | None) -> bool:
+        """Keep the files of an interrupted build of the same fingerprint or of ``continues``; clear anything else."""
+        settings = {"settings": self.origin["settings"]} if "settings" in self.origin else {}
+        stated = {"kind": self.kind, "fingerprint": self.fingerprint, **settings}
         if self.place.exists(BUILDING_FILE):
             try:
                 building = self.place.read_json(BUILDING_FILE)
             except DataError:
                 building = {}
-            if building.get("fingerprint") == self.fingerprint and not self.place.exists(MANIFEST_FILE):
+            known = building.get("fingerprint")
+            if known in (self.fingerprint, continues) and known and not self.place.exists(MANIFEST_FILE):
+                if known != self.fingerprint:
+                    self.place.write_json(BUILDING_FILE, stated)
                 return True
         self.place.remove()
-        settings = {"settings": self.origin["settings"]} if "settings" in self.origin else {}
-        self.place.write_json(BUILDING_FILE, {"kind": self.kind, "fingerprint": self.fingerprint, **settings})
+        self.place.write_json(BUILDING_FILE, stated)
         return False
 
     @contextmanager

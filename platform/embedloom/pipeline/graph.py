@@ -1,12 +1,13 @@
 """The graph of a run: every artefact, what it is made from, how it is built, and whether the one on disk is stale."""
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from embedloom.config.embedding import EmbeddingConfig
 from embedloom.config.run import Inputs, Node, Run, RunConfig
+from embedloom.config.synthesis import ASKING
 from embedloom.config.training import ROUNDING
 from embedloom.core.artefacts import (
     BUILDING_FILE,
@@ -43,7 +44,13 @@ from embedloom.pipeline.nodes import (
 )
 from embedloom.retrieval.identity import set_aside
 from embedloom.retrieval.inputs import embedding_node
-from embedloom.synthesis.prompts_used import section_models, section_reads, section_state
+from embedloom.synthesis.prompts_used import (
+    FINAL_FOLDERS,
+    other_amounts,
+    section_models,
+    section_reads,
+    section_state,
+)
 
 if TYPE_CHECKING:
     from embedloom.retrieval.embed import Ahead
@@ -220,16 +227,16 @@ def graph(run: Run) -> dict[str, Node]:
 
 
 def _named_as_built(run: Run, nodes: list[Node]) -> dict[str, Node]:
-    """The nodes by name; a training stage that is there, finished or begun, keeps its name under other ``ROUNDING`` settings.
+    """The nodes by name; what is there, finished or begun, keeps its name under other settings that decide nothing of it.
 
-    Those fit a step to the memory of the workers and decide nothing but rounding, so weights are what they were asked to
-    be. They stand in the fingerprint all the same, as in those of older artefacts.
+    Of training these are ``ROUNDING``, which fit a step to the memory of the workers, so weights are what they were asked
+    to be; of synthesis ``ASKING``. They stand in the fingerprint all the same, as in those of older artefacts.
     """
     found: dict[str, Node] = {}
     known: dict[str, str] = {}
     for node in nodes:
         inputs = {name: known[name] for name in node.inputs}
-        kept = _as_built(run, node, inputs) if node.verb == "train" else node
+        kept = _as_built(run, node, inputs) if node.verb in ("train", "synthesize") else node
         found[node.name] = kept
         known[node.name] = fingerprint(_kind(node.name), fingerprint(*kept.settings), inputs)
     return found
@@ -240,9 +247,17 @@ def _as_built(run: Run, node: Node, inputs: Mapping[str, str]) -> Node:
     if there is None:
         return node
     name, settings = there
-    rounding = {key: settings[0][key] for key in ROUNDING if key in settings[0]}
-    kept = replace(node, settings=({**node.settings[0], **rounding}, *node.settings[1:]))
+    first = node.settings[0]
+    if node.verb == "train":
+        first = {**first, **_of(ROUNDING, settings[0])}
+    else:
+        first = {**first, "section": {**first["section"], **_of(ASKING, settings[0]["section"])}}
+    kept = replace(node, settings=(first, *node.settings[1:]))
     return kept if name == fingerprint(_kind(node.name), fingerprint(*kept.settings), dict(inputs)) else node
+
+
+def _of(keys: Iterable[str], settings: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: settings[key] for key in keys if key in settings}
 
 
 def _other_rounding(run: Run, node: Node) -> str:
@@ -301,6 +316,7 @@ def writer_for(
     if name == "vectors":  # finished ones wait beside the new ones, which take over what did not change
         set_aside(run.place.child(name), fingerprints(nodes)[name], run.config.embedding.previous)
     node = nodes[name]
+    continues = _begun_for_other_amounts(run, node, inputs) if name == "synthesis" else None
     return ArtefactWriter(
         run.place.child(name),
         _kind(name),
@@ -309,7 +325,25 @@ def writer_for(
         run.profile_name,
         origin_of(node),
         lambda: {**(revisions or {}), **hub_revisions(node.models)},
+        continues,
     )
+
+
+def _begun_for_other_amounts(run: Run, node: Node, inputs: Mapping[str, str]) -> str | None:
+    """Fingerprint of begun synthesis whose answers count, as only numbers of rows changed; its final files are deleted."""
+    place = run.place.child(node.name)
+    there = None if place.exists(MANIFEST_FILE) else recorded(place)
+    if there is None:
+        return None
+    name, settings = there
+    made = fingerprint(_kind(node.name), fingerprint(*settings), dict(inputs))
+    now = plain_values(*node.settings)
+    if name != made or settings == now or not other_amounts(settings, now):
+        return None
+    for folder in FINAL_FOLDERS:  # cut to the former quotas; what they were cut from is there
+        place.child(folder).remove()
+    note(node.name, "numbers of rows changed; what was written counts")
+    return name
 
 
 def fingerprints(nodes: dict[str, Node]) -> dict[str, str]:

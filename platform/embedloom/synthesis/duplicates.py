@@ -3,7 +3,7 @@
 import hashlib
 import unicodedata
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -82,7 +82,7 @@ class DuplicateSearch:
     Attributes:
         place: of the artefact.
         rounds: folders of all rounds whose rows are compared, in order; the last is the one that is judged.
-        buckets: the same for every round.
+        buckets: that keys are sorted into; where another number was used for earlier rounds, they are sorted anew.
         near: of the config; None where only equal texts count.
         group_column: rows are compared within one value of it.
     """
@@ -98,6 +98,10 @@ class DuplicateSearch:
         """The round that is judged."""
         return self.rounds[-1]
 
+    def keys(self, folder: str, bucket: int) -> str:
+        """Where a round's keys of a bucket lie."""
+        return f"{folder}/{_KEYS_FOLDER}/of-{self.buckets:04d}/{bucket:04d}"
+
 
 def bucket_count(rows: int) -> int:
     """Buckets for this many rows in all; a bucket is held in one task's memory."""
@@ -107,13 +111,7 @@ def bucket_count(rows: int) -> int:
 def refuse_duplicates(stage: str, search: DuplicateSearch, one: Round) -> None:
     """Write ``duplicates/`` of a round; what is there already is kept."""
     place = search.place
-    groups = one.groups(place)
-    have = set(place.names(f"{search.folder}/{_KEYS_FOLDER}/{search.buckets - 1:04d}", ".parquet"))
-    todo = [
-        (number, group)
-        for number, group in enumerate(groups)
-        if f"{search.folder}/{_KEYS_FOLDER}/{search.buckets - 1:04d}/{_group_file(number)}" not in have
-    ]
+    todo = [item for folder in search.rounds for item in _unsorted(replace(one, folder=folder), search)]
     for _ in run_tasks(stage, _write_keys, todo, search):
         pass
     done = set(place.names(f"{search.folder}/{DUPLICATES_FOLDER}", ".parquet"))
@@ -126,21 +124,31 @@ def refuse_duplicates(stage: str, search: DuplicateSearch, one: Round) -> None:
         pass
 
 
+def _unsorted(one: Round, search: DuplicateSearch) -> list[tuple[str, int, tuple[str, ...]]]:
+    """Groups of a round's parts that have no keys of this number of buckets yet; the last bucket's file is written last."""
+    last = search.keys(one.folder, search.buckets - 1)
+    have = set(search.place.names(last, ".parquet"))
+    return [
+        (one.folder, number, group)
+        for number, group in enumerate(one.groups(search.place))
+        if f"{last}/{_group_file(number)}" not in have
+    ]
+
+
 def _group_file(number: int) -> str:
     return f"group-{number:06d}.parquet"
 
 
-def _write_keys(item: tuple[int, tuple[str, ...]], search: DuplicateSearch) -> None:
-    """Sort the keys of a group of parts into buckets; the last bucket's file is written last."""
-    number, parts = item
-    one = Round(search.folder)
+def _write_keys(item: tuple[str, int, tuple[str, ...]], search: DuplicateSearch) -> None:
+    """Sort the keys of a group of a round's parts into buckets."""
+    folder, number, parts = item
+    one = Round(folder)
     tables = [_keys(one, part, search) for part in parts]
     table = pa.concat_tables(tables)
     buckets = table.column("key").to_numpy() % np.uint64(search.buckets)
     for bucket in range(search.buckets):
         chosen = table.filter(pa.array(buckets == bucket))
-        name = f"{search.folder}/{_KEYS_FOLDER}/{bucket:04d}/{_group_file(number)}"
-        search.place.write_table(name, chosen)
+        search.place.write_table(f"{search.keys(folder, bucket)}/{_group_file(number)}", chosen)
 
 
 def _keys(one: Round, part: str, search: DuplicateSearch) -> pa.Table:
@@ -185,7 +193,7 @@ def _search_bucket(bucket: int, search: DuplicateSearch) -> None:
             "order", pa.array([order] * search.place.parquet_footer(name)[1], pa.int32())
         )
         for order, folder in enumerate(search.rounds)
-        for name in search.place.names(f"{folder}/{_KEYS_FOLDER}/{bucket:04d}", ".parquet")
+        for name in search.place.names(search.keys(folder, bucket), ".parquet")
     ]
     table = pa.concat_tables(tables)
     keys = [(name, "ascending") for name in ("exact", "key", "order", "id")]

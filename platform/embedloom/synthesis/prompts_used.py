@@ -6,7 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from embedloom.config.mining import Teacher
-from embedloom.config.synthesis import FamilyConfig, Generator, Sampling, SynthesisConfig, TaskFamilyConfig
+from embedloom.config.synthesis import (
+    ASKING,
+    FamilyConfig,
+    Generator,
+    Sampling,
+    SynthesisConfig,
+    TaskFamilyConfig,
+)
 from embedloom.core.contents import Contents, digest, path_contents
 from embedloom.core.storage import files_at
 from embedloom.encoder.registry import models_here
@@ -16,6 +23,7 @@ from embedloom.synthesis.families.written import tasks_prompt
 from embedloom.synthesis.judge import judge_prompt
 from embedloom.synthesis.prompt import Prompt
 
+FINAL_FOLDERS = ("pairs", "rejects", "tasks")  # of the artefact: cut from the rounds' rows to the quotas
 _PROMPT_KEYS = ("prompt", "tasks_prompt")
 
 
@@ -86,6 +94,23 @@ def section_state(config: SynthesisConfig, teachers: Sequence[Teacher]) -> dict[
     opened = section_models(config, teachers)
     models = {name: digest(held) for name, held in models_here(opened).items()}
     return {**state, "models": models} if models else state
+
+
+def other_amounts(before: Sequence[Any], now: Sequence[Any]) -> bool:
+    """Whether two states of a section with their seeds ask for the same rows but for how many: what was written for one counts.
+
+    Args:
+        before: recorded ``(section_state, seed)``, as JSON has it.
+        now: the same of the config.
+    """
+    return len(before) == len(now) and _without_amounts(before) == _without_amounts(now)
+
+
+def _without_amounts(settings: Sequence[Any]) -> Any:
+    state, *others = settings
+    section = {key: value for key, value in state["section"].items() if key not in ASKING}
+    families = [{**family, "rows": None} for family in section["families"]]
+    return [{**state, "section": {**section, "families": families}}, *others]
 
 
 def section_reads(config: SynthesisConfig, teachers: Sequence[Teacher]) -> dict[str, Contents]:

@@ -175,7 +175,7 @@ class Rounds:
         self.rounds.append(one)
         for stretch in self._planned(len(self.rounds) - 1):
             counts = self.tally.of(stretch.cell)
-            quota = self._phase.quotas[stretch.cell]
+            quota = self._phase.quotas.get(stretch.cell, 0)  # none where rows were lowered since
             self._standing[stretch.cell] = Standing(quota, stretch.stop, counts.asked, counts.rows)
         missing = sum(standing.deficit for standing in self._standing.values())
         if missing:

@@ -90,10 +90,9 @@ def last_places(
     stage: str, place: Place, rounds: Sequence[Round], quotas: Mapping[Cell, int], kept: Mapping[Cell, int]
 ) -> dict[Cell, tuple[int, int]]:
     """(ordinal, number) of the last row that each cell with too many rows keeps."""
-    crowded = [cell for cell, quota in quotas.items() if kept[cell] > quota]
-    if not crowded:
+    wanted = {cell: quotas.get(cell, 0) for cell, rows in kept.items() if rows > quotas.get(cell, 0)}
+    if not wanted:
         return {}
-    wanted = {cell: quotas[cell] for cell in crowded}
     (found,) = run_tasks(stage, _last_places, [wanted], tuple(rounds), place, cpus=1.0)
     return found
 
@@ -114,6 +113,9 @@ def _last_places(
                         places[cell].append(np.stack(columns, axis=1))
     last: dict[Cell, tuple[int, int]] = {}
     for cell, found in places.items():
+        if not wanted[cell]:  # its quota was lowered to nothing after rows had been written
+            last[cell] = (-1, -1)
+            continue
         rows_of = np.concatenate(found)
         ordered = rows_of[np.lexsort((rows_of[:, 1], rows_of[:, 0]))]
         ordinal, number = ordered[wanted[cell] - 1]
@@ -206,7 +208,7 @@ class Written:
         found = []
         for one in self.tally.plain():
             cell = Cell(one["family"], one["generator"], one["language"])
-            quota = self.quotas[cell]
+            quota = self.quotas.get(cell, 0)
             kept = min(one["rows"], quota)
             found.append({**one, "quota": quota, "rows": kept, "surplus": one["rows"] - kept})
         return found
