@@ -9,11 +9,18 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from embedloom.training.data import Group
+from embedloom.training.data import Group, Teaching
 from embedloom.training.gradients import GradientPass
-from embedloom.training.losses import LOSSES, Objective, Prefixes, get_loss
+from embedloom.training.losses import (
+    DISTILLATION,
+    LOSSES,
+    Distillation,
+    Objective,
+    Prefixes,
+    get_loss,
+)
 
-NAMES = sorted(LOSSES)
+NAMES = [*sorted(LOSSES), "gemini+kl", "infonce+margin_mse"]
 
 
 class MeanEmbedding(torch.nn.Module):
@@ -57,13 +64,27 @@ class FakeEngine:
                 parameter.grad /= dist.get_world_size()
 
 
+def teaching_of(number):
+    """Of groups whose last document may have no score, and whose sources have weights and temperatures of their own."""
+    last = float("nan") if number % 3 == 0 else 0.4
+    return Teaching(
+        [0.9, 0.5 + number / 20, last], temperature=0.1 if number % 2 else 0.5, weight=1.0 + number
+    )
+
+
+def objective_of(name, prefixes=None):
+    contrastive, _, taught = name.partition("+")
+    distillation = Distillation(DISTILLATION[taught], 0.7) if taught else None
+    return Objective(*get_loss(contrastive), 0.1, prefixes, distillation)
+
+
 def make_batch():
     rng = np.random.default_rng(3)
 
     def text():
         return rng.integers(0, 40, rng.integers(1, 7)).tolist()
 
-    batch = [Group(f"g{i}", text(), [text() for _ in range(3)]) for i in range(7)]
+    batch = [Group(f"g{i}", text(), [text() for _ in range(3)], teaching=teaching_of(i)) for i in range(7)]
     batch[5].documents[0] = list(batch[1].documents[0])  # something for the duplicate masks
     return batch
 
@@ -71,7 +92,7 @@ def make_batch():
 def run(name, micro_batches, counts, rank=0, dropout=0.0, prefixes=None):
     """Losses of this worker and gradients of all parameters."""
     engine = FakeEngine(MeanEmbedding(dropout))
-    step = GradientPass(engine, Objective(*get_loss(name), 0.1, prefixes), rank, len(counts))
+    step = GradientPass(engine, objective_of(name, prefixes), rank, len(counts))
     losses = step.run(micro_batches, counts, make_batch()[:1])
     assert engine.is_boundary
     return losses.tolist(), [p.grad.numpy().copy() for p in engine.module.parameters()], engine.forwards
@@ -90,7 +111,15 @@ def test_cached_gradients_equal_those_of_one_batch(name):
     cut, cut_gradients, forwards = run(name, [batch[:3], [], batch[3:4], batch[4:]], [7], prefixes=prefixes)
     assert cut == pytest.approx(losses, rel=1e-12)
     assert_same(cut_gradients, gradients)
-    assert forwards == (4 if name == "infonce" else 8)
+    assert forwards == (4 if name.startswith("infonce") else 8)
+
+
+@pytest.mark.parametrize(("name", "alone"), [("gemini+kl", "gemini"), ("infonce+margin_mse", "infonce")])
+def test_a_teacher_changes_losses_and_gradients(name, alone):
+    losses, gradients, _ = run(name, [make_batch()], [7])
+    plain, plain_gradients, _ = run(alone, [make_batch()], [7])
+    assert min(abs(one - 0.7 * other) for one, other in zip(losses, plain, strict=True)) > 1e-6
+    assert abs(gradients[1] - plain_gradients[1]).max() > 1e-4
 
 
 def test_whole_batch_gradient_is_the_derivative_of_the_mean_loss():

@@ -31,6 +31,8 @@ def make_config(root, model, **changes):
             "query": f"{COLOURS[n % 6]} " * (1 + n % 3),
             "pos": [f"the colour {COLOURS[n % 6]} is {n}"],
             "neg": [f"only {COLOURS[(n + k) % 6]} {'word ' * (n % 7)}" for k in (1, 2)],
+            "pos_scores": [0.9],
+            "neg_scores": [0.3 + n / 100, 0.1],
         }
         for n in range(40)
     ]
@@ -92,7 +94,15 @@ def run_group(tasks, world_size):
 @pytest.mark.slow
 def test_two_workers_with_cached_gradients_train_as_one_with_the_whole_batch(tiny_model, tmp_path):
     config = make_config(tmp_path, tiny_model)
-    one = run_group({"gemini": Task(config), "infonce": Task(changed(config, loss="infonce"))}, 1)
+    distilled = make_config(tmp_path, tiny_model, distillation={"temperature": 0.2})
+    one = run_group(
+        {
+            "gemini": Task(config),
+            "infonce": Task(changed(config, loss="infonce")),
+            "distilled": Task(distilled),
+        },
+        1,
+    )
     # About 100 tokens a group: two or three groups a micro-batch, two or more micro-batches a worker.
     cut = {"micro_batch_tokens": 300}
     two = run_group(
@@ -101,17 +111,19 @@ def test_two_workers_with_cached_gradients_train_as_one_with_the_whole_batch(tin
             "ZeRO-3": Task(changed(config, zero_stage=3, **cut)),
             "one micro-batch": Task(changed(config, zero_stage=2)),
             "infonce, ZeRO-3": Task(changed(config, loss="infonce", zero_stage=3, **cut)),
+            "distilled, ZeRO-2": Task(changed(distilled, zero_stage=2, **cut)),
         },
         2,
     )
     for name, (losses, norms, weights, golden) in two.items():
-        expected = one["infonce" if "infonce" in name else "gemini"]
+        expected = one[next((of for of in ("infonce", "distilled") if of in name), "gemini")]
         assert losses == pytest.approx(expected[0], rel=1e-5), name
         assert norms == pytest.approx(expected[1], rel=1e-4), name
         np.testing.assert_allclose(weights, expected[2], rtol=1e-4, atol=2e-5, err_msg=name)
         assert lowest_cosine(golden, expected[3]) > 0.99999, name
     assert one["gemini"][0][-1] < one["gemini"][0][0]
     assert one["infonce"][0] != pytest.approx(one["gemini"][0], rel=1e-2)
+    assert one["distilled"][0] != pytest.approx(one["gemini"][0], rel=1e-2)
 
 
 @pytest.mark.slow

@@ -150,6 +150,20 @@ class RunConfig(FrozenConfig):
         )
 
     @model_validator(mode="after")
+    def _distilled_scores_are_one_teachers(self) -> "RunConfig":
+        mining = self.mining
+        if mining.selection.blend == "first" or len(mining.teachers) < 2 or mining.rescoring is not None:
+            return self
+        for run in self.training.runs:
+            own = self.training.of_run(run)
+            if own.distillation is not None and any(stage.uses_mined for stage in own.stages):
+                raise ValueError(
+                    f"training.distillation is on in run {run.name!r}, but with mining.selection.blend: {mining.selection.blend} a "
+                    "query's scores are of several teachers; allowed: blend first, one teacher, or mining.rescoring"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _dev_tasks_are_not_judged(self) -> "RunConfig":
         if self.training.dev is not None:
             check_not_judged("training.dev.tasks", self.training.dev.tasks, self.evaluation.tasks)

@@ -394,6 +394,124 @@ class StageChanges(FrozenConfig):
         return stage.model_copy(update=values)
 
 
+# Learning from a teacher's scores of each query's own documents.
+
+
+DistillationLoss = Literal["kl", "margin_mse"]
+# Formats whose rows may hold a teacher's scores of the positive and the negatives.
+SCORED_FORMATS = frozenset({"mined", "examples", "sentence_transformers", "flagembedding"})
+
+
+class SourceDistillation(FrozenConfig):
+    """What one source has otherwise of the distillation."""
+
+    weight: float | None = Field(
+        default=None,
+        ge=0,
+        description="Weight of the part for this source's rows; 0: off. Null: the section's.",
+    )
+    temperature: float | None = Field(
+        default=None, gt=0, description="Temperature for this source's rows. Null: the section's."
+    )
+    teacher_temperature: float | None = Field(
+        default=None,
+        gt=0,
+        description=(
+            "Temperature of the teacher's scores of this source's rows, whose teacher may be another. Null: as the "
+            "section has it."
+        ),
+    )
+
+
+class DistillationConfig(FrozenConfig):
+    """A part of the loss that compares the model with a teacher, beside the contrastive loss.
+
+    The teacher's scores are those that mining kept (the examples' ``positive_score`` and ``negative_scores``), or that a
+    source's rows hold; no teacher runs.
+    """
+
+    loss: DistillationLoss = Field(
+        default="kl",
+        description=(
+            "kl: Kullback-Leibler divergence of the teacher's softmax over a query's own documents from the model's. "
+            "margin_mse: squared difference of the two margins between positive and negative, mean over the negatives "
+            "(arXiv 2010.02666)."
+        ),
+    )
+    weight: float = Field(
+        default=1.0, ge=0, description="Factor of this part in the sum of the losses; 0: off."
+    )
+    contrastive_weight: float = Field(
+        default=1.0, ge=0, description="Factor of training.loss in the sum; 0: the teacher alone decides."
+    )
+    temperature: float | None = Field(
+        default=None,
+        gt=0,
+        description=(
+            "Divides the model's similarities. Null: training.temperature for kl, 1 for margin_mse. The loss is not "
+            "multiplied by its square, so that it weighs as much as a contrastive one of the same temperature."
+        ),
+    )
+    teacher_temperature: float | None = Field(
+        default=None,
+        gt=0,
+        description=(
+            "Divides the teacher's scores, where they have another scale: sigmoids of a cross-encoder spread more than "
+            "cosines. Null: as temperature."
+        ),
+    )
+    unscored: Literal["fail", "skip"] = Field(
+        default="fail",
+        description=(
+            "What a row without a teacher's scores does: fail stops the stage before its first step and names it; skip "
+            "trains it by the contrastive loss alone and counts it."
+        ),
+    )
+    sources: dict[str, SourceDistillation] = Field(
+        default_factory=dict,
+        description=(
+            "Source name (or origin, where a stage has the mined examples by training.mix) -> its own weight and "
+            "temperatures."
+        ),
+    )
+
+    @model_validator(mode="after")
+    def _every_row_teaches(self) -> "DistillationConfig":
+        silent = sorted(name for name in self.sources if not self.of_source(name).weight)
+        if not self.contrastive_weight and (self.unscored == "skip" or silent or not self.weight):
+            where = (
+                f"sources.{silent[0]}.weight is 0"
+                if silent
+                else "weight is 0"
+                if not self.weight
+                else "unscored is skip"
+            )
+            raise ValueError(
+                f"contrastive_weight is 0 and {where}: such rows would have no loss; allowed: contrastive_weight above 0"
+            )
+        return self
+
+    def of_source(self, name: str, temperature: float = 1.0) -> "SourceDistillation":
+        """Weight and temperatures for a source's rows, all given.
+
+        Args:
+            name: of the source.
+            temperature: of the contrastive loss, which is what kl has where nothing is said.
+        """
+        own = self.sources.get(name, SourceDistillation())
+        default = temperature if self.loss == "kl" else 1.0
+        student = own.temperature or self.temperature or default
+        return SourceDistillation(
+            weight=self.weight if own.weight is None else own.weight,
+            temperature=student,
+            teacher_temperature=own.teacher_temperature or self.teacher_temperature or student,
+        )
+
+    def reads(self, name: str) -> bool:
+        """Whether the scores of a source's rows are wanted."""
+        return bool(self.of_source(name).weight)
+
+
 class Candidate(FrozenConfig):
     """One training run through all stages, which ends in a candidate; the candidates are then merged.
 
@@ -421,6 +539,11 @@ class Candidate(FrozenConfig):
     )
     weight_decay: float | None = Field(
         default=None, ge=0, description="Replaces training.weight_decay in this run. Null: the section's."
+    )
+    distillation: DistillationConfig | None = Field(
+        default=None,
+        exclude_if=lambda value: value is None,
+        description="Replaces training.distillation in this run; weight 0: off. Null: the section's.",
     )
     stages: dict[str, StageChanges] = Field(
         default_factory=dict, description="Stage name -> what this run has otherwise in it."
@@ -528,6 +651,11 @@ class TrainingConfig(FrozenConfig):
     )
     matryoshka: MatryoshkaConfig | None = Field(
         default=None, description="Train prefixes of the vectors to work alone (arXiv 2205.13147). Null: off."
+    )
+    distillation: DistillationConfig | None = Field(
+        default=None,
+        exclude_if=lambda value: value is None,
+        description="Learn from the scores a teacher gave to each query's own documents, too. Null: off.",
     )
     weight_decay: float = Field(default=0.01, ge=0, description="AdamW's weight decay.")
     adam_betas: tuple[float, float] = Field(
@@ -640,7 +768,36 @@ class TrainingConfig(FrozenConfig):
                         f"stages.{stage.name}.negatives is 0 in run {run.name!r}, but infonce knows no other negatives; "
                         "allowed: 1 or more, or loss gecko, qwen3 or gemini"
                     )
+            if config.distillation is not None:
+                config.check_distillation(config.distillation)
         return self
+
+    def check_distillation(self, section: DistillationConfig) -> None:
+        """Refuse a part that has nothing to read in some stage, and names that no stage has.
+
+        Raises:
+            ValueError: naming the stage, and its source where that is what does not fit.
+        """
+        known = {source.name for stage in self.stages for source in stage.sources}
+        if not all(stage.sources for stage in self.stages):
+            known |= set(self.mix)
+        if unknown := sorted(set(section.sources) - known):
+            raise ValueError(
+                f"distillation.sources: {unknown[0]!r} is no source of a stage; allowed: {', '.join(sorted(known))}"
+            )
+        for stage in self.stages:
+            if section.weight and stage.negatives == 0:
+                raise ValueError(
+                    f"stages.{stage.name}.negatives is 0, but distillation compares a query's own documents; allowed: 1 or more"
+                )
+            for source in stage.sources:
+                without = source.format not in SCORED_FORMATS and section.unscored == "fail"
+                if without and section.reads(source.name):
+                    raise ValueError(
+                        f"stages.{stage.name}.sources.{source.name}: format {source.format} has no teacher's scores for "
+                        f"distillation; allowed: format {', '.join(sorted(SCORED_FORMATS))}, "
+                        f"distillation.sources.{source.name}.weight: 0, or distillation.unscored: skip"
+                    )
 
     def recomputed_layers(self, stage: TrainingStage) -> int:
         """Every how many layers a stage computes activations again in the backward pass; 0: it keeps them all."""
@@ -675,7 +832,13 @@ class TrainingConfig(FrozenConfig):
         )
 
 
-_RUN_KEYS = ("mix", "loss", "temperature", "weight_decay")  # of a run, in place of the section's own
+_RUN_KEYS = (
+    "mix",
+    "loss",
+    "temperature",
+    "weight_decay",
+    "distillation",
+)  # of a run, in place of the section's own
 
 
 def check_mix(mix: dict[str, float]) -> dict[str, float]:

@@ -75,7 +75,7 @@ def stage_facts(
     """
     own = stage.model_dump(mode="json", exclude={"sources", "epochs", "max_steps", "learning_rate"})
     shared = config.model_dump(
-        mode="json", include={"loss", "temperature", "weight_decay", "lora", "matryoshka"}
+        mode="json", include={"loss", "temperature", "weight_decay", "lora", "matryoshka", "distillation"}
     )
     keys = {"name", "format", "path", "dataset", "cap", "weight", "task_type", "instruction", "license"}
     rows = [
@@ -147,6 +147,9 @@ def _stage_lines(stage: Mapping[str, Any]) -> list[str]:
     ]  # fmt: skip
     if stage["matryoshka"]:
         lines.append(f"- Matryoshka dimensions: {stage['matryoshka']['dimensions']}")
+    if distillation := stage.get("distillation"):
+        weights = f"weight {distillation['weight']:g}, contrastive {distillation['contrastive_weight']:g}"
+        lines.append(f"- distillation: {distillation['loss']} from a teacher's scores, {weights}")
     if stage["lora"]:
         lora = stage["lora"]
         lines.append(f"- LoRA: rank {lora['rank']}, alpha {lora['alpha']:g}, merged into the weights")

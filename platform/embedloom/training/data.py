@@ -1,22 +1,23 @@
 """Training data on disk: the rows of all sources as token ids, prepared once before any worker starts, read row by row."""
 
 import hashlib
+import math
 import os
 import tempfile
 import threading
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache, cached_property, lru_cache
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
 
 from embedloom.compute.shards import Piece, Shard, Tasks, plan_shards, run_here
-from embedloom.config.training import TrainingConfig, TrainingSource
+from embedloom.config.training import DistillationConfig, SourceDistillation, TrainingConfig, TrainingSource
 from embedloom.core.artefacts import Artefact, fingerprint
 from embedloom.core.progress import Progress, note
 from embedloom.core.prompting import LABEL_TASK_TYPES, PromptContract, Side
@@ -28,6 +29,7 @@ from embedloom.errors import DataError
 from embedloom.training.sources import (
     SourceExample,
     example_files,
+    is_scored,
     no_rows,
     read_example_rows,
     read_source,
@@ -43,6 +45,15 @@ from embedloom.training.sources import (
 
 
 @dataclass(frozen=True, slots=True)
+class Teaching:
+    """What a teacher says of an example's documents, and how much that counts."""
+
+    scores: list[float]  # over the teacher's temperature; NaN: none
+    temperature: float  # of the model's similarities
+    weight: float
+
+
+@dataclass(frozen=True, slots=True)
 class Group:
     """Token ids of one example: the query, then the documents, positive first."""
 
@@ -54,6 +65,7 @@ class Group:
     )
     document_keys: list[int] | None = None
     right_keys: list[int] | None = None  # of all right answers to the query; None: of its own positive
+    teaching: Teaching | None = None  # of all groups of a batch, or of none
 
     @property
     def lengths(self) -> list[int]:
@@ -188,6 +200,9 @@ PART_SCHEMA = pa.schema(
     [("id", pa.string()), ("lengths", _IDS), ("query", _IDS), ("documents", pa.list_(_IDS))]
 )
 _KINDS = {"part": PART_SCHEMA, "keys": KEY_SCHEMA}
+# One row an example, for sources whose teacher's scores are read: of the positive, then of each negative.
+SCORE_SCHEMA = pa.schema([("scores", pa.list_(pa.float32()))])
+Unscored = Literal["fail", "skip"]
 Json = dict[str, Any]
 
 
@@ -204,6 +219,7 @@ class TokenRow:
     instructed: tuple[str, str]  # what stands before the query and the documents, as text
     prompt: Prompt
     dataset: str
+    scores: list[float] = field(default_factory=list)  # a teacher's of the documents; empty: no teacher's
 
     @property
     def lengths(self) -> list[int]:
@@ -212,7 +228,16 @@ class TokenRow:
 
     def with_negatives(self, most: int) -> "TokenRow":
         """The row with its first negatives, at most so many."""
-        return replace(self, documents=self.documents[: 1 + most], negatives=self.negatives[:most])
+        return self.with_documents(range(min(most, len(self.negatives))))
+
+    def with_documents(self, kept: Sequence[int]) -> "TokenRow":
+        """The row with its positive and these of its negatives."""
+        return replace(
+            self,
+            documents=[self.documents[0], *(self.documents[1 + at] for at in kept)],
+            negatives=[self.negatives[at] for at in kept],
+            scores=[self.scores[0], *(self.scores[1 + at] for at in kept)] if self.scores else [],
+        )
 
 
 class TextTokens:
@@ -244,7 +269,9 @@ class TextTokens:
             prompts = (self._query(row, ""), self._document(row, ""))
             rights, negatives = [of_own[0], *of_others], of_own[1:]
             key, prompt = next(asked_keys), self._prompt(row)
-            found.append(TokenRow(row.id, query, own, key, rights, negatives, prompts, prompt, row.dataset))
+            found.append(
+                TokenRow(row.id, query, own, key, rights, negatives, prompts, prompt, row.dataset, row.scores)
+            )
         return found
 
     def swallowed(self, row: TokenRow) -> str | None:
@@ -308,10 +335,13 @@ class TextTokens:
 class RowRules:
     """What makes a row an example, and what becomes of the others."""
 
-    def __init__(self, negatives: int, repeat: bool, skip_bad: bool) -> None:
+    def __init__(
+        self, negatives: int, repeat: bool, skip_bad: bool, unscored: Unscored | None = None
+    ) -> None:
         self.negatives = negatives
         self.repeat = repeat
         self.skip_bad = skip_bad
+        self.unscored = unscored  # what a row without a teacher's scores does; None: no scores are asked for
         self.rejects: Counter[str] = Counter()
         self.cleaned: Counter[str] = Counter()  # negatives taken from rows that stay
         self.swallowed_by = ""  # the first of the instructions that are too long, with its numbers
@@ -325,7 +355,7 @@ class RowRules:
         """Whether to keep a row as its source gives it, of whose negatives at most ``limit`` are used.
 
         Raises:
-            DataError: a bad row, where bad rows are not to be skipped.
+            DataError: a bad row, where bad rows are not to be skipped, or one without the scores that are asked for.
         """
         found = min(len(example.negatives), limit)
         problem = example.problem
@@ -340,7 +370,15 @@ class RowRules:
                 "too_few_negatives",
                 f"it has {found} negatives, {self.negatives} are wanted and repeat_negatives is off",
             )
-        return problem is None or self.reject(source, example.id, *problem)
+        if problem is not None:
+            return self.reject(source, example.id, *problem)
+        if self.unscored == "fail" and not is_scored(example.scores, limit):
+            raise DataError(
+                f"source {source.name!r}: row {example.id!r} has no teacher's scores of its positive and its negatives, which "
+                "training.distillation reads; allowed: rows with scores, training.distillation.unscored: skip, or "
+                f"training.distillation.sources.{source.name}.weight: 0"
+            )
+        return True
 
     def reject(self, source: TrainingSource, row_id: str, reason: str, detail: str) -> bool:
         """Count a bad row; always False.
@@ -372,6 +410,9 @@ class RowRules:
         own = None if example.task_type in LABEL_TASK_TYPES else folded(example.query)
         reasons = [_not_negative(folded(text), rights, own) for text in example.negatives]
         kept = [text for text, reason in zip(example.negatives, reasons, strict=True) if reason is None]
+        if example.scores:
+            of_negatives = zip(example.scores[1:], reasons, strict=True)
+            example.scores[1:] = [score for score, reason in of_negatives if reason is None]
         example.negatives[:] = kept
         return self._count([reason for reason in reasons if reason is not None], len(kept))
 
@@ -380,8 +421,7 @@ class RowRules:
         kept = [at for at, reason in enumerate(wrong) if reason is None]
         if not self._count([reason for reason in wrong if reason is not None], len(kept)):
             return None
-        documents = [row.documents[0], *(row.documents[1 + at] for at in kept)]
-        return replace(row, documents=documents, negatives=[row.negatives[at] for at in kept])
+        return row.with_documents(kept)
 
     def _count(self, wrong: Sequence[str], left: int) -> bool:
         if wrong and left < self.least:
@@ -411,6 +451,7 @@ class SourceWork:
         rules: negatives wanted, whether they may repeat, whether bad rows are skipped.
         out: folder of the source's token ids.
         known: table with right answers by other rows and sources, which are no negatives here; None: each row by itself.
+        unscored: what a row without a teacher's scores does; None: scores are not written.
     """
 
     source: TrainingSource
@@ -421,6 +462,16 @@ class SourceWork:
     rules: tuple[int, bool, bool]
     out: Place
     known: str | None = None
+    unscored: Unscored | None = None
+
+    @property
+    def kinds(self) -> dict[str, pa.Schema]:
+        """Kinds of files that a part has, and their columns."""
+        return _KINDS if self.unscored is None else _KINDS | {"scores": SCORE_SCHEMA}
+
+    def row_rules(self) -> RowRules:
+        """A fresh count of what becomes of its rows."""
+        return RowRules(*self.rules, self.unscored)
 
     @property
     def limit(self) -> int:
@@ -510,8 +561,10 @@ def write_rows(work: SourceWork) -> None:
 def _refused_early(work: SourceWork, example: SourceExample) -> SourceExample:
     """The example; or what tokenizing would say of it, raised here and not after the whole source was read."""
     negatives, repeat, skip_bad = work.rules
-    if not skip_bad and not RowRules(negatives, repeat, True).accept(work.source, example, work.limit):
-        rules, copy = RowRules(*work.rules), replace(example, negatives=list(example.negatives))
+    is_bad = not skip_bad and not RowRules(negatives, repeat, True).accept(work.source, example, work.limit)
+    if is_bad or work.unscored == "fail":
+        rules = work.row_rules()
+        copy = replace(example, negatives=list(example.negatives), scores=list(example.scores))
         if rules.without_wrong(copy):
             rules.accept(work.source, copy, work.limit)
     return example
@@ -527,13 +580,13 @@ def tokenize_range(item: tuple[SourceWork, Shard]) -> Json:
     done = f"{RANGES_FOLDER}/{shard.index:06d}.json"
     if work.out.exists(done):
         return work.out.read_json(done)
-    rules = RowRules(*work.rules)
+    rules = work.row_rules()
     known = None if work.known is None else _known(work.known)
     tokenizing = _Tokenizing(work.source, work.limit, _text_tokens(work.model, work.identity), rules, known)
     found = [example for piece in shard.pieces for example in work.read(piece)]
     kept = list(tokenizing.rows(_usable(work.source, work.limit, iter(found), rules)))
     if kept:
-        for kind, schema in _KINDS.items():
+        for kind, schema in work.kinds.items():
             name = f"{RANGES_FOLDER}/{kind}-{shard.index:06d}.arrow"
             work.out.write_bytes(name, _ipc_bytes(_token_table(schema, kept)))
     prompts = Counter((row.prompt, row.dataset) for row in kept)
@@ -543,6 +596,7 @@ def tokenize_range(item: tuple[SourceWork, Shard]) -> Json:
         "rejects": dict(rules.rejects), "cleaned": dict(rules.cleaned), "cut": asdict(tokenizing.cuts),
         "swallowed_by": rules.swallowed_by,
         "prompts": [[asdict(prompt), dataset, rows] for (prompt, dataset), rows in prompts.items()],
+        "scored": sum(is_scored(row.scores, len(row.negatives)) for row in kept),
     }  # fmt: skip
     work.out.write_json(done, counts)
     return counts
@@ -565,7 +619,7 @@ def _finish(label: str, work: SourceWork, ranges: Sequence[Json], tasks: Tasks) 
     if not parts:
         why = f"; {swallowed_by}" if swallowed_by else ""
         raise DataError(f"source {work.source.name!r}: no usable row; rejects: {dict(rejects)}{why}")
-    for _ in tasks(label, gather_part, parts, work.out):
+    for _ in tasks(label, gather_part, parts, work.out, tuple(work.kinds)):
         pass
     index = {
         "parts": [part.rows for part in parts], "rejects": dict(rejects),
@@ -573,12 +627,14 @@ def _finish(label: str, work: SourceWork, ranges: Sequence[Json], tasks: Tasks) 
         "tokens": sum(one["tokens"] for one in ranges), "prompts": prompts.as_json(),
         "cleaned": dict(cleaned), "cut": asdict(cuts), "swallowed_by": swallowed_by,
     }  # fmt: skip
+    if work.unscored is not None:
+        index["scored"] = sum(one["scored"] for one in ranges)
     work.out.write_json(INDEX_FILE, index)
 
 
-def gather_part(part: Shard, out: Place) -> None:
-    """Write one part out of the rows of its ranges."""
-    for kind in _KINDS:
+def gather_part(part: Shard, out: Place, kinds: Sequence[str]) -> None:
+    """Write one part out of the rows of its ranges, a file for each kind."""
+    for kind in kinds:
         name = f"{kind}-{part.index:06d}.arrow"
         if out.exists(name):
             continue
@@ -632,7 +688,10 @@ class _Tokenizing:
         """The usable rows, each with at most ``limit`` negatives."""
         while batch := list(islice(examples, _TOKENIZED_ROWS)):
             # Negatives beyond the limit cost as much as the others, and few rows ever need them.
-            short = [replace(row, negatives=row.negatives[: self._limit]) for row in batch]
+            short = [
+                replace(row, negatives=row.negatives[: self._limit], scores=row.scores[: 1 + self._limit])
+                for row in batch
+            ]
             for example, row in zip(batch, self._tokens.rows(short, self.cuts), strict=True):
                 kept = self._kept(example, row)
                 if kept is not None:
@@ -687,14 +746,22 @@ def _ipc_bytes(table: pa.Table) -> bytes:
 class ExampleStore:
     """Rows numbered through all sources, in the order in which they are named."""
 
-    def __init__(self, place: Place, folders: Mapping[str, str], negatives: int) -> None:
+    def __init__(
+        self,
+        place: Place,
+        folders: Mapping[str, str],
+        negatives: int,
+        teaching: Mapping[str, SourceDistillation] | None = None,
+    ) -> None:
         """Read the sources' indexes.
 
         Args:
             place: below which they lie.
             folders: of each source, by its name.
             negatives: that every example shall have.
+            teaching: how much each source's teacher counts; None: no teacher is asked.
         """
+        self._teaching = teaching
         self._place = place
         self._folders = dict(folders)
         self._names = list(folders)
@@ -741,9 +808,24 @@ class ExampleStore:
                     query,
                     [rights[0], *self._repeated(negatives)],
                     list(dict.fromkeys([*rights, *self.rights.of(query)])),
+                    self._taught(name, at),
                 )
             )
         return groups
+
+    def _taught(self, name: str, at: int) -> Teaching | None:
+        """A teacher's scores of one row's documents; negatives that repeat have none, as each counts once."""
+        if self._teaching is None:
+            return None
+        own = self._teaching[name]
+        weight, temperature, of_teacher = (
+            own.weight or 0.0,
+            own.temperature or 1.0,
+            own.teacher_temperature or 1.0,
+        )
+        known = self._value(name, at, "scores", "scores")[: 1 + self._negatives] if weight else []
+        scores = [*(score / of_teacher for score in known), *[math.nan] * (1 + self._negatives - len(known))]
+        return Teaching(scores, temperature, weight)
 
     def _repeated(self, negatives: list[Any]) -> list[Any]:
         return [negatives[number % len(negatives)] for number in range(self._negatives)]
@@ -800,7 +882,14 @@ def source_folder(
     rules = (negatives, config.repeat_negatives, config.bad_rows, PART_ROWS, _FORM)
     state = source_state(source)
     reading = {key: value for key, value in state["settings"].items() if key not in _NOT_READ}
-    return fingerprint(reading, state["contents"], own, rules, tokens.identity)
+    unscored = unscored_rule(config.distillation, source.name)
+    scores = () if unscored is None else (unscored,)
+    return fingerprint(reading, state["contents"], own, rules, tokens.identity, *scores)
+
+
+def unscored_rule(section: DistillationConfig | None, source: str) -> Unscored | None:
+    """What a source's rows without a teacher's scores do; None where its scores are not read."""
+    return section.unscored if section is not None and section.reads(source) else None
 
 
 def prepare_sources(
@@ -901,6 +990,7 @@ class _Reader:
                 rules,
                 self._data.child(folders[source.name]),
                 known,
+                unscored_rule(self._config.distillation, source.name),
             )
             for source in sources
         ]
@@ -922,6 +1012,12 @@ class _Reader:
             if index[what]:
                 reasons = ", ".join(f"{reason} {count:,}" for reason, count in sorted(index[what].items()))
                 note(self._label, f"{source.name}: {_LEFT_OUT[what]}: {reasons}")
+        if index.get("scored", rows) < rows:
+            note(
+                self._label,
+                f"{source.name}: {rows - index['scored']:,} of {rows:,} examples have no teacher's scores and are trained "
+                "by the contrastive loss alone",
+            )
         if index["swallowed_by"]:
             note(self._label, f"{source.name}: instruction_too_long: {index['swallowed_by']}")
         if source.cap is not None and source.cap > rows:
@@ -970,7 +1066,8 @@ def drawn_prompts(
 
 def preparation_counts(prepared: Prepared) -> dict[str, Any]:
     """Counts for the manifest: negatives that were repeated, rejects by reason; and, where there are any, negatives
-    taken out of rows that stay (``cleaned``, by reason) and texts cut at a limit (``texts_cut``, ``tokens_left_out``).
+    taken out of rows that stay (``cleaned``, by reason), texts cut at a limit (``texts_cut``, ``tokens_left_out``), and
+    rows from whose teacher nothing is learnt (``unscored``).
     """
     rejects: Counter[str] = Counter()
     cleaned: Counter[str] = Counter()
@@ -981,4 +1078,6 @@ def preparation_counts(prepared: Prepared) -> dict[str, Any]:
         cuts.add(CutTexts(**index["cut"]))
     repeated = sum(index["repeated_negatives"] for index in prepared.values())
     counts: dict[str, Any] = {"repeated_negatives": repeated, "rejects": dict(rejects)}
-    return {**counts, **({"cleaned": dict(cleaned)} if cleaned else {}), **cuts.counts()}
+    unscored = sum(sum(index["parts"]) - index["scored"] for index in prepared.values() if "scored" in index)
+    silent = {"unscored": unscored} if unscored else {}
+    return {**counts, **({"cleaned": dict(cleaned)} if cleaned else {}), **cuts.counts(), **silent}

@@ -9,8 +9,16 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from embedloom.encoder.model import Encoder, token_budget_batches
-from embedloom.training.data import Group
-from embedloom.training.losses import Objective, VectorGroups, joined_keys, key_tensor, padded_keys, text_key
+from embedloom.training.data import Group, Teaching
+from embedloom.training.losses import (
+    Objective,
+    TeacherScores,
+    VectorGroups,
+    joined_keys,
+    key_tensor,
+    padded_keys,
+    text_key,
+)
 
 # The part that DeepSpeed wraps: groups of token ids in, vectors out.
 
@@ -54,6 +62,19 @@ def vector_groups(groups: list[Group], queries: Tensor, documents: Tensor) -> Ve
         key_tensor([_query_key(group) for group in groups], queries.device),
         key_tensor([_document_keys(group) for group in groups], queries.device),
         padded_keys([group.right_keys or _document_keys(group)[:1] for group in groups], queries.device),
+        _teacher_scores([group.teaching for group in groups], queries.device),
+    )
+
+
+def _teacher_scores(rows: Sequence[Teaching | None], device: torch.device) -> TeacherScores | None:
+    """What a teacher says of all groups' documents; None where no group has a teacher."""
+    taught = [row for row in rows if row is not None]
+    if not taught:
+        return None
+    return TeacherScores(
+        torch.tensor([row.scores for row in taught], device=device),
+        torch.tensor([row.temperature for row in taught], device=device),
+        torch.tensor([row.weight for row in taught], device=device),
     )
 
 
@@ -259,6 +280,7 @@ class GradientPass:
             torch.cat([part.query_keys for part in parts]),
             torch.cat([part.document_keys for part in parts]),
             joined_keys([part.rights for part in parts]),
+            TeacherScores.joined([part.teacher for part in parts]),
         )
         losses = self._losses(own, counts)
         of_queries, of_documents = torch.autograd.grad(losses.sum() * weight, (queries, documents))

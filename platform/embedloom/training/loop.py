@@ -10,7 +10,14 @@ import torch
 import torch.distributed as dist
 
 from embedloom.config.cluster import TrainingGroup
-from embedloom.config.training import ROUNDING, WATCHING, TrainingConfig, TrainingSource, TrainingStage
+from embedloom.config.training import (
+    ROUNDING,
+    WATCHING,
+    SourceDistillation,
+    TrainingConfig,
+    TrainingSource,
+    TrainingStage,
+)
 from embedloom.core.artefacts import fingerprint
 from embedloom.core.progress import note
 from embedloom.core.prompting import PromptContract
@@ -139,7 +146,7 @@ class StageTrainer:
             config.start_model, dtype=config.dtype, trainable=True, contract=config.contract
         )
         prepare_backbone(self.encoder.backbone, training, stage)
-        self.store = ExampleStore(config.data, config.folders, stage.negatives)
+        self.store = ExampleStore(config.data, config.folders, stage.negatives, self._teaching())
         self.order = order_of(training, stage, config.sources, self.store, config.seed)
         self.total_steps = steps_of(stage, self.order)
         objective = Objective.of(training, self.encoder.dimension, self.encoder.contract.normalize)
@@ -169,6 +176,16 @@ class StageTrainer:
             self.order, self.store, stage.global_batch, self.total_steps, rank, world_size,
             tokens, self.encoder.dimension,
         )  # fmt: skip
+
+    def _teaching(self) -> dict[str, SourceDistillation] | None:
+        """How much each source's teacher counts; None where nothing is distilled."""
+        training = self.config.training
+        if training.distillation is None:
+            return None
+        return {
+            source.name: training.distillation.of_source(source.name, training.temperature)
+            for source in self.config.sources
+        }
 
     def _micro_batch_tokens(self, bf16_weights: bool) -> int:
         """As the config has them, or as many as fit the smallest GPU of the group: all workers cut a batch alike."""

@@ -1,7 +1,7 @@
 """Contrastive losses, all with the signature of ``Loss``. ``b`` queries, ``k`` negatives, ``d`` dimensions."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -9,10 +9,35 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from embedloom.config.training import TrainingConfig
+from embedloom.config.training import DistillationLoss, TrainingConfig
 from embedloom.errors import ConfigError, DataError
 
 # What a loss is given: the vectors of some queries and their documents, and which of the texts are equal.
+
+
+@dataclass(frozen=True, slots=True)
+class TeacherScores:
+    """What a teacher says of the documents of ``b`` queries, and how much each query's row is to hear of it."""
+
+    scores: Tensor  # [b, 1 + k], the positive's first, over the teacher's temperature; NaN: none
+    temperatures: Tensor  # [b], which divide the model's similarities
+    weights: Tensor  # [b]
+
+    def rows(self, positions: Tensor | slice) -> "TeacherScores":
+        """Those of some of the queries."""
+        return TeacherScores(self.scores[positions], self.temperatures[positions], self.weights[positions])
+
+    @classmethod
+    def joined(cls, parts: Sequence["TeacherScores | None"]) -> "TeacherScores | None":
+        """Those of several parts in one; None where no teacher is asked."""
+        known = [part for part in parts if part is not None]
+        if not known:
+            return None
+        return cls(
+            torch.cat([part.scores for part in known]),
+            torch.cat([part.temperatures for part in known]),
+            torch.cat([part.weights for part in known]),
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +51,7 @@ class VectorGroups:
     right_keys: Tensor | None = (
         None  # [b, r] int64: all right answers to a query, filled up with -1; None: its positive
     )
+    teacher: TeacherScores | None = None  # None: nothing is distilled
 
     def __post_init__(self) -> None:
         """Check the shapes.
@@ -65,11 +91,14 @@ class VectorGroups:
             self.query_keys[positions],
             self.document_keys[positions],
             self.rights[positions],
+            None if self.teacher is None else self.teacher.rows(positions),
         )
 
     def with_vectors(self, queries: Tensor, documents: Tensor) -> "VectorGroups":
         """Other vectors of the same texts."""
-        return VectorGroups(queries, documents, self.query_keys, self.document_keys, self.right_keys)
+        return VectorGroups(
+            queries, documents, self.query_keys, self.document_keys, self.right_keys, self.teacher
+        )
 
 
 def text_key(token_ids: Sequence[int]) -> int:
@@ -263,6 +292,76 @@ def qwen3(own: VectorGroups, batch: VectorGroups, first: int, temperature: float
     return loss_of(groups[:, 0], [(scores, kept & (scores <= limit)) for scores, kept in terms], temperature)
 
 
+# Distillation: the model's similarities of a query and its own documents against a teacher's scores of them.
+#
+# Both are divided by their temperatures first. A document without a score is left out on both sides; a row in which fewer
+# than two documents are left (for margins: the positive, or all negatives) has loss 0.
+
+
+_NOWHERE = -1e9  # as a logit: chance 0, and unlike -inf no NaN where two of them meet
+
+
+def kl_divergence(similarities: Tensor, scores: Tensor) -> Tensor:
+    """KL(teacher || model) over each query's documents.
+
+    sentence-transformers' DistillKLDivLoss is its mean, times the squared temperature of the model.
+
+    Args:
+        similarities: [b, 1 + k], over the temperature.
+        scores: the teacher's [b, 1 + k], over its own; NaN: none.
+
+    Returns:
+        Losses [b].
+    """
+    known = torch.isfinite(scores)
+    teacher = torch.log_softmax(scores.masked_fill(~known, _NOWHERE), dim=1)
+    model = torch.log_softmax(similarities.masked_fill(~known, _NOWHERE), dim=1)
+    return (teacher.exp() * (teacher - model)).sum(dim=1)
+
+
+def margin_mse(similarities: Tensor, scores: Tensor) -> Tensor:
+    """Mean squared difference of the margins between positive and negative (arXiv 2010.02666, Eq. 6).
+
+    sentence-transformers' MarginMSELoss is its mean where every document has a score. Arguments and result as of
+    ``kl_divergence``.
+    """
+    known = torch.isfinite(scores[:, 1:]) & torch.isfinite(scores[:, :1])
+    found = torch.where(torch.isfinite(scores), scores, 0.0)
+    errors = (similarities[:, :1] - similarities[:, 1:]) - (found[:, :1] - found[:, 1:])
+    return (errors**2).masked_fill(~known, 0.0).sum(dim=1) / known.sum(dim=1).clamp(min=1)
+
+
+DISTILLATION: dict[DistillationLoss, Callable[[Tensor, Tensor], Tensor]] = {
+    "kl": kl_divergence,
+    "margin_mse": margin_mse,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Distillation:
+    """The part of an objective that compares the model with a teacher."""
+
+    loss: Callable[[Tensor, Tensor], Tensor]
+    contrastive_weight: float
+
+    def __call__(self, own: VectorGroups) -> Tensor:
+        """Weighted losses [b].
+
+        Raises:
+            DataError: queries without a teacher's scores.
+        """
+        teacher = own.teacher
+        if teacher is None or teacher.scores.shape != own.documents.shape[:2]:
+            found = None if teacher is None else tuple(teacher.scores.shape)
+            raise DataError(
+                f"distillation: teacher's scores {found} do not fit documents {tuple(own.documents.shape)}"
+            )
+        similarities = torch.einsum("bd,bkd->bk", own.queries, own.documents)
+        precise = torch.promote_types(similarities.dtype, torch.float32)
+        similarities = similarities.to(precise) / teacher.temperatures[:, None]
+        return self.loss(similarities, teacher.scores.to(precise)) * teacher.weights
+
+
 # What of the other workers' queries a loss compares with.
 Needs = Literal["nothing", "positives", "documents"]
 
@@ -299,6 +398,7 @@ class Objective:
     needs: Needs
     temperature: float
     prefixes: Prefixes | None = None
+    distillation: Distillation | None = None
 
     @classmethod
     def of(cls, config: TrainingConfig, dimension: int, normalize: bool) -> "Objective":
@@ -310,26 +410,33 @@ class Objective:
         loss, needs = get_loss(config.loss)
         if config.loss == "qwen3" and config.qwen3_documents == "positives":
             needs = "positives"
+        section = config.distillation
+        distillation = (
+            None if section is None else Distillation(DISTILLATION[section.loss], section.contrastive_weight)
+        )
         if config.matryoshka is None:
-            return cls(loss, needs, config.temperature)
+            return cls(loss, needs, config.temperature, None, distillation)
         sizes = config.matryoshka.dimensions
         if max(sizes) != dimension:
             raise ConfigError(
                 f"training.matryoshka.dimensions: {list(sizes)}; the largest must be the model's own, {dimension}"
             )
         weights = config.matryoshka.weights or (1.0,) * len(sizes)
-        return cls(loss, needs, config.temperature, Prefixes(sizes, weights, normalize))
+        return cls(loss, needs, config.temperature, Prefixes(sizes, weights, normalize), distillation)
 
     def __call__(self, own: VectorGroups, batch: VectorGroups, first: int) -> Tensor:
         """Per-query losses [b] of the queries that stand at ``first`` in the batch."""
         if self.prefixes is None:
-            return self.loss(own, batch, first, self.temperature)
+            return self._of_view(own, batch, first)
         views = zip(self.prefixes.views(own), self.prefixes.views(batch), strict=True)
-        losses = [
-            weight * self.loss(cut, cut_batch, first, self.temperature)
-            for (weight, cut), (_, cut_batch) in views
-        ]
+        losses = [weight * self._of_view(cut, cut_batch, first) for (weight, cut), (_, cut_batch) in views]
         return sum(losses[1:], losses[0])
+
+    def _of_view(self, own: VectorGroups, batch: VectorGroups, first: int) -> Tensor:
+        contrastive = self.loss(own, batch, first, self.temperature)
+        if self.distillation is None:
+            return contrastive
+        return self.distillation.contrastive_weight * contrastive + self.distillation(own)
 
     def shared_part(self, own: VectorGroups) -> VectorGroups:
         """What of one worker's groups the others need to see."""

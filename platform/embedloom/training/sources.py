@@ -1,10 +1,11 @@
 """Readers of training data, one form each, behind ``read_source``; and the state of a source for fingerprints."""
 
 import json
+import math
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,9 @@ class SourceExample:
     dataset: str = ""  # which set the row is of, where its source holds several
     problem: tuple[str, str] | None = None  # reason and detail
     others: tuple[str, ...] = ()  # further right answers: not trained towards here, and never negatives
+    scores: list[float] = field(
+        default_factory=list
+    )  # a teacher's: of the positive, then of each negative; NaN where it has none. Empty: no teacher's
 
 
 def bad_row(row_id: str, reason: str, detail: str) -> SourceExample:
@@ -62,19 +66,52 @@ def plain_example(
     negatives: list[Any],
     own_instruction: str | None = None,
     others: Iterable[Any] = (),
+    scores: Sequence[float] = (),
 ) -> SourceExample:
-    """An example of a format whose rows state no task type; values that are no texts make it a bad row."""
+    """An example of a format whose rows state no task type; values that are no texts make it a bad row.
+
+    Scores are a teacher's of the positive and of each negative, or none.
+    """
     for name, value in (("query", query), ("positive", positive)):
         if value is not None and not isinstance(value, str):
             return bad_row(row_id, "not_text", f"{name} is a {type(value).__name__}")
     wrong = next((value for value in negatives if not isinstance(value, str)), None)
     if wrong is not None:
         return bad_row(row_id, "not_text", f"a negative is a {type(wrong).__name__}")
+    kept = [at for at, text in enumerate(negatives) if text.strip()]
     return SourceExample(
-        row_id, query or "", positive or "", [text for text in negatives if text.strip()],
+        row_id, query or "", positive or "", [negatives[at] for at in kept],
         source.task_type, source.instruction or own_instruction,
         others=tuple(text for text in others if isinstance(text, str) and text.strip()),
+        scores=[scores[0], *(scores[1 + at] for at in kept)] if scores else [],
     )  # fmt: skip
+
+
+def teacher_scores(values: Any, negatives: int) -> list[float]:
+    """A teacher's scores of a row: of the positive, then of each negative.
+
+    Args:
+        values: as the row holds them: 1 + ``negatives`` numbers, or as many margins as there are negatives, each the
+            positive's score less the negative's (sentence-transformers' MarginMSELoss reads both); a lone number is one
+            margin. A null is a score that is not known.
+        negatives: of the row.
+
+    Returns:
+        The scores, with margins as those below a positive of 0; nothing where the values are no such list.
+    """
+    listed = values if isinstance(values, list) else [values]
+    if any(isinstance(value, bool) or not isinstance(value, int | float | None) for value in listed):
+        return []
+    known = [math.nan if value is None else float(value) for value in listed]
+    if len(known) == negatives:
+        return [0.0, *(-value for value in known)]
+    return known if len(known) == 1 + negatives else []
+
+
+def is_scored(scores: Sequence[float], negatives: int) -> bool:
+    """Whether a teacher has said something of a row's positive and of one of its first negatives at least."""
+    known = [math.isfinite(score) for score in scores[: 1 + negatives]]
+    return any(known[1:]) and known[0]
 
 
 def not_empty(source: TrainingSource, examples: Iterator[SourceExample]) -> Iterator[SourceExample]:
@@ -266,7 +303,7 @@ def _examples_of(source: TrainingSource, table: pa.Table, where: str) -> Iterato
             yield SourceExample(
                 row["id"], row["query"], row["positive"], row["negatives"], row["task_type"],
                 source.instruction or row["query_instruction"] or None, row["document_instruction"] or None,
-                row["dataset"],
+                row["dataset"], scores=[row["positive_score"], *row["negative_scores"]],
             )  # fmt: skip
 
 
@@ -274,10 +311,18 @@ def _examples_of(source: TrainingSource, table: pa.Table, where: str) -> Iterato
 
 
 _NUMBERED = re.compile(r"^negative_(\d+)$")
+_SCORE_COLUMNS = (
+    "scores",
+    "score",
+    "labels",
+    "label",
+)  # what sentence-transformers' trainer takes for labels
 
 
 def read_sentence_transformers(source: TrainingSource) -> Iterator[SourceExample]:
     """Rows with an anchor, a positive, and ``negative``, ``negative_1`` ... or a list ``negatives``.
+
+    ``scores``, ``score``, ``labels`` or ``label`` may hold a teacher's scores, see ``teacher_scores``.
 
     Raises:
         DataError: a row without the two columns; other columns are passed over.
@@ -292,9 +337,12 @@ def read_sentence_transformers(source: TrainingSource) -> Iterator[SourceExample
                     f"source {source.name!r}: {place} has no column {column!r} ({key}); found {list(record)}"
                 )
         row_id = str(record.get("id") or place)
+        negatives = _negatives(record)
+        values = next((record[name] for name in _SCORE_COLUMNS if record.get(name) is not None), None)
         yield plain_example(
-            source, row_id, record[source.query_column], record[source.positive_column], _negatives(record)
-        )
+            source, row_id, record[source.query_column], record[source.positive_column], negatives,
+            scores=[] if values is None else teacher_scores(values, len(negatives)),
+        )  # fmt: skip
 
 
 def _negatives(record: dict[str, Any]) -> list[Any]:
@@ -307,7 +355,8 @@ def _negatives(record: dict[str, Any]) -> list[Any]:
 def read_flagembedding(source: TrainingSource) -> Iterator[SourceExample]:
     """Lines with ``query``, ``pos``, ``neg`` and perhaps ``prompt``; the first positive counts, the others are right too.
 
-    A ``prompt`` is taken as the instruction where the source config gives none.
+    A ``prompt`` is taken as the instruction where the source config gives none; ``pos_scores`` and ``neg_scores``, as
+    FlagEmbedding's distillation reads them, as a teacher's.
 
     Raises:
         DataError: a line that is not a JSON object, or lacks a key.
@@ -328,7 +377,16 @@ def read_flagembedding(source: TrainingSource) -> Iterator[SourceExample]:
             yield plain_example(
                 source, str(record.get("id") or place), record["query"], positives[0] if positives else None,
                 negatives, prompt if isinstance(prompt, str) and prompt else None, positives[1:],
+                _flag_scores(record, len(negatives)),
             )  # fmt: skip
+
+
+def _flag_scores(record: dict[str, Any], negatives: int) -> list[float]:
+    of_positives, of_negatives = record.get("pos_scores"), record.get("neg_scores")
+    if not isinstance(of_positives, list) or not isinstance(of_negatives, list) or not of_positives:
+        return []
+    found = [of_positives[0], *of_negatives]
+    return teacher_scores(found, negatives) if len(found) == 1 + negatives else []
 
 
 # Reader of the train judgements of a BEIR folder.
@@ -640,6 +698,7 @@ _ROW_SCHEMA = pa.schema(
         ("dataset", pa.string()),
         ("problem", pa.list_(pa.string())),
         ("others", pa.list_(pa.string())),
+        ("scores", pa.list_(pa.float32())),
     ]
 )
 
