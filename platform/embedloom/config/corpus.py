@@ -8,6 +8,10 @@ from embedloom.config.base import FrozenConfig
 
 NATURAL = "public"  # what training calls the pairs of a source without a dataset of its own
 _PAIRED = ("python_docs", "beir")  # formats whose rows are pairs by themselves
+DocumentKind = Literal[
+    "text", "markdown", "mdx", "rst", "asciidoc", "html", "epub", "notebook", "pdf", "docx", "pptx", "sheets", "message",
+    "mailbox",
+]  # fmt: skip
 SourceFormat = Literal["python_docs", "parquet", "jsonl", "csv", "text", "beir", "huggingface"]
 
 

@@ -297,6 +297,7 @@ _BATCH_ROWS = 1024
 _PACKED = ("", ".gz", ".bz2", ".xz", ".zst")
 PARQUET_ENDINGS = (".parquet", ".pq")
 JSONL_ENDINGS = tuple(f"{ending}{packed}" for ending in (".jsonl", ".ndjson", ".json") for packed in _PACKED)
+CSV_ENDINGS = tuple(f"{ending}{packed}" for ending in (".csv", ".tsv") for packed in _PACKED)
 TEXT_ENDINGS = (".txt", ".md", ".markdown", ".rst")
 _MARKDOWN = (".md", ".markdown")
 _HEADING = re.compile(r"^ {0,3}#{1,6}[ \t]+(.+?)[ \t]*#*[ \t]*$")

@@ -1,11 +1,11 @@
 """One document of a source, before and after cleaning, and the record of every row that is left out."""
 
-import re
-import unicodedata
 from collections import Counter
 from dataclasses import dataclass, replace
 
 from embedloom.core.schemas import content_id
+from embedloom.core.text import clean_line, clean_text
+from embedloom.documents.outline import Mark
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +23,8 @@ class SourceRow:
         grades: how relevant it is to each of them, above 0; empty: 1 each.
         instruction: training instruction of those queries.
         dataset: what training calls those pairs; empty: their origin.
+        outline: where its headings, pages, tables and code begin; empty: unknown. Offsets count from the text's end, so
+            they hold where a query is taken from its start.
     """
 
     text: str
@@ -35,6 +37,7 @@ class SourceRow:
     grades: tuple[float, ...] = ()
     instruction: str = ""
     dataset: str = ""
+    outline: tuple[Mark, ...] = ()
 
 
 # Rejects: every row that is left out, with its reason, so that nothing vanishes silently.
@@ -58,31 +61,7 @@ class Rejects:
         return dict(sorted(self._counts.items()))
 
 
-# Text cleaning: Unicode NFC, no control characters, plain line ends and blanks; too short is a reject.
-
-
-_LINE_ENDS = re.compile("\r\n?|[\x0b\x0c\x85\u2028\u2029]")
-# Control characters but tab and newline, lone surrogates (JSON can carry them, UTF-8 cannot), byte-order
-# marks, zero-width blanks and soft hyphens: invisible, yet each would change tokens and hashes. Joiners stay:
-# scripts need them.
-_INVISIBLE = re.compile("[\x00-\x08\x0e-\x1f\x7f-\x9f\xad\u200b\u2060\ud800-\udfff\ufeff\ufffe\uffff]")
-_INNER_BLANKS = re.compile(r"(?<=\S)[^\S\n]+")
-# After the inner runs; both branches are anchored, since an open run would take quadratic time on long blanks.
-_TRAILING_BLANKS = re.compile(r"(?<=\S) $|^[^\S\n]+$", re.MULTILINE)
-_EMPTY_LINES = re.compile(r"\n{3,}")
-
-
-def clean_text(text: str) -> str:
-    """Normalise a text; indentation stays (code, lists), other runs of blanks or empty lines become one."""
-    text = _INVISIBLE.sub("", _LINE_ENDS.sub("\n", text))
-    text = unicodedata.normalize("NFC", text)
-    text = _TRAILING_BLANKS.sub("", _INNER_BLANKS.sub(" ", text))
-    return _EMPTY_LINES.sub("\n\n", text).strip()
-
-
-def clean_line(text: str) -> str:
-    """Normalise a text onto one line (titles, queries)."""
-    return " ".join(clean_text(text).split())
+# Cleaned rows; too short is a reject.
 
 
 def clean_row(row: SourceRow) -> SourceRow:
