@@ -133,16 +133,21 @@ def _outside_fences(content: str, change: Callable[[str], str]) -> str:
 
 def _without_jsx(text: str) -> str:
     text = _MDX_COMMENT.sub("", _MDX_STATEMENT.sub("", text))
+    text = _outside_ticks(text, lambda piece: _MDX_TAG.sub("", piece))
     # Component tags stand in lines of their own; without their indentation their text is no code block.
-    return re.sub(r"^[ \t]+(?![-*+\d])", "", _MDX_TAG.sub("", text), flags=re.MULTILINE)
+    return re.sub(r"^[ \t]+(?![-*+\d])", "", text, flags=re.MULTILINE)
 
 
 def _prose(text: str) -> str:
     """Without comments, tags and entities; what stands in back quotes stays as it is."""
-    pieces = re.split(r"(`+[^`]*`+)", _DIRECTIVE.sub(_directive_title, text)) if "`" in text else [text]
-    if len(pieces) == 1:
-        return _plain(_DIRECTIVE.sub(_directive_title, text))
-    return "".join(piece if piece.startswith("`") else _plain(piece) for piece in pieces)
+    return _outside_ticks(_DIRECTIVE.sub(_directive_title, text), _plain)
+
+
+def _outside_ticks(text: str, change: Callable[[str], str]) -> str:
+    if "`" not in text:
+        return change(text)
+    pieces = re.split(r"((?<![{`])`+[^`]*`+)", text)  # not a template of JSX
+    return "".join(piece if piece.startswith("`") else change(piece) for piece in pieces)
 
 
 def _directive_title(found: re.Match[str]) -> str:

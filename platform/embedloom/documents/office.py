@@ -105,9 +105,8 @@ def read_sheets(content: bytes) -> Document:
     try:
         book = CalamineWorkbook.from_filelike(BytesIO(content))
         for name in book.sheet_names:
-            blocks.heading(2, name)
             rows = book.get_sheet_by_name(name).to_python()
-            _add_sheet(blocks, [[_cell(cell) for cell in row] for row in rows])
+            _add_sheet(blocks, name, [[_cell(cell) for cell in row] for row in rows])
     except CalamineError as error:
         raise ValueError(f"not a spreadsheet: {error}") from error
     # A panic of the Rust library, which derives from BaseException.
@@ -115,13 +114,14 @@ def read_sheets(content: bytes) -> Document:
         if type(error).__name__ != "PanicException":
             raise
         raise ValueError(f"not a spreadsheet: {error}") from error
-    return blocks.document()
+    return blocks.document(by_heading=False)
 
 
-def _add_sheet(blocks: Blocks, rows: Sequence[list[str]]) -> None:
+def _add_sheet(blocks: Blocks, name: str, rows: Sequence[list[str]]) -> None:
     filled = [row for row in rows if any(row)]
     if not filled:
         return
+    blocks.heading(2, name)
     head, body = filled[0], iter(filled[1:])
     first = list(islice(body, _TABLE_ROWS))
     blocks.table([head, *first])

@@ -124,22 +124,29 @@ class Blocks:
         """Whether there is nothing but headings."""
         return all(block.kind == "heading" for block in self._blocks)
 
-    def document(self, stated: str | None = None, own: str | None = None, part: str = "") -> Document:
-        """The document; its title is ``stated``, else a leading heading of level 1, else ``own``, else the first heading.
+    def document(
+        self, stated: str | None = None, own: str | None = None, part: str = "", by_heading: bool = True
+    ) -> Document:
+        """The document, with its title.
 
-        A heading that the text begins with and that is the title is left out of the text, which the title precedes.
+        That is ``stated``, else a heading of level 1 that the text begins with or that is the only one, else ``own``, else
+        the first heading. A heading that the text begins with and that is the title is left out of the text, which the
+        title precedes.
 
         Args:
             stated: title in front matter.
             own: title in the file's properties (HTML's ``title``, Office, EPUB, PDF).
             part: of the file.
+            by_heading: whether a heading may be the title.
         """
         stated, own = clean_line(stated or ""), clean_line(own or "")
-        headings = [block.path[-1] for block in self._blocks if block.kind == "heading"]
-        top = next((text for level, text in headings if level == 1), "")
-        title = stated or top or own or next((text for _, text in headings), "")
         blocks, leading = self._blocks, ""
-        if blocks and blocks[0].kind == "heading" and blocks[0].path[-1][1] == title and len(blocks) > 1:
+        headings = [block.path[-1] for block in blocks if block.kind == "heading"] if by_heading else []
+        tops = [text for level, text in headings if level == 1]
+        leads = bool(tops) and blocks[0].kind == "heading" and blocks[0].path[-1][0] == 1
+        top = tops[0] if leads or len(tops) == 1 else ""
+        title = stated or top or own or next((text for _, text in headings), "")
+        if len(blocks) > 1 and blocks[0].kind == "heading" and blocks[0].path[-1][1] == title:
             blocks, leading = blocks[1:], blocks[0].text
         text, outline = _joined(blocks, title)
         return Document(title or None, text, outline, part, leading)
@@ -161,4 +168,5 @@ def _joined(blocks: Sequence[_Block], title: str) -> tuple[str, tuple[Mark, ...]
 
 def _path(path: Sequence[tuple[int, str]], title: str) -> str:
     """The headings of a path; the title's own says nothing that the title does not."""
-    return HEADING_SEPARATOR.join(text for place, (_, text) in enumerate(path) if place or text != title)
+    own = bool(path) and path[0] == (1, title)
+    return HEADING_SEPARATOR.join(text for _, text in path[own:])

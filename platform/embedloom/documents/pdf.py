@@ -11,8 +11,9 @@ _NO_TITLE = re.compile(
     r"^(?:microsoft (?:word|powerpoint|excel) - |untitled|slide 1$)|\.(?:docx?|pptx?|xlsx?|tex|dvi|pdf|indd|odt)$",
     re.IGNORECASE,
 )
-# A word divided at a line's end: PDFium marks the hyphen as U+FFFE where it knows it, else it is a hyphen between letters.
-_DIVIDED = re.compile(r"[\ufffe\u0002]\r?\n?|(?<=[^\W\d_])-\r?\n(?=[^\W\d_A-Z])")
+# A word divided at a line's end: PDFium marks the hyphen as U+FFFE or U+0002 where it takes it for one.
+_DIVIDED = re.compile(r"(?:[\ufffe\u0002](?:\r?\n)?|(?<=[^\W\d_])-\r?\n)(?=[^\W\d_])(?![A-Z])")
+_HYPHEN = re.compile("[\ufffe\u0002]")
 
 
 def read_pdf(content: bytes) -> Document:
@@ -49,7 +50,7 @@ def _paragraphs(pdf: Any, number: int) -> Iterator[str]:
     text_page = page.get_textpage()
     try:
         # One block a page: PDFium gives lines, and where a paragraph ends is not in the file.
-        yield _DIVIDED.sub("", text_page.get_text_range())
+        yield _HYPHEN.sub("-", _DIVIDED.sub("", text_page.get_text_range()))
     finally:
         text_page.close()
         page.close()

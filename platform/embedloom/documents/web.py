@@ -178,9 +178,7 @@ def _inline_text(element: Any) -> str:
         if isinstance(child.tag, str):
             if child.tag == "br":
                 pieces.append(" ")
-            elif (
-                not (classes & _PERMALINKS and len(_text_of(child).strip()) <= 1) and child.tag not in _SILENT
-            ):
+            elif child.tag not in _SILENT and not _is_permalink(child):
                 pieces.append(_inline_text(child))
         pieces.append(child.tail or "")
     return "".join(pieces)
