@@ -1,14 +1,11 @@
 """The corpus stage from end to end (``corpus/stage.py``)."""
 
-from collections import Counter
-
 import pytest
 
 from embedloom.config.corpus import CorpusConfig, CorpusSource
 from embedloom.core.artefacts import Artefact
-from embedloom.core.schemas import check_unique_ids
-from embedloom.core.storage import Place
-from embedloom.corpus.stage import PartWriter, build_corpus
+from embedloom.core.schemas import check_unique_ids, table_from_rows
+from embedloom.corpus.stage import build_corpus
 from embedloom.errors import DataError
 from fakes_corpus import corpus_writer, jsonl_source, save_word_tokenizer, sentence, write_jsonl
 
@@ -296,24 +293,13 @@ def test_no_training_group_is_refused_and_an_empty_test_split_is_noted(tmp_path,
 
 def test_an_interrupted_build_leaves_no_part_behind(tmp_path, tokenizer):
     writer = corpus_writer(tmp_path / "out")
-    part = PartWriter(writer.place, "documents/test", "documents")
-    part.add({"id": "stale", "text": "t", "source": "s"})
-    part.close()
+    stale = table_from_rows("documents", [{"id": "stale", "text": "t", "source": "s"}])
+    writer.place.write_table("documents/test/part-000000.parquet", stale)
     with pytest.raises(DataError, match="unfinished"):
         Artefact.open(writer.place)
     artefact = build(tmp_path, tokenizer, [{"text": sentence(1)}])
     assert not artefact.place.exists("documents/test")
     assert Artefact.open(artefact.place, "corpus").counts == artefact.counts
-
-
-def test_parts_have_a_fixed_size(tmp_path):
-    place = Place(str(tmp_path))
-    writer = PartWriter(place, "rejects", "rejects", part_rows=3)
-    for number in range(7):
-        writer.add({"id": str(number), "reason": "r", "detail": ""})
-    writer.close()
-    assert Counter(place.parquet_footer(name)[1] for name in place.names("rejects")) == {3: 2, 1: 1}
-    assert place.read_tables("rejects", "rejects")["id"].to_pylist() == list("0123456")
 
 
 def test_pairs_carry_the_name_that_training_asks_for(tmp_path, tokenizer):

@@ -2,7 +2,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from embedloom.config.corpus import SplitConfig
-from embedloom.corpus.stage import SPLITS, split_of
+from embedloom.corpus.questions import SPLITS, split_of
 
 
 def test_shares_are_kept():

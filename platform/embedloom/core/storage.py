@@ -126,14 +126,32 @@ class Place:
         with filesystem.open(path, "rb") as stream:
             return bytes(stream.read())
 
-    def write_bytes(self, name: str, content: bytes) -> None:
+    @contextmanager
+    def open_input(self, name: str) -> Iterator[Any]:
+        """An open file that pyarrow reads from, mapped into memory where it is local.
+
+        Raises:
+            DataError: not there, or cut.
+        """
+        try:
+            if self.is_local:
+                with pa.memory_map(str(self.local / name)) as mapped:
+                    yield mapped
+                return
+            filesystem, path = self._resolve(name)
+            with filesystem.open(path, "rb") as stream:
+                yield stream
+        except (pa.ArrowInvalid, OSError) as error:
+            raise DataError(f"{self.uri}/{name}: not readable: {one_line(error)}") from error
+
+    def write_bytes(self, name: str, content: bytes | pa.Buffer) -> None:
         """Write one file so that it is there whole or not at all."""
         filesystem, path = self._resolve(name)
         folder, base = posixpath.split(path)
         if not self.is_local:
             # Not through an open file: leaving its block on an error would complete the upload with what it has.
             # No folder either: object stores have none, and making one would make a misspelt bucket.
-            filesystem.pipe_file(path, content)
+            filesystem.pipe_file(path, bytes(content))
             return
         filesystem.makedirs(folder, exist_ok=True)
         temporary = Path(folder) / f"_tmp-{os.getpid()}-{base}"

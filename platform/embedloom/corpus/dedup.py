@@ -1,67 +1,95 @@
-"""Duplicate documents, exact and near, and the questions that those which are dropped leave to the one that stays."""
+"""Duplicate documents, exact and near, found in tasks that each compare a part of the hashes or of the pairs.
 
-import hashlib
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+Exact duplicates share a digest of the normalised text. Near-duplicates are two documents whose sets of word 5-grams have
+a Jaccard similarity of at least the threshold. MinHash (Broder 1997) only proposes pairs: those that share a band of their
+signatures, whose numbers of n-grams allow the similarity, and whose one-bit sketches do not speak against it. Every proposed
+pair is decided on its sets, so nothing is dropped by an estimate, and bands and sketches are chosen so that a pair at the
+threshold is missed with a chance of about one in a million. Documents are taken in id order and each is held against the
+kept ones before it, so the first stays, and a chain of small changes does not swallow a text unlike the one that is kept.
+That order matters for verified pairs alone: they are few (4 % of a web-like corpus), and one task walks over them.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
 
-from embedloom.core.text import Hashes, band_rows, folded, minhash, mix, ngram_hashes
-from embedloom.corpus.clean import Rejects, SourceRow
-
-# Duplicates: exact by a hash of the normalised text, near by MinHash in bands, checked by true Jaccard.
-#
-# Two documents are near-duplicates when the sets of their word 5-grams have a Jaccard similarity of at least
-# the threshold. MinHash (Broder 1997) only proposes pairs; every proposed pair is decided on its sets, so
-# nothing is dropped by an estimate, and the bands are chosen so that a pair at the threshold is missed with a
-# chance below one in a million. Signatures are datasketch's; bands are arrays, and only documents that share one get an
-# entry in a table: about 0.5 KB a document beside its hashes, where datasketch's MinHashLSH keeps 11 KB and takes four
-# times as long.
-
+from embedloom.core.prompting import document_text
+from embedloom.core.text import Hashes, Offsets, Words, band_rows, distinct_ngrams, minhashes, mix
+from embedloom.corpus.exchange import Counts, Numbers, read_rows, received, send, write_rows
+from embedloom.corpus.reading import (
+    DIGEST_SCHEMA,
+    DIGESTS_FOLDER,
+    ROW_SCHEMA,
+    Work,
+    place_of,
+    position,
+    range_of,
+    sorted_name,
+)
+from embedloom.errors import DataError
 
 WORDS_PER_SHINGLE = 5
 _PERMUTATIONS = 128
-_MISS_CHANCE = 1e-6  # of a pair whose similarity is exactly the threshold
+_MISS_CHANCE = 1e-6  # of a pair whose similarity is exactly the threshold, by the bands
+_SKETCH_MISS_CHANCE = 1e-9  # and by the sketches
+_SKETCH_BITS = 128
+_TEXTS_AT_ONCE = 512
+# A band that more documents share is skewed: boilerplate. Held against each other they would cost the square of their number,
+# so each is held against the first of them only, and at most so many of those go on to be verified.
+MOST_IN_A_BAND = 512
+_MOST_VERIFIED = 16
+
+DROP_SCHEMA = pa.schema([("row", pa.int64()), ("first", pa.int64()), ("similarity", pa.float64())])
+_BAND_SCHEMA = pa.schema(
+    [("key", pa.uint64()), ("position", pa.int64()), ("size", pa.int32()), ("sketch", pa.uint64()), ("sketch2", pa.uint64())]
+)  # fmt: skip
+_PAIR_SCHEMA = pa.schema([("row", pa.int64()), ("first", pa.int64())])
+_SHINGLED_PAIR_SCHEMA = pa.schema([*_PAIR_SCHEMA, ("shingles", pa.list_(pa.uint64()))])
+EXACT_BY_ROW, EXACT_BY_FIRST = "exact-by-row", "exact-by-first"
+NEAR_BY_ROW, NEAR_BY_FIRST = "near-by-row", "near-by-first"
+BANDS_FOLDER = "bands"
+_PAIRS_FOLDER, _SHINGLED_FOLDER, _EDGES_FOLDER = "proposed", "shingled", "edges"
 
 
-def exact_duplicates(texts: Sequence[str]) -> dict[int, int]:
-    """Position of every text that repeats an earlier one but for case and blanks → that one's position."""
-    first: dict[bytes, int] = {}
-    found: dict[int, int] = {}
-    for position, text in enumerate(texts):
-        digest = hashlib.sha256(folded(text).encode()).digest()
-        earlier = first.setdefault(digest, position)
-        if earlier != position:
-            found[position] = earlier
-    return found
+def exact_duplicates(digests: Hashes, digests2: Hashes, positions: Numbers) -> tuple[Numbers, Numbers]:
+    """Positions whose digest stands at an earlier one too, and the first of these for each: [repeats], [repeats]."""
+    order = np.lexsort((positions, digests2, digests))
+    digests, digests2, positions = digests[order], digests2[order], positions[order]
+    new = np.ones(len(order), dtype=bool)
+    new[1:] = (digests[1:] != digests[:-1]) | (digests2[1:] != digests2[:-1])
+    firsts = positions[new][np.cumsum(new) - 1] if len(order) else positions
+    return positions[~new], firsts[~new]
 
 
-def near_duplicates(texts: Sequence[str], threshold: float) -> dict[int, tuple[int, float]]:
-    """Position of every text to drop → (position of the kept text it repeats, their Jaccard similarity).
+def find_exact(item: None, number: int, work: Work) -> Counts:
+    """Tell the ranges of both which rows repeat which."""
+    table = received(work.place, DIGESTS_FOLDER, number, DIGEST_SCHEMA)
+    rows, firsts = exact_duplicates(*(table.column(name).to_numpy() for name in DIGEST_SCHEMA.names))
+    _send_drops(work, f"{number:06d}", (EXACT_BY_ROW, EXACT_BY_FIRST), rows, firsts, None)
+    return {"duplicates": len(rows)}
 
-    Texts are taken in order and each is held against the kept ones before it, so the first stays, and a chain
-    of small changes does not swallow a text unlike the one that is kept.
 
-    Args:
-        texts: documents in the order in which they have precedence.
-        threshold: smallest Jaccard similarity of a near-duplicate, above 0 and at most 1.
-    """
-    shingles = list(_shingles(texts))
-    permutations, band = choose_bands(threshold)
-    buckets = _shared_buckets(_signatures(shingles, permutations), band)
-    kept_in: dict[int, list[int]] = {}
-    found: dict[int, tuple[int, float]] = {}
-    for position in range(len(texts)):
-        own = buckets.get(position, ())
-        candidates = sorted({kept for bucket in own for kept in kept_in.get(bucket, ())})
-        match = _first_match(shingles, position, candidates, threshold)
-        if match is not None:
-            found[position] = match
-            continue
-        for bucket in own:
-            kept_in.setdefault(bucket, []).append(position)
-    return found
+def _send_drops(
+    work: Work,
+    name: str,
+    folders: tuple[str, str],
+    rows: Numbers,
+    firsts: Numbers,
+    similarity: npt.NDArray[np.float64] | None,
+) -> None:
+    scores = pa.nulls(len(rows), pa.float64()) if similarity is None else pa.array(similarity)
+    table = pa.table([pa.array(rows), pa.array(firsts), scores], schema=DROP_SCHEMA)
+    for folder, towards in zip(folders, (rows, firsts), strict=True):
+        send(work.place, f"{folder}/{name}.arrow", table, range_of(towards))
+
+
+# Bands: what a document is found by.
 
 
 def choose_bands(threshold: float) -> tuple[int, int]:
@@ -72,6 +100,261 @@ def choose_bands(threshold: float) -> tuple[int, int]:
     return permutations, min(rows, permutations // 2)
 
 
+def bands_of_a_document(threshold: float | None) -> int:
+    """Keys that a document is found by."""
+    if threshold is None:
+        return 0
+    permutations, rows = choose_bands(threshold)
+    return permutations // rows
+
+
+@lru_cache(maxsize=8)
+def least_agreement(threshold: float) -> int:
+    """Sketch bits of two documents at the threshold that agree at least, but for a chance of ``_SKETCH_MISS_CHANCE``.
+
+    A bit agrees where the numbers do, and by half of the others: with a chance of (1 + s) / 2 (b-bit MinHash, Li and Koenig
+    2010, with b = 1).
+    """
+    share = (1 + threshold) / 2
+    missed = 0.0
+    for bits in range(_SKETCH_BITS + 1):
+        missed += math.comb(_SKETCH_BITS, bits) * share**bits * (1 - share) ** (_SKETCH_BITS - bits)
+        if missed > _SKETCH_MISS_CHANCE:
+            return bits
+    return _SKETCH_BITS
+
+
+@dataclass(frozen=True, slots=True)
+class Bands:
+    """Keys of documents, an entry for each band of each: arrays of one length.
+
+    Attributes:
+        keys: equal where two documents agree in a band; a collision only proposes one pair more.
+        positions: of the documents.
+        sizes: how many n-grams they have.
+        sketches: one bit of each of 128 numbers of their signatures: [entries, 2].
+    """
+
+    keys: Hashes
+    positions: Numbers
+    sizes: npt.NDArray[np.int32]
+    sketches: Hashes
+
+
+def bands_of(shingles: Hashes, offsets: Offsets, positions: Numbers, threshold: float) -> Bands:
+    """The bands of documents; those without a word have none.
+
+    Args:
+        shingles: sorted n-gram hashes of all documents.
+        offsets: where each document's begin, and the end: [documents + 1].
+        positions: of the documents.
+        threshold: smallest similarity of a near-duplicate.
+    """
+    permutations, rows = choose_bands(threshold)
+    signatures = minhashes((shingles >> np.uint64(32)).astype(np.uint32), offsets, permutations)
+    sizes = np.diff(offsets)
+    filled = sizes > 0
+    signatures, sizes, positions = signatures[filled], sizes[filled], positions[filled]
+    bands = permutations // rows
+    keys = np.empty((len(positions), bands), dtype=np.uint64)
+    for band in range(bands):
+        key = np.full(len(positions), band, dtype=np.uint64)
+        for column in range(band * rows, (band + 1) * rows):
+            key = mix(key ^ signatures[:, column])
+        keys[:, band] = key
+    # The highest bit of a product with an odd number hangs on all bits of the value.
+    bits = (signatures[:, :_SKETCH_BITS] * np.uint32(0x9E3779B1)) >> np.uint32(31)
+    packed = np.packbits(bits.astype(np.uint8), axis=1).view(np.uint64)
+    repeat = np.repeat(np.arange(len(positions)), bands)
+    return Bands(keys.ravel(), positions[repeat], sizes[repeat].astype(np.int32), packed[repeat])
+
+
+def send_bands(item: None, number: int, work: Work, buckets: int) -> Counts:
+    """Send the bands of a range's documents, exact duplicates left out, to where equal keys meet.
+
+    Raises:
+        DataError: two of them have one id.
+    """
+    threshold = work.config.near_duplicate_threshold
+    dropped = received(work.place, EXACT_BY_ROW, number, DROP_SCHEMA, ["row"]).column("row").to_numpy()
+    _check_ids(work, number, dropped)
+    if threshold is None:
+        return {}
+    tables = [
+        _band_table(bands_of(*shingles, positions, threshold))
+        for positions, shingles in _shingled(work, number, dropped)
+    ]
+    table = pa.concat_tables(tables) if tables else _BAND_SCHEMA.empty_table()
+    receivers = table.column("key").to_numpy() % np.uint64(buckets)
+    send(work.place, f"{BANDS_FOLDER}/{number:06d}.arrow", table, receivers)
+    return {}
+
+
+def _shingled(work: Work, number: int, dropped: Numbers) -> Iterator[tuple[Numbers, tuple[Hashes, Offsets]]]:
+    """Positions and n-grams of a range's documents, some at a time."""
+    words = Words()
+    first = position(number, 0)
+    for table in read_rows(work.place, sorted_name(number), ROW_SCHEMA, ["title", "text"]):
+        for start in range(0, table.num_rows, _TEXTS_AT_ONCE):
+            part = table.slice(start, _TEXTS_AT_ONCE)
+            positions = np.arange(first + start, first + start + part.num_rows)
+            stays = ~np.isin(positions, dropped)
+            texts = _texts(part.filter(pa.array(stays)))
+            yield positions[stays], distinct_ngrams(texts, WORDS_PER_SHINGLE, words)
+        first += table.num_rows
+
+
+def _texts(table: pa.Table) -> list[str]:
+    columns = (table.column(name).to_pylist() for name in ("title", "text"))
+    return [document_text(title, text) for title, text in zip(*columns, strict=True)]
+
+
+def _check_ids(work: Work, number: int, dropped: Numbers) -> None:
+    """Refuse an id of two texts; rows of one id lie in one range, one after the other."""
+    tables = list(read_rows(work.place, sorted_name(number), ROW_SCHEMA, ["id", "source"]))
+    if not tables:
+        return
+    table = pa.concat_tables(tables)
+    stays = np.ones(table.num_rows, dtype=bool)
+    stays[place_of(dropped)] = False
+    left = table.filter(pa.array(stays))
+    ids = left.column("id").combine_chunks()
+    same = pc.equal(ids[1:], ids[:-1]).to_numpy(zero_copy_only=False) if len(ids) else np.zeros(0, bool)
+    if same.any():
+        at = int(np.argmax(same))
+        one, other = left.slice(at, 2).column("source").to_pylist()
+        raise DataError(
+            f"corpus.sources: id {ids[at].as_py()!r} stands for two texts ({one} and {other}); ids must be unique, "
+            "or leave out id_column and ids are made from the content"
+        )
+
+
+def _band_table(bands: Bands) -> pa.Table:
+    columns = (bands.keys, bands.positions, bands.sizes, *bands.sketches.T)
+    return pa.table([pa.array(np.ascontiguousarray(column)) for column in columns], schema=_BAND_SCHEMA)
+
+
+# Pairs: documents with a key in common that may be near-duplicates.
+
+
+def propose(bands: Bands, threshold: float) -> tuple[Numbers, Numbers, int]:
+    """Pairs that share a key and may be near-duplicates, each once: later position, earlier position, [pairs].
+
+    The third number counts the keys that more than ``MOST_IN_A_BAND`` documents share.
+    """
+    order = np.lexsort((bands.positions, bands.keys))
+    keys = bands.keys[order]
+    bounds = (
+        np.flatnonzero(np.concatenate([[True], keys[1:] != keys[:-1], [True]]))
+        if len(keys)
+        else np.zeros(1, int)
+    )
+    lengths = np.diff(bounds)
+    plain = np.repeat((lengths > 1) & (lengths <= MOST_IN_A_BAND), lengths)
+    found = list(_neighbours(bands, order[plain], threshold))
+    crowded = np.flatnonzero(lengths > MOST_IN_A_BAND)
+    for group in crowded:
+        found += _against_first(bands, order[bounds[group] : bounds[group + 1]], threshold)
+    if not found:
+        return np.zeros(0, np.int64), np.zeros(0, np.int64), len(crowded)
+    later, earlier = (bands.positions[np.concatenate(side)] for side in zip(*found, strict=True))
+    pairs = np.unique(np.stack([later, earlier]), axis=1)
+    return pairs[0], pairs[1], len(crowded)
+
+
+def _neighbours(bands: Bands, order: Numbers, threshold: float) -> Iterator[tuple[Numbers, Numbers]]:
+    """Entries (later, earlier) of all pairs that share a key, as far as sizes and sketches allow."""
+    keys = bands.keys[order]
+    at = np.arange(len(order))
+    for distance in range(1, MOST_IN_A_BAND):
+        at = at[at + distance < len(order)]
+        at = at[keys[at] == keys[at + distance]]
+        if not len(at):
+            return
+        earlier, later = order[at], order[at + distance]
+        likely = _likely(bands, later, earlier, threshold)
+        yield later[likely], earlier[likely]
+
+
+def _against_first(bands: Bands, group: Numbers, threshold: float) -> Iterator[tuple[Numbers, Numbers]]:
+    """Entries (later, earlier) of a crowded key: each is held against the first, and the first likely ones are taken."""
+    taken = np.zeros(len(group), dtype=np.int64)
+    for place in range(MOST_IN_A_BAND):
+        rest = np.arange(place + 1, len(group))
+        rest = rest[taken[rest] < _MOST_VERIFIED]
+        likely = rest[_likely(bands, group[rest], np.full(len(rest), group[place]), threshold)]
+        taken[likely] += 1
+        yield group[likely], np.full(len(likely), group[place])
+
+
+def _likely(bands: Bands, later: Numbers, earlier: Numbers, threshold: float) -> npt.NDArray[np.bool_]:
+    one, other = bands.sizes[later], bands.sizes[earlier]
+    agreed = _SKETCH_BITS - np.bitwise_count(bands.sketches[later] ^ bands.sketches[earlier]).sum(
+        axis=1, dtype=np.int64
+    )
+    # Sets of unlike sizes cannot be that similar; most proposals of short texts end here.
+    fits = np.minimum(one, other) >= threshold * np.maximum(one, other)
+    return np.asarray(fits & (agreed >= least_agreement(threshold)))
+
+
+def propose_pairs(item: None, number: int, work: Work) -> Counts:
+    """Send the pairs of a bucket of keys to the ranges of their later documents."""
+    table = received(work.place, BANDS_FOLDER, number, _BAND_SCHEMA)
+    keys, positions, sizes, *sketches = (table.column(name).to_numpy() for name in _BAND_SCHEMA.names)
+    bands = Bands(keys, positions, sizes, np.stack(sketches, axis=1))
+    later, earlier, crowded = propose(bands, work.config.near_duplicate_threshold or 1.0)
+    send(
+        work.place,
+        f"{_PAIRS_FOLDER}/{number:06d}.arrow",
+        pa.table([later, earlier], schema=_PAIR_SCHEMA),
+        range_of(later),
+    )
+    return {"pairs": len(later), "crowded": crowded}
+
+
+# Verification: the n-grams of the later document go to where the earlier one lies.
+
+
+def send_shingles(item: None, number: int, work: Work) -> Counts:
+    """Send the n-grams of a range's documents to the ranges of what they may repeat."""
+    table = received(work.place, _PAIRS_FOLDER, number, _PAIR_SCHEMA)
+    if not table.num_rows:
+        return {"pairs": 0}
+    # One pair may have come from several buckets.
+    rows, firsts = np.unique(np.stack([table.column(name).to_numpy() for name in _PAIR_SCHEMA.names]), axis=1)
+    wanted, slots = np.unique(rows, return_inverse=True)
+    shingles, offsets = _shingles_at(work, number, wanted)
+    lists = pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), pa.array(shingles))
+    pairs = pa.table(
+        [pa.array(rows), pa.array(firsts), lists.take(pa.array(slots))], schema=_SHINGLED_PAIR_SCHEMA
+    )
+    send(work.place, f"{_SHINGLED_FOLDER}/{number:06d}.arrow", pairs, range_of(firsts))
+    return {"pairs": len(rows)}
+
+
+def verify_pairs(item: None, number: int, work: Work) -> Counts:
+    """Write the near-duplicates among the pairs whose earlier document lies here."""
+    table = received(work.place, _SHINGLED_FOLDER, number, _SHINGLED_PAIR_SCHEMA)
+    if not table.num_rows:
+        return {"edges": 0}
+    threshold = work.config.near_duplicate_threshold or 1.0
+    firsts = table.column("first").to_numpy()
+    wanted, slots = np.unique(firsts, return_inverse=True)
+    shingles, offsets = _shingles_at(work, number, wanted)
+    column = table.column("shingles").combine_chunks()
+    others, bounds = column.values.to_numpy(), column.offsets.to_numpy()
+    scores = np.array(
+        [
+            jaccard(others[bounds[n] : bounds[n + 1]], shingles[offsets[slot] : offsets[slot + 1]])
+            for n, slot in enumerate(slots.tolist())
+        ]
+    )
+    near = scores >= threshold
+    columns = (table.column("row").to_numpy()[near], firsts[near], scores[near])
+    edges = pa.table([pa.array(one) for one in columns], schema=DROP_SCHEMA)
+    return {"edges": write_rows(work.place, f"{_EDGES_FOLDER}/{number:06d}.arrow", DROP_SCHEMA, [edges])}
+
+
 def jaccard(left: Hashes, right: Hashes) -> float:
     """Similarity of two sorted sets of hashes; 0 if both are empty."""
     shared = len(np.intersect1d(left, right, assume_unique=True))
@@ -79,118 +362,49 @@ def jaccard(left: Hashes, right: Hashes) -> float:
     return shared / union if union else 0.0
 
 
-def _shingles(texts: Sequence[str]) -> Iterator[Hashes]:
-    """Sorted distinct 64-bit hashes of each text's word 5-grams; a shorter text is one shingle, if any."""
-    vocabulary: dict[str, int] = {}
-    for text in texts:
-        yield np.unique(ngram_hashes(text, WORDS_PER_SHINGLE, vocabulary))
+def _shingles_at(work: Work, number: int, positions: Numbers) -> tuple[Hashes, Offsets]:
+    """N-grams of some documents of a range, given by sorted positions."""
+    places = place_of(positions)
+    found = []
+    first = 0
+    for table in read_rows(work.place, sorted_name(number), ROW_SCHEMA, ["title", "text"]):
+        here = places[(places >= first) & (places < first + table.num_rows)] - first
+        found += _texts(table.take(pa.array(here)))
+        first += table.num_rows
+    return distinct_ngrams(found, WORDS_PER_SHINGLE, Words())
 
 
-def _signatures(shingles: Sequence[Hashes], permutations: int) -> npt.NDArray[np.uint32]:
-    """MinHash signatures by the upper halves of the hashes: [documents, permutations]."""
-    found = np.empty((len(shingles), permutations), dtype=np.uint32)
-    for row, hashes in zip(found, shingles, strict=True):
-        row[:] = minhash((hashes >> np.uint64(32)).tolist(), permutations, int)
-    return found
+# The choice: which documents stay, a walk over verified pairs in the order of the later document.
 
 
-def _shared_buckets(signatures: npt.NDArray[np.uint32], rows: int) -> dict[int, list[int]]:
-    """Position → the buckets it shares with others; most documents share none and have no entry."""
-    shared: dict[int, list[int]] = {}
-    bucket = 0
-    for band in range(signatures.shape[1] // rows):
-        keys = np.zeros(len(signatures), dtype=np.uint64)
-        for column in range(band * rows, (band + 1) * rows):
-            keys = mix(keys ^ signatures[:, column])  # a collision of keys only proposes one pair more
-        _, numbers, sizes = np.unique(keys, return_inverse=True, return_counts=True)
-        for position in np.flatnonzero(sizes[numbers] > 1).tolist():
-            shared.setdefault(position, []).append(bucket + int(numbers[position]))
-        bucket += len(sizes)
-    return shared
-
-
-def _first_match(
-    shingles: Sequence[Hashes], position: int, candidates: Sequence[int], threshold: float
-) -> tuple[int, float] | None:
-    own = shingles[position]
-    for candidate in candidates:
-        other = shingles[candidate]
-        # Sets of unlike sizes cannot be that similar; cheap, and most proposals of short texts end here.
-        if min(len(own), len(other)) < threshold * max(len(own), len(other)):
-            continue
-        similarity = jaccard(own, other)
-        if similarity >= threshold:
-            return candidate, similarity
-    return None
-
-
-# Which documents answer which questions: every one that a source says, whatever rows and duplicates it came by.
-#
-# A document that is dropped as a duplicate leaves its questions to the one that stays, and a question may have many
-# documents: any of them would else become a negative of the question that it answers.
-
-
-@dataclass(frozen=True, slots=True)
-class Question:
-    """A query of a row, which may stand in the corpus as another row that it repeats."""
-
-    text: str
-    grade: float  # how relevant the document is to it, above 0
-    row: SourceRow  # that it came with, whose instruction, dataset and language it has
-
-
-Questions = dict[str, list[Question]]  # by the id of the document that answers them
-
-
-def gather_questions(rows: Sequence[SourceRow], stays: Sequence[int], rejects: Rejects) -> Questions:
-    """The questions of every row that stays, those of the rows it stands for included.
-
-    A question that a document has twice is counted as ``duplicate_query``; its higher grade counts.
+def first_matches(
+    rows: Numbers, firsts: Numbers, similarity: npt.NDArray[np.float64]
+) -> tuple[Numbers, Numbers, npt.NDArray[np.float64]]:
+    """Documents to drop, the kept one that each repeats (of several the first), and their similarity.
 
     Args:
-        rows: all of them, duplicates included.
-        stays: for each row the position of the one that stays for it, its own where it stays itself.
-        rejects: takes note of repeated questions.
+        rows: later document of each verified pair.
+        firsts: earlier document.
+        similarity: of the two.
     """
-    found: dict[str, dict[str, Question]] = {}
-    for row, stay in zip(rows, stays, strict=True):
-        own = found.setdefault(rows[stay].id, {})
-        for text, grade in zip(row.queries, row.grades or [1.0] * len(row.queries), strict=True):
-            if text in own:
-                own[text] = replace(own[text], grade=max(own[text].grade, grade))
-                rejects.add(
-                    row.id, "duplicate_query", f"{text!r} of {row.source} stands twice for one document"
-                )
-            else:
-                own[text] = Question(text, grade, row)
-    return {document_id: list(questions.values()) for document_id, questions in found.items()}
+    order = np.lexsort((firsts, rows))
+    dropped: dict[int, int] = {}
+    chosen = []
+    for edge, row, first in zip(order.tolist(), rows[order].tolist(), firsts[order].tolist(), strict=True):
+        if row not in dropped and first not in dropped:
+            dropped[row] = first
+            chosen.append(edge)
+    return rows[chosen], firsts[chosen], similarity[chosen]
 
 
-def in_one_split(questions: Questions, split_of_document: Mapping[str, str], rejects: Rejects) -> Questions:
-    """The questions less those asked in two splits, where the answer would leak: case and blanks aside they are one.
-
-    A question stays in the split of its best document (of equals the first by id) with all its documents there; the
-    others lie in splits that are never searched for it. They are counted as ``query_in_other_split``.
-
-    Args:
-        questions: of all documents, in id order.
-        split_of_document: by id.
-        rejects: takes note of what is left out.
-    """
-    best: dict[str, tuple[float, str]] = {}
-    for document_id, own in questions.items():
-        for question in own:
-            key = folded(question.text)
-            if key not in best or question.grade > best[key][0]:
-                best[key] = (question.grade, split_of_document[document_id])
-    kept: Questions = {}
-    for document_id, own in questions.items():
-        kept[document_id] = []
-        for question in own:
-            split = best[folded(question.text)][1]
-            if split == split_of_document[document_id]:
-                kept[document_id].append(question)
-            else:
-                detail = f"{question.text!r} of {question.row.source} is asked in {split}"
-                rejects.add(document_id, "query_in_other_split", detail)
-    return kept
+def choose_near(item: None, number: int, work: Work) -> Counts:
+    """Tell the ranges of both which documents are dropped as near-duplicates of which."""
+    tables = [
+        table
+        for name in work.place.names(_EDGES_FOLDER, ".arrow")
+        for table in read_rows(work.place, name, DROP_SCHEMA)
+    ]
+    table = pa.concat_tables([DROP_SCHEMA.empty_table(), *tables])
+    found = first_matches(*(table.column(name).to_numpy() for name in DROP_SCHEMA.names))
+    _send_drops(work, f"{number:06d}", (NEAR_BY_ROW, NEAR_BY_FIRST), *found)
+    return {"near_duplicates": len(found[0])}

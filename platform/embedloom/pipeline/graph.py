@@ -449,9 +449,11 @@ def _kind(name: str) -> str:
 
 
 def _corpus(run: Run, inputs: Inputs, out: ArtefactWriter) -> Artefact:
+    from embedloom.compute.shards import run_tasks
     from embedloom.corpus.stage import build_corpus
 
-    return build_corpus(run.config.corpus, run.config.run.seed, resolve_model(run.config.encoder.base), out)
+    model = NodeModel.of(run.config.encoder.base)
+    return build_corpus(run.config.corpus, run.config.run.seed, model, out, run_tasks)
 
 
 def _encoder(run: Run, inputs: Inputs, out: ArtefactWriter) -> Artefact:
