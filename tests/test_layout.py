@@ -20,7 +20,7 @@ TOP_LEVEL = {
 LEFT_BY_RUNNING = set((ROOT / ".gitignore").read_text().replace("/\n", "\n").split()) | {".git"}
 PACKAGES = {
     "cli", "cluster", "compute", "config", "core", "corpus", "documents", "encoder", "evaluation", "merging", "mining", "pipeline",
-    "planning", "report", "retrieval", "serving", "synthesis", "training",
+    "planning", "raydata", "report", "retrieval", "serving", "synthesis", "training",
 }  # fmt: skip
 HEAVY_LIBRARIES = {"torch", "ray", "vllm", "transformers", "deepspeed", "mteb", "sentence_transformers"}
 INNER_PACKAGES = {"serving/rollout", "synthesis/families"}

@@ -54,12 +54,29 @@ class CutTexts:
         self.texts = self.cut = self.read = self.left_out = 0
         return found
 
+    def count(self, read: Sequence[int], left_out: Sequence[int]) -> None:
+        """Count texts by what is read and left out of each, in tokens."""
+        self.add(CutTexts(len(read), sum(map(bool, left_out)), sum(read), sum(left_out)))
+
     def add(self, other: "CutTexts") -> None:
         """Count other texts too."""
         self.texts += other.texts
         self.cut += other.cut
         self.read += other.read
         self.left_out += other.left_out
+
+
+class CutsByText(CutTexts):
+    """Also what was left out of each text, in the order of the texts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.by_text: list[int] = []
+
+    def count(self, read: Sequence[int], left_out: Sequence[int]) -> None:
+        """See ``CutTexts.count``."""
+        super().count(read, left_out)
+        self.by_text.extend(left_out)
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -285,7 +302,7 @@ def truncated_ids(
             for row, whole in zip(unsure, ids_of(unsure, [texts[row] for row in unsure]), strict=True):
                 ids[row] = whole
     if cuts is not None:
-        cuts.add(CutTexts(len(texts), sum(map(bool, left_out)), sum(map(len, ids)), sum(left_out)))
+        cuts.count([len(own) for own in ids], left_out)
     return ids
 
 

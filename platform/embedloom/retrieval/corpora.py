@@ -1,6 +1,6 @@
 """``embedloom embed``: any corpus to Parquet vectors and, if wanted, a FAISS index; equal and earlier texts are embedded once."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -18,7 +18,14 @@ from embedloom.core.prompting import PromptContract
 from embedloom.core.storage import Place, absolute
 from embedloom.encoder.tokenizer import InstructionTooLong, check_room, load_tokenizer
 from embedloom.errors import ConfigError, DataError
-from embedloom.retrieval.embedder import EmbedderSource, EncoderSource, share_weights, taken_cuts, weights_of
+from embedloom.retrieval.embedder import (
+    Embedder,
+    EmbedderSource,
+    EncoderSource,
+    share_weights,
+    taken_cuts,
+    weights_of,
+)
 from embedloom.retrieval.identity import aside_of
 from embedloom.retrieval.index import build_index, require_faiss
 from embedloom.retrieval.inputs import TextSource, check_instruction, open_input
@@ -36,6 +43,7 @@ from embedloom.retrieval.ledger import (
 from embedloom.retrieval.search import check_vectors
 from embedloom.retrieval.stored import (
     SCALE_COLUMN,
+    Matrix,
     dequantize,
     final_table,
     quantize,
@@ -141,6 +149,38 @@ def fill_in(stage: str, ledger: Ledger, out: Place, previous: Place | None) -> N
 _DTYPE_KEY, _SIDE_KEY, _DIMENSION_KEY = b"dtype", b"side", b"dimension"
 
 
+def checked_vectors(
+    embedder: Embedder,
+    name: str,
+    config: EmbeddingConfig,
+    normalize: bool,
+    texts: Sequence[str],
+    ids: Any = None,
+) -> tuple[Matrix, list[int]]:
+    """Vectors float32 [len(texts), d] as a section wants them, before they get their stored type, and each text's tokens.
+
+    Args:
+        embedder: the loaded model.
+        name: of the model, for errors.
+        config: side, task, instruction, dimensions and stored type.
+        normalize: whether the model's vectors have unit length.
+        texts: none empty.
+        ids: of the texts, for errors; None names the row.
+
+    Raises:
+        DataError: a vector that is zero or not finite, also once it is rounded to the stored type.
+        ConfigError: dimensions that the model does not have.
+    """
+    vectors, tokens = embedder.embed(
+        texts, config.side, [config.task_type] * len(texts), [config.instruction] * len(texts)
+    )
+    vectors = shorten(vectors, config.dimensions, normalize)
+    check_vectors(vectors, f"model {name}", ids)
+    if config.dtype == "float16":  # a value beyond 65504 becomes infinite, a tiny vector zero
+        check_vectors(dequantize(*quantize(vectors, config.dtype)), f"model {name}, as float16", ids)
+    return vectors, tokens
+
+
 class RowsWorker:
     """Actor that embeds the new texts of one shard."""
 
@@ -159,17 +199,9 @@ class RowsWorker:
         """
         config = self.config
         texts = rows.column("text").to_pylist()
-        vectors, tokens = self.embedder.embed(
-            texts, config.side, [config.task_type] * len(texts), [config.instruction] * len(texts)
+        vectors, tokens = checked_vectors(
+            self.embedder, self.model_id, config, self.normalize, texts, rows.column("id")
         )
-        vectors = shorten(vectors, config.dimensions, self.normalize)
-        check_vectors(vectors, f"model {self.model_id}", rows.column("id"))
-        if config.dtype == "float16":  # a value beyond 65504 becomes infinite, a tiny vector zero
-            check_vectors(
-                dequantize(*quantize(vectors, config.dtype)),
-                f"model {self.model_id}, as float16",
-                rows.column("id"),
-            )
         columns = {"id": rows.column("id"), "offset": rows.column("offset")}
         table = pa.table({**columns, **vector_columns(vectors, config.dtype)})
         metadata = {
@@ -321,13 +353,7 @@ def embed_artefact(
     """
     out.place.sweep()
     contract = model.contract
-    config = _with_task(config.computed(pool.gpus), contract)
-    _check(config, contract)
-    tokenizer = load_tokenizer(model.transformer)
-    try:
-        check_room(tokenizer, contract, config.side, config.task_type, config.instruction)
-    except InstructionTooLong as error:
-        raise InstructionTooLong(f"embedding.instruction: {error}") from error
+    config = checked_section(config.computed(pool.gpus), model)
     recipe = {**config.recipe, "model_id": model.id, "contract_hash": contract.hash}
     earlier = _earlier(config, recipe, out.place)
     source = open_input(corpus, config, out.place)
@@ -367,6 +393,25 @@ def _indexed(config: IndexConfig, out: Place, contract_hash: str, pool: PoolConf
     """Build the index on one of the pool's machines, on its GPU if it reserves one: the driver holds no vectors."""
     [facts] = run_tasks("embed", build_index, [config], out, contract_hash, pool=pool)
     return facts
+
+
+def checked_section(config: EmbeddingConfig, model: ModelFolder) -> EmbeddingConfig:
+    """The section with its task, checked against the model as far as that can be done before anything is loaded.
+
+    Raises:
+        ConfigError: a task, an instruction or dimensions that do not fit the model.
+        InstructionTooLong: an instruction that leaves next to nothing of the length limit.
+        MissingDependency: an index is wanted and FAISS is not installed.
+    """
+    contract = model.contract
+    config = _with_task(config, contract)
+    _check(config, contract)
+    tokenizer = load_tokenizer(model.transformer)
+    try:
+        check_room(tokenizer, contract, config.side, config.task_type, config.instruction)
+    except InstructionTooLong as error:
+        raise InstructionTooLong(f"embedding.instruction: {error}") from error
+    return config
 
 
 def _with_task(config: EmbeddingConfig, contract: PromptContract) -> EmbeddingConfig:

@@ -1,7 +1,7 @@
 """The deduplication index of an embedding job: which row of the input takes which vector, from one pass over the input."""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from embedloom.compute.shards import PART_PATTERN
-from embedloom.core.prompting import document_text
+from embedloom.core.prompting import Side, document_text
 from embedloom.core.schemas import content_id, table_from_rows
 from embedloom.core.storage import Place
 from embedloom.core.text import hashes64
@@ -45,15 +45,22 @@ def text_digest(text: str) -> bytes:
 
 
 def texts_of(table: pa.Table, source: TextSource) -> list[str]:
-    """What a model is given of each row; empty where there is none.
+    """What a model is given of each row; see ``given_texts``."""
+    titles = table.column(source.title).to_pylist() if source.title else None
+    return given_texts(table.column(source.text).to_pylist(), titles, source.side)
+
+
+def given_texts(bodies: Sequence[str | None], titles: Sequence[str | None] | None, side: Side) -> list[str]:
+    """What a model is given of texts; empty where there is none.
 
     A document is its title and text, joined and without blanks at the ends; a query is given as it stands.
     """
-    bodies = [body or "" for body in table.column(source.text).to_pylist()]
-    if source.side == "query":
-        return [body if body.strip() else "" for body in bodies]
-    titles = table.column(source.title).to_pylist() if source.title else [None] * len(bodies)
-    return [document_text(title, body) for title, body in zip(titles, bodies, strict=True)]
+    if side == "query":
+        return [body if body and body.strip() else "" for body in bodies]
+    return [
+        document_text(title, body or "")
+        for title, body in zip(titles or [None] * len(bodies), bodies, strict=True)
+    ]
 
 
 def first_of_equals(digests: Digests) -> Numbers:

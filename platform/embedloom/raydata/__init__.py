@@ -1,0 +1,1 @@
+"""Embedding as an operation on any ``ray.data.Dataset``."""
