@@ -82,7 +82,7 @@ def notes(path, rows=30, **extra):
 def test_a_folder_of_texts_asks_by_its_headings(tmp_path):
     (tmp_path / "scans").mkdir()
     folder = handbook(tmp_path / "handbook")
-    (folder / "scan.pdf").write_bytes(b"%PDF")
+    (folder / "scan.png").write_bytes(b"%PDF")
     config, told = written(tmp_path, folder)
     (source,) = config.corpus.sources
     assert (source.format, source.path, source.query_from, source.lang) == (
@@ -92,7 +92,7 @@ def test_a_folder_of_texts_asks_by_its_headings(tmp_path):
         "eng",
     )
     assert config.run.name == "handbook"
-    assert "24 documents" in told and "not read: 1 .pdf files" in told
+    assert "24 documents" in told and "not read: 1 .png files" in told
     assert config.synthesis is not None and config.training.mix["synthetic"] > 0
     assert config.corpus.split.test == 0.3  # of 24 documents, a tenth might hold out none
 
@@ -225,10 +225,10 @@ def test_data_that_cannot_be_used_is_refused(make, words, error, message, tmp_pa
 
 def test_files_that_no_reader_knows_are_named(tmp_path):
     (tmp_path / "scans").mkdir()
-    (tmp_path / "scans" / "a.pdf").write_bytes(b"%PDF")
+    (tmp_path / "scans" / "a.png").write_bytes(b"%PDF")
     result = init(tmp_path / "scans", "-o", tmp_path / "own.yaml")
     assert isinstance(result.exception, DataError)
-    assert "'.pdf': 1" in str(result.exception) and ".md" in str(result.exception)
+    assert "'.png': 1" in str(result.exception) and ".md" in str(result.exception)
 
 
 @pytest.mark.parametrize(

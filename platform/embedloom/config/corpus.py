@@ -1,8 +1,9 @@
 """The section about documents."""
 
+import codecs
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from embedloom.config.base import FrozenConfig
 
@@ -12,7 +13,7 @@ DocumentKind = Literal[
     "text", "markdown", "mdx", "rst", "asciidoc", "html", "epub", "notebook", "pdf", "docx", "pptx", "sheets", "message",
     "mailbox",
 ]  # fmt: skip
-SourceFormat = Literal["python_docs", "parquet", "jsonl", "csv", "text", "beir", "huggingface"]
+SourceFormat = Literal["documents", "python_docs", "parquet", "jsonl", "csv", "text", "beir", "huggingface"]
 
 
 class CorpusSource(FrozenConfig):
@@ -21,7 +22,8 @@ class CorpusSource(FrozenConfig):
     format: SourceFormat = Field(
         description=(
             "Form of the data: parquet, jsonl (.jsonl, .jsonl.gz), csv, text (.txt and Markdown files, "
-            "one document each), beir (a folder with corpus.jsonl, queries and judgements), huggingface "
+            "one document each), documents (PDF, Office, HTML, Markdown and other files as they are; "
+            "cut at their headings), beir (a folder with corpus.jsonl, queries and judgements), huggingface "
             "(a dataset by name, needs the network), or python_docs (docstrings of installed packages)."
         )
     )
@@ -114,6 +116,52 @@ class CorpusSource(FrozenConfig):
             "for python_docs eng."
         ),
     )
+    titles: bool = Field(
+        default=True,
+        exclude_if=lambda value: value is True,
+        description=(
+            "text, documents: whether a file has a title: that of its front matter, else its leading or only heading of level "
+            "1, else its own property (HTML, Office, EPUB, PDF), else its first heading, else its name. False: none, and "
+            "headings stay in the text."
+        ),
+    )
+    read_as: dict[str, DocumentKind] = Field(
+        default_factory=dict,
+        exclude_if=lambda value: not value,
+        description=(
+            "documents: how files of further endings or names are read, such as {.log: text, README: markdown}. Files of "
+            "endings that are unknown are passed over, and counted."
+        ),
+    )
+    encoding: str = Field(
+        default="utf-8",
+        exclude_if=lambda value: value == "utf-8",
+        description=(
+            "csv, text, documents: encoding of text files without a byte-order mark, such as cp1252 or utf-16."
+        ),
+    )
+    delimiter: str | None = Field(
+        default=None,
+        min_length=1,
+        max_length=1,
+        exclude_if=lambda value: value is None,
+        description="csv: what parts the cells. Null: a tab in .tsv files, else a comma.",
+    )
+    column_names: tuple[str, ...] = Field(
+        default=(),
+        exclude_if=lambda value: not value,
+        description="csv: names of the columns of files without a header line, from the first one on.",
+    )
+    max_unreadable: float | None = Field(
+        default=None,
+        ge=0,
+        lt=1,
+        exclude_if=lambda value: value is None,
+        description=(
+            "Share (0-1) of a source's documents that may be unreadable files or rows; they are counted rejects. Null: the "
+            "first one ends the command."
+        ),
+    )
     limit: int | None = Field(
         default=None, ge=1, description="Most rows that are read, from the first on. Null: all."
     )
@@ -122,6 +170,17 @@ class CorpusSource(FrozenConfig):
     def may_hold_pairs(self) -> bool:
         """Whether its rows may be pairs: those of some formats are, those of tables with a column of queries."""
         return self.format in _PAIRED or self.query_column is not None or self.query_from is not None
+
+    @field_validator("encoding")
+    @classmethod
+    def _encoding_is_known(cls, value: str) -> str:
+        try:
+            codecs.lookup(value)
+        except LookupError as error:
+            raise ValueError(
+                "unknown; allowed: an encoding that Python knows, such as utf-8, cp1252, utf-16"
+            ) from error
+        return value
 
     @model_validator(mode="after")
     def _has_its_place(self) -> "CorpusSource":
@@ -142,6 +201,20 @@ class CorpusSource(FrozenConfig):
         ):
             if given and self.format not in tables:
                 raise ValueError(f"{key} does not fit format {self.format}; allowed: {', '.join(tables)}")
+        for key, given, formats in (
+            ("titles", not self.titles, ("text", "documents")),
+            ("read_as", bool(self.read_as), ("documents",)),
+            ("encoding", self.encoding != "utf-8", ("csv", "text", "documents")),
+            ("delimiter", self.delimiter is not None, ("csv",)),
+            ("column_names", bool(self.column_names), ("csv",)),
+            (
+                "max_unreadable",
+                self.max_unreadable is not None,
+                ("csv", "jsonl", "parquet", "text", "documents"),
+            ),
+        ):
+            if given and self.format not in formats:
+                raise ValueError(f"{key} does not fit format {self.format}; allowed: {', '.join(formats)}")
         if self.query_from is not None and (self.format in _PAIRED or self.query_column is not None):
             own = f"format {self.format}" if self.format in _PAIRED else "query_column"
             raise ValueError(

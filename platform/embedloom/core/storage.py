@@ -13,6 +13,7 @@ import stat
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import IO, Any
 
@@ -317,22 +318,30 @@ PARQUET_ENDINGS = (".parquet", ".pq")
 JSONL_ENDINGS = tuple(f"{ending}{packed}" for ending in (".jsonl", ".ndjson", ".json") for packed in _PACKED)
 CSV_ENDINGS = tuple(f"{ending}{packed}" for ending in (".csv", ".tsv") for packed in _PACKED)
 TEXT_ENDINGS = (".txt", ".md", ".markdown", ".rst")
-_MARKDOWN = (".md", ".markdown")
+MARKDOWN = (".md", ".markdown")
 _HEADING = re.compile(r"^ {0,3}#{1,6}[ \t]+(.+?)[ \t]*#*[ \t]*$")
 _FENCE = re.compile(r"^ {0,3}(```|~~~)")
 _GLOB_CHARACTERS = set("*?[")
 
 
 def files_at(path: str) -> list[Path]:
-    """Files behind a path, sorted: the file itself, all below a folder, or what a glob matches; none hidden."""
+    """Files behind a path, sorted: the file itself, all below a folder, or what a glob matches; none hidden, nor in a
+    hidden folder below it.
+
+    A path that exists is a path, whatever characters of globs its name has.
+    """
     text = str(Path(path).expanduser())
-    if _GLOB_CHARACTERS & set(text):
+    if _GLOB_CHARACTERS & set(text) and not Path(text).exists():
         found = [Path(name) for name in glob.glob(text, recursive=True)]  # noqa: PTH207 - absolute patterns
     elif Path(text).is_dir():
-        found = list(Path(text).rglob("*"))
+        found = [path for path in Path(text).rglob("*") if not _in_hidden_folder(path, Path(text))]
     else:
         found = [Path(text)]
     return sorted(path for path in found if path.is_file() and not path.name.startswith("."))
+
+
+def _in_hidden_folder(path: Path, root: Path) -> bool:
+    return any(part.startswith(".") for part in path.relative_to(root).parent.parts)
 
 
 def named_below(path: str, files: Sequence[Path]) -> dict[str, Path]:
@@ -343,31 +352,93 @@ def named_below(path: str, files: Sequence[Path]) -> dict[str, Path]:
     return {file.relative_to(root).as_posix(): file for file in files}
 
 
-def json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def json_lines(
+    path: Path, bad: Callable[[str, DataError], None] | None = None
+) -> Iterator[tuple[int, dict[str, Any]]]:
     """(line number, object) of every line that is not empty; plain or compressed.
+
+    A file that is one JSON array gives its objects by their number in it, from 1; it is held in memory.
+
+    Args:
+        path: the file.
+        bad: is told of a line that is no JSON object, by its place; None: the first one is raised.
 
     Raises:
         DataError: not UTF-8, or a line that is not a JSON object.
     """
+    # A line that is not UTF-8 would else end the reading, and its number would be a guess.
+    errors = "strict" if bad is None else "surrogateescape"
     number = 0
     try:
-        with fsspec.open(str(path), "rt", encoding="utf-8-sig", compression="infer") as stream:
-            for number, line in enumerate(stream, start=1):
+        with fsspec.open(
+            str(path), "rt", encoding="utf-8-sig", errors=errors, compression=compression_of(path.name)
+        ) as stream:
+            lines = enumerate(stream, start=1)
+            first = next(((number, line) for number, line in lines if line.strip()), None)
+            if first is not None and _opens_array(first[1]):
+                yield from _array(path, first[1] + stream.read(), bad)
+                return
+            for number, line in chain([] if first is None else [first], lines):
                 if not line.strip():
                     continue
-                record = json.loads(line)
-                if not isinstance(record, dict):
-                    seen = f"line {number} holds a {type(record).__name__}"
-                    raise DataError(f"{path}: {seen}; allowed: one JSON object a line")
-                yield number, record
-    except json.JSONDecodeError as error:
-        raise DataError(
-            f"{path}: line {number} is not JSON ({error}); allowed: one JSON object a line"
-        ) from error
+                try:
+                    yield number, _json_line(path, number, line)
+                except DataError as error:
+                    if bad is None:
+                        raise
+                    bad(f"line {number}", error)
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: not UTF-8 after line {number}: {error.reason}; allowed: UTF-8") from error
     except (OSError, EOFError) as error:
         raise DataError(f"{path}: not readable as JSON lines: {one_line(error)}") from error
+
+
+def _json_line(path: Path, number: int, line: str) -> dict[str, Any]:
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise DataError(
+            f"{path}: line {number} is not JSON ({error}); allowed: one JSON object a line"
+        ) from error
+    if not isinstance(record, dict):
+        seen = f"line {number} holds a {type(record).__name__}"
+        raise DataError(f"{path}: {seen}; allowed: one JSON object a line")
+    if max(line) >= "\udc80" and any("\udc80" <= character <= "\udcff" for character in line):
+        raise DataError(f"{path}: line {number} is not UTF-8; allowed: UTF-8")
+    return record
+
+
+def compression_of(name: str) -> str | None:
+    """How fsspec names a file's compression, by its ending; None: none."""
+    endings = {".gz": "gzip", ".bz2": "bz2", ".xz": "xz", ".zst": "zstd"}
+    return next((kind for ending, kind in endings.items() if name.lower().endswith(ending)), None)
+
+
+def _opens_array(line: str) -> bool:
+    """Whether a file's first line begins an array of objects; a line that is a whole array of its own is no object."""
+    try:
+        return line.lstrip().startswith("[") and isinstance(json.loads(line), list) and "{" in line
+    except ValueError:
+        return True
+
+
+def _array(
+    path: Path, content: str, bad: Callable[[str, DataError], None] | None
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    try:
+        found = json.loads(content)
+    except ValueError as error:
+        raise DataError(f"{path}: neither JSON lines nor a JSON array: {error}") from error
+    for number, record in enumerate(found, start=1):
+        if isinstance(record, dict):
+            yield number, record
+            continue
+        problem = DataError(
+            f"{path}: element {number} of the array is {type(record).__name__}; allowed: JSON objects"
+        )
+        if bad is None:
+            raise problem
+        bad(f"element {number}", problem)
 
 
 def json_object(path: Path) -> dict[str, Any]:
@@ -494,24 +565,6 @@ def _is_number(text: str) -> bool:
         return math.isfinite(float(text))
     except ValueError:
         return False
-
-
-def read_text(path: Path) -> tuple[str, str]:
-    """Title and body of a text file: the first Markdown heading, else the file's name without its ending.
-
-    Raises:
-        DataError: not readable, or not UTF-8.
-    """
-    try:
-        content = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"{path}: byte {error.start} is not UTF-8 ({error.reason}); allowed: text in UTF-8"
-        ) from error
-    except OSError as error:
-        raise DataError(f"{path}: not readable: {error.strerror}") from error
-    title, text = split_title(content) if path.suffix.lower() in _MARKDOWN else (None, content)
-    return title or path.stem, text
 
 
 def split_title(markdown: str) -> tuple[str | None, str]:

@@ -9,6 +9,8 @@ from typing import Any
 
 from embedloom.core.schemas import content_id
 from embedloom.corpus.clean import SourceRow
+from embedloom.documents.cutting import cut_document, place_in
+from embedloom.documents.outline import unpacked
 from embedloom.encoder.tokenizer import load_tokenizer
 
 # A cut moves back to a blank over at most a quarter of a chunk; a text without blanks is cut between characters.
@@ -60,7 +62,12 @@ class Chunker:
         for row, body, title in zip(rows, bodies, titles, strict=True):
             # Every chunk repeats the title, but a long title leaves at least half of the room to the text.
             room = max(self._chunk_tokens - len(title), self._chunk_tokens // 2)
-            spans = cut_spans(row.text, body.offsets, room, min(self._overlap_tokens, room - 1))
+            overlap = min(self._overlap_tokens, room - 1)
+            if row.outline:
+                pieces = cut_document(row.text, body.offsets, unpacked(row.outline), room, overlap)
+                spans = [Span(piece.start, piece.stop, piece.tokens) for piece in pieces]
+            else:
+                spans = cut_spans(row.text, body.offsets, room, overlap)
             yield list(_chunks(row, spans))
 
 
@@ -121,8 +128,10 @@ def _chunks(row: SourceRow, spans: list[Span]) -> Iterator[Chunk]:
     if len(spans) == 1:
         yield Chunk(row, spans[0].tokens)
         return
+    outline = unpacked(row.outline)
     filled = [(span, text) for span in spans if (text := row.text[span.start : span.stop].strip())]
     for number, (span, text) in enumerate(filled):
         chunk_id = content_id(row.id, str(number), text)
         queries = row.queries if number == 0 else ()
-        yield Chunk(replace(row, id=chunk_id, text=text, queries=queries), span.tokens, row.id)
+        source = place_in(row.source, row.text, outline, span.start)
+        yield Chunk(replace(row, id=chunk_id, text=text, queries=queries, source=source), span.tokens, row.id)

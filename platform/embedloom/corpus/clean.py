@@ -5,7 +5,6 @@ from dataclasses import dataclass, replace
 
 from embedloom.core.schemas import content_id
 from embedloom.core.text import clean_line, clean_text
-from embedloom.documents.outline import Mark
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,8 +22,7 @@ class SourceRow:
         grades: how relevant it is to each of them, above 0; empty: 1 each.
         instruction: training instruction of those queries.
         dataset: what training calls those pairs; empty: their origin.
-        outline: where its headings, pages, tables and code begin; empty: unknown. Offsets count from the text's end, so
-            they hold where a query is taken from its start.
+        outline: where its headings, pages, tables and code begin, as ``documents.outline.packed``; empty: unknown.
     """
 
     text: str
@@ -37,7 +35,7 @@ class SourceRow:
     grades: tuple[float, ...] = ()
     instruction: str = ""
     dataset: str = ""
-    outline: tuple[Mark, ...] = ()
+    outline: str = ""
 
 
 # Rejects: every row that is left out, with its reason, so that nothing vanishes silently.

@@ -8,18 +8,26 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.csv
 import pyarrow.parquet
 
 from embedloom.config.base import validate
 from embedloom.config.corpus import CorpusSource, SourceFormat
-from embedloom.core.storage import JSONL_ENDINGS, PARQUET_ENDINGS, TEXT_ENDINGS, files_at, json_lines
-from embedloom.corpus.sources import CSV_ENDINGS, csv_reading, read_source
+from embedloom.core.storage import (
+    CSV_ENDINGS,
+    JSONL_ENDINGS,
+    PARQUET_ENDINGS,
+    TEXT_ENDINGS,
+    files_at,
+    json_lines,
+)
+from embedloom.corpus.sources import csv_reading, open_csv, read_source
+from embedloom.documents.reading import kind_of
 from embedloom.errors import DataError
 
 ENDINGS: Mapping[SourceFormat, tuple[str, ...]] = {
     "text": TEXT_ENDINGS, "jsonl": JSONL_ENDINGS, "parquet": PARQUET_ENDINGS, "csv": CSV_ENDINGS,
 }  # fmt: skip
+_ORDER: list[SourceFormat] = ["documents", *ENDINGS]
 _BEIR_CORPUS = "corpus.jsonl"
 SAMPLE_ROWS = 500
 _COUNTED_BYTES = 64 * 2**20  # files that are larger altogether are not read through: their rows are estimated
@@ -95,14 +103,7 @@ def inspect(path: str, columns: Columns) -> tuple[list[Inspected], dict[str, int
         raise DataError(f"{path}: does not exist or is empty; allowed: a folder, a file or a quoted glob")
     if (Path(path).expanduser() / _BEIR_CORPUS).is_file():
         return [_inspected({"format": "beir", "path": path}, len(_lines(path)), False)], {}
-    found: dict[SourceFormat, list[Path]] = {}
-    unread: Counter[str] = Counter()
-    for file in files:
-        kind = next((kind for kind, endings in ENDINGS.items() if file.name.lower().endswith(endings)), None)
-        if kind is None:
-            unread[file.suffix.lower() or file.name] += 1
-        else:
-            found.setdefault(kind, []).append(file)
+    found, unread = _by_format(files)
     if not found:
         allowed = ", ".join(
             ending for endings in ENDINGS.values() for ending in endings if ending.count(".") == 1
@@ -110,8 +111,34 @@ def inspect(path: str, columns: Columns) -> tuple[list[Inspected], dict[str, int
         raise DataError(f"{path}: no file that can be read; found {dict(unread)}, allowed endings: {allowed}")
     return [
         _inspect_format(kind, path, own, columns)
-        for kind, own in sorted(found.items(), key=lambda item: list(ENDINGS).index(item[0]))
+        for kind, own in sorted(found.items(), key=lambda item: _ORDER.index(item[0]))
     ], dict(unread)
+
+
+def _by_format(files: Sequence[Path]) -> tuple[dict[SourceFormat, list[Path]], Counter[str]]:
+    """Files by the format that reads them, and the others by ending.
+
+    Text and Markdown alone are ``text``; with files of other kinds beside them all are ``documents``. JSON beside
+    documents says how a site is built (``package.json``, ``_category_.json``); JSON lines are data.
+    """
+    found: dict[SourceFormat, list[Path]] = {}
+    unread: Counter[str] = Counter()
+    for file in files:
+        name = file.name.lower()
+        kind = next((kind for kind, endings in ENDINGS.items() if name.endswith(endings)), None)
+        if kind is None and kind_of(name) is not None:
+            kind = "documents"
+        if kind is None:
+            unread[file.suffix.lower() or file.name] += 1
+        else:
+            found.setdefault(kind, []).append(file)
+    if "documents" in found:
+        found["documents"] = sorted([*found["documents"], *found.pop("text", [])])
+    if {"documents", "text"} & found.keys() and "jsonl" in found:
+        settings = [file for file in found["jsonl"] if file.suffix.lower() == ".json"]
+        unread[".json"] += len(settings)
+        found["jsonl"] = [file for file in found["jsonl"] if file not in settings]
+    return {kind: own for kind, own in found.items() if own}, +unread
 
 
 def _lines(path: str) -> list[Any]:
@@ -120,7 +147,7 @@ def _lines(path: str) -> list[Any]:
 
 def _inspect_format(kind: SourceFormat, path: str, files: Sequence[Path], columns: Columns) -> Inspected:
     section: dict[str, Any] = {"format": kind, "path": path}
-    if kind == "text":
+    if kind in ("text", "documents"):
         return _asking({**section, "query_from": "title"}, len(files), False)
     records = _records(kind, files[0])
     chosen = _choose_columns(records, columns, str(files[0]))
@@ -169,7 +196,7 @@ def _records(kind: SourceFormat, path: Path) -> Sequence[Mapping[str, Any]]:
             with pa.parquet.ParquetFile(path) as file:
                 found = next(file.iter_batches(batch_size=SAMPLE_ROWS), pa.record_batch({})).to_pylist()
         else:
-            with pa.csv.open_csv(path, *csv_reading(path)) as reader:
+            with open_csv(path, *csv_reading(path)) as reader:
                 found = reader.read_next_batch().slice(0, SAMPLE_ROWS).to_pylist()
     except (pa.ArrowException, OSError, StopIteration) as error:
         raise DataError(f"{path}: not readable as {kind}: {' '.join(str(error).split())}") from error
@@ -246,5 +273,5 @@ def _count(
 def _rows(kind: SourceFormat, file: Path) -> int:
     if kind == "jsonl":
         return sum(1 for _ in json_lines(file))
-    with pa.csv.open_csv(file, *csv_reading(file)) as reader:
+    with open_csv(file, *csv_reading(file)) as reader:
         return sum(int(batch.num_rows) for batch in reader)

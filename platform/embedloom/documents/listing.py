@@ -6,7 +6,7 @@ links to folders and hidden files are counted among what is passed over.
 
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,7 +23,8 @@ class Listing:
 
     Attributes:
         files: what is read, in order.
-        passed: what is not: number of files by kind (ending, ``hidden``, ``link to a folder``, ``broken link``).
+        passed: what is not: number of files by kind (ending, ``hidden``, ``link to a folder``,
+            ``broken link``).
     """
 
     files: tuple[Path, ...]
@@ -38,17 +39,19 @@ class Listing:
 
 
 def list_documents(path: str, read_as: Mapping[str, DocumentKind] = {}) -> Listing:
-    """The documents of a file, folder or glob.
+    """The documents of a file, folder or glob; what is given itself, or by a glob, is read, or refused by its reader."""
+    return list_files(path, lambda name: kind_of(name, read_as) is not None)
 
-    A file that is given itself, or by a glob, is read whatever its name is like, or refused by its reader.
-    """
+
+def list_files(path: str, reads: Callable[[str], bool]) -> Listing:
+    """The files of a path, and of a folder those whose names ``reads`` passes."""
     root = Path(path).expanduser()
     if not root.is_dir():
         return Listing(tuple(files_at(path)), {})
     files: list[Path] = []
     passed: Counter[str] = Counter()
     for file, why in _walk(root):
-        if why is None and kind_of(file.name, read_as) is None:
+        if why is None and not reads(file.name):
             why = kind_name(file.name)
         if why is None:
             files.append(file)
@@ -61,11 +64,6 @@ def kind_name(name: str) -> str:
     """What files like this one are called: by their ending."""
     suffix = Path(unpacked_name(name)).suffix.lower()
     return suffix or "without an ending"
-
-
-def are_tables(passed: Mapping[str, int]) -> list[str]:
-    """The kinds among those that a format of tables reads."""
-    return sorted(kind for kind in passed if kind.endswith(_TABLES) and kind.startswith("."))
 
 
 def _walk(root: Path) -> Iterator[tuple[Path, str | None]]:
@@ -86,9 +84,20 @@ def _walk(root: Path) -> Iterator[tuple[Path, str | None]]:
                 yield file, None if file.is_file() else "no regular file"
 
 
-def how_to_read(passed: Mapping[str, int], tables: Sequence[str] = ()) -> str:
-    """What a person can do about kinds that are passed over."""
-    said = ["read_as: {.ENDING: text} reads more"]
+def how_to_read(passed: Mapping[str, int], form: str) -> str:
+    """What a person can do about kinds that are passed over.
+
+    Args:
+        passed: of a listing.
+        form: format of the source.
+    """
+    said = []
+    documents = sorted(kind for kind in passed if form != "documents" and kind_of(f"x{kind}") is not None)
+    tables = sorted(kind for kind in passed if kind.endswith(_TABLES) and kind.startswith("."))
+    if documents:
+        said.append(f"format documents reads {', '.join(documents)}")
     if tables:
-        said.append(f"{', '.join(tables)} are tables: give them by a source of their own format")
-    return "; ".join(said)
+        said.append(f"{', '.join(tables)} are tables: a source of their own format reads them")
+    if form == "documents":
+        said.append("read_as ({.ENDING: text}) reads more")
+    return "; ".join(said) or "they are no data of this format"

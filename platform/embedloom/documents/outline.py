@@ -1,5 +1,6 @@
 """A document as readers give it: cleaned text made of blocks, and where each of them begins."""
 
+import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -26,6 +27,24 @@ class Mark:
     kind: Kind
     heading: str = ""
     page: int | None = None
+
+
+def packed(outline: Sequence[Mark]) -> str:
+    """An outline as text, for tables of documents; empty where there is no mark."""
+    if not outline:
+        return ""
+    headings = {mark.heading: None for mark in outline}
+    numbers = {heading: number for number, heading in enumerate(headings)}
+    marks = [[mark.behind, mark.kind, numbers[mark.heading], mark.page] for mark in outline]
+    return json.dumps([list(headings), marks], separators=(",", ":"), ensure_ascii=False)
+
+
+def unpacked(outline: str) -> tuple[Mark, ...]:
+    """The marks of ``packed``."""
+    if not outline:
+        return ()
+    headings, marks = json.loads(outline)
+    return tuple(Mark(behind, kind, headings[number], page) for behind, kind, number, page in marks)
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from embedloom.config.corpus import DocumentKind
+from embedloom.core.storage import MARKDOWN, split_title
 from embedloom.documents.outline import Document
 from embedloom.errors import DataError, one_line
 
@@ -178,6 +179,35 @@ def read_path(path: Path, reading: Reading = Reading()) -> Iterator[Document]:
     except OSError as error:
         raise DataError(f"{path}: not readable: {error.strerror}") from error
     return read_documents(content, str(path), reading)
+
+
+def read_text(path: Path, encoding: str = "utf-8", titles: bool = True) -> tuple[str | None, str]:
+    """Title and body of a text or Markdown file as it stands, without its front matter.
+
+    The title is that of the front matter, else the first Markdown heading, else the file's name without its ending; a
+    heading that the text begins with, and is the title, is left out of it. None: without ``titles``.
+
+    Raises:
+        DataError: not readable, or not in this encoding.
+    """
+    from embedloom.documents.markup import split_front_matter
+
+    try:
+        content = decoded(path.read_bytes(), encoding)
+    except OSError as error:
+        raise DataError(f"{path}: not readable: {error.strerror}") from error
+    except ValueError as error:
+        raise DataError(f"{path}: {error}") from error
+    values, content = split_front_matter(content)
+    # As text mode reads line ends.
+    content = content.replace("\r\n", "\n").replace("\r", "\n")
+    if not titles:
+        return None, content
+    heading, text = split_title(content) if path.suffix.lower() in MARKDOWN else (None, content)
+    stated = values.get("title")
+    if stated and heading != stated:
+        return stated, content
+    return heading or path.stem, text
 
 
 # Readers are imported where they are first needed: lxml, PDFium and the Office packages together take 0.2 seconds.

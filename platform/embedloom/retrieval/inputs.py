@@ -25,8 +25,8 @@ from embedloom.core.storage import (
     files_at,
     json_lines,
     named_below,
-    read_text,
 )
+from embedloom.documents.reading import read_text
 from embedloom.encoder.registry import local_contents
 from embedloom.errors import ConfigError, DataError
 
