@@ -11,14 +11,15 @@ from datasets import Dataset, DatasetDict, load_dataset
 
 import fakes_documents as fakes
 from embedloom.config.base import validate
-from embedloom.config.corpus import CorpusSource
+from embedloom.config.corpus import CorpusConfig, CorpusSource
 from embedloom.corpus import chunk, sources
 from embedloom.corpus.clean import Rejects, clean_row
 from embedloom.corpus.inspection import Columns, inspect
 from embedloom.corpus.sources import read_source
+from embedloom.corpus.stage import build_corpus
 from embedloom.documents.outline import packed, unpacked
 from embedloom.errors import ConfigError, DataError
-from fakes_corpus import write_jsonl
+from fakes_corpus import corpus_writer, save_word_tokenizer, write_jsonl
 
 
 def read(format, path, rejects=None, **settings):
@@ -283,3 +284,26 @@ def test_bad_rows_of_csv_and_bad_files_are_counted_rejects(tmp_path):
         read("documents", tmp_path, max_unreadable=0.5)
     with pytest.raises(DataError, match=rf"{tmp_path}/b.txt: not readable as text: byte 4 is not utf-8"):
         read("documents", tmp_path)
+
+
+def test_a_corpus_of_documents_is_built_with_pages_and_headings(site, tmp_path):
+    (site / "docs" / "long.pdf").write_bytes(
+        fakes.pdf(tuple(f"Page {n} of the pump. " + "It runs. " * 8 for n in range(6)))
+    )
+    (site / "broken.pdf").write_bytes(b"no pdf")
+    tokenizer = save_word_tokenizer(tmp_path / "words")
+    section = {"format": "documents", "path": str(site), "name": "site", "max_unreadable": 0.1}
+    config = validate(
+        CorpusConfig,
+        {"sources": [section], "chunk_tokens": 32, "min_characters": 5, "near_duplicate_threshold": None,
+         "split": {"dev": 0, "test": 0}},
+        "corpus",
+    )  # fmt: skip
+    artefact = build_corpus(config, 1, tokenizer, corpus_writer(tmp_path / "out"))
+    found = artefact.place.read_tables("documents/train").column("source").to_pylist()
+    assert {f"site/docs/long.pdf#page={n}" for n in range(1, 7)} <= set(found)
+    assert "site/docs/guide.docx § Install > On Linux" in found
+    assert artefact.counts["rejects"]["unreadable"] == 1
+    short = validate(CorpusConfig, {"sources": [{**section, "max_unreadable": 0.01}]}, "corpus")
+    with pytest.raises(DataError, match=r"1 of \d+ files or rows are unreadable"):
+        build_corpus(short, 1, tokenizer, corpus_writer(tmp_path / "short"))

@@ -33,7 +33,7 @@ RAW_SCHEMA = pa.schema(
     [
         ("ordinal", pa.int64()), ("text", pa.large_string()), ("title", pa.string()), ("lang", pa.string()),
         ("source", pa.string()), ("group", pa.string()), ("id", pa.string()), ("queries", pa.list_(pa.string())),
-        ("grades", pa.list_(pa.float64())), ("instruction", pa.string()), ("dataset", pa.string()),
+        ("grades", pa.list_(pa.float64())), ("instruction", pa.string()), ("dataset", pa.string()), ("outline", pa.string()),
     ]
 )  # fmt: skip
 ROW_SCHEMA = pa.schema([*RAW_SCHEMA, ("digest", pa.uint64()), ("digest2", pa.uint64())])

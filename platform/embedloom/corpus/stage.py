@@ -23,7 +23,7 @@ from embedloom.corpus.cutting import CUT_FOLDER, PART_ROWS, chunker_of
 from embedloom.corpus.exchange import Counts, Runner
 from embedloom.corpus.questions import SPLITS
 from embedloom.corpus.reading import Sizes, Work
-from embedloom.corpus.sources import Piece, no_document, pieces_of
+from embedloom.corpus.sources import UNREADABLE, Piece, check_unreadable, no_document, pieces_of
 from embedloom.encoder.registry import NodeModel
 from embedloom.errors import DataError
 
@@ -146,12 +146,13 @@ class _Build:
         for source, own in enumerate(pieces):
             numbered = list(enumerate(own, start=first))
             first += len(own)
-            read = 0
+            read, before = 0, self.rejects[UNREADABLE]
             for counts in self._read_source(source, [(piece, number) for number, piece in numbered]):
                 read += counts["read"]
                 blocks += counts["blocks"]
                 self.rejects.update(counts["rejects"])
                 progress.advance(counts["read"])
+            check_unreadable(own[0].source, self.rejects[UNREADABLE] - before, read)
             if read == 0:
                 raise no_document(own[0].source)
         self.numbers["read"] = progress.done
