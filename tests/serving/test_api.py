@@ -46,6 +46,43 @@ def test_base64_and_float_are_the_same_numbers(client):
     assert np.array_equal(np.frombuffer(base64.b64decode(packed), "<f4"), np.array(numbers, dtype=np.float32))
 
 
+@pytest.mark.parametrize(
+    ("kind", "dtype"), [("int8", np.int8), ("uint8", np.uint8), ("binary", np.int8), ("ubinary", np.uint8)]
+)
+def test_other_types_come_by_either_name_and_as_base64_of_their_bytes(client, kind, dtype):
+    body = post(client, input=["ab", "cd"], output_dtype=kind).json()
+    EmbeddingsResponse.model_validate(body)
+    numbers = [item["embedding"] for item in body["data"]]
+    for asked in ({"encoding_format": kind}, {"embedding_type": kind}):
+        assert post(client, input=["ab", "cd"], **asked).json() == body
+    packed = post(client, input=["ab", "cd"], output_dtype=kind, encoding_format="base64").json()["data"]
+    # As voyageai's client reads them.
+    assert [np.frombuffer(base64.b64decode(item["embedding"]), dtype).tolist() for item in packed] == numbers
+    plain = np.array([item["embedding"] for item in post(client, input=["ab", "cd"]).json()["data"]])
+    if kind in ("int8", "uint8"):
+        scales = np.array([[item["scale"]] for item in body["data"]])
+        assert (
+            np.abs((np.array(numbers) - 128 * (kind == "uint8")) * scales - plain).max()
+            <= scales.max() / 2 + 1e-6
+        )
+    else:
+        bits = np.packbits(plain > 0, axis=1).astype(int)
+        assert numbers == (bits - (128 if kind == "binary" else 0)).tolist()
+        assert "scale" not in body["data"][0]
+
+
+def test_a_type_is_of_the_dimensions_that_are_asked_for():
+    asked = {"input": "ab", "dimensions": 4, "normalized": True}
+    with client_of(FakeEncoder(matryoshka=[4, 8])) as client:
+        short = post(client, **asked).json()["data"][0]["embedding"]
+        values = post(client, **asked, output_dtype="int8").json()["data"][0]
+        error = refused(post(client, **asked, output_dtype="binary"), 400)
+    assert np.allclose(
+        np.array(values["embedding"]) * values["scale"], short, atol=values["scale"] / 2 + 1e-6
+    )
+    assert error["param"] == "output_dtype" and "these vectors have 4" in error["message"]
+
+
 def test_token_ids_go_to_the_model_unchanged(client):
     reply = post(client, input=[[5, 6], [7]])
     got = np.array([item["embedding"] for item in reply.json()["data"]], dtype=np.float32)

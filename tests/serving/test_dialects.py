@@ -90,6 +90,19 @@ def test_cohere_v1_answers_plain_lists_and_litellm_posts_them_to_the_base_url(cl
     assert typed["response_type"] == "embeddings_by_type"
 
 
+def test_cohere_gets_every_type_that_its_api_has(client, encoder):
+    kinds = ["float", "int8", "uint8", "binary", "ubinary", "base64"]
+    body = answer(client, "/v2/embed", {"texts": TEXTS, "model": "tiny", "embedding_types": kinds})
+    CohereEmbedResponse.model_validate(body)
+    found, expected = body["embeddings"], encoder.embed(TEXTS, "document")
+    assert list(found) == kinds
+    assert found["ubinary"] == np.packbits(expected > 0, axis=1).tolist()
+    assert (np.array(found["binary"]) + 128).tolist() == found["ubinary"]
+    assert (np.array(found["uint8"]) - 128).tolist() == found["int8"]
+    largest = np.abs(expected).max(axis=1, keepdims=True)
+    assert np.abs(np.array(found["int8"]) - expected / largest * 127).max() <= 0.501
+
+
 def test_cohere_cuts_by_default_and_says_so(client):
     reply = client.post(
         "/v2/embed", json={"texts": ["x" * 500, "a"], "model": "tiny", "input_type": "search_document"}
@@ -103,7 +116,7 @@ def test_cohere_cuts_by_default_and_says_so(client):
 @pytest.mark.parametrize(
     ("change", "param"),
     [
-        ({"embedding_types": ["int8"]}, "embedding_types"), ({"embedding_types": []}, "embedding_types"),
+        ({"embedding_types": ["int4"]}, "embedding_types"), ({"embedding_types": []}, "embedding_types"),
         ({"texts": ["a", ""]}, "texts"), ({"texts": []}, "texts"), ({"texts": None, "images": ["x"]}, "images"),
         ({"input_type": "image"}, "input_type"), ({"output_dimension": 5}, "output_dimension"), ({"model": "gpt"}, "model"),
     ],

@@ -72,7 +72,7 @@ def test_bad_input_is_refused_by_item(given, words):
     ("body", "param", "words"),
     [
         ({}, "input", "required"),
-        ({"input": "a", "encoding_format": "hex"}, "encoding_format", "'float' or 'base64'"),
+        ({"input": "a", "encoding_format": "hex"}, "encoding_format", "'float', 'base64', 'int8'"),
         ({"input": "a", "dimensions": 0}, "dimensions", "greater than or equal to 1"),
         ({"input": "a", "dimensions": "8"}, "dimensions", "valid integer"),
         ({"input": "a", "dimensions": float("nan")}, "dimensions", "integer"),
@@ -83,7 +83,12 @@ def test_bad_input_is_refused_by_item(given, words):
         ({"input": "a", "truncate": "End"}, "truncate", "'none', 'start' or 'end'"),
         ({"input": "a", "normalized": False}, "normalized", "True"),
         ({"input": "a", "late_chunking": True}, "late_chunking", "False"),
-        ({"input": "a", "output_dtype": "int8"}, "output_dtype", "'float'"),
+        ({"input": "a", "output_dtype": "int4"}, "output_dtype", "'int8', 'uint8', 'binary'"),
+        (
+            {"input": "a", "output_dtype": "int8", "encoding_format": "binary"},
+            "output_dtype",
+            "'float', 'base64' or the same",
+        ),
         ({"input": [1, 2], "instruction": "Find"}, "instruction", "token ids"),
         ({"input": [1, 2], "task": "sts"}, "task", "token ids"),
         ({"input": "a", "model": 5}, "model", "valid string"),

@@ -196,6 +196,10 @@ class ListenerConfig(FrozenConfig):
 _SHUTDOWN_SECONDS = 12
 
 
+TARGET_QUEUE_SECONDS = 1.0
+SCALE_DOWN_SECONDS = 180.0
+
+
 class ServeScaling(FrozenConfig):
     """Replicas of the endpoint."""
 
@@ -205,10 +209,28 @@ class ServeScaling(FrozenConfig):
         description="Fewest replicas that stay up; 0 lets the endpoint sleep without traffic.",
     )
     max_replicas: int = Field(default=1, ge=1, description="Most replicas that the endpoint scales up to.")
-    target_ongoing_requests: float = Field(
-        default=16,
+    target_queue_seconds: float = Field(
+        default=TARGET_QUEUE_SECONDS,
         gt=0,
-        description="Requests per replica that Ray Serve scales towards; more than it add replicas.",
+        exclude_if=lambda value: value == TARGET_QUEUE_SECONDS,
+        description=(
+            "Seconds that a text may wait for its computation, at the measured rate; where more would wait longer, replicas "
+            "are added at once."
+        ),
+    )
+    scale_down_seconds: float = Field(
+        default=SCALE_DOWN_SECONDS,
+        gt=0,
+        exclude_if=lambda value: value == SCALE_DOWN_SECONDS,
+        description="Seconds for which fewer replicas must have been enough before any is taken away.",
+    )
+    target_ongoing_requests: float | None = Field(
+        default=None,
+        gt=0,
+        description=(
+            "Requests per replica that Ray Serve's own policy scales towards, in place of target_queue_seconds, however many "
+            "tokens they have. Null: by queueing time."
+        ),
     )
     cpus: float = Field(default=1.0, ge=0, description="Logical CPUs that one replica reserves.")
     gpus: float = Field(
@@ -251,7 +273,7 @@ class ServeScaling(FrozenConfig):
         gt=0,
         description=(
             "With min_replicas 0: seconds without traffic after which the last replica ends. Null: as any "
-            "scaling down."
+            "scaling down (scale_down_seconds)."
         ),
     )
     start_seconds: int | None = _START_SECONDS
@@ -295,9 +317,10 @@ class ServeScaling(FrozenConfig):
             raise ValueError(
                 f"max_queued_requests is {queued}, below {self.max_replicas} max_replicas x {ongoing} max_ongoing_requests"
             )
-        if ongoing is not None and self.target_ongoing_requests > ongoing:
+        target = self.target_ongoing_requests
+        if ongoing is not None and target is not None and target > ongoing:
             raise ValueError(
-                f"target_ongoing_requests is {self.target_ongoing_requests:g}, above max_ongoing_requests {ongoing}, "
+                f"target_ongoing_requests is {target:g}, above max_ongoing_requests {ongoing}, "
                 "so it would never scale up"
             )
         return self

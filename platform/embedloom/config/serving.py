@@ -340,9 +340,10 @@ class ApplicationArgs(FrozenConfig):
     def _replicas_may_fill_up(self) -> "ApplicationArgs":
         scales = self.scaling.min_replicas < self.scaling.max_replicas
         ongoing = self.scaling.max_ongoing_requests or self.serving.max_ongoing_requests
-        if scales and self.scaling.target_ongoing_requests > ongoing:
+        target = self.scaling.target_ongoing_requests
+        if scales and target is not None and target > ongoing:
             raise ValueError(
-                f"scaling.target_ongoing_requests is {self.scaling.target_ongoing_requests:g}, above serving."
+                f"scaling.target_ongoing_requests is {target:g}, above serving."
                 f"max_ongoing_requests {ongoing}, so it would never scale up"
             )
         return self

@@ -1,20 +1,22 @@
 """Builds the Serve application of one model, from what its folder says of itself."""
 
+import warnings
 from pathlib import Path
 from typing import Any
 
 from ray import serve
 from ray.serve import Application
-from ray.serve.config import AutoscalingConfig, BackpressureConfig
+from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, BackpressureConfig
 
 from embedloom.config.base import validate
-from embedloom.config.cluster import GATEWAY_CPUS, ServeScaling
+from embedloom.config.cluster import GATEWAY_CPUS, SCALE_DOWN_SECONDS, TARGET_QUEUE_SECONDS, ServeScaling
 from embedloom.config.serving import ApplicationArgs, ServingConfig
 from embedloom.core.model_folder import ModelFolder
 from embedloom.core.trained_prompts import check_default
 from embedloom.encoder.registry import NodeModel, open_model
 from embedloom.errors import ConfigError
 from embedloom.serving.applications import GATEWAY, SINGLE
+from embedloom.serving.autoscaling import REPORT_SECONDS, WINDOW_SECONDS, QueueTimePolicy
 from embedloom.serving.calls import EndpointSettings, check_aliases
 from embedloom.serving.front import read_keys
 from embedloom.serving.gateway import ENCODERS, CorpusSource, Gateway
@@ -224,6 +226,16 @@ def _ingress_limits(max_requests: int) -> dict[str, Any]:
 def _replicas(scaling: ServeScaling) -> dict[str, Any]:
     if scaling.min_replicas == scaling.max_replicas:
         return {"num_replicas": scaling.max_replicas}
+    if scaling.target_ongoing_requests is None:
+        return {
+            "autoscaling_config": scaling_on_queue(
+                scaling.min_replicas,
+                scaling.max_replicas,
+                scaling.target_queue_seconds,
+                scaling.scale_down_seconds,
+                scaling.idle_to_zero_seconds,
+            )
+        }
     return {
         "autoscaling_config": AutoscalingConfig(
             min_replicas=scaling.min_replicas,
@@ -233,3 +245,43 @@ def _replicas(scaling: ServeScaling) -> dict[str, Any]:
             downscale_to_zero_delay_s=scaling.idle_to_zero_seconds,
         )
     }
+
+
+def scaling_on_queue(
+    min_replicas: int,
+    max_replicas: int,
+    target_seconds: float = TARGET_QUEUE_SECONDS,
+    down_seconds: float = SCALE_DOWN_SECONDS,
+    zero_seconds: float | None = None,
+) -> AutoscalingConfig:
+    """Serve's settings for ``QueueTimePolicy``, which does the waiting before replicas are taken away itself.
+
+    Args:
+        min_replicas: that stay up.
+        max_replicas: at most.
+        target_seconds: that a text may wait.
+        down_seconds: that fewer replicas must have been enough before any is taken away.
+        zero_seconds: without a request, after which the last one ends; None: ``down_seconds``.
+    """
+    policy = AutoscalingPolicy(
+        policy_function=QueueTimePolicy,
+        policy_kwargs={
+            "target_seconds": target_seconds,
+            "down_seconds": down_seconds,
+            "zero_seconds": down_seconds if zero_seconds is None else zero_seconds,
+        },
+    )
+    with warnings.catch_warnings():
+        # Serve 2.60 calls the interval deprecated in favour of environment variables that it does not read yet.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return AutoscalingConfig(
+            min_replicas=min_replicas,
+            initial_replicas=max(1, min_replicas),  # a start shows that the model loads
+            max_replicas=max_replicas,
+            metrics_interval_s=REPORT_SECONDS,
+            look_back_period_s=2 * WINDOW_SECONDS,
+            upscale_delay_s=0.0,
+            downscale_delay_s=0.0,
+            downscale_to_zero_delay_s=0.0,
+            policy=policy,
+        )

@@ -11,11 +11,11 @@ from embedloom import __version__
 from embedloom.core.prompting import Side
 from embedloom.core.schemas import TASK_TYPES
 from embedloom.serving.calls import Calls, notes_of, pinned, terms_of
+from embedloom.serving.encodings import check_packable, encode_vectors
 from embedloom.serving.routes import (
     RankRoutes,
     Routes,
     embedded,
-    encode_vectors,
     finished,
     json_reply,
     similarities,
@@ -28,6 +28,7 @@ from embedloom.serving.schemas import (
     ClosedRequest,
     CohereMeta,
     Count,
+    Encoding,
     Integer,
     Query,
     Reply,
@@ -67,8 +68,13 @@ class CohereEmbedRequest(TextOptions):
     input_type: Literal["search_query", "search_document", "classification", "clustering"] | None = Field(
         default=None, description="Null: the side and task of the model name, else a document."
     )
-    embedding_types: list[Literal["float", "base64"]] | None = Field(
-        default=None, min_length=1, description="Null: numbers. Quantised forms are not offered."
+    embedding_types: list[Encoding] | None = Field(
+        default=None,
+        min_length=1,
+        description=(
+            "Null: numbers. int8 and uint8 fill each vector's own range; ubinary packs eight dimensions into a byte, binary "
+            "is that less 128; base64 is of float32."
+        ),
     )
     output_dimension: Count | None = Field(
         default=None, description="Only for models trained for it (Matryoshka)."
@@ -90,7 +96,7 @@ class CohereEmbedResponse(Reply):
 
     id: str
     response_type: Literal["embeddings_floats", "embeddings_by_type"]
-    embeddings: list[list[float]] | dict[Literal["float", "base64"], list[list[float]] | list[str]]
+    embeddings: list[list[float]] | dict[Encoding, list[list[float]] | list[list[int]] | list[str]]
     texts: list[str]
     meta: CohereMeta
 
@@ -113,7 +119,8 @@ class CohereRoutes:
         )
         version = "2" if http.url.path.endswith("/v2/embed") else "1"
         by_type = request.embedding_types is not None or version == "2"
-        kinds: list[Literal["float", "base64"]] = request.embedding_types or ["float"]
+        kinds: list[Encoding] = request.embedding_types or ["float"]
+        check_packable(vectors.shape[1], set(kinds), "embedding_types")
         embeddings: Any = {kind: encode_vectors(vectors, kind) for kind in kinds}
         body = {
             "id": uuid.uuid4().hex,

@@ -174,6 +174,10 @@ class EncoderReplica:
             result.replica = self._tag
         return result
 
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """See ``EncoderService.load``; Serve asks every ``autoscaling.REPORT_SECONDS``."""
+        return self._service.load()
+
     async def tokenize(self, job: EncodeJob) -> TokenizeResult | Refusal:
         """See ``EncoderService.tokenize``."""
         return await self._service.tokenize(job)

@@ -9,7 +9,7 @@ import uuid
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from fastapi import Request, Response
@@ -17,6 +17,7 @@ from pydantic_core import to_json
 
 from embedloom.retrieval.stored import shorten, unit_length
 from embedloom.serving.calls import Calls, Terms, alias_of, notes_of, pinned, terms_of
+from embedloom.serving.encodings import check_packable, encoded
 from embedloom.serving.messages import EncodeResult, ModelInfo, Part, Vectors
 from embedloom.serving.metrics import CONTENT_TYPE
 from embedloom.serving.refusals import ApiError
@@ -76,18 +77,7 @@ def _hash_of(tag: str, text: str) -> str:
     return f"'sha256-{base64.b64encode(hashlib.sha256(found[0].encode()).digest()).decode()}'"
 
 
-# Vectors as replies state them: lists of numbers, base64, shortened ones, and similarities.
-
-
-def encode_vectors(
-    vectors: Vectors, encoding_format: Literal["float", "base64"]
-) -> list[list[float]] | list[str]:
-    """Vectors [n, dimension] as JSON values: lists of numbers, or base64 of little-endian float32."""
-    if encoding_format == "float":
-        numbers: list[list[float]] = vectors.tolist()
-        return numbers
-    little = np.ascontiguousarray(vectors, dtype="<f4")
-    return [base64.b64encode(row.tobytes()).decode("ascii") for row in little]
+# Vectors as requests want them: shortened, of unit length, and compared.
 
 
 def finished(vectors: Vectors, dimension: int | None, normalized: bool | None, normalize: bool) -> Vectors:
@@ -132,11 +122,11 @@ class Routes:
         vectors, result = await embedded(
             calls, http, request, "input", "dimensions", dimensions, request.normalized
         )
-        encoded = encode_vectors(
-            vectors, request.said("encoding_format") or request.embedding_type or "float"
-        )
+        encoding, as_base64 = request.encoding
+        check_packable(vectors.shape[1], {encoding}, request.encoding_field)
+        values, scales = encoded(vectors, encoding, as_base64)
         model = terms_of(request, calls.settings).model
-        body = reply_body(encoded, model, result.tokens, result.truncated)
+        body = reply_body(values, model, result.tokens, result.truncated, scales)
         return json_reply(body, headers=notes_of(result))
 
     async def tokenize(self, http: Request) -> Response:

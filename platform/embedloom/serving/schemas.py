@@ -26,6 +26,10 @@ from embedloom.core.model_folder import ModelFolder
 from embedloom.core.prompting import USUAL_TASK, Side
 from embedloom.core.schemas import TASK_TYPES
 
+# The type of a vector's numbers, and the forms that they are sent in.
+VectorType = Literal["float", "int8", "uint8", "binary", "ubinary"]
+Encoding = Literal["float", "base64", "int8", "uint8", "binary", "ubinary"]
+
 # Fields that several requests share: texts, token ids, tasks, pins; each with the JSON Schema of what it takes.
 #
 # The check and the schema say the same, so that a client made from the OpenAPI document never meets a surprise.
@@ -391,7 +395,19 @@ class EmbeddingsRequest(_Input):
     """``POST /v1/embeddings``, as OpenAI has it, plus input_type, task, instruction, truncate, contract_hash."""
 
     model: str = Field(min_length=1)
-    encoding_format: Literal["float", "base64"] = "float"
+    encoding_format: Encoding = Field(
+        default="float",
+        description=(
+            "float: a list of numbers; base64: of float32 in little-endian order, or of output_dtype; the others: as output_dtype."
+        ),
+    )
+    output_dtype: VectorType | None = Field(
+        default=None,
+        description=(
+            "Voyage's and Mistral's; null: float. int8 and uint8 fill each vector's own range, its scale comes along. ubinary packs "
+            "eight dimensions into a byte from the highest bit down, set where above 0; binary is that less 128."
+        ),
+    )
     dimensions: Count | None = Field(default=None, description="Only for models trained for it (Matryoshka).")
     output_dimension: Count | None = Field(
         default=None, description="Voyage's name of dimensions; where both are given, dimensions holds."
@@ -407,17 +423,41 @@ class EmbeddingsRequest(_Input):
     # Jina's, Voyage's, Infinity's and vLLM's, where they ask for what there is.
     late_chunking: Literal[False] | None = harmless("Jina")
     return_multivector: Literal[False] | None = harmless("Jina")
-    embedding_type: Literal["float", "base64"] | None = Field(
+    embedding_type: Encoding | None = Field(
         default=None,
         description="Jina's name of encoding_format; where both are given, encoding_format holds.",
         json_schema_extra={FOREIGN: True},
     )
     encoding_type: Literal["float"] | None = harmless("LlamaIndex, to Jina")
-    output_dtype: Literal["float"] | None = harmless("Voyage, Mistral")
     modality: Literal["text"] | None = harmless("Infinity")
     add_special_tokens: Literal[True] | None = harmless("vLLM")
     drop_params: bool | None = harmless("LiteLLM, sent by RAGFlow")
     priority: Integer | None = harmless("vLLM")
+
+    @property
+    def encoding(self) -> tuple[Encoding, bool]:
+        """The type of the numbers, and whether they are sent as base64."""
+        asked: Encoding = self.said("encoding_format") or self.embedding_type or "float"
+        if self.output_dtype in (None, "float"):
+            return asked, asked == "base64"
+        return self.output_dtype, asked == "base64"
+
+    @property
+    def encoding_field(self) -> str:
+        """The field that the type of the numbers came in."""
+        if self.output_dtype not in (None, "float"):
+            return "output_dtype"
+        return "encoding_format" if self.said("encoding_format") else "embedding_type"
+
+    @model_validator(mode="after")
+    def _one_type_is_asked_for(self) -> "EmbeddingsRequest":
+        form = self.said("encoding_format") or self.embedding_type or "float"
+        if self.output_dtype is not None and form not in ("float", "base64", self.output_dtype):
+            raise refuse(
+                f"output_dtype is {self.output_dtype!r}, encoding_format {form!r}; allowed beside it: 'float', 'base64' or the same",
+                param="output_dtype",
+            )
+        return self
 
 
 class RerankRequest(TextOptions):
@@ -518,7 +558,11 @@ class Embedding(Reply):
 
     object: Literal["embedding"] = "embedding"
     index: int
-    embedding: list[float] | str
+    embedding: list[float] | list[int] | str
+    scale: float | None = Field(
+        default=None,
+        description="Of int8 and uint8: the vector is about scale times the numbers, of uint8 less 128. Absent otherwise.",
+    )
 
 
 class Usage(Reply):
@@ -791,14 +835,21 @@ def usage(tokens: int, truncated: int = 0) -> dict[str, int]:
 
 
 def reply_body(
-    encoded: Sequence[list[float] | str], model: str, tokens: int, truncated: int = 0
+    encoded: Sequence[list[float] | list[int] | str],
+    model: str,
+    tokens: int,
+    truncated: int = 0,
+    scales: Sequence[float] | None = None,
 ) -> dict[str, Any]:
     """An ``EmbeddingsResponse`` as plain values: validating megabytes of our own floats only costs time."""
+    data: list[dict[str, Any]] = [
+        {"object": "embedding", "index": index, "embedding": value} for index, value in enumerate(encoded)
+    ]
+    if scales is not None:
+        data = [{**item, "scale": scale} for item, scale in zip(data, scales, strict=True)]
     return {
         "object": "list",
-        "data": [
-            {"object": "embedding", "index": index, "embedding": value} for index, value in enumerate(encoded)
-        ],
+        "data": data,
         "model": model,
         "usage": usage(tokens, truncated),
     }

@@ -16,6 +16,12 @@ from embedloom.config.serving import ServingConfig, Truncate
 from embedloom.core.prompting import PromptContract, Side
 from embedloom.encoder.tokenizer import CHARACTERS_PER_TOKEN, InstructionTooLong
 from embedloom.errors import DataError
+from embedloom.serving.autoscaling import (
+    DEMANDED_REQUESTS,
+    DEMANDED_TOKENS,
+    QUEUED_TOKENS,
+    TOKENS_PER_SECOND,
+)
 from embedloom.serving.messages import (
     EncodeJob,
     EncodeResult,
@@ -396,6 +402,7 @@ class EncoderService:
         self._tokenize_thread = ThreadPoolExecutor(1, thread_name_prefix="tokenize")
         self._tokenizing = 0  # calls that the thread has or will have
         self._measured = -math.inf
+        self._demanded_tokens = self._demanded_requests = 0
 
     def _embed(self, token_ids: Sequence[Sequence[int]], alone: bool) -> Vectors:
         self._streams.use_cores(alone)
@@ -412,6 +419,16 @@ class EncoderService:
         """Tokens that wait, by lane."""
         scheduler = self._batcher.scheduler
         return {"query": scheduler.queued_tokens("query"), "bulk": scheduler.queued_tokens("bulk")}
+
+    def load(self) -> dict[str, float]:
+        """What ``autoscaling`` needs to know of this encoder, by its names; counters begin with the encoder."""
+        scheduler = self._batcher.scheduler
+        return {
+            DEMANDED_TOKENS: float(self._demanded_tokens),
+            DEMANDED_REQUESTS: float(self._demanded_requests),
+            QUEUED_TOKENS: float(scheduler.queued_tokens() + scheduler.running_tokens),
+            TOKENS_PER_SECOND: scheduler.speed.tokens_per_second or 0.0,
+        }
 
     async def describe(self) -> ModelInfo:
         """What the loaded model is."""
@@ -443,6 +460,8 @@ class EncoderService:
             return refusal
         scheduler, left = self._batcher.scheduler, self._seconds_left(job)
         place = scheduler.reserve(estimate := self._estimate(job), left)
+        self._demanded_requests += 1
+        self._demanded_tokens += estimate
         if place is None:
             return self._full(estimate, left)
         try:
