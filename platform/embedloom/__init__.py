@@ -9,8 +9,14 @@ from typing import Any
 __version__ = "0.1.0"
 
 # Imported when they are asked for (PEP 562): they need torch and Ray, and --help does not. Their types: __init__.pyi.
-_FROM = {"Embedder": "embedding", "embed": "embedding"}
-__all__ = ["Embedder", "__version__", "embed"]
+_FROM = {
+    "Embedder": "embedding", "embed": "embedding", "FaissSink": "parquet", "LanceDBSink": "lance", "LanceSink": "lance",
+    "ParquetSink": "parquet", "PgvectorSink": "postgres", "QdrantSink": "qdrant", "VectorSink": "sinks",
+}  # fmt: skip
+__all__ = [
+    "Embedder", "FaissSink", "LanceDBSink", "LanceSink", "ParquetSink", "PgvectorSink", "QdrantSink", "VectorSink",
+    "__version__", "embed",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

@@ -29,7 +29,7 @@ def test_importing_the_package_imports_neither_torch_nor_ray():
     code = "import embedloom, sys; dir(embedloom); print({'torch', 'ray', 'pyarrow'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
-    assert {"embed", "Embedder", "__version__"} <= set(dir(embedloom))
+    assert {"embed", "Embedder", "QdrantSink", "__version__"} <= set(dir(embedloom))
     with pytest.raises(AttributeError, match=r"embedloom.*'embedd'"):
         _ = embedloom.embedd
 

@@ -1,1 +1,1 @@
-"""Embedding as an operation on any ``ray.data.Dataset``."""
+"""Embedding, and writing what was embedded, as operations on any ``ray.data.Dataset``."""
