@@ -1,8 +1,8 @@
 """Section ``encoder``: the base model, its pooling, prompts and length limits."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from embedloom.config.base import FrozenConfig
 from embedloom.core.prompting import DEFAULT_INSTRUCTIONS, NEMOTRON_TEMPLATE
@@ -22,6 +22,15 @@ class EncoderConfig(FrozenConfig):
         default=None,
         ge=1,
         description="Keep only the first N transformer layers, for small machines. Null: all.",
+    )
+    layers: tuple[Annotated[int, Field(ge=0)], ...] | None = Field(
+        default=None,
+        min_length=1,
+        exclude_if=lambda value: value is None,
+        description=(
+            "Keep these transformer layers, counted from 0 and ascending, such as every other one of a teacher that a "
+            "smaller student starts from. In place of num_layers. Null: all."
+        ),
     )
     pooling: Literal["mean", "cls", "last_token"] = Field(
         default="mean",
@@ -93,6 +102,23 @@ class EncoderConfig(FrozenConfig):
             "float32."
         ),
     )
+
+    @property
+    def depth(self) -> int | None:
+        """How many transformer layers are kept; None: all."""
+        return self.num_layers if self.layers is None else len(self.layers)
+
+    @model_validator(mode="after")
+    def _layers_are_named_once(self) -> "EncoderConfig":
+        if self.layers is None:
+            return self
+        if self.num_layers is not None:
+            raise ValueError(
+                f"layers is {list(self.layers)} and num_layers {self.num_layers}; allowed: one of them"
+            )
+        if list(self.layers) != sorted(set(self.layers)):
+            raise ValueError(f"layers must be different and ascending, found {list(self.layers)}")
+        return self
 
     @field_validator("template")
     @classmethod

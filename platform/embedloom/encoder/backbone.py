@@ -6,7 +6,7 @@ import copy
 import json
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -364,6 +364,7 @@ def load_backbone(
     dtype: torch.dtype,
     num_layers: int | None = None,
     longest: int | None = None,
+    layers: Sequence[int] | None = None,
 ) -> PreTrainedModel:
     """Load weights without a head and set the attention mask; of a multimodal checkpoint, the text model alone.
 
@@ -374,13 +375,18 @@ def load_backbone(
         num_layers: keep the first so many; None: all.
         longest: tokens of the longest text, to which the windows of a bidirectional decoder are widened; None leaves
             them as they are.
+        layers: keep these, counted from 0; None: all. The whole model is in memory for a moment.
 
     Raises:
         DataError: not a model folder, one without weights, or of an architecture that cannot be read.
-        ConfigError: more layers asked for than there are, or an encoder asked to be causal.
+        ConfigError: layers asked for that are not there, or an encoder asked to be causal.
     """
     whole = read_config(folder)
     if runs_own_code(folder, whole):
+        if layers is not None:
+            raise ConfigError(
+                f"encoder.layers: {folder.name} runs its own code, which decides its layers; allowed: null"
+            )
         return _own_model(folder, whole, dtype)
     config = _prepared(whole, folder, attention, num_layers)
     if longest is not None and is_decoder(config) and attention == "bidirectional":
@@ -393,6 +399,8 @@ def load_backbone(
     model = auto_class(config).from_pretrained(folder, config=whole, **options)
     if config is not whole:
         model = _text_model(model, config, folder)
+    if layers is not None:
+        _pick_layers(model, folder, layers)
     check_attention(model, attention)
     return model
 
@@ -462,6 +470,38 @@ def _keep_layers(config: Any, folder: Path, num_layers: int) -> None:
     config.num_hidden_layers = num_layers
     if getattr(config, "layer_types", None):
         config.layer_types = config.layer_types[:num_layers]
+
+
+def _pick_layers(model: PreTrainedModel, folder: Path, layers: Sequence[int]) -> None:
+    """Take all but some layers out of a loaded model, and out of what its config says of each."""
+    config = model.config
+    count = config.num_hidden_layers
+    if max(layers) >= count:
+        raise ConfigError(
+            f"encoder.layers: {max(layers)} asked for, {folder.name} has {count}; allowed: 0 to {count - 1}"
+        )
+    stacks = [
+        (parent, name, child)
+        for parent in model.modules()
+        for name, child in parent.named_children()
+        if isinstance(child, nn.ModuleList) and len(child) == count
+    ]
+    if len(stacks) != 1:
+        raise ConfigError(
+            f"encoder.layers: {folder.name} ({config.model_type}) has {len(stacks)} stacks of {count} layers; allowed: models with one"
+        )
+    parent, name, stack = stacks[0]
+    kept = [stack[at] for at in layers]
+    setattr(parent, name, nn.ModuleList(kept))
+    for number, layer in enumerate(kept):
+        for module in layer.modules():
+            if hasattr(module, "layer_idx"):
+                module.layer_idx = number
+    # Such as layer_types and no_rope_layers: what kind each layer is.
+    for key, value in vars(config).items():
+        if "layer" in key and isinstance(value, list) and len(value) == count:
+            setattr(config, key, [value[at] for at in layers])
+    config.num_hidden_layers = len(kept)
 
 
 def _set_attention(config: Any, attention: str) -> None:

@@ -110,7 +110,7 @@ def prepare_base(config: EncoderConfig, base: Path, out: Path) -> dict[str, int]
     if is_encoder_decoder(described := read_config(folder)):
         raise DataError(f"{folder}: {encoder_decoder(described)}")
     limit = max(config.max_query_tokens, config.max_document_tokens)
-    backbone = load_backbone(folder, config.attention, torch.float32, config.num_layers, limit)
+    backbone = load_backbone(folder, config.attention, torch.float32, config.num_layers, limit, config.layers)
     tokenizer = load_tokenizer(folder)
     check_vocabulary(
         tokenizer, backbone.get_input_embeddings().num_embeddings, f"encoder.base: {config.base!r}"

@@ -201,7 +201,7 @@ def _training(run: Run, rates: RatesConfig, device: float) -> Iterator[Fit]:
         if found is None:
             yield Fit(name, _unknown(base), None, limit)
             continue
-        shape, config = shape_of(found, run.config.encoder.num_layers), run.config.training
+        shape, config = shape_of(found, run.config.encoder.depth), run.config.training
         trainer = trainer_of(config, stage, group, run.config.encoder.dtype, shape)
         if trainer.weight_dtype == "bfloat16" and trainer.zero_stage == 0:
             continue  # refused by what builds the engine, with the reason
@@ -254,7 +254,7 @@ def _encoding(run: Run, verbs: set[str], rates: RatesConfig, device: float) -> I
             yield _encoder(
                 name,
                 config.encoder.base,
-                config.encoder.num_layers,
+                config.encoder.depth,
                 pool.gpus,
                 dtype,
                 rates,
@@ -270,7 +270,7 @@ def _serving(run: Run, rates: RatesConfig, device: float) -> Iterator[Fit]:
     yield _encoder(
         SERVING,
         encoder.base,
-        encoder.num_layers,
+        encoder.depth,
         scaling.gpus,
         serving.compute_dtype,
         rates,

@@ -41,7 +41,7 @@ def parts_beside(run: Run, rates: RatesConfig, device: Device, steps: Steps, com
     found, group = rates.models.get(run.config.encoder.base), run.profile.stages.training
     if found is None or not steps.steps:
         return []
-    shape, config = shape_of(found, run.config.encoder.num_layers), run.config.training
+    shape, config = shape_of(found, run.config.encoder.depth), run.config.training
     trainer = trainer_of(config, steps.stage, group, run.config.encoder.dtype, shape)
     parts = []
     bus, memory = bus_of(run.profile, device), device.memory_gb

@@ -366,7 +366,7 @@ def _vectors(run: Run, nodes: dict[str, Node], node: Node, rates: RatesConfig, k
     size = documents(run.config, nodes, known)
     if size.rows is None:
         return Work(node.name, "embed", base, basis=size.basis)
-    return _through(node, base, config.num_layers, size, config.max_document_tokens, rates, known)
+    return _through(node, base, config.depth, size, config.max_document_tokens, rates, known)
 
 
 def _through(
@@ -395,9 +395,7 @@ def _training(run: Run, nodes: dict[str, Node], node: Node, rates: RatesConfig, 
     full = float(sum(rows * limit for rows, limit in sides))
     flops = None
     if shape is not None:
-        flops = 3 * sum(
-            embedding_flops(shape, config.num_layers, rows, limit * fill) for rows, limit in sides
-        )
+        flops = 3 * sum(embedding_flops(shape, config.depth, rows, limit * fill) for rows, limit in sides)
     return replace(work, full_tokens=full, tokens=full * fill, flops=flops)
 
 
@@ -408,7 +406,7 @@ def _merged(run: Run, nodes: dict[str, Node], node: Node, rates: RatesConfig, kn
     searched = " and a search over weights, which is not priced" if run.config.merging.search else ""
     if shape is None:
         return Work(node.name, "merge", basis="size of the base is not in the rates file")
-    layers = run.config.encoder.num_layers or shape.layers
+    layers = run.config.encoder.depth or shape.layers
     parameters = layers * shape.layer_weights + shape.embedding_weights
     return Work(node.name, "merge", nbytes=float((models + 1) * parameters * _WEIGHT_BYTES), basis=searched)
 
