@@ -11,6 +11,7 @@ from queue import SimpleQueue
 from threading import Lock, Thread
 from typing import Any, Generic, Protocol, TypeVar
 
+from embedloom.compute.chat_template import ChatTemplate
 from embedloom.compute.generation import (
     ENGINE_CUT,
     ENGINE_FINISHED,
@@ -19,7 +20,7 @@ from embedloom.compute.generation import (
     GenerationResult,
     require_engine,
 )
-from embedloom.compute.reasoning import answer_of, opens_reasoning
+from embedloom.compute.reasoning import answer_of
 from embedloom.config.synthesis import EngineOptions, ReasoningParser
 from embedloom.core.hardware import has_bf16_instructions
 from embedloom.errors import DataError, EmbedloomError, StageError, first_line
@@ -191,10 +192,8 @@ class VLLMEngine:
         if gpu:
             wait_for_memory(options.gpu_memory_share)
         self._max_model_tokens = options.max_model_tokens
-        self._template_options = dict(options.chat_template_kwargs)
         self._parser = options.reasoning
         self._reasoning_tokens = options.reasoning_tokens if self._parser else 0
-        self._encoding = Lock()
 
         def open_engine() -> _Steps:
             if not gpu:
@@ -207,11 +206,8 @@ class VLLMEngine:
 
         self._loop: ContinuousBatches[_Prompt, GenerationResult] = ContinuousBatches(open_engine)
         # A copy: the loop's thread decodes with vLLM's own while callers encode with this one.
-        self._tokenizer: Any = copy.deepcopy(self._llm.get_tokenizer())
-        if not self._tokenizer.chat_template:
-            raise DataError(
-                f"{model_folder}: its tokenizer has no chat template; a generator must be an instruction-tuned model"
-            )
+        tokenizer = copy.deepcopy(self._llm.get_tokenizer())
+        self._template = ChatTemplate(tokenizer, options.chat_template_kwargs, str(model_folder))
 
     def generate(self, requests: Sequence[GenerationRequest]) -> list[GenerationResult]:
         """Write one text per request; see TextEngine.
@@ -223,7 +219,7 @@ class VLLMEngine:
         results: dict[int, GenerationResult] = {}
         prompts: dict[int, _Prompt] = {}
         for position, request in enumerate(requests):
-            prompt, opened = self._prompt_tokens(request)
+            prompt, opened = self._template.encode(request.messages)
             written_tokens = request.max_tokens + self._reasoning_tokens
             room = self._max_model_tokens - written_tokens
             if len(prompt) > room:
@@ -238,14 +234,6 @@ class VLLMEngine:
     def close(self) -> None:
         """End the engine and its processes."""
         self._llm.llm_engine.engine_core.shutdown()
-
-    def _prompt_tokens(self, request: GenerationRequest) -> tuple[list[int], bool]:
-        with self._encoding:
-            text = self._tokenizer.apply_chat_template(
-                list(request.messages), tokenize=False, add_generation_prompt=True, **self._template_options
-            )
-            # The template writes the special tokens itself.
-            return list(self._tokenizer(text, add_special_tokens=False)["input_ids"]), opens_reasoning(text)
 
 
 class _Steps:
