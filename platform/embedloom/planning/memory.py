@@ -348,7 +348,7 @@ def _engines(run: Run, rates: RatesConfig, device: float) -> Iterator[Fit]:
         return
     for generator in writers(config):
         pool = generator.pool or profile_pool
-        if not pool.gpus:
+        if not pool.gpus or generator.endpoint is not None:
             continue
         share = generator.engine.gpu_memory_share * min(1.0, pool.gpus)
         weights = weight_bytes(rates, generator.model)

@@ -1,6 +1,6 @@
 """An LLM as judge: it grades the rows that passed everything else; those below the threshold are refused."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,15 +10,13 @@ from embedloom.compute.generation import (
     ANSWERS,
     GenerationRequest,
     GenerationResult,
-    GenerationWorker,
     read_results,
     request_table,
-    shards_in_flight,
     side_by_side,
 )
-from embedloom.compute.shards import Handling, run_sharded, run_tasks
+from embedloom.compute.shards import Handling, ShardWorker, Weights, run_sharded, run_tasks
 from embedloom.config.cluster import PoolConfig
-from embedloom.config.synthesis import EngineOptions, JudgeCheck
+from embedloom.config.synthesis import JudgeCheck
 from embedloom.core.prompting import DEFAULT_INSTRUCTIONS
 from embedloom.core.storage import Place
 from embedloom.core.text import hash64
@@ -73,20 +71,32 @@ _ROWS_FILE = "judged_rows.json"
 _COLUMNS = [
     "id", "query", "positive", "negatives", "task_type", "instruction", "lang", "document_lang", "document_text",
 ]  # fmt: skip
-_ANSWER_TOKENS = 64
+ANSWER_TOKENS = 64
+
+
+_ANSWERS_FOLDER = "judge_answers"
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """How a model's answers are had: the class of its actors, what they are built from, and shards that one asks for at once."""
+
+    worker: Callable[..., ShardWorker]
+    arguments: dict[str, Any]
+    weights: Weights
+    in_flight: int
 
 
 @dataclass(frozen=True)
 class Judge:
-    """What the pass needs; ``arguments`` are those of the judge's actors."""
+    """What the pass needs; ``served`` takes the folder for the answers of an endpoint."""
 
     place: Place
     check: JudgeCheck
     prompt: Prompt
-    options: EngineOptions
     pool: PoolConfig
-    arguments: Mapping[str, Any]
     shard_rows: int
+    served: Callable[[str], Served]
 
 
 def refuse_ungraded(stage: str, judge: Judge, one: Round) -> None:
@@ -98,6 +108,7 @@ def refuse_ungraded(stage: str, judge: Judge, one: Round) -> None:
         place.write_json(marker, {"rows": rows})
     if not place.read_json(marker)["rows"]:
         return
+    served = judge.served(f"{one.folder}/{_ANSWERS_FOLDER}")
     run_sharded(
         stage=f"{stage}: judge",
         source=place,
@@ -105,14 +116,14 @@ def refuse_ungraded(stage: str, judge: Judge, one: Round) -> None:
         output=place.child(one.folder),
         done_folder=JUDGE_FOLDER,
         shard_rows=judge.shard_rows,
-        worker=GenerationWorker,
-        worker_arguments=dict(judge.arguments),
+        worker=served.worker,
+        worker_arguments=served.arguments,
         pool=judge.pool,
         handling=Handling(
-            weights=(judge.arguments["model"],),
+            weights=served.weights,
             prepare=_Prepare(judge.check, judge.prompt),
             finish=_Finish(judge.check, judge.prompt),
-            in_flight=shards_in_flight(judge.options, judge.pool),
+            in_flight=served.in_flight,
         ),
     )
 
@@ -147,7 +158,7 @@ class _Prepare:
                     row["id"],
                     ask.messages,
                     hash64(row["id"]) & 0x7FFFFFFF,
-                    _ANSWER_TOKENS,
+                    ANSWER_TOKENS,
                     0.0,
                     1.0,
                     ask.json_schema,

@@ -79,8 +79,12 @@ def section_state(config: SynthesisConfig, teachers: Sequence[Teacher]) -> dict[
         DataError: evaluation texts that are not there.
     """
     plain = config.model_dump(mode="json")
-    for generator in plain["generators"]:
+    for generator, stated in zip(plain["generators"], config.generators, strict=True):
         generator.pop("pool")
+        if stated.endpoint is not None:
+            generator["endpoint"] = stated.endpoint.facts()
+    if config.quality.judge is not None and config.quality.judge.endpoint is not None:
+        plain["quality"]["judge"]["endpoint"] = config.quality.judge.endpoint.facts()
     for family in plain["families"]:
         family |= {key: None for key in _PROMPT_KEYS if _is_file(family.get(key))}
     if config.quality.judge is not None and _is_file(config.quality.judge.prompt):
@@ -129,11 +133,17 @@ def section_reads(config: SynthesisConfig, teachers: Sequence[Teacher]) -> dict[
 
 def section_models(config: SynthesisConfig, teachers: Sequence[Teacher]) -> list[str]:
     """The models that take part: those that write, the judge, and the teacher where it is asked."""
-    names = [generator.model for generator in config.generators]
-    names += [] if config.quality.judge is None else [config.quality.judge.model]
+    names = local_models(config)
     if config.quality.round_trip is not None and teachers[0].engine != "openai":
         names.append(teachers[0].model)
     return names
+
+
+def local_models(config: SynthesisConfig) -> list[str]:
+    """The generators and the judge that engines of ours run."""
+    found = [generator.model for generator in config.generators if generator.endpoint is None]
+    judge = config.quality.judge
+    return found if judge is None or judge.endpoint is not None else [*found, judge.model]
 
 
 def _guarded(config: SynthesisConfig) -> dict[str, Contents]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
+from embedloom.compute.endpoint import EndpointWorker, Ledger
 from embedloom.compute.generation import (
     EngineFactory,
     GenerationWorker,
@@ -17,7 +18,13 @@ from embedloom.compute.generation import (
 )
 from embedloom.compute.shards import Handling, Link, Starts, run_sharded, run_tasks
 from embedloom.config.cluster import PoolConfig
-from embedloom.config.synthesis import EngineOptions, FamilyConfig, SynthesisConfig, TranslationConfig
+from embedloom.config.synthesis import (
+    EndpointConfig,
+    EngineOptions,
+    FamilyConfig,
+    SynthesisConfig,
+    TranslationConfig,
+)
 from embedloom.core.progress import note
 from embedloom.core.storage import Place
 from embedloom.errors import StageError
@@ -33,8 +40,8 @@ from embedloom.synthesis.attempts import (
 )
 from embedloom.synthesis.duplicates import DUPLICATES_FOLDER, DuplicateSearch, bucket_count, refuse_duplicates
 from embedloom.synthesis.families.registry import FAMILIES
-from embedloom.synthesis.judge import JUDGE_FOLDER, Judge, refuse_ungraded
-from embedloom.synthesis.prices import Placed, waves
+from embedloom.synthesis.judge import JUDGE_FOLDER, Judge, Served, refuse_ungraded
+from embedloom.synthesis.prices import Placed, judge_pool, waves
 from embedloom.synthesis.prompts_used import UsedPrompts, languages_of, task_families, writers
 from embedloom.synthesis.quotas import Cell, Standing, Tally, check_limits, next_attempts, quotas, stamped
 from embedloom.synthesis.refusals import ROWS_FOLDER, Round, count_parts, parts_together
@@ -51,6 +58,8 @@ STAGE = "synthesize"
 _PLAN_FILE = "plan.json"
 _COUNTS_FILE = "counts.json"
 _NO_ACTORS = PoolConfig()
+ANSWERS_FOLDER = "answers"  # of a round: what endpoints answer, as it comes
+MONEY_FOLDER = "steps/money"  # below it a folder for each endpoint
 
 
 @dataclass(frozen=True)
@@ -64,7 +73,7 @@ class Phase:
         maker: of a generator; of "" for families that ask none.
         work: everything of a RoundWork but what the rounds decide.
         compare: passes over a finished round's rows, in order, as (folder, function).
-        arguments: constructor arguments of a generator's actors.
+        served: how a generator's answers for the round in a folder are had.
         ahead: embeds rows while others are still being written; None: mining does.
     """
 
@@ -78,7 +87,7 @@ class Phase:
     maker: Callable[[str], RowMaker]
     work: Callable[[tuple[Stretch, ...], str, Mapping[str, Any]], RoundWork]
     compare: tuple[tuple[str, Callable[[Round, tuple[str, ...]], None]], ...]
-    arguments: Callable[[Placed], dict[str, Any]]
+    served: Callable[[Placed, str], Served]
     extracting: frozenset[str] = frozenset()
     ahead: Ahead | None = None
 
@@ -222,18 +231,20 @@ class Rounds:
                 raise StageError(f"stopped, because another generator failed: {failed[0]}")
 
         maker = self._phase.maker(name)
-        arguments = self._phase.arguments(placed)
+        served = self._phase.served(placed, one.folder)
         handling = Handling(
-            weights=(arguments["model"],),
+            weights=served.weights,
             prepare=maker.prepare,
             finish=maker.finish,
-            in_flight=shards_in_flight(placed.generator.engine, placed.pool),
+            in_flight=served.in_flight,
             starts=Starts(here.child("starts"), f"{run_token}-{first}"),
             watch=watch,
             links=self._links(one),
         )
         try:
-            parts = self._run_sharded(one, name, first, GenerationWorker, placed.pool, arguments, handling)
+            parts = self._run_sharded(
+                one, name, first, served.worker, placed.pool, served.arguments, handling
+            )
         except BaseException as error:
             failed.append(error)
             raise failed[0] from None
@@ -274,7 +285,19 @@ class Rounds:
 
 TASKS_FOLDER = "tasks"
 TASK_LANGUAGE = "eng"  # of task sentences, which become training instructions
+_MOST_SHARDS = 16  # that one actor asks an endpoint for at once
 _Compare = tuple[str, Callable[[Round, tuple[str, ...]], None]]
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A model that writes or grades; ``key`` names its folders, ``where`` its config key."""
+
+    name: str
+    options: EngineOptions
+    endpoint: EndpointConfig | None
+    key: str
+    where: str
 
 
 @dataclass(frozen=True)
@@ -301,9 +324,18 @@ class Surroundings:
     guard: tuple[Place, str] | None = None
     ahead: Ahead | None = None
 
-    def arguments(self, model: str, options: EngineOptions, pool: PoolConfig) -> dict[str, Any]:
-        """Constructor arguments of actors that run a model."""
-        return generation_arguments(self.models[model], options.for_model(model), pool, self.engine_factory)
+    def served(self, model: Asked, pool: PoolConfig, answers: str) -> Served:
+        """How a model's answers are had; of an endpoint they are kept as they come, in the folder ``answers``."""
+        options = model.options.for_model(model.name)
+        if model.endpoint is None:
+            arguments = generation_arguments(self.models[model.name], options, pool, self.engine_factory)
+            in_flight = shards_in_flight(model.options, pool)
+            return Served(GenerationWorker, arguments, (arguments["model"],), in_flight)
+        ledger = Ledger(self.place, answers, f"{MONEY_FOLDER}/{model.key}", f"{model.where}.endpoint")
+        arguments = {"endpoint": model.endpoint, "options": options, "ledger": ledger}
+        # While the last answers of a shard are waited for, others fill the connections.
+        shards = 1 + math.ceil(model.endpoint.max_concurrency / self.config.shard_rows)
+        return Served(EndpointWorker, arguments, (), min(shards, _MOST_SHARDS))
 
     def documents(self) -> RowSource:
         """The train split; held-out documents are never shown to an LLM."""
@@ -417,12 +449,17 @@ def _common(
             offsets=offsets,
         )
 
-    def arguments(placed: Placed) -> dict[str, Any]:
-        return around.arguments(placed.generator.model, placed.generator.engine, placed.pool)
+    def served(placed: Placed, folder: str) -> Served:
+        generator, number = placed.generator, config.generators.index(placed.generator)
+        asked = Asked(
+            generator.model, generator.engine, generator.endpoint, f"generator-{number}",
+            f"synthesis.generators.{number}",
+        )  # fmt: skip
+        return around.served(asked, placed.pool, f"{folder}/{ANSWERS_FOLDER}")
 
     return {
         "config": config, "place": around.place, "pool": around.pool, "quotas": cells, "families": families,
-        "work": work, "arguments": arguments,
+        "work": work, "served": served,
     }  # fmt: skip
 
 
@@ -439,10 +476,13 @@ def _comparisons(around: Surroundings, earlier: tuple[str, ...]) -> tuple[_Compa
         found.append((ROUND_TRIP_FOLDER, lambda one, _: refuse_unfound(STAGE, trip, one)))
     if quality.judge is not None and around.prompts.judge is not None:
         own = (g.engine for g in around.config.generators if g.model == quality.judge.model)
-        options = next(own, EngineOptions())
+        asked = Asked(
+            quality.judge.model, next(own, EngineOptions()), quality.judge.endpoint, "judge", "synthesis.quality.judge"
+        )  # fmt: skip
+        pool = judge_pool(quality.judge, around.pool)
         judge = Judge(
-            around.place, quality.judge, around.prompts.judge, options, around.pool,
-            around.arguments(quality.judge.model, options, around.pool), around.config.shard_rows,
+            around.place, quality.judge, around.prompts.judge, pool, around.config.shard_rows,
+            lambda folder: around.served(asked, pool, folder),
         )  # fmt: skip
         found.append((JUDGE_FOLDER, lambda one, _: refuse_ungraded(STAGE, judge, one)))
     return tuple(found)

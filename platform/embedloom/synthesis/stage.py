@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from embedloom.compute.endpoint import money_spent
 from embedloom.compute.generation import EngineFactory
 from embedloom.compute.shards import parquet_rows, run_tasks
 from embedloom.compute.vllm_engine import VLLMEngine
@@ -26,11 +27,12 @@ from embedloom.synthesis.attempts import RowSource
 from embedloom.synthesis.checks import guard_file
 from embedloom.synthesis.diversity import measured_diversity
 from embedloom.synthesis.prices import waves
-from embedloom.synthesis.prompts_used import UsedPrompts, used_prompts
+from embedloom.synthesis.prompts_used import UsedPrompts, local_models, used_prompts
 from embedloom.synthesis.quotas import Cell, Tally
 from embedloom.synthesis.refusals import Round, refusals_of, surviving
 from embedloom.synthesis.round_trip import DOCUMENTS_FOLDER
 from embedloom.synthesis.rounds import (
+    MONEY_FOLDER,
     STAGE,
     TASKS_FOLDER,
     Phase,
@@ -48,10 +50,7 @@ from embedloom.synthesis.rows import REJECTS_FOLDER
 
 def model_sources(config: SynthesisConfig) -> dict[str, Callable[[], Path]]:
     """Per model what gives its local folder on the machine where it is called; nothing is fetched yet."""
-    names = [generator.model for generator in config.generators]
-    if config.quality.judge is not None:
-        names.append(config.quality.judge.model)
-    return {name: NodeModel(name).folder for name in names}
+    return {name: NodeModel(name).folder for name in local_models(config)}
 
 
 def round_trip_teacher(config: SynthesisConfig, teachers: Sequence[Teacher]) -> EmbedderSource | None:
@@ -216,6 +215,7 @@ class Written:
 
 def commit(
     out: ArtefactWriter,
+    config: SynthesisConfig,
     prompts: UsedPrompts,
     tasks: list[Written],
     rows: list[Written],
@@ -232,6 +232,7 @@ def commit(
         "rounds": {one.phase: len(one.rounds) for one in [*tasks, *rows]},
         "engines": _speeds(out.place),
         "diversity": diversity,
+        **({"money": money} if (money := _money(out.place, config)) else {}),
     }
     return out.commit(totals(cells, task_cells), details, scratch=(scratch,))
 
@@ -257,6 +258,18 @@ def _summed(cells: Iterable[dict[str, Any]], counts: Any) -> dict[str, int]:
     for cell in cells:
         total.update(counts(cell))
     return dict(sorted(total.items()))
+
+
+def _money(place: Place, config: SynthesisConfig) -> dict[str, float]:
+    """What each endpoint with prices has cost, by model, over all runs."""
+    asked = {f"generator-{n}": (one.model, one.endpoint) for n, one in enumerate(config.generators)}
+    if config.quality.judge is not None:
+        asked["judge"] = (f"judge {config.quality.judge.model}", config.quality.judge.endpoint)
+    return {
+        name: round(money_spent(place, f"{MONEY_FOLDER}/{key}"), 6)
+        for key, (name, endpoint) in asked.items()
+        if endpoint is not None and endpoint.cost(0, 0) is not None
+    }
 
 
 def _speeds(place: Place) -> dict[str, dict[str, float]]:
@@ -336,7 +349,7 @@ def synthesize(
     tasks, rows = _write_all(around)
     files = [f"{PAIRS_FOLDER}/{part.file}" for one in rows for part in one.parts]
     diversity = measured_diversity(STAGE, out.place, files, [one for phase in rows for one in phase.rounds])
-    return commit(out, prompts, tasks, rows, diversity, STEPS_FOLDER)
+    return commit(out, config, prompts, tasks, rows, diversity, STEPS_FOLDER)
 
 
 def _write_all(around: Surroundings) -> tuple[list[Written], list[Written]]:
