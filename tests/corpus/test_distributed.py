@@ -2,16 +2,18 @@
 
 import random
 from collections import Counter
+from dataclasses import fields
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from embedloom.compute.shards import run_here
+from embedloom.compute.shards import run_here, run_tasks
 from embedloom.config.corpus import CorpusConfig, CorpusSource
 from embedloom.corpus import cutting, stage
-from embedloom.corpus.reading import Sizes
+from embedloom.corpus.clean import SourceRow
+from embedloom.corpus.reading import RAW_SCHEMA, Sizes, blocks_of, own_rows
 from embedloom.corpus.stage import build_corpus
 from embedloom.errors import DataError
 from fakes_corpus import corpus_writer, jsonl_source, save_word_tokenizer, sentence, write_jsonl
@@ -166,6 +168,16 @@ def test_a_killed_build_goes_on_behind_its_last_finished_task(tmp_path, tokenize
     assert files_of(tmp_path / "found") == files_of(tmp_path / "whole")
 
 
+@pytest.mark.ray
+def test_ray_tasks_build_what_one_process_builds(tmp_path, tokenizer, monkeypatch, ray_local):
+    config = CorpusConfig(sources=mixed_sources(tmp_path / "in", 4), chunk_tokens=32, min_characters=10)
+    whole = build_corpus(config, 42, tokenizer, corpus_writer(tmp_path / "whole"))
+    monkeypatch.setattr(stage, "_SMALL_BYTES", 0)
+    found = build_corpus(config, 42, tokenizer, corpus_writer(tmp_path / "found"), run_tasks, TINY)
+    assert found.counts == whole.counts
+    assert files_of(tmp_path / "found") == files_of(tmp_path / "whole")
+
+
 def test_errors_are_those_of_one_process_whatever_the_cut(tmp_path, tokenizer, monkeypatch):
     monkeypatch.setattr(stage, "_SMALL_BYTES", 0)
     rows = [{"text": sentence(number), "key": f"k{number % 50:03d}"} for number in range(60)]
@@ -183,3 +195,24 @@ def test_errors_are_those_of_one_process_whatever_the_cut(tmp_path, tokenizer, m
             run_here,
             TINY,
         )
+
+
+def test_rows_pass_through_files_whole():
+    """Every field of a source row, so that one added later is not lost between two steps."""
+    row = SourceRow(
+        "text",
+        "source",
+        "group",
+        "title",
+        "eng",
+        "id",
+        ("a", "b"),
+        (1.0, 2.5),
+        "instruction",
+        "faq",
+        "outline",
+    )
+    assert all(getattr(row, field.name) for field in fields(SourceRow))
+    bare = SourceRow("only a text", "source")
+    (table,) = blocks_of([(0, row), (1, bare)], Sizes(), RAW_SCHEMA)
+    assert list(own_rows(table)) == [row, bare]

@@ -62,6 +62,9 @@ class Chunker:
         for row, body, title in zip(rows, bodies, titles, strict=True):
             # Every chunk repeats the title, but a long title leaves at least half of the room to the text.
             room = max(self._chunk_tokens - len(title), self._chunk_tokens // 2)
+            if len(body) <= room and not row.outline:  # its offsets would take a tenth of the time to make
+                yield [Chunk(row, len(body))]
+                continue
             overlap = min(self._overlap_tokens, room - 1)
             if row.outline:
                 pieces = cut_document(row.text, body.offsets, unpacked(row.outline), room, overlap)

@@ -170,7 +170,7 @@ def gather_pairs(item: Numbered, _: int, work: Work, source: int, buckets: int) 
     rejects = OrderedRejects()
     read = 0
     numbered = ((ordinal, _encodable(row)) for ordinal, row in _numbered(piece, number, rejects))
-    for block, table in enumerate(_blocks(numbered, work.sizes, RAW_SCHEMA)):
+    for block, table in enumerate(blocks_of(numbered, work.sizes, RAW_SCHEMA)):
         keys = [_digest(f"{title or ''}\0{text}")[0] for title, text in _texts(table)]
         receivers = np.array(keys, dtype=np.uint64) % np.uint64(buckets)
         send(work.place, f"{_PAIRS_FOLDER}-{source}/{number:06d}-{block:06d}.arrow", table, receivers)
@@ -245,7 +245,7 @@ def _clean(
                 rejects.noted_at(ordinal)
 
     blocks = []
-    for block, table in enumerate(_blocks(kept(), work.sizes, RAW_SCHEMA)):
+    for block, table in enumerate(blocks_of(kept(), work.sizes, RAW_SCHEMA)):
         rows = _with_digests(table)
         write_rows(work.place, f"{ROWS_FOLDER}/{name}-{block:06d}.arrow", ROW_SCHEMA, [rows])
         blocks.append(_block_facts(f"{ROWS_FOLDER}/{name}-{block:06d}.arrow", rows))
@@ -262,8 +262,10 @@ def _block_facts(name: str, rows: pa.Table) -> Counts:
     }  # fmt: skip
 
 
-def _blocks(numbered: Iterable[tuple[int, SourceRow]], sizes: Sizes, schema: pa.Schema) -> Iterator[pa.Table]:
-    """Rows as tables, each held while it is filled."""
+def blocks_of(
+    numbered: Iterable[tuple[int, SourceRow]], sizes: Sizes, schema: pa.Schema
+) -> Iterator[pa.Table]:
+    """Numbered rows as tables of ``schema``, each held while it is filled."""
     names = schema.names[1:]
     columns: list[list[Any]] = [[] for _ in schema]
     size = 0
