@@ -10,8 +10,6 @@ from embedloom.pipeline.commands import execute, load
 from embedloom.pipeline.graph import graph
 from embedloom.pipeline.plan import plan_table
 from embedloom.planning.memory import (
-    check_corpus,
-    corpus_machine,
     fits,
     memory_problems,
     shape_of,
@@ -143,32 +141,10 @@ def test_a_model_of_unknown_size_is_not_checked_and_said_so():
     )
 
 
-def test_a_data_set_of_unknown_size_is_refused_until_its_rows_are_stated(nemotron):
-    unbounded = load(NEMOTRON, "a100x64", CLUSTER, ["corpus.sources.0.limit=null"])
-    (message,) = problems(unbounded)
-    # 0.9 x 118 GiB over 5 KB.
-    assert message.startswith(
-        "corpus.sources.0.limit: not stated, and nobody knows how many rows nvidia/Nemotron-CC-v2:Diverse-QA has"
-    )
-    assert (
-        "pools.head has 118 GiB, and a document takes up to 5 KB of them and 0.9 ms of one core: allowed are 22,806,"
-        in message
-    )
-    assert f"cannot be built: {message}" in plan_table(unbounded)
-    check_corpus(nemotron, graph(nemotron), Known())
-
-
-def test_more_documents_than_the_machine_holds_are_refused():
-    run = load(NEMOTRON, "a100x64", CLUSTER, ["corpus.sources.0.limit=30000000"])
-    (message,) = problems(run)
-    assert message.startswith("corpus: 30,000,000 documents (the sources' limits); pools.head has 118 GiB")
-
-
-def test_sources_on_this_machine_need_no_limit(tmp_path):
-    run = quickstart(tmp_path)
-    machine, memory = corpus_machine(run.profile)
-    assert machine == "this machine" and memory > 2**30
-    assert problems(run) == []
+@pytest.mark.parametrize("limit", ["null", "3000000000"])
+def test_a_corpus_of_any_size_is_built_in_blocks_of_a_fixed_one(limit):
+    """Three billion documents, or nobody knows how many, on a head of 118 GiB."""
+    assert problems(load(NEMOTRON, "a100x64", CLUSTER, [f"corpus.sources.0.limit={limit}"])) == []
 
 
 def test_the_group_and_the_stage_decide_how_it_trains(nemotron):

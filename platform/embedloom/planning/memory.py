@@ -1,11 +1,10 @@
-"""Whether the stages of a run fit the GPUs, and the corpus the machine, that a profile gives them, and what would fit."""
+"""Whether the stages of a run fit the GPUs that a profile gives them, and what would fit."""
 
 import math
-import os
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 
-from embedloom.config.cluster import HEAD_POOL, PoolConfig, Profile, TrainingGroup
+from embedloom.config.cluster import PoolConfig, Profile, TrainingGroup
 from embedloom.config.embedding import ComputeType, computed_dtype
 from embedloom.config.rates import ModelShape, RatesConfig
 from embedloom.config.run import Node, Run
@@ -31,9 +30,6 @@ SERVING = "serving"
 _BATCH_TOKENS = 65_536  # of an embedding actor on a GPU, at most
 _SEARCH_QUERIES, _SEARCH_ROWS = 2048, 2**17  # queries and documents whose scores are held at once
 _MOST_COPIES = 64
-# Of a document in the corpus stage: 3.3 to 5.0 KB were measured at 600 characters, with near duplicates and chunks.
-DOCUMENT_BYTES = 5.0e3
-DOCUMENT_SECONDS = 0.9e-3  # of one core, measured with it
 
 
 @dataclass(frozen=True, slots=True)
@@ -389,50 +385,9 @@ def _unknown(model: str) -> str:
 def memory_problems(
     run: Run, nodes: dict[str, Node], known: Known, building: Collection[str]
 ) -> list[ConfigError]:
-    """What cannot fit of the artefacts to be built: the corpus its machine, or a stage its GPUs.
+    """What cannot fit of the artefacts to be built: a stage its GPUs. The corpus's tasks hold blocks of a fixed size.
 
     What is served is left out: whoever serves looks at the model that there is by then.
     """
-    found: list[ConfigError] = []
-    if "corpus" in building:
-        try:
-            check_corpus(run, nodes, known)
-        except ConfigError as error:
-            found.append(error)
     held = [] if run.rates is None else fits(run, nodes, run.rates, known, building)
-    return found + [ConfigError(one.refusal) for one in held if not one.fits and one.stage != SERVING]
-
-
-# The corpus stage holds all documents in one process, so what bounds it is the memory of the machine that runs it.
-
-
-def corpus_machine(profile: Profile) -> tuple[str, float]:
-    """The machine that the corpus is read on, and its memory in bytes: the cluster's head, else this one."""
-    head = profile.pools.get(HEAD_POOL)
-    if head is not None:
-        return f"pools.{HEAD_POOL}", head.memory_gib * 2**30
-    return "this machine", float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-
-
-def check_corpus(run: Run, nodes: dict[str, Node], known: Known) -> None:
-    """Refuse a corpus that does not fit the memory of the machine that reads it, or that nothing bounds.
-
-    Raises:
-        ConfigError: naming the source or the rows, and how many fit.
-    """
-    machine, memory = corpus_machine(run.profile)
-    most = int(USABLE_SHARE * memory / DOCUMENT_BYTES)
-    room = (
-        f"{machine} has {memory / 2**30:.0f} GiB, and a document takes up to {DOCUMENT_BYTES / 1e3:g} KB of them and "
-        f"{DOCUMENT_SECONDS * 1e3:g} ms of one core: allowed are {most:,}"
-    )
-    size = documents(run.config, nodes, known)
-    sources = run.config.corpus.sources
-    for number, source in enumerate(sources):
-        if source.format == "huggingface" and source.limit is None and (size.is_bound or size.rows is None):
-            raise ConfigError(
-                f"corpus.sources.{number}.limit: not stated, and nobody knows how many rows {source.path} has before they are "
-                f"all in memory; {room}"
-            )
-    if size.rows is not None and size.rows > most:
-        raise ConfigError(f"corpus: {size.rows:,} documents ({size.basis}); {room}")
+    return [ConfigError(one.refusal) for one in held if not one.fits and one.stage != SERVING]
