@@ -10,13 +10,14 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from embedloom.core import contents
-from embedloom.core.artefacts import fingerprint
+from embedloom.core.artefacts import Artefact, fingerprint
 from embedloom.core.contents import changes, contents_of, path_contents
 from embedloom.core.model_folder import ModelFolder
 from embedloom.encoder import registry
 from embedloom.encoder.registry import PackagedModel, hub_revision, local_contents
 from embedloom.pipeline.commands import execute, load
 from embedloom.pipeline.graph import build_nodes, fingerprints, finished, graph, missing, states, writer_for
+from embedloom.retrieval.identity import aside_of
 from embedloom.retrieval.inputs import input_state
 from fakes_mining import make_tiny_cross_encoder
 
@@ -478,3 +479,17 @@ def test_finished_synthesis_stays_under_another_limit(inputs, tmp_path):
     assert fingerprints(graph(raised)) == fingerprints(graph(run)), "nothing behind it is stale either"
     grown = opened(inputs, tmp_path, f"{ROWS}=9")
     assert "synthesis" not in finished(grown, graph(grown))
+
+
+@pytest.mark.parametrize(("changed", "aside"), [((f"{ROWS}=9",), True), ((f"{ROWS}=9", "run.seed=7"), False)])
+def test_finished_synthesis_waits_aside_while_one_with_other_numbers_of_rows_is_written(
+    inputs, tmp_path, changed, aside
+):
+    done = begun(opened(inputs, tmp_path)).commit({"rows": 4})
+    writer = begun(opened(inputs, tmp_path, *changed))
+    assert not writer.resumed and not writer.place.exists("manifest.json")
+    there = aside_of(done.place)
+    assert there.exists("manifest.json") is aside
+    if aside:
+        assert Artefact.open(there).fingerprint == done.fingerprint
+        assert begun(opened(inputs, tmp_path, *changed)).resumed, "killed and begun once more"

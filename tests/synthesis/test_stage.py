@@ -296,3 +296,71 @@ def test_rows_written_before_refuse_their_duplicates_after_keys_are_sorted_anew(
     found = run(corpus, tmp_path, grown, engine_factory=RepeatingEngine)
     queries = [row["query"] for row in rows(found)]
     assert len(set(queries)) == len(queries) == 60
+
+
+@pytest.fixture
+def ended(corpus: Artefact, tmp_path: Path, serial: None) -> Artefact:
+    """A finished artefact, moved aside; every family that asks an LLM."""
+    families = [family for family in EVERY_FAMILY if family["family"] != "existing_questions"]
+    artefact = run(
+        corpus, tmp_path, config(families=families, max_attempts_per_row=99), engine_factory=CountingMumbler
+    )
+    artefact.place.move_to(Place(str(tmp_path / "out.previous")))
+    return Artefact.open(Place(str(tmp_path / "out.previous")))
+
+
+def test_a_finished_artefacts_rows_count_for_larger_numbers_of_them(
+    corpus: Artefact, ended: Artefact, tmp_path: Path
+):
+    families = [{**family, "rows": 3 * family["rows"]} for family in EVERY_FAMILY]
+    families = [family for family in families if family["family"] != "existing_questions"]
+    before, kept = asked(tmp_path), rows(ended)
+    grown = run(
+        corpus,
+        tmp_path,
+        config(families=families, max_attempts_per_row=99),
+        engine_factory=CountingMumbler,
+        previous=ended,
+    )
+    every, found = asked(tmp_path), rows(grown)
+    assert len(set(every)) == len(every), "nothing is asked twice"
+    assert {row["id"] for row in kept} <= {row["id"] for row in found}
+    assert {row["query"] for row in kept} <= {row["query"] for row in found}
+    assert grown.counts["families"] == {family["family"]: family["rows"] for family in families}
+    ids = [row["id"] for row in found] + grown.place.read_tables("rejects").column("id").to_pylist()
+    assert len(set(ids)) == len(ids)
+    details = grown.manifest["details"]
+    for cell in [*details["cells"], *details["task_cells"]]:
+        assert cell["rows"] + cell["surplus"] + sum(cell["rejects"].values()) == cell["asked"]
+    assert sum(cell["attempts"] for cell in [*details["cells"], *details["task_cells"]]) == len(every)
+    assert sum(grown.counts["rejects"].values()) == grown.place.read_tables("rejects").num_rows
+    assert len(before) < len(every)
+    # And once more: what was carried can be carried on.
+    grown.place.move_to(Place(str(tmp_path / "again")))
+    again = Artefact.open(Place(str(tmp_path / "again")))
+    fewer = [{**family, "rows": 1 + family["rows"] // 2} for family in families]
+    last = run(
+        corpus,
+        tmp_path,
+        config(families=fewer, max_attempts_per_row=99),
+        engine_factory=CountingMumbler,
+        previous=again,
+    )
+    assert asked(tmp_path) == every, "fewer rows than there are ask nothing"
+    assert {row["id"] for row in rows(last)} < {row["id"] for row in found}
+    assert last.counts["families"] == {family["family"]: family["rows"] for family in fewer}
+
+
+def test_an_artefact_of_an_earlier_version_is_written_anew(corpus: Artefact, ended: Artefact, tmp_path: Path):
+    manifest = ended.manifest
+    manifest["details"].pop("phases")
+    once = len(asked(tmp_path))
+    families = [family for family in EVERY_FAMILY if family["family"] != "existing_questions"]
+    run(
+        corpus,
+        tmp_path,
+        config(families=families, max_attempts_per_row=99),
+        engine_factory=CountingMumbler,
+        previous=ended,
+    )
+    assert len(asked(tmp_path)) == 2 * once

@@ -42,7 +42,7 @@ from embedloom.pipeline.nodes import (
     merged_node,
     training_nodes,
 )
-from embedloom.retrieval.identity import set_aside
+from embedloom.retrieval.identity import aside_of, set_aside
 from embedloom.retrieval.inputs import embedding_node
 from embedloom.synthesis.prompts_used import (
     FINAL_FOLDERS,
@@ -316,6 +316,8 @@ def writer_for(
     if name == "vectors":  # finished ones wait beside the new ones, which take over what did not change
         set_aside(run.place.child(name), fingerprints(nodes)[name], run.config.embedding.previous)
     node = nodes[name]
+    if name == "synthesis":
+        _set_rows_aside(run, node, inputs)
     continues = _begun_for_other_amounts(run, node, inputs) if name == "synthesis" else None
     return ArtefactWriter(
         run.place.child(name),
@@ -327,6 +329,24 @@ def writer_for(
         lambda: {**(revisions or {}), **hub_revisions(node.models)},
         continues,
     )
+
+
+def _set_rows_aside(run: Run, node: Node, inputs: Mapping[str, str]) -> None:
+    """Rename finished synthesis whose rows count for other numbers of them; the stage takes them over."""
+    place = run.place.child(node.name)
+    if not place.is_local or not place.exists(MANIFEST_FILE):
+        return
+    artefact = Artefact.open(place)
+    if _counts_for(artefact, plain_values(*node.settings), inputs):
+        note(node.name, "numbers of rows changed; the rows that are there count")
+        place.move_to(aside_of(place))
+
+
+def _counts_for(artefact: Artefact, settings: Any, inputs: Mapping[str, str]) -> bool:
+    """Whether a finished artefact has the rows of these settings but for how many."""
+    made = artefact.manifest.get("origin", {}).get("settings")
+    same = made is not None and made != settings and other_amounts(made, settings)
+    return same and artefact.manifest["inputs"] == dict(inputs) and not moved_models(artefact)
 
 
 def _begun_for_other_amounts(run: Run, node: Node, inputs: Mapping[str, str]) -> str | None:
@@ -471,7 +491,11 @@ def _synthesis(run: Run, inputs: Inputs, out: ArtefactWriter) -> Artefact:
     assert config is not None  # noqa: S101 - the node exists only with the section
     models, teacher = model_sources(config), round_trip_teacher(config, run.config.mining.teachers)
     pools, seed = run.profile.stages, run.config.run.seed
-    return synthesize(
+    aside = aside_of(out.place)
+    previous = Artefact.open(aside) if aside.exists(MANIFEST_FILE) else None
+    if previous is not None and not _counts_for(previous, out.origin["settings"], out.inputs):
+        previous = None
+    written = synthesize(
         config,
         seed,
         inputs["corpus"],
@@ -481,7 +505,10 @@ def _synthesis(run: Run, inputs: Inputs, out: ArtefactWriter) -> Artefact:
         teacher,
         pools.mining,
         ahead=_ahead(run, out),
+        previous=previous,
     )
+    aside.remove()
+    return written
 
 
 def _ahead(run: Run, out: ArtefactWriter) -> "Ahead | None":

@@ -57,6 +57,7 @@ from embedloom.synthesis.rows import RowMaker, TaskMaker
 STAGE = "synthesize"
 _PLAN_FILE = "plan.json"
 _COUNTS_FILE = "counts.json"
+ROUND_FILES = (_PLAN_FILE, _COUNTS_FILE)
 _NO_ACTORS = PoolConfig()
 ANSWERS_FOLDER = "answers"  # of a round: what endpoints answer, as it comes
 MONEY_FOLDER = "steps/money"  # below it a folder for each endpoint
@@ -103,6 +104,11 @@ class Rounds:
         self._exhausted: set[str] = set()
         self.tally = Tally()
         self.rounds: list[Round] = []
+
+    @property
+    def offsets(self) -> Mapping[str, Any]:
+        """Places of documents or pairs used so far, by family and language."""
+        return self._offsets
 
     def run(self) -> list[Round]:
         """Rounds until every quota is met.

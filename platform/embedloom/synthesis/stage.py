@@ -24,6 +24,7 @@ from embedloom.retrieval.embed import Ahead
 from embedloom.retrieval.embedder import EmbedderSource
 from embedloom.retrieval.teachers import teacher_source
 from embedloom.synthesis.attempts import RowSource
+from embedloom.synthesis.carried import can_carry, carry_accounts, carry_round
 from embedloom.synthesis.checks import guard_file
 from embedloom.synthesis.diversity import measured_diversity
 from embedloom.synthesis.prices import waves
@@ -33,6 +34,7 @@ from embedloom.synthesis.refusals import Round, refusals_of, surviving
 from embedloom.synthesis.round_trip import DOCUMENTS_FOLDER
 from embedloom.synthesis.rounds import (
     MONEY_FOLDER,
+    ROUND_FILES,
     STAGE,
     TASKS_FOLDER,
     Phase,
@@ -201,6 +203,8 @@ class Written:
     tally: Tally
     rounds: list[Round]
     parts: list[Part]
+    offsets: Mapping[str, Any]
+    first: int  # number of its first part in the artefact
 
     def cells(self) -> list[dict[str, Any]]:
         """Counts of every cell; rows above the quota are surplus, not kept."""
@@ -230,6 +234,11 @@ def commit(
         "cells": cells,
         "task_cells": task_cells,
         "rounds": {one.phase: len(one.rounds) for one in [*tasks, *rows]},
+        # What a later run for other numbers of rows goes on from.
+        "phases": {
+            one.phase: {"parts": [one.first, one.first + len(one.parts)], "offsets": one.offsets}
+            for one in [*tasks, *rows]
+        },
         "engines": _speeds(out.place),
         "diversity": diversity,
         **({"money": money} if (money := _money(out.place, config)) else {}),
@@ -262,11 +271,16 @@ def _summed(cells: Iterable[dict[str, Any]], counts: Any) -> dict[str, int]:
 
 def _money(place: Place, config: SynthesisConfig) -> dict[str, float]:
     """What each endpoint with prices has cost, by model, over all runs."""
+    return {name: round(money_spent(place, folder), 6) for name, folder in _accounts(config).items()}
+
+
+def _accounts(config: SynthesisConfig) -> dict[str, str]:
+    """Folder of the account of each endpoint with prices, by what the manifest calls it."""
     asked = {f"generator-{n}": (one.model, one.endpoint) for n, one in enumerate(config.generators)}
     if config.quality.judge is not None:
         asked["judge"] = (f"judge {config.quality.judge.model}", config.quality.judge.endpoint)
     return {
-        name: round(money_spent(place, f"{MONEY_FOLDER}/{key}"), 6)
+        name: f"{MONEY_FOLDER}/{key}"
         for key, (name, endpoint) in asked.items()
         if endpoint is not None and endpoint.cost(0, 0) is not None
     }
@@ -309,6 +323,7 @@ def synthesize(
     teacher_pool: PoolConfig | None = None,
     engine_factory: EngineFactory = VLLMEngine,
     ahead: Ahead | None = None,
+    previous: Artefact | None = None,
 ) -> Artefact:
     """Write the rows of every family and commit them.
 
@@ -323,6 +338,7 @@ def synthesize(
         teacher_pool: its actors.
         engine_factory: builds the engine inside an actor.
         ahead: who embeds rows while others are still being written; None: nobody does, mining will.
+        previous: finished artefact of the same section but for numbers of rows, whose rows count.
 
     Raises:
         ConfigError: a malformed prompt, or a pool the profile has no room for.
@@ -346,36 +362,43 @@ def synthesize(
         ahead=ahead,
         guard=guard_file(STAGE, config.quality.contamination, corpus.place, out.place),
     )
-    tasks, rows = _write_all(around)
+    if previous is not None and can_carry(previous):
+        carry_accounts(previous, out.place, _accounts(config))
+    else:
+        previous = None
+    tasks, rows = _write_all(around, previous)
     files = [f"{PAIRS_FOLDER}/{part.file}" for one in rows for part in one.parts]
     diversity = measured_diversity(STAGE, out.place, files, [one for phase in rows for one in phase.rounds])
     return commit(out, config, prompts, tasks, rows, diversity, STEPS_FOLDER)
 
 
-def _write_all(around: Surroundings) -> tuple[list[Written], list[Written]]:
-    """Run the phases: step one, if any, and those that write rows."""
+def _write_all(around: Surroundings, previous: Artefact | None) -> tuple[list[Written], list[Written]]:
+    """Run the phases: step one, if any, and those that write rows; those of a finished artefact count."""
     config, place = around.config, around.place
     phase = task_phase(around)
-    tasks = [] if phase is None else [_run(phase, place, TASKS_FOLDER, 0)]
+    tasks = [] if phase is None else [_run(phase, place, TASKS_FOLDER, 0, previous)]
     first = sum(len(one.parts) for one in tasks)
     own = tuple((around.corpus, name) for name in around.corpus.names(_CORPUS_PAIRS, ".parquet"))
     pairs = RowSource("pairs", own, same_language=False)
-    rows = [_run(row_phase(around, "rows", written_first(config), (), pairs), place, PAIRS_FOLDER, first)]
+    phase = row_phase(around, "rows", written_first(config), (), pairs)
+    rows = [_run(phase, place, PAIRS_FOLDER, first, previous)]
     if last := translated_last(config):
         done = tuple((place, f"{PAIRS_FOLDER}/{part.file}") for part in rows[0].parts)
         earlier = tuple(one.folder for one in rows[0].rounds)
         pairs = RowSource("pairs", done, same_language=False)
         phase = row_phase(around, "translations", last, earlier, pairs)
-        rows.append(_run(phase, place, PAIRS_FOLDER, first + len(rows[0].parts)))
+        rows.append(_run(phase, place, PAIRS_FOLDER, first + len(rows[0].parts), previous))
     return tasks, rows
 
 
-def _run(phase: Phase, place: Place, folder: str, first: int) -> Written:
+def _run(phase: Phase, place: Place, folder: str, first: int, previous: Artefact | None) -> Written:
     """Run a phase to its end and write its rows where they belong."""
+    if previous is not None:
+        carry_round(STAGE, previous, phase.name, list(phase.families), phase.config, place, ROUND_FILES)
     rounds = Rounds(phase)
     rounds.run()
     parts = numbered_parts(place, rounds.rounds, first)
     kept = {cell: counts.rows for cell, counts in rounds.tally.items()}
     last = last_places(STAGE, place, rounds.rounds, phase.quotas, kept)
     write_final(STAGE, place, parts, last, folder)
-    return Written(phase.name, phase.quotas, rounds.tally, rounds.rounds, parts)
+    return Written(phase.name, phase.quotas, rounds.tally, rounds.rounds, parts, dict(rounds.offsets), first)
