@@ -8,15 +8,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+import fakes_documents
 from embedloom.config.base import validate
 from embedloom.config.embedding import EmbeddingConfig
 from embedloom.core.prompting import PromptContract
 from embedloom.core.storage import Place
 from embedloom.core.trained_prompts import Prompt, TrainedPrompt, trained_contract
+from embedloom.encoder.tokenizer import load_tokenizer
 from embedloom.errors import ConfigError, DataError
 from embedloom.retrieval.corpora import _with_task
-from embedloom.retrieval.inputs import check_instruction, input_state, open_input
+from embedloom.retrieval.inputs import Cutter, check_instruction, input_state, open_input
 from embedloom.retrieval.ledger import first_of_equals, open_ledger, origin_column
+from fakes_corpus import save_word_tokenizer
 
 
 def table(folder, name, **columns):
@@ -148,7 +151,8 @@ def test_unclear_inputs_say_what_is_allowed(tmp_path):
     table(tmp_path / "in", "1.parquet", text=["x"])
     (tmp_path / "in" / "README.md").write_text("about")
     with pytest.raises(
-        DataError, match=r"several kinds \(1 parquet, 1 text\); give a glob, such as .*/\*.parquet"
+        DataError,
+        match=r"several kinds \(1 parquet, 1 documents\); give a glob, such as .*/\*.parquet' or .*/\*.md'",
     ):
         input_state(str(tmp_path / "in"))
     _, rows = ledger_rows(f"{tmp_path}/in/*.parquet", tmp_path / "out")
@@ -242,3 +246,64 @@ def test_texts_are_taken_for_the_models_default_task_unless_one_is_stated():
     with pytest.raises(ConfigError, match="task is 'twins' beside a task_type"):
         text(task="twins", task_type="sts")
     assert "task" not in EmbeddingConfig().model_dump(mode="json")  # fingerprints of older configs stay
+
+
+def documents(path, out, limit=None, **config):
+    """Rows of a folder of documents, cut for a model of so many words; each word is a token."""
+    place, section = Place(str(out)), EmbeddingConfig(**config)
+    cutter = None
+    if limit is not None:
+        tokenizer = load_tokenizer(save_word_tokenizer(out.parent / "words"))
+        cutter = Cutter.of(tokenizer, PromptContract(max_document_tokens=limit), section)
+    open_input(str(path), section, place, cutter)
+    return place.read_tables("documents").to_pylist()
+
+
+def test_a_folder_of_documents_is_read_whole_though_json_lies_beside_them(tmp_path):
+    folder = tmp_path / "site [v2]"
+    folder.mkdir()
+    for name, content in fakes_documents.every_kind().items():
+        (folder / name).write_bytes(content)
+    (folder / "_category_.json").write_text("{}")
+    (folder / "app.log").write_text("A line.")
+    rows = {row["id"]: row for row in documents(folder, tmp_path / "out")}
+    names = set(fakes_documents.every_kind()) - {"guide.mbox"}
+    assert set(rows) == names | {"guide.mbox#1", "guide.mbox#2"}
+    assert rows["guide.md"]["title"] == "Pump guide" and "water" not in rows["guide.md"]["text"]
+    assert set(input_state(str(folder))) == set(fakes_documents.every_kind())
+    more = documents(folder, tmp_path / "more", read_as={".log": "text"}, titles=False)
+    assert "app.log" in [row["id"] for row in more] and {row["title"] for row in more} == {None}
+
+
+def test_documents_longer_than_the_model_are_cut_into_chunks_and_said(tmp_path, capsys):
+    """Three pages that differ in their last line only: the model would not see it."""
+    (tmp_path / "in").mkdir()
+    for number in range(3):
+        sections = "\n\n".join(f"## Part {part}\n\n" + "word " * 30 for part in range(4))
+        (tmp_path / "in" / f"{number}.md").write_text(f"# Guide\n\n{sections}\n\nThe end {number}.")
+    (tmp_path / "in" / "short.md").write_text("# Short\n\nOne line.")
+    rows = documents(tmp_path / "in", tmp_path / "out", limit=40)
+    mine = [row for row in rows if row["id"].startswith("1.md")]
+    assert [row["id"] for row in mine] == [f"1.md#chunk={number}" for number in (1, 2, 3, 4)]
+    assert mine[1]["source"] == "1.md § Part 1" and mine[1]["title"] == "Guide"
+    assert mine[3]["text"].endswith("The end 1.")
+    assert [row["id"] for row in rows if "short" in row["id"]] == ["short.md"]
+    # Title, prompt and text together are what the model reads.
+    assert all(len(f"{row['title']} {row['text']}".split()) <= 40 for row in rows)
+    assert "3 of 4 documents are longer" in capsys.readouterr().err
+    whole = documents(tmp_path / "in", tmp_path / "whole", limit=40, chunks=False)
+    assert [row["id"] for row in whole] == ["0.md", "1.md", "2.md", "short.md"]
+
+
+def test_views_of_texts_are_texts(tmp_path):
+    view = pa.array(["one", "two", "one"], pa.string_view())
+    table(tmp_path, "in.parquet", id=pa.array(["a", "b", "c"], pa.string_view()), text=view)
+    ledger, rows = ledger_rows(tmp_path / "in.parquet", tmp_path / "out")
+    assert [row["id"] for row in rows] == ["a", "b", "c"] and ledger.counts["embedded"] == 2
+
+
+def test_an_identical_repeat_is_counted_and_left_out(tmp_path):
+    lines = [{"_id": "d1", "text": "same"}, {"_id": "d1", "text": "same"}, {"_id": "d2", "text": "other"}]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    ledger, rows = ledger_rows(tmp_path / "in.jsonl", tmp_path / "out")
+    assert [row["id"] for row in rows] == ["d1", "d2"] and ledger.counts["rejects"] == {"repeated": 1}

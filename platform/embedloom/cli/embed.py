@@ -16,7 +16,7 @@ Source = Annotated[
     typer.Argument(
         metavar="CONFIG|INPUT",
         help="A run config (.yaml), or texts: a corpus artefact, a file, folder or 'glob' of .parquet or .jsonl[.gz], "
-        "or a folder of .txt and .md files.",
+        "or a folder of documents (PDF, Office, HTML, Markdown and others).",
     ),
 ]
 Model = Annotated[

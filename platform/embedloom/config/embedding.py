@@ -5,6 +5,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from embedloom.config.base import FrozenConfig
+from embedloom.config.corpus import DocumentKind
 from embedloom.core.schemas import TASK_TYPES
 
 
@@ -76,7 +77,7 @@ class EmbeddingConfig(FrozenConfig):
         default=None,
         description=(
             "Texts to embed: a corpus artefact, a file, folder or glob of Parquet or JSON lines, or a "
-            "folder of text or Markdown files. Null: the run's own documents."
+            "folder of documents (PDF, Office, HTML, Markdown and others). Null: the run's own documents."
         ),
     )
     trust_remote_code: bool = Field(
@@ -118,6 +119,24 @@ class EmbeddingConfig(FrozenConfig):
     id_column: str | None = Field(
         default=None,
         description="Column of ids. Null: 'id' or '_id' where there is one, else hashes of the content.",
+    )
+    chunks: bool = Field(
+        default=True,
+        exclude_if=lambda value: value is True,
+        description=(
+            "Documents (not rows of tables) that are longer than the model reads are cut into chunks, each a row of its own. "
+            "False: their ends are cut off, and counted."
+        ),
+    )
+    titles: bool = Field(
+        default=True,
+        exclude_if=lambda value: value is True,
+        description="Whether documents have titles, found as those of corpora (corpus.sources.titles).",
+    )
+    read_as: dict[str, DocumentKind] = Field(
+        default_factory=dict,
+        exclude_if=lambda value: not value,
+        description="How files of further endings or names are read, such as {.log: text}; the others are passed over.",
     )
     dtype: Literal["float32", "float16", "int8", "binary"] = Field(
         default="float32",

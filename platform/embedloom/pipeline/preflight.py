@@ -14,13 +14,13 @@ from embedloom.compute.generation import api_key
 from embedloom.config.cluster import Profile
 from embedloom.config.evaluation import EvaluationTask
 from embedloom.config.mining import MiningConfig
-from embedloom.config.run import Run
+from embedloom.config.run import Run, RunConfig
 from embedloom.config.serving import ServingConfig
 from embedloom.config.synthesis import Generator, JudgeCheck, SynthesisConfig
 from embedloom.config.training import TrainingConfig, TrainingSource
 from embedloom.core.storage import files_at
 from embedloom.encoder.registry import check_model_name
-from embedloom.errors import DataError, MissingDependency, UserError
+from embedloom.errors import ConfigError, DataError, MissingDependency, UserError
 from embedloom.evaluation.local_layout import check_beir, check_local_split, find_local_tasks
 from embedloom.synthesis.prices import waves
 from embedloom.synthesis.prompts_used import local_models
@@ -91,6 +91,8 @@ def _checks(run: Run, verbs: set[str]) -> Iterator[Check]:
         yield partial(check_model_name, config.encoder.base, "encoder.base")
     if "synthesize" in verbs and config.synthesis is not None:
         yield from _synthesis_checks(config.synthesis, config.mining, run)
+    if "mine" in verbs:
+        yield partial(check_teacher_limits, config)
     if verbs & {"mine", "evaluate"}:
         yield from _mining_checks(config.mining, "mine" in verbs)
     if "train" in verbs:
@@ -181,6 +183,28 @@ def _mining_checks(config: MiningConfig, mines: bool) -> Iterator[Check]:
             yield partial(check_model_name, teacher.model, where)
     if mines and config.rescoring is not None:
         yield partial(check_model_name, config.rescoring.model, "mining.rescoring.model")
+
+
+def check_teacher_limits(config: RunConfig) -> None:
+    """Refuse chunks that a teacher of mining would not read to their ends.
+
+    Defaults of both keys are no such wish: there the cut texts are counted and said by mining alone.
+
+    Raises:
+        ConfigError: naming both keys.
+    """
+    chunk = config.corpus.chunk_tokens
+    stated = "chunk_tokens" in config.corpus.model_fields_set
+    for number, teacher in enumerate(config.mining.teachers):
+        own = teacher.max_document_tokens
+        limit = config.mining.max_document_tokens if own is None else own
+        key = "mining.max_document_tokens" if own is None else f"mining.teachers.{number}.max_document_tokens"
+        chosen = stated or own is not None or "max_document_tokens" in config.mining.model_fields_set
+        if teacher.engine != "openai" and chunk is not None and limit < chunk and chosen:
+            raise ConfigError(
+                f"{key} is {limit}, below corpus.chunk_tokens {chunk}: the teacher would not read chunks to their ends; "
+                f"allowed: {chunk} or more, or smaller chunks"
+            )
 
 
 def _source_checks(config: TrainingConfig) -> Iterator[Check]:

@@ -28,7 +28,7 @@ from embedloom.retrieval.embedder import (
 )
 from embedloom.retrieval.identity import aside_of
 from embedloom.retrieval.index import build_index, require_faiss
-from embedloom.retrieval.inputs import TextSource, check_instruction, open_input
+from embedloom.retrieval.inputs import Cutter, TextSource, check_instruction, open_input
 from embedloom.retrieval.ledger import (
     OWN_FOLDER,
     ROWS_FOLDER,
@@ -341,7 +341,7 @@ def embed_artefact(
 
     Args:
         config: the embedding section.
-        corpus: a corpus artefact, a file, folder or glob of Parquet or JSON lines, or a folder of text files.
+        corpus: a corpus artefact, a file, folder or glob of Parquet or JSON lines, or a folder of documents.
         model: its id is stamped on the files.
         pool: actors and what each reserves.
         out: writer of the vectors artefact; gets ``vectors``, ``rows``, ``rejects`` and the index.
@@ -356,7 +356,8 @@ def embed_artefact(
     config = checked_section(config.computed(pool.gpus), model)
     recipe = {**config.recipe, "model_id": model.id, "contract_hash": contract.hash}
     earlier = _earlier(config, recipe, out.place)
-    source = open_input(corpus, config, out.place)
+    cutter = Cutter.of(load_tokenizer(model.transformer), contract, config)
+    source = open_input(corpus, config, out.place, cutter)
     before = (earlier.fingerprint, earlier.place) if earlier else None
     ledger = open_ledger(source, out.place, config.shard_rows, before)
     cost = embed_rows(

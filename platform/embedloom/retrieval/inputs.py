@@ -1,11 +1,11 @@
-"""What can be embedded: a corpus artefact, Parquet, JSON lines, a folder of text files; all end as Parquet rows.
+"""What can be embedded: a corpus artefact, Parquet, JSON lines, files of documents; all end as Parquet rows.
 
-Parquet is read where it lies. JSON lines and text files have no row numbers to come back to, so they are written
-once as ``documents/part-*.parquet`` below the vectors.
+Parquet is read where it lies. JSON lines and documents have no row numbers to come back to, so they are written
+once as ``documents/part-*.parquet`` below the vectors; documents that are longer than the model reads as chunks.
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,20 +13,24 @@ from typing import Any
 import pyarrow as pa
 
 from embedloom.compute.shards import PART_PATTERN
+from embedloom.config.corpus import DocumentKind
 from embedloom.config.embedding import EmbeddingConfig
 from embedloom.core.artefacts import MANIFEST_FILE, Artefact
 from embedloom.core.contents import Contents, contents_of, digest
-from embedloom.core.prompting import Side, is_instructed
+from embedloom.core.progress import note
+from embedloom.core.prompting import PromptContract, Side, is_instructed
 from embedloom.core.storage import (
     JSONL_ENDINGS,
     PARQUET_ENDINGS,
-    TEXT_ENDINGS,
     Place,
     files_at,
     json_lines,
     named_below,
 )
-from embedloom.documents.reading import read_text
+from embedloom.documents.cutting import Piece, cut_document, place_in
+from embedloom.documents.listing import list_documents
+from embedloom.documents.outline import Document
+from embedloom.documents.reading import Reading, kind_of, read_path
 from embedloom.encoder.registry import local_contents
 from embedloom.errors import ConfigError, DataError
 
@@ -35,8 +39,7 @@ ORIGIN_COLUMNS = ("source", "url")  # what a document of any input may say of wh
 SPLITS = ("train", "dev", "test")
 _COPIED = f"{DOCUMENTS_FOLDER}.json"  # written when the copy of foreign documents is complete
 _COPY_ROWS = 10_000
-_ENDINGS = {"parquet": PARQUET_ENDINGS, "jsonl": JSONL_ENDINGS, "text": TEXT_ENDINGS}
-_ALLOWED = "a corpus artefact, a file, folder or glob of Parquet or JSON lines, or a folder of text files"
+_ALLOWED = "a corpus artefact, a file, folder or glob of Parquet or JSON lines, or a folder of documents"
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +61,7 @@ class TextSource:
         return [name for name in dict.fromkeys((self.id, self.title, self.text)) if name is not None]
 
 
-def input_state(path: str) -> Any:
+def input_state(path: str, read_as: Mapping[str, DocumentKind] | None = None) -> Any:
     """What a changed input changes: a corpus artefact's fingerprint, else what every file holds, by its path below the
     input's folder; in an object store, every file's size and tag.
 
@@ -70,7 +73,7 @@ def input_state(path: str) -> Any:
         return {name: str(place.state(name)) for name in names}
     if (Path(path).expanduser() / MANIFEST_FILE).is_file():
         return Artefact.open(Place(path), "corpus").fingerprint
-    _, files = _local(path)
+    _, files = _local(path, read_as or {})
     return contents_of(named_below(path, files))
 
 
@@ -86,7 +89,7 @@ def embedding_node(
     reads: dict[str, Contents] = {}
     settings = config.model_dump(mode="json", exclude={"previous"})
     if config.corpus is not None:
-        states.append(state := input_state(config.corpus))
+        states.append(state := input_state(config.corpus, config.read_as))
         if "://" not in config.corpus:
             settings["corpus"] = None
         if isinstance(state, dict):
@@ -100,13 +103,14 @@ def embedding_node(
     return (settings, states), reads
 
 
-def open_input(path: str, config: EmbeddingConfig, out: Place) -> TextSource:
-    """The rows of an input; JSON lines and text files are copied to ``out/documents`` first, once.
+def open_input(path: str, config: EmbeddingConfig, out: Place, cutter: "Cutter | None" = None) -> TextSource:
+    """The rows of an input; JSON lines and documents are copied to ``out/documents`` first, once.
 
     Args:
         path: the input.
         config: names the columns and the side; queries have no titles.
         out: the artefact being built.
+        cutter: of documents that are longer than the model reads; None: they stay whole.
 
     Raises:
         DataError: nothing there, files of several kinds, or a column that is not there.
@@ -117,17 +121,58 @@ def open_input(path: str, config: EmbeddingConfig, out: Place) -> TextSource:
         place = Artefact.open(Place(path), "corpus").place
         names = [name for split in SPLITS for name in place.names(f"{DOCUMENTS_FOLDER}/{split}", ".parquet")]
         return _table_source(place, names, config)
-    kind, files = _local(path)
+    kind, files = _local(path, config.read_as)
     if kind == "parquet":
         root = Path(os.path.commonpath([file.parent.absolute() for file in files]))
         names = [file.absolute().relative_to(root).as_posix() for file in files]
         return _table_source(Place(str(root)), names, config)
     if not out.exists(_COPIED):
-        rows = _json_rows(files, path, config) if kind == "jsonl" else _text_rows(files, path)
+        if kind == "jsonl":
+            rows = _json_rows(files, path, config)
+        else:
+            _note_passed_over(path, config)
+            rows = _document_rows(files, path, config, cutter)
         out.write_json(_COPIED, {"rows": _copy(rows, out)})
     names = out.names(DOCUMENTS_FOLDER, ".parquet")
     copied = config.model_copy(update={"text_column": "text", "title_column": None, "id_column": None})
     return _table_source(out, names, copied)
+
+
+@dataclass(frozen=True, slots=True)
+class Cutter:
+    """Cuts documents into chunks that a model reads whole.
+
+    Attributes:
+        tokenizer: the model's, a fast one.
+        room: most tokens of a title and a chunk's text.
+    """
+
+    tokenizer: Any
+    room: int
+
+    @classmethod
+    def of(cls, tokenizer: Any, contract: PromptContract, config: EmbeddingConfig) -> "Cutter | None":
+        """The cutter for documents of a model; None for queries, and where the config wants none."""
+        if config.side == "query" or not config.chunks:
+            return None
+        from embedloom.encoder.tokenizer import (
+            prompt_ids,
+        )  # imports transformers, and plans look at inputs too
+
+        prompt = contract.format("", config.side, config.task or config.task_type, config.instruction)
+        # The blanks that join prompt, title and text may be a token each.
+        taken = len(prompt_ids(tokenizer, prompt)) + 2
+        return cls(tokenizer, max(1, contract.max_tokens(config.side) - taken))
+
+    def pieces(self, document: Document) -> list[Piece]:
+        """Where the text is cut; one piece where it fits."""
+        title = self.tokenizer(document.title or "", add_special_tokens=False)["input_ids"]
+        found = self.tokenizer(
+            document.text, add_special_tokens=False, truncation=False, return_offsets_mapping=True
+        )
+        # Every chunk repeats the title, but a long title leaves at least half of the room to the text.
+        room = max(1, self.room - len(title), self.room // 2)
+        return cut_document(document.text, found["offset_mapping"], document.outline, room)
 
 
 def _remote(path: str) -> tuple[Place, list[str]]:
@@ -141,29 +186,44 @@ def _remote(path: str) -> tuple[Place, list[str]]:
     return Place(path), names
 
 
-def _local(path: str) -> tuple[str, list[Path]]:
-    """Kind and files of a local input; a folder must hold files of one kind only, others in it are passed over."""
-    files = [file for file in files_at(path) if not _hidden(file, path)]
-    found = {
-        kind: [file for file in files if file.name.lower().endswith(endings)]
-        for kind, endings in _ENDINGS.items()
-    }
-    found = {kind: listed for kind, listed in found.items() if listed}
+def _local(path: str, read_as: Mapping[str, DocumentKind] = {}) -> tuple[str, list[Path]]:
+    """Kind and files of a local input: tables of one kind, or documents of any; others are passed over.
+
+    JSON beside documents says how a site is built (``package.json``, ``_category_.json``); JSON lines are data.
+    """
+    found: dict[str, list[Path]] = {}
+    for file in files_at(path):
+        name = file.name.lower()
+        kind = "documents" if kind_of(name, read_as) is not None else ""
+        kind = (
+            "parquet" if name.endswith(PARQUET_ENDINGS) else "jsonl" if name.endswith(JSONL_ENDINGS) else kind
+        )
+        if kind:
+            found.setdefault(kind, []).append(file)
+    if "documents" in found and all(file.suffix.lower() == ".json" for file in found.get("jsonl", ())):
+        found.pop("jsonl", None)
     if not found:
         raise DataError(
             f"embedding.corpus: {path!r} does not exist or holds no such file; allowed: {_ALLOWED}"
         )
     if len(found) > 1:
         seen = ", ".join(f"{len(listed)} {kind}" for kind, listed in found.items())
+        endings = dict.fromkeys(file.suffix for listed in found.values() for file in listed)
+        globs = " or ".join(f"'{path.rstrip('/')}/**/*{ending}'" for ending in list(endings)[:3])
         raise DataError(
-            f"embedding.corpus: {path!r} holds files of several kinds ({seen}); give a glob, such as {path.rstrip('/')}/*.parquet"
+            f"embedding.corpus: {path!r} holds files of several kinds ({seen}); give a glob, such as {globs}"
         )
     return next(iter(found.items()))
 
 
-def _hidden(file: Path, path: str) -> bool:
-    root = Path(path).expanduser()
-    return root.is_dir() and any(part.startswith(".") for part in file.relative_to(root).parts)
+def _note_passed_over(path: str, config: EmbeddingConfig) -> None:
+    listing = list_documents(path, config.read_as)
+    if listing.passed:
+        note(
+            "embed",
+            f"{path}: {len(listing.files):,} documents are read, passed over: {listing}; "
+            "embedding.read_as ({.ENDING: text}) reads more",
+        )
 
 
 def _table_source(place: Place, names: list[str], config: EmbeddingConfig) -> TextSource:
@@ -206,7 +266,8 @@ def _holds_text(schema: pa.Schema, column: str) -> bool:
         return False
     kind = schema.field(column).type
     kind = kind.value_type if pa.types.is_dictionary(kind) else kind
-    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_null(kind))
+    texts = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view, pa.types.is_null)
+    return any(fits(kind) for fits in texts)
 
 
 def _json_rows(files: list[Path], path: str, config: EmbeddingConfig) -> Iterator[dict[str, Any]]:
@@ -263,11 +324,35 @@ def _value(
     return value
 
 
-def _text_rows(files: list[Path], path: str) -> Iterator[dict[str, Any]]:
-    """One document a file; its id is its path below the folder, so an edited file keeps its id."""
+def _document_rows(
+    files: list[Path], path: str, config: EmbeddingConfig, cutter: Cutter | None
+) -> Iterator[dict[str, Any]]:
+    """A row a document or chunk; its id is its path below the folder, so an edited file keeps its id.
+
+    Of a document that is cut the ids are ``PATH#chunk=1`` and so on, and their sources name page and heading.
+    """
+    reading = Reading(titles=config.titles, read_as=config.read_as)
+    documents = cut = chunks = 0
     for name, file in named_below(path, files).items():
-        title, text = read_text(file)
-        yield {"id": name, "title": title, "text": text, "source": name, "url": None}
+        for document in read_path(file, reading):
+            documents += 1
+            own = f"{name}#{document.part}" if document.part else name
+            pieces = cutter.pieces(document) if cutter is not None else []
+            row = {"id": own, "title": document.title, "text": document.text, "source": own, "url": None}
+            if len(pieces) < 2:
+                yield row
+                continue
+            cut, chunks = cut + 1, chunks + len(pieces)
+            for number, piece in enumerate(pieces, start=1):
+                text = document.text[piece.start : piece.stop].strip()
+                place = place_in(own, document.text, document.outline, piece.start)
+                yield {**row, "id": f"{own}#chunk={number}", "text": text, "source": place}
+    if cut and cutter is not None:
+        note(
+            "embed",
+            f"{cut:,} of {documents:,} documents are longer than the {cutter.room} tokens that the model reads beside its "
+            f"prompt and are cut into {chunks:,} chunks (embedding.chunks: false cuts their ends off instead)",
+        )
 
 
 def _copy(rows: Iterator[dict[str, Any]], out: Place) -> int:
