@@ -24,7 +24,8 @@ _LINE_ENDS = re.compile("\r\n?|[\x0b\x0c\x85\u2028\u2029]")
 # marks, zero-width blanks and soft hyphens: invisible, yet each would change tokens and hashes. Joiners stay:
 # scripts need them.
 _INVISIBLE = re.compile("[\x00-\x08\x0e-\x1f\x7f-\x9f\xad\u200b\u2060\ud800-\udfff\ufeff\ufffe\uffff]")
-_INNER_BLANKS = re.compile(r"(?<=\S)[^\S\n]+")
+# Single blanks, nearly all of them, are not matched: replacing each by itself took half of the cleaning's time.
+_INNER_BLANKS = re.compile(r"(?<=\S)(?:[^\S\n]{2,}|[^\S\n ])")
 # After the inner runs; both branches are anchored, since an open run would take quadratic time on long blanks.
 _TRAILING_BLANKS = re.compile(r"(?<=\S) $|^[^\S\n]+$", re.MULTILINE)
 _EMPTY_LINES = re.compile(r"\n{3,}")
@@ -35,7 +36,7 @@ def clean_text(text: str) -> str:
     text = _INVISIBLE.sub("", _LINE_ENDS.sub("\n", text))
     text = unicodedata.normalize("NFC", text)
     text = _TRAILING_BLANKS.sub("", _INNER_BLANKS.sub(" ", text))
-    return _EMPTY_LINES.sub("\n\n", text).strip()
+    return (_EMPTY_LINES.sub("\n\n", text) if "\n\n\n" in text else text).strip()
 
 
 def clean_line(text: str) -> str:

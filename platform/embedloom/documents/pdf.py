@@ -50,7 +50,9 @@ def _paragraphs(pdf: Any, number: int) -> Iterator[str]:
     text_page = page.get_textpage()
     try:
         # One block a page: PDFium gives lines, and where a paragraph ends is not in the file.
-        yield _HYPHEN.sub("-", _DIVIDED.sub("", text_page.get_text_range()))
+        text = text_page.get_text_range()
+        divided = "-\r\n" in text or "\ufffe" in text or "\u0002" in text
+        yield _HYPHEN.sub("-", _DIVIDED.sub("", text)) if divided else text
     finally:
         text_page.close()
         page.close()
