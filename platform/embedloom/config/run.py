@@ -22,7 +22,7 @@ from embedloom.config.mining import MiningConfig
 from embedloom.config.rates import RatesConfig
 from embedloom.config.serving import ServingConfig
 from embedloom.config.synthesis import SynthesisConfig
-from embedloom.config.training import TrainingConfig, check_not_judged
+from embedloom.config.training import MEAN_OF_TEACHERS, TrainingConfig, check_not_judged
 from embedloom.core.artefacts import Artefact, ArtefactWriter, code_versions
 from embedloom.core.contents import Contents
 from embedloom.core.storage import Place
@@ -151,17 +151,31 @@ class RunConfig(FrozenConfig):
 
     @model_validator(mode="after")
     def _distilled_scores_are_one_teachers(self) -> "RunConfig":
-        mining = self.mining
-        if mining.selection.blend == "first" or len(mining.teachers) < 2 or mining.rescoring is not None:
-            return self
         for run in self.training.runs:
             own = self.training.of_run(run)
             if own.distillation is not None and any(stage.uses_mined for stage in own.stages):
-                raise ValueError(
-                    f"training.distillation is on in run {run.name!r}, but with mining.selection.blend: {mining.selection.blend} a "
-                    "query's scores are of several teachers; allowed: blend first, one teacher, or mining.rescoring"
-                )
+                self._check_teacher(own.distillation.teacher)
         return self
+
+    def _check_teacher(self, teacher: str | None) -> None:
+        """Raise ValueError if the mined examples have no scores of the teacher to distil, or several teachers' in one row."""
+        mining = self.mining
+        names = tuple(dict.fromkeys(one.model for one in mining.teachers))
+        several = len(mining.teachers) > 1 and mining.rescoring is None
+        if teacher is None and several and mining.selection.blend != "first":
+            raise ValueError(
+                f"training.distillation.teacher is null, but with mining.selection.blend: {mining.selection.blend} a query's scores "
+                f"are of several teachers; allowed: {', '.join((*names, MEAN_OF_TEACHERS))}"
+            )
+        if teacher is not None and not several:
+            whose = mining.rescoring.model if mining.rescoring is not None else names[0]
+            raise ValueError(
+                f"training.distillation.teacher is {teacher!r}, but the examples have the scores of {whose!r} alone; allowed: null"
+            )
+        if teacher is not None and teacher not in (*names, MEAN_OF_TEACHERS):
+            raise ValueError(
+                f"training.distillation.teacher is {teacher!r}; allowed: {', '.join((*names, MEAN_OF_TEACHERS))}"
+            )
 
     @model_validator(mode="after")
     def _dev_tasks_are_not_judged(self) -> "RunConfig":

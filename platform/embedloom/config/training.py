@@ -398,6 +398,7 @@ class StageChanges(FrozenConfig):
 
 
 DistillationLoss = Literal["kl", "margin_mse"]
+MEAN_OF_TEACHERS = "mean"
 # Formats whose rows may hold a teacher's scores of the positive and the negatives.
 SCORED_FORMATS = frozenset({"mined", "examples", "sentence_transformers", "flagembedding"})
 
@@ -458,6 +459,15 @@ class DistillationConfig(FrozenConfig):
         description=(
             "Divides the teacher's scores, where they have another scale: sigmoids of a cross-encoder spread more than "
             "cosines. Null: as temperature."
+        ),
+    )
+    teacher: str | None = Field(
+        default=None,
+        min_length=1,
+        exclude_if=lambda value: value is None,
+        description=(
+            "Of examples mined with several teachers, whose scores: a name as in mining.teachers, or mean, over all of "
+            "them. Null: the scores by which the negatives were chosen (the first teacher's, or mining.rescoring's)."
         ),
     )
     unscored: Literal["fail", "skip"] = Field(

@@ -158,6 +158,21 @@ SCHEMAS: dict[str, Schema] = {
 }
 
 
+# Beside examples that several teachers were asked about, row for row: what each of them says of the documents.
+TEACHER_SCORES_FOLDER = "teacher_scores"
+TEACHER_SCORES_SCHEMA = pa.schema(
+    [
+        ("id", pa.string()),
+        ("teachers", pa.list_(pa.string())),
+        ("positive_scores", pa.list_(pa.float32())),  # of each teacher
+        (
+            "negative_scores",
+            pa.list_(pa.list_(pa.float32())),
+        ),  # of each teacher, of each negative; null: none
+    ]
+)
+
+
 def content_id(*parts: str) -> str:
     """Hash the parts into an id; ``("ab", "c")`` and ``("a", "bc")`` differ."""
     digest = hashlib.sha256()

@@ -7,7 +7,7 @@ import pyarrow as pa
 
 from embedloom.config.mining import SelectionConfig
 from embedloom.core.prompting import LABEL_TASK_TYPES, is_instructed, opposite_task_type
-from embedloom.core.schemas import table_from_rows
+from embedloom.core.schemas import TEACHER_SCORES_FOLDER, TEACHER_SCORES_SCHEMA, table_from_rows
 from embedloom.core.text import folded
 from embedloom.mining.audit import NEAR_DUPLICATE, near_duplicate
 from embedloom.mining.candidates import Found, Mined, given_texts, negatives_given, positive_texts
@@ -81,7 +81,7 @@ class ExampleWorker:
         ]
         wanted = {key for one in chosen for key in [*one.ids, *one.naive[:1]] if isinstance(key, int)}
         texts = self._texts.texts(wanted)
-        examples, audit, rejects, sample = [], [], [], []
+        examples, audit, rejects, sample, by_teacher = [], [], [], [], []
         for number, (row, positive, one) in enumerate(zip(queries, positives, chosen, strict=True)):
             mined = found[0][number]
             negatives = [texts[key] if isinstance(key, int) else str(key) for key in one.ids]
@@ -90,11 +90,16 @@ class ExampleWorker:
                 rejects.append({"id": row["id"], "reason": reason, "detail": f"{len(negatives)} survived"})
             else:
                 examples.append(self._example(row, positive, mined, negatives, one.scores))
+                if len(found) > 1:
+                    own = [(teacher[number], at[number]) for teacher, at in zip(found, places, strict=True)]
+                    by_teacher.append(self._teachers_scores(row, one, own))
             audit.append(_audit_row(row, mined, one, positive, negatives))
             if not negatives_given(row):
                 naive = texts[one.naive[0]] if one.naive else None
                 sample += _sample_rows(row, positive, negatives[:1], [naive] if naive else [])
+        several = {TEACHER_SCORES_FOLDER: pa.Table.from_pylist(by_teacher, schema=TEACHER_SCORES_SCHEMA)}
         return {
+            **(several if len(found) > 1 else {}),
             REJECTS_FOLDER: table_from_rows("rejects", rejects),
             AUDIT_FOLDER: pa.Table.from_pylist(audit, schema=AUDIT_SCHEMA),
             SAMPLE_FOLDER: pa.Table.from_pylist(sample, schema=SAMPLE_SCHEMA),
@@ -155,6 +160,26 @@ class ExampleWorker:
             for one, places in mined
         ]
         return blend(selections, rules, row["id"])
+
+    def _teachers_scores(
+        self, row: dict[str, Any], one: Selection[Any], mined: list[tuple[Found, Positions]]
+    ) -> dict[str, Any]:
+        """What every teacher says of an example's documents; null where a negative is none of its candidates."""
+        of_negatives = []
+        for found, places in mined:
+            keys = given_texts(row)[-len(found.given) :] if found.given else []
+            scores = found.given
+            if not negatives_given(row):
+                keys, scores = self._texts.same_text(places).tolist(), found.scores
+            # Best first: of documents with one text the first counts, as in the selection.
+            known = dict(reversed(list(zip(keys, scores, strict=True))))
+            of_negatives.append([known.get(key) for key in one.ids])
+        return {
+            "id": row["id"],
+            "teachers": [found.teacher for found, _ in mined],
+            "positive_scores": [found.positive for found, _ in mined],
+            "negative_scores": of_negatives,
+        }
 
     def _example(
         self, row: dict[str, Any], positive: str, mined: Found, negatives: list[str], scores: list[float]

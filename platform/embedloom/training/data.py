@@ -452,6 +452,7 @@ class SourceWork:
         out: folder of the source's token ids.
         known: table with right answers by other rows and sources, which are no negatives here; None: each row by itself.
         unscored: what a row without a teacher's scores does; None: scores are not written.
+        teacher: whose scores our own examples are to have; None: those that their negatives were chosen by.
     """
 
     source: TrainingSource
@@ -463,6 +464,7 @@ class SourceWork:
     out: Place
     known: str | None = None
     unscored: Unscored | None = None
+    teacher: str | None = None
 
     @property
     def kinds(self) -> dict[str, pa.Schema]:
@@ -496,7 +498,9 @@ class SourceWork:
     def read(self, piece: Piece) -> Iterator[SourceExample]:
         """The examples of some rows of one file."""
         if reads_by_range(self.source):
-            return read_example_rows(self.source, self.examples, piece.file, piece.start, piece.stop)
+            return read_example_rows(
+                self.source, self.examples, piece.file, piece.start, piece.stop, self.teacher
+            )
         return islice(rows_of_table(self.rows.read_table(piece.file)), piece.start, piece.stop)
 
 
@@ -548,7 +552,7 @@ def write_rows(work: SourceWork) -> None:
         return
     files: list[tuple[str, int]] = []
     with tempfile.TemporaryDirectory(prefix="embedloom-source-") as scratch:
-        read = read_source(work.source, work.mined, Path(scratch))
+        read = read_source(work.source, work.mined, Path(scratch), work.teacher)
         examples = (_refused_early(work, example) for example in read)
         while batch := list(islice(examples, PART_ROWS)):
             name = f"rows-{len(files):06d}.parquet"
@@ -883,13 +887,20 @@ def source_folder(
     state = source_state(source)
     reading = {key: value for key, value in state["settings"].items() if key not in _NOT_READ}
     unscored = unscored_rule(config.distillation, source.name)
-    scores = () if unscored is None else (unscored,)
+    teacher = teacher_of(config.distillation, source)
+    scores = () if unscored is None else (unscored, *(() if teacher is None else (teacher,)))
     return fingerprint(reading, state["contents"], own, rules, tokens.identity, *scores)
 
 
 def unscored_rule(section: DistillationConfig | None, source: str) -> Unscored | None:
     """What a source's rows without a teacher's scores do; None where its scores are not read."""
     return section.unscored if section is not None and section.reads(source) else None
+
+
+def teacher_of(section: DistillationConfig | None, source: TrainingSource) -> str | None:
+    """Which of several teachers' scores a source's rows are to have; other formats' rows have one teacher's."""
+    own = source.format in ("mined", "examples")
+    return section.teacher if section is not None and own and section.reads(source.name) else None
 
 
 def prepare_sources(
@@ -991,6 +1002,7 @@ class _Reader:
                 self._data.child(folders[source.name]),
                 known,
                 unscored_rule(self._config.distillation, source.name),
+                teacher_of(self._config.distillation, source),
             )
             for source in sources
         ]

@@ -12,10 +12,15 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from embedloom.config.training import TrainingSource
+from embedloom.config.training import MEAN_OF_TEACHERS, TrainingSource
 from embedloom.core.contents import Contents, digest, path_contents
 from embedloom.core.prompting import document_text
-from embedloom.core.schemas import SCHEMAS, check_table
+from embedloom.core.schemas import (
+    SCHEMAS,
+    TEACHER_SCORES_FOLDER,
+    TEACHER_SCORES_SCHEMA,
+    check_table,
+)
 from embedloom.core.storage import (
     JSONL_ENDINGS,
     PARQUET_ENDINGS,
@@ -273,21 +278,86 @@ def example_files(source: TrainingSource, place: Place) -> list[tuple[str, int]]
 
 
 def read_example_rows(
-    source: TrainingSource, place: Place, name: str, start: int, stop: int
+    source: TrainingSource, place: Place, name: str, start: int, stop: int, teacher: str | None = None
 ) -> Iterator[SourceExample]:
-    """Those of some rows of one examples file that are of the source's dataset, or all where it names none."""
+    """Those of some rows of one examples file that are of the source's dataset, or all where it names none.
+
+    Args:
+        source: what to read.
+        place: of the examples.
+        name: of the file.
+        start: first row.
+        stop: the row after the last.
+        teacher: whose scores they are to have, see ``teachers_scores``; None: those that their negatives were chosen by.
+    """
     table = place.read_rows(name, start, stop, _example_columns(place, name))
+    if teacher is not None:
+        table = teachers_scores(source, place, name, table, start, teacher)
     for first in range(0, table.num_rows, _BATCH_ROWS):
         yield from _examples_of(source, table.slice(first, _BATCH_ROWS), f"{place.uri}/{name}")
 
 
-def read_examples(source: TrainingSource, place: Place) -> Iterator[SourceExample]:
-    """Rows of our own examples, of the source's dataset if it names one.
+def teachers_scores(
+    source: TrainingSource, place: Place, name: str, examples: pa.Table, start: int, teacher: str
+) -> pa.Table:
+    """Examples with the scores of one of several teachers, or with the mean of all.
+
+    Args:
+        source: named in errors.
+        place: of the examples.
+        name: of their file.
+        examples: some of its rows.
+        start: the first of them.
+        teacher: its name, or ``mean``.
+
+    Raises:
+        DataError: nothing is known of several teachers, not of this one, or of other examples.
+    """
+    file = f"{TEACHER_SCORES_FOLDER}/{Path(name).name}"
+    if not place.exists(file):
+        raise DataError(
+            f"source {source.name!r}: {place.uri} has no {file}, which training.distillation.teacher: {teacher!r} reads; allowed: "
+            "null, or examples of several teachers (those of an earlier version: delete the folder to build them again)"
+        )
+    rows = place.read_rows(file, start, start + examples.num_rows, TEACHER_SCORES_SCHEMA.names).to_pylist()
+    if [row["id"] for row in rows] != examples.column("id").to_pylist():
+        raise DataError(f"source {source.name!r}: the ids of {place.uri}/{file} are not those of {name}")
+    chosen = [_scores_of(source, row, teacher) for row in rows]
+    for column, values in (
+        ("positive_score", [own[0] for own in chosen]),
+        ("negative_scores", [own[1:] for own in chosen]),
+    ):
+        at = examples.schema.get_field_index(column)
+        examples = examples.set_column(at, column, pa.array(values, SCHEMAS["examples"].columns[column]))
+    return examples
+
+
+def _scores_of(source: TrainingSource, row: dict[str, Any], teacher: str) -> list[float]:
+    """Scores of the positive and the negatives; NaN where a teacher that is asked has none."""
+    names = row["teachers"]
+    if teacher != MEAN_OF_TEACHERS and teacher not in names:
+        allowed = ", ".join((*dict.fromkeys(names), MEAN_OF_TEACHERS))
+        raise DataError(
+            f"source {source.name!r}: training.distillation.teacher: {teacher!r} did not mine it; allowed: {allowed}"
+        )
+    both = zip(row["positive_scores"], row["negative_scores"], strict=True)
+    asked = np.array([[positive, *negatives] for positive, negatives in both], dtype=np.float64)
+    found = asked.mean(axis=0) if teacher == MEAN_OF_TEACHERS else asked[names.index(teacher)]
+    return [float(score) for score in found]
+
+
+def read_examples(
+    source: TrainingSource, place: Place, teacher: str | None = None
+) -> Iterator[SourceExample]:
+    """Rows of our own examples, of the source's dataset if it names one; ``teacher`` as of ``read_example_rows``.
 
     Raises:
         DataError: no Parquet file, or columns that do not fit.
     """
-    for name, _ in example_files(source, place):
+    for name, rows in example_files(source, place):
+        if teacher is not None:
+            yield from read_example_rows(source, place, name, 0, rows, teacher)
+            continue
         for table in place.iter_tables(name, _example_columns(place, name), _BATCH_ROWS):
             yield from _examples_of(source, table, f"{place.uri}/{name}")
 
@@ -659,13 +729,16 @@ _WITH_CORPUS = {
 }
 
 
-def read_source(source: TrainingSource, mined: Place | None, scratch: Path) -> Iterator[SourceExample]:
+def read_source(
+    source: TrainingSource, mined: Place | None, scratch: Path, teacher: str | None = None
+) -> Iterator[SourceExample]:
     """The examples of a source in their own order, a few at a time; bad rows among them.
 
     Args:
         source: what to read.
         mined: the run's own mined examples.
         scratch: empty local folder for corpora whose texts are looked up by id; may be deleted afterwards.
+        teacher: of our own examples, see ``read_example_rows``.
 
     Raises:
         DataError: nothing there, or files that do not fit the format; the message names the source.
@@ -677,7 +750,7 @@ def read_source(source: TrainingSource, mined: Place | None, scratch: Path) -> I
     place = mined if source.format == "mined" else Place(source.path or "")
     if place is None:
         raise DataError(f"source {source.name!r}: this stage was given no mined examples")
-    return not_empty(source, read_examples(source, place))
+    return not_empty(source, read_examples(source, place, teacher))
 
 
 # Rows of a source as they were read, in Parquet files of one length: what tasks on other machines take their share of.
