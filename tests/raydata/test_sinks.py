@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from ray.data.block import BlockAccessor
 
 import embedloom
 from embedloom.core.storage import Place
@@ -327,3 +328,15 @@ def test_nothing_half_written_stays(tmp_path):
     sink = embedloom.ParquetSink(str(tmp_path))
     write(sink, rows(0))
     assert [path.name[:5] for path in tmp_path.iterdir()] == ["part-"]
+
+
+def test_vectors_of_numpy_batches_are_written_like_lists():
+    made = vectors(4)
+    block = BlockAccessor.batch_to_block({"id": np.array(IDS, dtype=object), "vector": made})
+    assert not pa.types.is_fixed_size_list(block.schema.field("vector").type)  # Ray's own type of tensors
+    sink = VectorSink(Kept())
+    sink.on_write_start(block.schema)
+    assert sink.store.schema.field("vector").type == pa.list_(pa.float32(), 8)
+    assert sink.write([block.slice(1)], None) == 3
+    [table] = sink.store.tables
+    np.testing.assert_array_equal(np.float32(table.column("vector").to_pylist()), made[1:])
