@@ -155,9 +155,8 @@ class Cutter:
         """The cutter for documents of a model; None for queries, and where the config wants none."""
         if config.side == "query" or not config.chunks:
             return None
-        from embedloom.encoder.tokenizer import (
-            prompt_ids,
-        )  # imports transformers, and plans look at inputs too
+        # Here, since it imports transformers and plans look at inputs too.
+        from embedloom.encoder.tokenizer import prompt_ids
 
         prompt = contract.format("", config.side, config.task or config.task_type, config.instruction)
         # The blanks that join prompt, title and text may be a token each.
