@@ -167,7 +167,11 @@ class Cutter:
         """Where the text is cut; one piece where it fits."""
         title = self.tokenizer(document.title or "", add_special_tokens=False)["input_ids"]
         found = self.tokenizer(
-            document.text, add_special_tokens=False, truncation=False, return_offsets_mapping=True
+            document.text,
+            add_special_tokens=False,
+            truncation=False,
+            return_offsets_mapping=True,
+            verbose=False,  # else it warns of the lengths that are about to be cut
         )
         # Every chunk repeats the title, but a long title leaves at least half of the room to the text.
         room = max(1, self.room - len(title), self.room // 2)
