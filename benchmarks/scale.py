@@ -53,6 +53,14 @@ def make_documents(folder: Path, rows: int) -> None:
         )
 
 
+def peak_bytes() -> float:
+    """The most memory that this process has held; ``ru_maxrss`` would count what its parent held before the exec as well."""
+    (line,) = (
+        line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:")
+    )
+    return float(line.split()[1]) * 1024
+
+
 def _imported() -> float:
     import embedloom.corpus.stage  # noqa: F401
 
@@ -75,6 +83,10 @@ class Worker:
     def start(self) -> float:
         """Have it import what tasks need; the CPU seconds that this took, the same at any size."""
         return self._pool.submit(_imported).result()
+
+    def peak(self) -> float:
+        """The most memory that the process has held, in bytes."""
+        return self._pool.submit(peak_bytes).result()
 
     def close(self) -> None:
         """End the process, which makes its use of the machine known."""
@@ -101,14 +113,15 @@ def measure(folder: Path, rows: int, model: str | None) -> dict[str, float]:
     before = resource.getrusage(resource.RUSAGE_SELF)
     out = ArtefactWriter(Place(str(folder / "out")), "corpus", "scale", {}, "local")
     artefact = stage.build_corpus(config, 0, NodeModel(model or "none"), out, worker)
+    worker_peak = worker.peak()
     worker.close()
     own, child = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     driver = own.ru_utime + own.ru_stime - before.ru_utime - before.ru_stime
     counts = artefact.counts
     return {
         "rows": rows, "us_a_document": (driver + child.ru_utime + child.ru_stime - started) / rows * 1e6,
-        "driver_us_a_document": driver / rows * 1e6, "driver_peak_mb": own.ru_maxrss * 1024 / 1e6,
-        "worker_peak_mb": child.ru_maxrss * 1024 / 1e6, "files": len(artefact.place.files()),
+        "driver_us_a_document": driver / rows * 1e6, "driver_peak_mb": peak_bytes() / 1e6,
+        "worker_peak_mb": worker_peak / 1e6, "files": len(artefact.place.files()),
         "exact": counts["rejects"].get("duplicate", 0), "near": counts["rejects"].get("near_duplicate", 0),
     }  # fmt: skip
 

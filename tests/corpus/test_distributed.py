@@ -20,6 +20,7 @@ from fakes_corpus import corpus_writer, jsonl_source, save_word_tokenizer, sente
 from fakes_corpus_serial import build_serially
 
 TINY = Sizes(piece_bytes=8_000, block_rows=40, block_bytes=15_000, bucket_rows=1_500)
+SOME = Sizes(piece_bytes=20_000, block_rows=90, bucket_rows=9_000)
 WORDS = {
     "eng": ["storm", "river", "paper", "engine", "silver", "window", "market", "garden", "letter", "bridge"],
     "rus": ["буря", "река", "бумага", "двигатель", "серебро", "окно", "рынок", "сад", "письмо", "мост"],  # noqa: RUF001
@@ -173,7 +174,7 @@ def test_ray_tasks_build_what_one_process_builds(tmp_path, tokenizer, monkeypatc
     config = CorpusConfig(sources=mixed_sources(tmp_path / "in", 4), chunk_tokens=32, min_characters=10)
     whole = build_corpus(config, 42, tokenizer, corpus_writer(tmp_path / "whole"))
     monkeypatch.setattr(stage, "_SMALL_BYTES", 0)
-    found = build_corpus(config, 42, tokenizer, corpus_writer(tmp_path / "found"), run_tasks, TINY)
+    found = build_corpus(config, 42, tokenizer, corpus_writer(tmp_path / "found"), run_tasks, SOME)
     assert found.counts == whole.counts
     assert files_of(tmp_path / "found") == files_of(tmp_path / "whole")
 
