@@ -1,6 +1,7 @@
 """The gate: what passes, what is refused and why, from made-up evidence with known answers."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from embedloom.core.model_folder import ModelFolder
 from embedloom.core.storage import Place
 from embedloom.errors import DataError
 from embedloom.evaluation.gate import (
+    Baseline,
     Contender,
     Evidence,
     _parameters,
@@ -114,6 +116,49 @@ def test_borda_within_the_pool_counts():
     assert decide(GateConfig(resamples=500, min_borda_gain=None), judged).verdict == "passed"
 
 
+def beside(given, **differences):
+    """The evidence with baselines: each one's difference to the candidate, the same for every query of every task."""
+    baselines = [
+        Baseline(
+            name,
+            {task: score + difference for task, score in given.candidate.items()},
+            {task: strata(items[0][0].values + difference) for task, items in given.items.items()},
+        )
+        for name, difference in differences.items()
+    ]
+    return replace(given, baselines=baselines)
+
+
+def test_a_model_is_held_against_the_strongest_baseline_by_name():
+    given = beside(evidence(a=0.03, b=0.02), bm25=-0.04, teacher=-0.01)
+    (check,) = [check for check in decide(RULES, given).checks if check.name == "baseline"]
+    assert check.passed and check.text == (
+        "against teacher, the strongest baseline: mean over tasks +0.0100, 95 % interval +0.0100 to +0.0100; nothing required"
+    )
+    required = GateConfig(resamples=500, require_over_baseline="better")
+    assert decide(required, given).verdict == "passed"
+    behind = beside(evidence(a=0.03, b=0.02), bm25=0.005, teacher=-0.01)
+    refused = decide(required, behind)
+    assert failed(refused) == {"baseline"} and "against bm25, the strongest" in refused.reasons[0]
+    assert decide(RULES, behind).verdict == "passed"
+    forgiving = GateConfig(resamples=500, require_over_baseline="not_worse")  # a hundredth is tolerated
+    assert decide(forgiving, behind).verdict == "passed"
+    assert failed(decide(forgiving, beside(evidence(a=0.03, b=0.02), bm25=0.02))) == {"baseline"}
+
+
+def test_a_baseline_that_lacks_a_task_is_none():
+    given = beside(evidence(a=0.03, b=0.02), bm25=0.3)
+    partial = replace(given.baselines[0], scores={"a": 0.9})
+    required = GateConfig(resamples=500, require_over_baseline="better")
+    assert decide(RULES, replace(given, baselines=[partial])).verdict == "passed"
+    with pytest.raises(
+        DataError, match=r"no baseline was scored on all tasks \(evaluation\.baselines: bm25\)"
+    ):
+        decide(required, replace(given, baselines=[partial]))
+    with pytest.raises(DataError, match=r"\(evaluation\.baselines: none\)"):
+        decide(required, replace(given, baselines=[]))
+
+
 @pytest.mark.parametrize(
     ("limits", "broken"),
     [
@@ -179,11 +224,17 @@ def test_verdict_is_stored_beside_the_weights_and_bound_to_them(tiny_model, tmp_
         place.write_table(
             f"items/models/{name}/docs/default.parquet", pa.Table.from_pylist(rows, schema=SCHEMA)
         )
-    table = {"models": {name: {"docs": float(found.mean())} for name, found in values.items()}, "baselines": {},
+    weak = [{"split": "test", "subset": "default", "item": f"q{n}", "statistic": "mean", "value": v / 2, "target": None}
+            for n, v in enumerate(base)]  # fmt: skip
+    place.write_table(
+        "items/baselines/teacher/docs/default.parquet", pa.Table.from_pylist(weak, schema=SCHEMA)
+    )
+    table = {"models": {name: {"docs": float(found.mean())} for name, found in values.items()},
+             "baselines": {"teacher": {"docs": float(base.mean() / 2)}}, "teacher": "small",
              "types": {"docs": "Retrieval"}}  # fmt: skip
     place.write_json("scores.json", table)
     new, old = (Contender(folder.name, folder) for folder in folders)
-    rules = GateConfig(resamples=300, max_size_ratio=1.0)
+    rules = GateConfig(resamples=300, max_size_ratio=1.0, require_over_baseline="better")
     passed = judge(rules, place, (new, old), None, PoolConfig(), "float32")
     refused = judge(rules, place, (old, new), None, PoolConfig(), "float32")
     assert passed["weights"] == ModelFolder(folders[0]).weights
@@ -197,6 +248,7 @@ def test_verdict_is_stored_beside_the_weights_and_bound_to_them(tiny_model, tmp_
     assert ModelFolder(folders[0]).weights == json.loads((folders[0] / "gate.json").read_text())["weights"]
     text = verdict_text(passed)
     assert text.splitlines()[0] == "gate: new against old: PASSED"
+    assert "ok   baseline: against the baseline teacher small: mean over tasks +0." in text
     assert "ok   size" in text and "docs" in text and "better" in text
     assert "FAIL mean" in verdict_text(refused)
     with pytest.raises(DataError, match=r"no scores of 'gone'; it has new, old"):

@@ -185,6 +185,14 @@ class GateConfig(FrozenConfig):
             "for '*'."
         ),
     )
+    require_over_baseline: Literal["better", "not_worse"] | None = Field(
+        default=None,
+        exclude_if=lambda value: value is None,
+        description=(
+            "The same of the difference to the strongest of evaluation.baselines: the one with the highest "
+            "mean over all tasks. Null: the difference is reported and decides nothing."
+        ),
+    )
     significance: float = Field(
         default=0.05,
         gt=0,

@@ -123,6 +123,11 @@ class RunConfig(FrozenConfig):
             raise ValueError(
                 f"training.stages use up to {most} negatives, but mining.selection.negatives keeps {self.mining.selection.negatives}"
             )
+        if self.gate.require_over_baseline is not None and not self.evaluation.baselines:
+            raise ValueError(
+                f"gate.require_over_baseline is {self.gate.require_over_baseline!r}, but evaluation.baselines is empty; "
+                "allowed: null, or baselines among bm25 and teacher"
+            )
         models = ["merged", "base", *(run.name for run in self.training.runs)]
         for key, name in (("candidate", self.gate.candidate), ("against", self.gate.against)):
             if name not in models:

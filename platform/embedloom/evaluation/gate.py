@@ -40,6 +40,20 @@ Result = Literal["better", "worse", "equal", "not tested"]
 _DECIMALS = 6
 
 
+# Of one model or baseline: task -> main score, and task -> its items.
+Scores = Mapping[str, float]
+Items = Mapping[str, Sequence[Stratum]]
+
+
+@dataclass(frozen=True, slots=True)
+class Baseline:
+    """What models are shown beside: BM25, or the teacher."""
+
+    name: str
+    scores: Scores
+    items: Items
+
+
 @dataclass(frozen=True, slots=True)
 class Evidence:
     """What was measured of the two models."""
@@ -52,6 +66,12 @@ class Evidence:
     latency: tuple[float, float] | None = None  # milliseconds of one query, median
     size: tuple[int, int] = (0, 0)  # bytes of weight files
     parameters: tuple[int, int] = (0, 0)
+    baselines: Sequence[Baseline] = ()
+
+    def beside(self, baseline: Baseline) -> "Evidence":
+        """The candidate's scores and items with a baseline's in place of the current model's."""
+        items = {task: (ours, baseline.items.get(task, ())) for task, (ours, _) in self.items.items()}
+        return Evidence(self.candidate, baseline.scores, items)
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +135,8 @@ def decide(config: GateConfig, evidence: Evidence) -> Decision:
     """
     tasks, mean = _compare(config, evidence)
     checks = [
-        _mean_check(config, mean),
+        _mean_check(config.require, config, mean),
+        *_baseline_check(config, evidence),
         _tolerance_check(config, tasks),
         _significance_check(config, tasks),
         *_borda_check(config, evidence),
@@ -197,14 +218,44 @@ def _result(config: GateConfig, worse: float | None, better: float | None) -> Re
     return "better" if better < config.significance else "equal"
 
 
-def _mean_check(config: GateConfig, mean: Mapping[str, float]) -> Check:
-    text = (
-        f"mean over tasks {mean['difference']:+.4f}, 95 % interval {mean['low']:+.4f} to {mean['high']:+.4f}"
-    )
-    if config.require == "better":
+def _mean_check(
+    require: Literal["better", "not_worse"], config: GateConfig, mean: Mapping[str, float]
+) -> Check:
+    text = _mean_text(mean)
+    if require == "better":
         return Check("mean", mean["low"] > 0, f"{text}; required: above 0")
     allowed = config.tolerance("*") or 0.0
     return Check("mean", mean["low"] >= -allowed, f"{text}; required: not below {-allowed:+.4f}")
+
+
+def _mean_text(mean: Mapping[str, float]) -> str:
+    return (
+        f"mean over tasks {mean['difference']:+.4f}, 95 % interval {mean['low']:+.4f} to {mean['high']:+.4f}"
+    )
+
+
+def _baseline_check(config: GateConfig, evidence: Evidence) -> list[Check]:
+    """Against the strongest baseline that has scores on every task; a word matcher has none on some kinds."""
+    complete = [
+        baseline for baseline in evidence.baselines if set(baseline.scores) == set(evidence.candidate)
+    ]
+    if not complete:
+        if config.require_over_baseline is None:
+            return []
+        names = ", ".join(baseline.name for baseline in evidence.baselines) or "none"
+        raise DataError(
+            f"gate.require_over_baseline is {config.require_over_baseline}, but no baseline was scored on all tasks "
+            f"(evaluation.baselines: {names}); allowed: a baseline that scores them, or null"
+        )
+    strongest = max(complete, key=lambda baseline: float(np.mean(list(baseline.scores.values()))))
+    _, mean = _compare(config, evidence.beside(strongest))
+    of = (
+        f"{strongest.name}, the strongest baseline" if len(complete) > 1 else f"the baseline {strongest.name}"
+    )
+    if config.require_over_baseline is None:
+        return [Check("baseline", True, f"against {of}: {_mean_text(mean)}; nothing required")]
+    check = _mean_check(config.require_over_baseline, config, mean)
+    return [Check("baseline", check.passed, f"against {of}: {check.text}")]
 
 
 def _tolerance_check(config: GateConfig, tasks: Sequence[TaskComparison]) -> Check:
@@ -356,6 +407,7 @@ def judge(
         _latency(config, contenders, workers, place, dtype),
         (_weight_bytes(candidate.folder), _weight_bytes(current.folder)),
         (_parameters(candidate.folder), _parameters(current.folder)),
+        _baselines(place, table),
     )
     decision = decide(config, evidence)
     found = {
@@ -445,6 +497,20 @@ def _scores_of(contender: Contender, table: ScoreTable, place: Place) -> dict[st
             f"gate: {place.uri} has no scores of {contender.name!r}; it has {', '.join(sorted(models))}"
         )
     return dict(models[contender.name])
+
+
+def _baselines(place: Place, table: ScoreTable) -> list[Baseline]:
+    return [
+        Baseline(
+            f"{name} {table['teacher']}" if name == "teacher" and "teacher" in table else name,
+            dict(scores),
+            {
+                task: read_strata(place, Unit(Scorer(name, "baselines", "", ""), TaskSpec(task)))
+                for task in scores
+            },
+        )
+        for name, scores in table["baselines"].items()
+    ]
 
 
 def _strata(place: Place, contender: Contender, task: str) -> Sequence[Any]:
