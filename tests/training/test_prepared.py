@@ -14,7 +14,7 @@ from embedloom.core.storage import Place
 from embedloom.core.trained_prompts import Prompt, TrainedPrompt, trained_contract
 from embedloom.errors import DataError
 from embedloom.training import data as data_module
-from embedloom.training.data import INDEX_FILE, drawn_prompts, preparation_counts, prepare_sources
+from embedloom.training.data import INDEX_FILE, ExampleStore, drawn_prompts, preparation_counts, prepare_sources
 from fakes_training import training_config
 
 
@@ -47,6 +47,27 @@ def test_names_weights_and_caps_do_not_matter_and_what_decides_tokens_does(prepa
         prepare(instruction="Find"), prepare(negatives=2), prepare(task_type="sts"), prepare(config=skipping)
     ]  # fmt: skip
     assert len({first, *others}) == 5
+
+
+def test_a_stage_may_read_less_of_a_document(tiny_model, tmp_path):
+    """Its documents are the beginnings of the whole ones, and the queries are the same."""
+    words = " ".join(f"w{n}" for n in range(40))
+    row = {"id": "r", "query": f"q {words}", "pos": [f"p {words}"], "neg": [f"n {words}"]}
+    (tmp_path / "a.jsonl").write_text(json.dumps(row) + "\n")
+    source = TrainingSource(name="a", format="flagembedding", path=str(tmp_path / "a.jsonl"))
+    data = Place(str(tmp_path / "data"))
+
+    def prepared(limit):
+        found = prepare_sources("t", training_config(), 1, [source], None, tiny_model, data, run_here, limit)
+        (group,) = ExampleStore(data, {"a": found["a"]["folder"]}, 1).groups([0])
+        return found["a"], group
+
+    (whole, of_whole), (short, of_short) = prepared(None), prepared(12)
+    assert short["folder"] != whole["folder"] and list(of_short.query) == list(of_whole.query)
+    assert [len(ids) for ids in of_short.documents] == [12, 12]
+    for beginning, document in zip(of_short.documents, of_whole.documents, strict=True):
+        assert len(document) > 12 and list(beginning[:11]) == list(document[:11])  # a last one may end the text
+    assert short["cut"]["cut"] == 3 and whole["cut"]["read"] > short["cut"]["read"]
 
 
 def test_a_changed_file_is_read_again(prepare):

@@ -118,6 +118,12 @@ class RunConfig(FrozenConfig):
                     self._check_dataset(
                         f"training.stages.{stage.name}.sources.{source.name}.dataset", source.dataset
                     )
+        for stage in self.training.stages:
+            if (stage.max_document_tokens or 0) > self.encoder.max_document_tokens:
+                raise ValueError(
+                    f"training.stages.{stage.name}.max_document_tokens is {stage.max_document_tokens}, encoder.max_document_tokens "
+                    f"{self.encoder.max_document_tokens}; allowed: up to what the encoder reads, or null"
+                )
         most = max((stage.negatives for _, stage in mined), default=0)
         if most > self.mining.selection.negatives:
             raise ValueError(

@@ -329,6 +329,16 @@ class TrainingStage(FrozenConfig):
             "What the stage trains on. Empty: the run's own mined examples, in the shares of training.mix."
         ),
     )
+    max_document_tokens: int | None = Field(
+        default=None,
+        ge=8,
+        exclude_if=lambda value: value is None,
+        description=(
+            "Tokens of a document that this stage reads, at most encoder.max_document_tokens. Shorter is cheaper in "
+            "proportion, and a model trained on the beginnings of documents still reads all that the encoder allows when "
+            "it is served. Null: as encoder.max_document_tokens."
+        ),
+    )
     gradient_checkpointing: Recomputation | None = Field(
         default=None,
         description=(

@@ -140,7 +140,8 @@ def step_tokens(run: Run, stage: TrainingStage, shape: Shape, device: float) -> 
         device: memory of a GPU in bytes.
     """
     config, encoder, group = run.config.training, run.config.encoder, run.profile.stages.training
-    of_group = encoder.max_query_tokens + (1 + stage.negatives) * encoder.max_document_tokens
+    document_tokens = stage.max_document_tokens or encoder.max_document_tokens
+    of_group = encoder.max_query_tokens + (1 + stage.negatives) * document_tokens
     queries = -(-stage.global_batch // group.workers)
     rank = queries * of_group
     if config.micro_batch_tokens == "auto":

@@ -389,9 +389,8 @@ def _training(run: Run, nodes: dict[str, Node], node: Node, rates: RatesConfig, 
         return replace(work, basis="an epoch of a mix whose size is not known yet")
     fill = _fill(node, rates, known)
     shape = rates.models.get(config.base)
-    sides = (
-        (steps.rows, config.max_query_tokens), (steps.rows * (steps.texts - 1), config.max_document_tokens),
-    )  # fmt: skip
+    document_tokens = steps.stage.max_document_tokens or config.max_document_tokens
+    sides = ((steps.rows, config.max_query_tokens), (steps.rows * (steps.texts - 1), document_tokens))
     full = float(sum(rows * limit for rows, limit in sides))
     flops = None
     if shape is not None:

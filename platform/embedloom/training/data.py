@@ -241,11 +241,18 @@ class TokenRow:
 
 
 class TextTokens:
-    """Tokenizer and contract of a model folder, without its weights."""
+    """Tokenizer and contract of a model folder, without its weights.
 
-    def __init__(self, folder: Path) -> None:
+    Args:
+        folder: of the model.
+        document_tokens: of a document that are read; None: as many as the contract says.
+    """
+
+    def __init__(self, folder: Path, document_tokens: int | None = None) -> None:
         self.folder = folder
-        self.contract = PromptContract.load(folder)
+        self.document_tokens = document_tokens
+        shorter = {} if document_tokens is None else {"max_document_tokens": document_tokens}
+        self.contract = PromptContract.load(folder).model_copy(update=shorter)
         self.tokenizer = load_tokenizer(folder)
         # Names of tasks decide no token: runs with other mixes go on sharing what their second stages read alike.
         prompts = self.contract.model_copy(update={"tasks": None, "default_task": None})
@@ -453,6 +460,7 @@ class SourceWork:
         known: table with right answers by other rows and sources, which are no negatives here; None: each row by itself.
         unscored: what a row without a teacher's scores does; None: scores are not written.
         teacher: whose scores our own examples are to have; None: those that their negatives were chosen by.
+        document_tokens: of a document that are read; None: as many as the contract says.
     """
 
     source: TrainingSource
@@ -465,6 +473,7 @@ class SourceWork:
     known: str | None = None
     unscored: Unscored | None = None
     teacher: str | None = None
+    document_tokens: int | None = None
 
     @property
     def kinds(self) -> dict[str, pa.Schema]:
@@ -586,7 +595,9 @@ def tokenize_range(item: tuple[SourceWork, Shard]) -> Json:
         return work.out.read_json(done)
     rules = work.row_rules()
     known = None if work.known is None else _known(work.known)
-    tokenizing = _Tokenizing(work.source, work.limit, _text_tokens(work.model, work.identity), rules, known)
+    tokenizing = _Tokenizing(
+        work.source, work.limit, _text_tokens(work.model, work.identity, work.document_tokens), rules, known
+    )
     found = [example for piece in shard.pieces for example in work.read(piece)]
     kept = list(tokenizing.rows(_usable(work.source, work.limit, iter(found), rules)))
     if kept:
@@ -651,9 +662,9 @@ def gather_part(part: Shard, out: Place, kinds: Sequence[str]) -> None:
 
 
 @lru_cache(maxsize=2)
-def _text_tokens(folder: Path, identity: str) -> TextTokens:
+def _text_tokens(folder: Path, identity: str, document_tokens: int | None) -> TextTokens:
     """Tokenizer and contract, loaded once in a process; ``identity`` tells another model in the same folder."""
-    return TextTokens(folder)
+    return TextTokens(folder, document_tokens)
 
 
 @lru_cache(maxsize=2)
@@ -912,6 +923,7 @@ def prepare_sources(
     model: Path,
     data: Place,
     tasks: Tasks = run_here,
+    document_tokens: int | None = None,
 ) -> Prepared:
     """Prepare every source below ``data`` that is not yet there.
 
@@ -924,12 +936,14 @@ def prepare_sources(
         model: folder whose tokenizer and contract make the ids.
         data: folder with one subfolder a source, shared between stages and candidates.
         tasks: runs a function over many items, in order: in this process, or ``run_tasks``.
+        document_tokens: of a document that are read; None: as many as the contract says.
 
     Raises:
         DataError: a source that does not fit its format, has no usable row, or fewer than its cap.
     """
     with _ONE_AT_A_TIME:
-        return _Reader(label, config, negatives, mined, TextTokens(model), data, tasks).prepare(sources)
+        tokens = TextTokens(model, document_tokens)
+        return _Reader(label, config, negatives, mined, tokens, data, tasks).prepare(sources)
 
 
 _ONE_AT_A_TIME = threading.Lock()  # candidates that are trained side by side read the same sources: once
@@ -1003,6 +1017,7 @@ class _Reader:
                 known,
                 unscored_rule(self._config.distillation, source.name),
                 teacher_of(self._config.distillation, source),
+                self._tokens.document_tokens,
             )
             for source in sources
         ]

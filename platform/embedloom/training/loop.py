@@ -196,7 +196,8 @@ class StageTrainer:
             return CPU_TOKENS
         backbone, contract = self.encoder.backbone, self.encoder.contract
         trainer = trainer_of(training, stage, self.config.group, backbone, bf16_weights, self.world_size)
-        longest = contract.max_query_tokens + (1 + stage.negatives) * contract.max_document_tokens
+        document_tokens = stage.max_document_tokens or contract.max_document_tokens
+        longest = contract.max_query_tokens + (1 + stage.negatives) * document_tokens
         groups = -(-stage.global_batch // self.world_size)
         memory = torch.tensor(torch.cuda.get_device_properties(device).total_memory, device=device)
         dist.all_reduce(memory, op=dist.ReduceOp.MIN)

@@ -74,8 +74,9 @@ def train_stage(
         note(loop.label, f"goes on with {', '.join(changed)}; these decide rounding only")
     # Before the first worker is asked for, so that no GPU waits for it; what is prepared stays, whatever fails after it.
     prepared = prepare_sources(
-        loop.label, config, stage.negatives, loop.sources, mining, loop.start_model, loop.data, run_tasks
-    )
+        loop.label, config, stage.negatives, loop.sources, mining, loop.start_model, loop.data, run_tasks,
+        stage.max_document_tokens,
+    )  # fmt: skip
     if stage.name == config.stages[0].name and not out.place.exists(f"{CHECKPOINT_FOLDER}/run"):
         check_readers(loop, group)
     folders = {name: index["folder"] for name, index in prepared.items()}
@@ -92,6 +93,12 @@ def _check(config: TrainingConfig, stage: TrainingStage, start_model: Path, grou
         raise ConfigError(
             f"training.stages.{stage.name}.global_batch: {stage.global_batch} queries cannot be shared out to {group.workers} workers; "
             f"allowed: {group.workers} or more"
+        )
+    served = PromptContract.load(start_model).max_document_tokens
+    if stage.max_document_tokens is not None and stage.max_document_tokens > served:
+        raise ConfigError(
+            f"training.stages.{stage.name}.max_document_tokens: {stage.max_document_tokens}, but the model reads {served}; "
+            f"allowed: up to {served}, or null"
         )
     if config.lora is not None:
         from embedloom.training.lora import check_targets  # peft takes a second to import
