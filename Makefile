@@ -10,8 +10,8 @@ VERSION := $(or $(call VERSION_OF,$(BIN)/python),$(call VERSION_OF,$(PYTHON)))
 LOCK := cluster/requirements-cpu-$(VERSION).lock
 CONFIG ?= jobs/configs/quickstart.yaml
 QUESTION ?= How do I compute the shortest path between two nodes of a graph?
-# The quickstart's default task is to find an object by a summary; questions are what its source "synthetic" is about.
-TASK ?= $(if $(filter quickstart %quickstart.yaml,$(CONFIG)),synthetic)
+# The decoder's default task is to find an object by a summary; questions are what its source "synthetic" is about.
+TASK ?= $(if $(filter quickstart_llama %quickstart_llama.yaml,$(CONFIG)),synthetic)
 COMPILED := $(wildcard platform/embedloom/*/_*.c platform/embedloom/*/_*.h)
 
 .PHONY: demo test test-all test-ci smoke drill bench lint lock cuda-lock image docs install install-dev clean

@@ -1,4 +1,4 @@
-"""A finished quickstart as it left its manifests on a busy machine on 2026-11-25, without its rows."""
+"""A finished quickstart of a decoder as it left its manifests on a busy machine on 2026-11-25, without its rows."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from embedloom.pipeline.commands import load
 from embedloom.pipeline.graph import graph, writer_for
 
 ROOT = Path(__file__).parent.parent
-QUICKSTART = ROOT / "jobs" / "configs" / "quickstart.yaml"
+QUICKSTART = ROOT / "jobs" / "configs" / "quickstart_llama.yaml"
 CLUSTER = ROOT / "cluster" / "cluster.yaml"
 
 # artefact -> seconds and counts
@@ -33,8 +33,8 @@ MEASURED = {
 
 
 def quickstart(folder: Path, *overrides: str) -> Run:
-    """The shipped quickstart on the shipped cluster config, with its artefacts in ``folder``."""
-    return load(QUICKSTART, "local", CLUSTER, [f"run.output_dir={folder}", *overrides])
+    """The shipped quickstart of a decoder on the shipped cluster config, with its artefacts in ``folder``."""
+    return load(QUICKSTART, "local", CLUSTER, ["run.name=quickstart", f"run.output_dir={folder}", *overrides])
 
 
 def finish(run: Run) -> dict[str, Artefact]:

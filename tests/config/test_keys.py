@@ -119,7 +119,7 @@ WRONG = [
 
 @pytest.mark.parametrize(("path", "value"), WRONG)
 def test_schema_refuses_what_the_config_refuses(path, value):
-    content = yaml.safe_load((ROOT / "jobs/configs/quickstart.yaml").read_text())
+    content = yaml.safe_load((ROOT / "jobs/configs/quickstart_llama.yaml").read_text())
     *sections, key = path.split(".")
     node = content
     for section in sections:
@@ -130,7 +130,7 @@ def test_schema_refuses_what_the_config_refuses(path, value):
 
 
 def test_schema_takes_the_older_name_of_runs():
-    content = yaml.safe_load((ROOT / "jobs/configs/quickstart.yaml").read_text())
+    content = yaml.safe_load((ROOT / "jobs/configs/quickstart_llama.yaml").read_text())
     content["training"]["candidates"] = content["training"].pop("runs")
     jsonschema.validate(content, schema_of(ConfigFile.run), jsonschema.Draft202012Validator)
     del content["training"]["candidates"]

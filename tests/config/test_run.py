@@ -8,7 +8,7 @@ from embedloom.config.run import load_run
 from embedloom.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
-QUICKSTART = ROOT / "jobs" / "configs" / "quickstart.yaml"
+QUICKSTART = ROOT / "jobs" / "configs" / "quickstart_llama.yaml"
 CONFIGS = sorted(p for p in (ROOT / "jobs" / "configs").glob("*.yaml") if not p.name.startswith("ablation_"))
 
 
@@ -33,6 +33,10 @@ def test_shipped_cluster_config_loads_and_describes_64_gpus():
         (
             "mining.selection.marginratio=0.9",
             r"mining\.selection\.marginratio: unknown key; the nearest valid key is 'margin_ratio'",
+        ),
+        (
+            "training.stages.0.max_document_tokens=64",
+            r"training\.stages\.pretrain\.max_document_tokens is 64, encoder\.max_document_tokens 48; allowed: up to",
         ),
         (
             "training.stages.0.negativs=2",
@@ -96,6 +100,13 @@ def test_shipped_cluster_config_loads_and_describes_64_gpus():
 def test_bad_values_name_the_key_the_value_and_the_allowed(override, message):
     with pytest.raises(ConfigError, match=message):
         load_run(QUICKSTART, [override])
+
+
+def test_a_rule_about_baselines_needs_some():
+    with pytest.raises(
+        ConfigError, match=r"gate\.require_over_baseline is 'better', but evaluation\.baselines is empty; allowed: null"
+    ):
+        load_run(QUICKSTART.with_name("quickstart.yaml"), ["evaluation.baselines=[]"])
 
 
 def test_missing_and_malformed_files_are_named(tmp_path):

@@ -7,7 +7,7 @@ import pytest
 from embedloom.config.run import load_run
 from embedloom.errors import ConfigError
 
-QUICKSTART = Path(__file__).parents[2] / "jobs" / "configs" / "quickstart.yaml"
+QUICKSTART = Path(__file__).parents[2] / "jobs" / "configs" / "quickstart_llama.yaml"
 
 
 def load(*overrides):

@@ -10,7 +10,7 @@ from embedloom.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
 PAPER = ROOT / "jobs" / "configs" / "nemotron_8b.yaml"
-QUICKSTART = ROOT / "jobs" / "configs" / "quickstart.yaml"
+QUICKSTART = ROOT / "jobs" / "configs" / "quickstart_llama.yaml"
 STAGES = [
     {"name": "first", "negatives": 1, "global_batch": 8, "learning_rate": 1e-3, "max_steps": 10},
     {

@@ -11,7 +11,7 @@ from embedloom.pipeline.graph import fingerprints, graph
 from embedloom.pipeline.nodes import build_chains
 
 ROOT = Path(__file__).parents[2]
-QUICKSTART = ROOT / "jobs" / "configs" / "quickstart.yaml"
+QUICKSTART = ROOT / "jobs" / "configs" / "quickstart_llama.yaml"
 STAGES = ["training/a/one", "training/a/two", "training/b/one", "training/b/two"]
 
 

@@ -11,7 +11,7 @@ from embedloom.pipeline.commands import load
 from embedloom.pipeline.graph import fingerprints, graph
 
 ROOT = Path(__file__).parents[2]
-QUICKSTART = ROOT / "jobs" / "configs" / "quickstart.yaml"
+QUICKSTART = ROOT / "jobs" / "configs" / "quickstart_llama.yaml"
 
 
 def sources_of(*paths):
