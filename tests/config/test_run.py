@@ -104,7 +104,8 @@ def test_bad_values_name_the_key_the_value_and_the_allowed(override, message):
 
 def test_a_rule_about_baselines_needs_some():
     with pytest.raises(
-        ConfigError, match=r"gate\.require_over_baseline is 'better', but evaluation\.baselines is empty; allowed: null"
+        ConfigError,
+        match=r"gate\.require_over_baseline is 'better', but evaluation\.baselines is empty; allowed: null",
     ):
         load_run(QUICKSTART.with_name("quickstart.yaml"), ["evaluation.baselines=[]"])
 

@@ -14,7 +14,13 @@ from embedloom.core.storage import Place
 from embedloom.core.trained_prompts import Prompt, TrainedPrompt, trained_contract
 from embedloom.errors import DataError
 from embedloom.training import data as data_module
-from embedloom.training.data import INDEX_FILE, ExampleStore, drawn_prompts, preparation_counts, prepare_sources
+from embedloom.training.data import (
+    INDEX_FILE,
+    ExampleStore,
+    drawn_prompts,
+    preparation_counts,
+    prepare_sources,
+)
 from fakes_training import training_config
 
 
@@ -66,7 +72,9 @@ def test_a_stage_may_read_less_of_a_document(tiny_model, tmp_path):
     assert short["folder"] != whole["folder"] and list(of_short.query) == list(of_whole.query)
     assert [len(ids) for ids in of_short.documents] == [12, 12]
     for beginning, document in zip(of_short.documents, of_whole.documents, strict=True):
-        assert len(document) > 12 and list(beginning[:11]) == list(document[:11])  # a last one may end the text
+        assert len(document) > 12 and list(beginning[:11]) == list(
+            document[:11]
+        )  # a last one may end the text
     assert short["cut"]["cut"] == 3 and whole["cut"]["read"] > short["cut"]["read"]
 
 
