@@ -40,7 +40,7 @@ def test_the_quickstart_has_all_it_needs():
 
 def test_a_teacher_that_reads_less_than_a_chunk_is_refused_by_both_keys():
     said = refused("corpus.chunk_tokens=256")
-    assert said.startswith("mining.max_document_tokens is 64, below corpus.chunk_tokens 256")
+    assert said.startswith("mining.max_document_tokens is 128, below corpus.chunk_tokens 256")
     own = "mining.teachers=[{model: minilm-l6, max_document_tokens: 128}]"
     said = refused("corpus.chunk_tokens=256", "mining.max_document_tokens=256", own)
     assert said.startswith("mining.teachers.0.max_document_tokens is 128, below corpus.chunk_tokens 256")
