@@ -185,6 +185,16 @@ class ServingConfig(FrozenConfig):
         ge=64,
         description="Most tokens waiting in each lane of a replica; beyond it a request is answered 429.",
     )
+    gateways: int = Field(
+        default=1,
+        ge=1,
+        le=64,
+        exclude_if=lambda value: value == 1,
+        description=(
+            "Processes that answer HTTP, each with an event loop of its own. 1, with a profile of one replica: the encoder answers "
+            "itself. Behind Serve's proxy more than one needs serve.haproxy in the profile."
+        ),
+    )
     max_ongoing_requests: int = Field(
         default=64,
         ge=1,
@@ -334,7 +344,7 @@ class ApplicationArgs(FrozenConfig):
     @property
     def single(self) -> bool:
         """Whether one process is encoder and HTTP side at once."""
-        return self.scaling.min_replicas == self.scaling.max_replicas == 1
+        return self.serving.gateways == 1 and self.scaling.min_replicas == self.scaling.max_replicas == 1
 
     @model_validator(mode="after")
     def _replicas_may_fill_up(self) -> "ApplicationArgs":

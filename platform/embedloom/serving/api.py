@@ -235,6 +235,7 @@ def create_api(
     metrics: EndpointMetrics | None = None,
     corpus: Corpus | None = None,
     drain: Drain | None = None,
+    keys: KeyRing | None = None,
 ) -> FastAPI:
     """The FastAPI application of one endpoint.
 
@@ -244,6 +245,7 @@ def create_api(
         metrics: where requests are counted; None: its own.
         corpus: documents that ``/v1/search`` searches; None: no such route.
         drain: by which the endpoint is stopped.
+        keys: of the settings, where somebody else counts with them too; None: its own.
     """
     metrics = metrics or EndpointMetrics()
     routes = _routes(Calls(backend, settings, metrics), corpus)
@@ -263,7 +265,7 @@ def create_api(
     api.add_exception_handler(ApiError, _answer_error)
     api.add_exception_handler(HTTPException, _http_errors([path for route in routes for path in route.paths]))
     front = _front_settings(routes, settings)
-    keys = KeyRing(settings.keys) if settings.keys else None
+    keys = keys or (KeyRing(settings.keys) if settings.keys else None)
     api.add_middleware(Front, metrics=metrics, settings=front, keys=keys, drain=drain)
     api.add_middleware(TidyPaths)
     if settings.allowed_origins:

@@ -6,7 +6,7 @@ from typing import Any
 
 from ray import serve
 from ray.serve import Application
-from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, BackpressureConfig
+from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, BackpressureConfig, RequestRouterConfig
 
 from embedloom.config.base import validate
 from embedloom.config.cluster import GATEWAY_CPUS, SCALE_DOWN_SECONDS, TARGET_QUEUE_SECONDS, ServeScaling
@@ -27,6 +27,7 @@ from embedloom.serving.replica import (
     shares_weights,
     weights_actor,
 )
+from embedloom.serving.routing import QueuedTokensRouter
 from embedloom.serving.schemas import GateVerdict, Lineage
 from embedloom.serving.service import BatchSettings
 
@@ -76,7 +77,7 @@ def build_application(args: ApplicationArgs, encoders: str | None = None) -> App
         return endpoint.options(**ingress, **_computing(args)).bind(
             _model(args, model), settings, corpus, blueprint
         )
-    gateway = serve.deployment(serve.ingress()(Gateway), name=GATEWAY, num_replicas=1)
+    gateway = serve.deployment(serve.ingress()(Gateway), name=GATEWAY, num_replicas=serving.gateways)
     return gateway.options(**ingress, ray_actor_options={"num_cpus": GATEWAY_CPUS}).bind(
         encoders or _bound_encoders(args, model), settings, corpus, blueprint
     )
@@ -84,6 +85,7 @@ def build_application(args: ApplicationArgs, encoders: str | None = None) -> App
 
 def _settings(args: ApplicationArgs, serving: ServingConfig, model: ModelFolder) -> EndpointSettings:
     scaling = args.scaling
+    most = scaling.max_replicas * serving.max_ongoing_requests + serving.max_queued_requests
     return EndpointSettings(
         served_name=args.served_name,
         models=serving.models,
@@ -93,7 +95,7 @@ def _settings(args: ApplicationArgs, serving: ServingConfig, model: ModelFolder)
         created=int(model.weight_files[0].stat().st_mtime),
         max_items=serving.max_items,
         min_replicas=scaling.min_replicas,
-        max_requests=scaling.max_replicas * serving.max_ongoing_requests + serving.max_queued_requests,
+        max_requests=-(-most // serving.gateways),
         request_timeout_seconds=serving.request_timeout_seconds,
         max_item_characters=serving.max_item_characters,
         max_body_bytes=int(serving.max_body_mib * 2**20),
@@ -145,6 +147,7 @@ def _bound_encoders(args: ApplicationArgs, model: ModelFolder) -> Application:
     plain = args.serving.engine == "torch" and args.serving.compute_dtype != "int8"
     shared = shares_weights(args.scaling) and plain
     options = _patience(args.serving) | _computing(args) | _replicas(args.scaling)
+    options["request_router_config"] = RequestRouterConfig(request_router_class=QueuedTokensRouter)
     if shared:
         options["deployment_actors"] = [weights_actor(model.travels, args.compute_dtype, args.scaling.gpus)]
     encoders = serve.deployment(EncoderReplica, name=ENCODERS)

@@ -78,6 +78,16 @@ def ingress_handle() -> DeploymentHandle:
     return serve.get_deployment_handle(name, APPLICATION)
 
 
+def ask_ingress(method: str, seconds: float, *arguments: Any) -> list[Any]:
+    """What each process that answers HTTP says to a call.
+
+    Raises:
+        ServeError: there is none.
+        TimeoutError: one did not answer in time.
+    """
+    return list(ingress_handle().broadcast(method, *arguments).results(timeout_s=seconds))
+
+
 def running_replicas(application: str, deployment: str) -> int:
     """Replicas that are up, as Serve's controller says; 0 where there is no such deployment."""
     found = serve.status().applications.get(application)

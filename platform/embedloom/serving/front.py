@@ -124,6 +124,12 @@ class Client:
         self.digest = key.sha256
         self._requests = Quota(key.requests_per_minute, clock) if key.requests_per_minute else None
         self._tokens = Quota(key.tokens_per_minute, clock) if key.tokens_per_minute else None
+        self._used = (0, 0)  # requests and tokens that ``collect`` has not told yet
+
+    @property
+    def is_limited(self) -> bool:
+        """Whether it has a quota."""
+        return self._requests is not None or self._tokens is not None
 
     def begin(self) -> None:
         """Count one request.
@@ -142,11 +148,24 @@ class Client:
                 )
         if self._requests is not None:
             self._requests.take(1)
+            self._used = self._used[0] + 1, self._used[1]
 
     def charge(self, tokens: int) -> None:
         """Count tokens that were computed."""
         if self._tokens is not None:
             self._tokens.take(tokens)
+            self._used = self._used[0], self._used[1] + tokens
+
+    def collect(self) -> tuple[int, int]:
+        """Requests and tokens counted here since this was last asked, of the quotas that there are."""
+        used, self._used = self._used, (0, 0)
+        return used
+
+    def take_elsewhere(self, requests: int, tokens: int) -> None:
+        """Count what another gateway let through."""
+        for quota, amount in ((self._requests, requests), (self._tokens, tokens)):
+            if quota is not None:
+                quota.take(amount)
 
 
 class KeyRing:
@@ -154,6 +173,21 @@ class KeyRing:
 
     def __init__(self, keys: Sequence[ApiKey], clock: Callable[[], float] = time.monotonic) -> None:
         self._clients = [Client(key, clock) for key in keys]
+
+    @property
+    def has_quotas(self) -> bool:
+        """Whether any client is limited."""
+        return any(client.is_limited for client in self._clients)
+
+    def collect(self) -> dict[str, tuple[int, int]]:
+        """By name of the key, see ``Client.collect``; only those that used anything."""
+        found = {client.name: client.collect() for client in self._clients}
+        return {name: used for name, used in found.items() if any(used)}
+
+    def take_elsewhere(self, usage: Mapping[str, tuple[int, int]]) -> None:
+        """See ``Client.take_elsewhere``; keys that are not known here are another version's."""
+        for client in self._clients:
+            client.take_elsewhere(*usage.get(client.name, (0, 0)))
 
     def identify(self, authorization: bytes | None, api_key: bytes | None = None) -> Client:
         """The client whose key stands in an Authorization header, or in Azure's.

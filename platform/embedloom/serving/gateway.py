@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI
+from prometheus_client import CollectorRegistry
 from ray import serve
 from ray.exceptions import RayActorError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
@@ -21,13 +22,25 @@ from embedloom.core.storage import Place, absolute
 from embedloom.serving.api import create_api
 from embedloom.serving.applications import running_replicas
 from embedloom.serving.calls import Backend, EndpointSettings
-from embedloom.serving.front import Drain, log_to_stderr
+from embedloom.serving.front import Drain, KeyRing, log_to_stderr
 from embedloom.serving.listener import ReplicaServer
 from embedloom.serving.messages import EncodeJob, EncodeResult, ModelInfo, Refusal, TokenizeResult
 from embedloom.serving.metrics import EndpointMetrics
+from embedloom.serving.peers import (
+    ANSWER_SECONDS,
+    Queues,
+    Snapshot,
+    Usage,
+    UsageExchange,
+    gathered,
+    merged,
+    queued_tokens,
+    snapshot,
+)
 from embedloom.serving.refusals import ApiError
 from embedloom.serving.rollout.router import TrialOrders, VersionRouter
 from embedloom.serving.rollout.trial import Window
+from embedloom.serving.routing import board_of
 from embedloom.serving.scheduling import LANES
 
 if TYPE_CHECKING:
@@ -82,6 +95,7 @@ class HandleBackend:
     def __init__(self, handle: DeploymentHandle) -> None:
         self._handle = handle
         self._queues: dict[str, tuple[float, dict[str, int]]] = {}  # by replica: when told, tokens by lane
+        self._board = board_of(handle.app_name)
         self._replicas, self._counted = 0, -math.inf  # and when it was so
 
     async def encode(self, job: EncodeJob) -> EncodeResult | Refusal:
@@ -93,6 +107,8 @@ class HandleBackend:
         result: EncodeResult | Refusal = await self._call("encode", job)
         if isinstance(result, EncodeResult):
             self._queues[result.replica] = time.monotonic(), result.queued
+            waiting = float(sum(result.queued.values()))
+            self._board.told(result.replica, waiting, result.tokens_per_second)
         return result
 
     async def tokenize(self, job: EncodeJob) -> TokenizeResult | Refusal:
@@ -114,9 +130,13 @@ class HandleBackend:
 
         The answer after which nothing waits says so; a replica silent for long is gone.
         """
+        return queued_tokens([self.queues()], LANES)
+
+    def queues(self) -> Queues:
+        """Tokens that wait at each replica, by lane, and how many seconds ago it said so."""
         now = time.monotonic()
         self._queues = {tag: told for tag, told in self._queues.items() if now - told[0] < _SILENT_SECONDS}
-        return {lane: sum(queued.get(lane, 0) for _, queued in self._queues.values()) for lane in LANES}
+        return {tag: (now - when, queued) for tag, (when, queued) in self._queues.items()}
 
     async def replicas(self) -> int:
         """Encoders that are up, as Serve's controller says: asking one would start it, or keep it up.
@@ -235,7 +255,7 @@ class Ingress:
 
 
 class Gateway(Ingress):
-    """The HTTP ingress; one replica, so its metrics are all of them."""
+    """The HTTP ingress: one process, or several that count together what their keys use and show each other's metrics."""
 
     def __init__(
         self,
@@ -255,10 +275,54 @@ class Gateway(Ingress):
         self.backend = encoders_of(encoders) if isinstance(encoders, str) else HandleBackend(encoders)
         application = encoders if isinstance(encoders, str) else None
         super().__init__(self.backend, settings, corpus, blueprint, application)
+        self._keys = KeyRing(settings.keys) if settings.keys else None
+        self._exchange: asyncio.Task[None] | None = None
+        self._gateways: DeploymentHandle | None = None  # all of them, this one included
+        self._name = ""
+        self._metrics = EndpointMetrics()
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """The application; Serve calls this inside the replica, because its metrics cannot be pickled."""
         log_to_stderr()
-        metrics = EndpointMetrics()
-        metrics.watch_queue(self.backend.queued_tokens)
-        return self.listening(create_api(self.router, self.settings, metrics, self.corpus, self.stopping))
+        if validate(ApplicationArgs, self._blueprint, "endpoint").serving.gateways > 1:
+            self._join()
+        else:
+            self._metrics.watch_queue(self.backend.queued_tokens)
+        api = create_api(self.router, self.settings, self._metrics, self.corpus, self.stopping, self._keys)
+        return self.listening(api)
+
+    def _join(self) -> None:
+        """Become one of several."""
+        context = serve.get_replica_context()
+        self._name = context.replica_tag
+        self._gateways = serve.get_deployment_handle(context.deployment, context.app_name)
+        self._metrics.everywhere = self._everywhere
+        if self._keys is not None and self._keys.has_quotas:
+            exchange = UsageExchange(self._name, self._keys.collect, self._broadcast)
+            self._exchange = asyncio.get_running_loop().create_task(exchange.run())
+
+    async def __del__(self) -> None:
+        """See ``Ingress``."""
+        if self._exchange is not None:
+            self._exchange.cancel()
+        await super().__del__()
+
+    async def metrics_snapshot(self) -> Snapshot:
+        """This gateway's metrics, for the one that was asked for all."""
+        return snapshot(self._name, self._metrics.registry, self.backend.queues())
+
+    async def used_elsewhere(self, gateway: str, usage: Usage) -> None:
+        """Another gateway says what its keys used."""
+        if self._keys is not None and gateway != self._name:
+            self._keys.take_elsewhere(usage)
+
+    async def _everywhere(self) -> CollectorRegistry:
+        return merged(await gathered(await self.metrics_snapshot(), self._broadcast), LANES)
+
+    async def _broadcast(self, method: str, *arguments: Any) -> list[Any]:
+        """What each gateway that lives answers to a call."""
+        if self._gateways is None:
+            raise RuntimeError("one gateway has nobody to ask")
+        asked = self._gateways.broadcast(method, *arguments)
+        answers = await asked.results_async(timeout_s=ANSWER_SECONDS, return_exceptions=True)
+        return [answer for answer in answers if not isinstance(answer, BaseException)]

@@ -68,6 +68,7 @@ class EncodeResult:
     batches: list[BatchRecord] = field(default_factory=list)  # each batch is reported by one of its requests
     replica: str = ""  # who computed it
     queued: dict[str, int] = field(default_factory=dict)  # tokens that waited there afterwards, by lane
+    tokens_per_second: float = 0.0  # as measured there
     truncated: int = 0  # inputs that were cut to the limit
 
     @property

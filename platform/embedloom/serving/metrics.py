@@ -1,11 +1,11 @@
 """The endpoint's own Prometheus metrics, in base units.
 
-One registry in the one process that answers HTTP sees every request and, through the replies, every batch of
-every encoder replica, so a scrape of ``/metrics`` is complete. Ray's own ``ray_serve_*`` metrics have their
-own port.
+The registry of a process that answers HTTP sees every request there and, through the replies, every batch that was computed for
+them. Of several gateways, the one that is scraped asks the others (``peers``), so a scrape of ``/metrics`` is complete. Ray's
+own ``ray_serve_*`` metrics have their own port.
 """
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
@@ -21,8 +21,10 @@ _TOKENS = (16, 64, 256, 1024, 2048, 4096, 8192, 16384, 65536, 262144, 1048576)
 class EndpointMetrics:
     """Counters and histograms of one endpoint."""
 
-    def __init__(self) -> None:
+    def __init__(self, everywhere: Callable[[], Awaitable[CollectorRegistry]] | None = None) -> None:
+        """Build them; ``everywhere`` gathers those of all gateways."""
         self.registry = CollectorRegistry()
+        self.everywhere = everywhere
         self.requests = Counter(
             "embedloom_requests", "Requests answered.", ("path", "status"), registry=self.registry
         )
@@ -103,3 +105,7 @@ class EndpointMetrics:
     def render(self) -> bytes:
         """Prometheus text."""
         return bytes(generate_latest(self.registry))
+
+    async def page(self) -> bytes:
+        """Prometheus text, of all gateways where there are several."""
+        return self.render() if self.everywhere is None else bytes(generate_latest(await self.everywhere()))

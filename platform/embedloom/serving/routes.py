@@ -188,7 +188,7 @@ class Routes:
 
     async def metrics(self, _: Request) -> Response:
         """Prometheus text."""
-        return Response(self._calls.metrics.render(), headers={"content-type": CONTENT_TYPE})
+        return Response(await self._calls.metrics.page(), headers={"content-type": CONTENT_TYPE})
 
     async def _card(self, name: str) -> ModelCard:
         settings = self._calls.settings

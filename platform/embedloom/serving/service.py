@@ -498,6 +498,7 @@ class EncoderService:
             queue_seconds=(request.started or tokenized) - request.arrived,
             batches=request.batches,
             queued=self.queued_tokens(),
+            tokens_per_second=scheduler.speed.tokens_per_second or 0.0,
             truncated=truncated,
         )
 

@@ -39,7 +39,7 @@ from embedloom.serving.applications import (
     GATEWAY,
     QUIET,
     SINGLE,
-    ingress_handle,
+    ask_ingress,
     remove,
     run,
     running_replicas,
@@ -168,8 +168,7 @@ class Endpoint:
         """Have new requests refused (503) and wait for those in hand; nothing where no endpoint runs yet."""
         if not any(running_replicas(APPLICATION, name) for name in (SINGLE, GATEWAY)):
             return
-        ingress = ingress_handle()
-        late = ingress.drain.remote(self.drain_seconds).result(timeout_s=self.drain_seconds + _CALL_SECONDS)
+        late = sum(ask_ingress("drain", self.drain_seconds + _CALL_SECONDS, self.drain_seconds))
         if late:
             note(
                 "serve",

@@ -22,6 +22,7 @@ from embedloom.errors import ConfigError, ServeError
 from embedloom.serving.app import build_application, build_encoders, named_model
 from embedloom.serving.applications import (
     APPLICATION,
+    ask_ingress,
     ingress_handle,
     remove,
     run,
@@ -186,11 +187,7 @@ def _watch(
     told = ""
     while True:
         try:
-            window = (
-                ingress_handle()
-                .order_trial.remote(orders.model_dump(mode="json"))
-                .result(timeout_s=_CALL_SECONDS)
-            )
+            window = Window.merged(ask_ingress("order_trial", _CALL_SECONDS, orders.model_dump(mode="json")))
             heard = clock()
         except (ray.exceptions.RayError, ServeError, TimeoutError) as error:
             if clock() - heard > _SILENT_SECONDS:
@@ -209,7 +206,7 @@ def _watch(
 def _withdraw(name: str) -> None:
     """Everything back to the live version."""
     try:
-        ingress_handle().end_trial.remote().result(timeout_s=_CALL_SECONDS)
+        ask_ingress("end_trial", _CALL_SECONDS)
     except (ray.exceptions.RayError, ServeError, TimeoutError):
         note("deploy", "the endpoint did not answer; its trial ends by itself")
     remove(name)
@@ -221,7 +218,7 @@ def _promote(live: ApplicationArgs, new: ApplicationArgs, name: str, encoders: s
     Raises:
         ServeError: the new one did not start; the old one was put back.
     """
-    ingress_handle().end_trial.remote().result(timeout_s=_CALL_SECONDS)
+    ask_ingress("end_trial", _CALL_SECONDS)
     prefix = live.serving.route_prefix
     try:
         run(

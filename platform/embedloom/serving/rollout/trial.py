@@ -3,6 +3,7 @@
 Pure: windows of numbers in, a decision out. versions.py fills the windows, deploy.py acts on the decisions.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -35,6 +36,12 @@ class Side:
     errors: int = 0
     seconds: list[float] = field(default_factory=list)  # of the newest answers
 
+    def add(self, other: "Side") -> None:
+        """Count what another gateway asked, too."""
+        self.requests += other.requests
+        self.errors += other.errors
+        self.seconds += other.seconds
+
     def p99(self) -> float:
         """Seconds that 99 of 100 answers stay within; 0 without answers."""
         return float(np.quantile(self.seconds, 0.99)) if self.seconds else 0.0
@@ -62,6 +69,21 @@ class Window:
     def cosine(self) -> float | None:
         """Mean cosine between the versions' vectors of a text."""
         return self.cosine_sum / self.cosines if self.cosines else None
+
+    @classmethod
+    def merged(cls, windows: Sequence["Window"]) -> "Window":
+        """What several gateways saw of one trial; those that know of none, or of another, add nothing."""
+        version = next((one.version for one in windows if one.version), "")
+        total = cls(version=version)
+        for one in (own for own in windows if own.version == version):
+            total.live.add(one.live)
+            total.candidate.add(one.candidate)
+            total.compared += one.compared
+            total.overlap_sum += one.overlap_sum
+            total.cosine_sum += one.cosine_sum
+            total.cosines += one.cosines
+            total.last_error = one.last_error or total.last_error
+        return total
 
     def summary(self) -> str:
         """One line of it."""

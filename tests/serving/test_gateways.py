@@ -1,0 +1,317 @@
+"""What several gateways share: the replicas' queues, the keys' quotas, the metrics, a trial; and the listening socket."""
+
+import asyncio
+import hashlib
+import pickle
+
+import pytest
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.parser import text_string_to_metric_families
+from ray import cloudpickle
+from ray.serve.config import RequestRouterConfig
+
+from embedloom.config.cluster import ServeScaling
+from embedloom.config.serving import ApplicationArgs, ServingConfig
+from embedloom.serving.app import build_application
+from embedloom.serving.front import ApiKey, KeyRing
+from embedloom.serving.listener import ListenerOwner, ReplicaServer
+from embedloom.serving.messages import EncodeJob, EncodeResult, Part
+from embedloom.serving.metrics import EndpointMetrics
+from embedloom.serving.peers import UsageExchange, added, gathered, merged, queued_tokens, snapshot
+from embedloom.serving.refusals import ApiError
+from embedloom.serving.rollout.trial import Side, Window
+from embedloom.serving.routing import QueuedTokensRouter, TokenBoard, board_of, estimated_tokens
+
+LANES = ("query", "bulk")
+SECRET = "sk-of-these-tests"
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+# -- which replica
+
+
+def test_the_time_that_waits_at_a_replica_is_what_it_said_less_what_it_has_done_since_and_what_was_sent():
+    clock = Clock()
+    board = TokenBoard(clock)
+    assert board.seconds("a") == 0.0
+    board.told("a", queued=5000, rate=1000)
+    assert board.seconds("a") == 5.0
+    clock.now = 2.0
+    assert board.seconds("a") == 3.0
+    board.sent("a", "request", 4000)
+    assert board.seconds("a") == 7.0
+    clock.now = 3.0  # the answer to another request says what waits, this one included
+    board.told("a", queued=8000, rate=1000)
+    assert board.seconds("a") == 8.0
+    board.done("a", "request")
+    assert board.seconds("a") == 8.0
+    clock.now = 100.0
+    assert board.seconds("a") == 0.0
+
+
+def test_a_request_that_is_over_no_longer_counts_and_replicas_that_ended_are_forgotten():
+    board = TokenBoard(Clock())
+    board.sent("a", "one", 300)
+    board.sent("a", "two", 200)
+    assert board.seconds("a") == 500.0  # of a replica whose rate is not known: tokens
+    board.done("a", "one")
+    assert board.seconds("a") == 200.0
+    board.keep({"b"})
+    board.done("a", "two")
+    assert board.seconds("a") == 0.0
+
+
+def test_tokens_are_guessed_from_texts_and_counted_where_they_are_given():
+    texts = Part("document", ["x" * 100, ""])
+    ids = Part("document", None, [[1, 2, 3], [4]])
+    assert estimated_tokens(EncodeJob((texts,))) == 16 + 30 + 16
+    assert estimated_tokens(EncodeJob((ids, ids))) == 8
+
+
+def test_the_router_travels_by_value_and_finds_the_board_of_its_process():
+    sent = RequestRouterConfig(request_router_class=QueuedTokensRouter).get_serialized_request_router_cls()
+    router = cloudpickle.loads(sent)
+    one = object.__new__(router)
+    one._deployment_id = type("DeploymentID", (), {"app_name": "of this test"})
+    assert one._board() is board_of("of this test")
+
+
+def test_the_less_busy_of_two_comes_first_and_the_other_is_there_if_it_is_full():
+    class Known(QueuedTokensRouter):
+        def __init__(self, names):
+            self._deployment_id = type("DeploymentID", (), {"app_name": "routed"})
+            self._replicas = {type("ReplicaID", (), {"unique_id": name}): name for name in names}
+
+        def apply_locality_routing(self, pending_request=None):
+            return set(self._replicas)
+
+    board_of("routed").told("slow", 9000, 1000)
+    board_of("routed").told("quick", 9000, 3000)
+    for _ in range(5):
+        assert asyncio.run(Known(["slow", "quick"]).choose_replicas([])) == [["quick"], ["slow"]]
+    assert asyncio.run(Known(["slow"]).choose_replicas([])) == [["slow"]]
+    assert asyncio.run(Known([]).choose_replicas([])) == []
+
+
+# -- what keys used
+
+
+def rings(count: int, clock: Clock, **quotas) -> list[KeyRing]:
+    digest = hashlib.sha256(SECRET.encode()).hexdigest()
+    return [KeyRing([ApiKey(name="one", sha256=digest, **quotas)], clock) for _ in range(count)]
+
+
+def exchange(rings: list[KeyRing]) -> list[UsageExchange]:
+    async def broadcast(method, gateway, usage):
+        assert method == "used_elsewhere"
+        for number, ring in enumerate(rings):
+            if str(number) != gateway:
+                ring.take_elsewhere(usage)
+        return []
+
+    return [UsageExchange(str(number), ring.collect, broadcast) for number, ring in enumerate(rings)]
+
+
+def admitted(ring: KeyRing) -> bool:
+    try:
+        ring.identify(f"Bearer {SECRET}".encode()).begin()
+    except ApiError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_a_quota_holds_over_all_gateways_but_for_what_is_sent_between_two_messages(count):
+    clock = Clock()
+    all_rings = rings(count, clock, requests_per_minute=600)
+    exchanges = exchange(all_rings)
+    through = 0
+    for tick in range(5 * 60 * 20):  # five minutes of 40 requests a second, told each half second
+        clock.now = tick / 20
+        through += admitted(all_rings[tick % count]) + admitted(all_rings[(tick + 1) % count])
+        if tick % 10 == 9:
+            for one in exchanges:
+                asyncio.run(one.tell())
+    # A minute's worth at first and five minutes of it, and at most what came within half a second.
+    assert 3600 - 20 <= through <= 3600 + 20 * count
+
+
+def test_tokens_that_another_gateway_computed_are_missing_here():
+    clock = Clock()
+    one, other = rings(2, clock, tokens_per_minute=600)
+    one.identify(f"Bearer {SECRET}".encode()).charge(1200)
+    assert admitted(other)
+    asyncio.run(exchange([one, other])[0].tell())
+    assert not admitted(other)
+    clock.now = 61.0
+    assert admitted(other)  # 600 too many took a minute to make up for
+
+
+def test_what_could_not_be_told_is_told_the_next_time():
+    told = []
+
+    async def broadcast(method, gateway, usage):
+        told.append(usage)
+        if len(told) == 1:
+            raise TimeoutError
+
+    used = [{"a": (1, 10)}, {"a": (2, 5), "b": (1, 0)}, {}]
+    teller = UsageExchange("x", lambda: used.pop(0), broadcast)
+    for _ in range(3):
+        asyncio.run(teller.tell())
+    assert told == [{"a": (1, 10)}, {"a": (3, 15), "b": (1, 0)}]
+    assert added({}, {"a": (1, 1)}) == {"a": (1, 1)}
+
+
+# -- metrics
+
+
+def answered(count: int) -> CollectorRegistry:
+    metrics = EndpointMetrics()
+    for _ in range(count):
+        metrics.answered("/v1/embeddings", 200, 0.02)
+    return metrics.registry
+
+
+def test_metrics_of_all_gateways_come_in_one_scrape_and_add_up_by_label():
+    snapshots = [
+        pickle.loads(
+            pickle.dumps(snapshot("g1", answered(3), {"r1": (5.0, {"query": 9}), "r2": (1.0, {"bulk": 70})}))
+        ),
+        pickle.loads(
+            pickle.dumps(snapshot("g2", answered(4), {"r1": (1.0, {"query": 2}), "r3": (0.0, {"bulk": 5})}))
+        ),
+    ]
+    text = generate_latest(merged(snapshots, LANES)).decode()
+    families = {family.name: family for family in text_string_to_metric_families(text)}
+    counts = {
+        sample.labels["gateway"]: sample.value
+        for sample in families["embedloom_requests"].samples
+        if sample.name == "embedloom_requests_total"
+    }
+    assert counts == {"g1": 3.0, "g2": 4.0}
+    buckets = [
+        sample.value
+        for sample in families["embedloom_request_duration_seconds"].samples
+        if sample.name.endswith("_bucket") and sample.labels["le"] == "0.025"
+    ]
+    assert buckets == [3.0, 4.0]
+    # What waits at a replica once: r1 by what it said last.
+    queued = {sample.labels["lane"]: sample.value for sample in families["embedloom_queued_tokens"].samples}
+    assert queued == {"query": 2.0, "bulk": 75.0}
+    names = {family.name for family in text_string_to_metric_families(generate_latest(answered(1)).decode())}
+    assert names <= set(families)
+
+
+def test_what_waits_is_nothing_where_nobody_was_asked():
+    assert queued_tokens([], LANES) == queued_tokens([{}], LANES) == {"query": 0, "bulk": 0}
+
+
+def test_a_gateway_whose_peers_are_gone_shows_its_own():
+    own = snapshot("g1", answered(1), {})
+
+    async def broken(method):
+        raise TimeoutError
+
+    async def both(method):
+        return [snapshot("g2", answered(1), {}), own]
+
+    assert [one.gateway for one in asyncio.run(gathered(own, broken))] == ["g1"]
+    assert [one.gateway for one in asyncio.run(gathered(own, both))] == ["g1", "g2"]
+
+
+# -- a trial
+
+
+def test_what_gateways_saw_of_a_trial_is_judged_together():
+    one = Window("new", Side(10, 0, [0.1]), Side(2, 1, [0.2]), 4, 3.0, 1.0, 2, "boom")
+    other = Window("new", Side(5, 1, [0.3]), Side(3, 0, [0.4, 0.5]), 1, 1.0, 0.5, 1)
+    stale = Window("old", Side(100, 100), Side(100, 100), 100, 0.0)
+    both = Window.merged([one, other, stale, Window()])
+    assert (both.version, both.live.requests, both.live.errors, both.live.seconds) == (
+        "new",
+        15,
+        1,
+        [0.1, 0.3],
+    )
+    assert (both.candidate.requests, both.candidate.errors, both.candidate.seconds) == (5, 1, [0.2, 0.4, 0.5])
+    assert (both.compared, both.overlap, both.cosine, both.last_error) == (5, 0.8, 0.5, "boom")
+    assert Window.merged([Window(), Window()]) == Window()
+
+
+# -- the application
+
+
+def test_gateways_share_what_may_be_in_hand_and_one_replica_behind_several_is_no_longer_alone(tiny_model):
+    def bound(**serving):
+        args = ApplicationArgs(
+            model_folder=str(tiny_model),
+            served_name="t",
+            serving=ServingConfig(
+                require_gate=False, max_ongoing_requests=8, max_queued_requests=21, **serving
+            ),
+            scaling=ServeScaling(),
+        )
+        return build_application(args)._bound_deployment
+
+    assert bound().name == "endpoint" and bound().num_replicas == 1
+    gateway = bound(gateways=2)
+    assert (gateway.name, gateway.num_replicas) == ("gateway", 2)
+    assert gateway.init_args[1].max_requests == 15  # of 29
+    encoder = gateway.init_args[0]._bound_deployment
+    assert encoder._deployment_config.request_router_config.request_router_class.endswith(
+        "QueuedTokensRouter"
+    )
+
+
+def test_an_answer_says_how_fast_its_replica_is():
+    from fakes_serving import FakeEncoder, service_of
+
+    async def ask():
+        service = service_of(FakeEncoder())
+        service.measure()
+        result = await service.encode(EncodeJob((Part("document", ["abcd"]),)))
+        await service.close()
+        return result
+
+    result = asyncio.run(ask())
+    assert isinstance(result, EncodeResult) and result.tokens_per_second > 0
+
+
+def test_connections_that_come_at_once_are_shared_by_the_gateways():
+    seen: dict[str, int] = {"one": 0, "other": 0}
+
+    def app(name):
+        async def answer(scope, receive, send):
+            seen[name] += 1
+            await send({"type": "http.response.start", "status": 204, "headers": []})
+            await send({"type": "http.response.body", "body": b""})
+
+        return answer
+
+    async def ask(port):
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(b"GET / HTTP/1.1\r\nhost: x\r\n\r\n")
+        assert b"204" in await reader.readline()
+        writer.close()
+
+    async def run():
+        owner = ListenerOwner("127.0.0.1", 0)
+        servers = [ReplicaServer(app(name), owner.path, "/") for name in seen]
+        port = owner._listener.getsockname()[1]
+        try:
+            await asyncio.gather(*(ask(port) for _ in range(40)))
+        finally:
+            for server in servers:
+                await server.leave()
+            owner.close()
+
+    asyncio.run(run())
+    assert sum(seen.values()) == 40
+    assert min(seen.values()) >= 5
