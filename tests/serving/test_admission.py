@@ -223,7 +223,8 @@ def test_a_gateway_shows_what_waits_at_all_its_replicas():
             ("a", {"query": 0, "bulk": 40}),
         )
     ]
-    handle = SimpleNamespace(encode=SimpleNamespace(remote=lambda _: Answered(results.pop(0))))
+    encode = SimpleNamespace(remote=lambda _: Answered(results.pop(0)))
+    handle = SimpleNamespace(app_name="of this test", encode=encode)
     backend = HandleBackend(handle)
     assert backend.queued_tokens() == {"query": 0, "bulk": 0}
     seen = []
