@@ -4,12 +4,16 @@ import asyncio
 import importlib.util
 import math
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from ray import cloudpickle
+from ray.serve._private.autoscaling_state import DeploymentAutoscalingState
+from ray.serve._private.common import DeploymentID, ReplicaID, ReplicaMetricReport, TimeStampedValue
+from ray.serve._private.config import DeploymentConfig
 
 from embedloom.config.cluster import ServeScaling
 from embedloom.config.serving import ApplicationArgs, ServingConfig
@@ -142,6 +146,36 @@ def test_the_policy_travels_by_value_and_knows_what_the_config_says():
         current_time=10.0,
     )
     assert policy(context) == (4, {})
+
+
+def test_serves_controller_reads_the_settings_and_decides_by_what_replicas_report():
+    config = DeploymentConfig(autoscaling_config=scaling_on_queue(0, 4, 1.0, 60.0, 600.0))
+    read = DeploymentConfig.from_proto_bytes(config.to_proto_bytes())
+    deployment = DeploymentID(name="encoder", app_name="scaled")
+    state = DeploymentAutoscalingState(deployment)
+    info = SimpleNamespace(
+        deployment_config=read,
+        config_changed=lambda other: True,
+        target_capacity=None,
+        target_capacity_direction=None,
+    )
+    assert state.register(info, 0) == 1  # a start shows that the model loads
+    replica, now = ReplicaID("r", deployment), time.time()
+    state.update_running_replica_ids([replica])
+
+    def told(*values):
+        return [
+            TimeStampedValue(now - 4 * (len(values) - 1 - place), value) for place, value in enumerate(values)
+        ]
+
+    reported = {
+        "demanded_tokens": told(0.0, 8000.0), "demanded_requests": told(0.0, 4.0),
+        "queued_tokens": told(0.0), "tokens_per_second": told(1000.0),
+    }  # fmt: skip
+    state.record_request_metrics_for_replica(
+        ReplicaMetricReport(replica_id=replica, timestamp=now, metrics=reported)
+    )
+    assert state.get_decision_num_replicas(1) == 3  # 2,000 tokens a second, of which a replica is to do 750
 
 
 def test_requests_in_hand_stay_the_signal_where_they_are_stated(tiny_model):

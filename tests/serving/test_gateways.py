@@ -8,7 +8,10 @@ import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 from ray import cloudpickle
+from ray.serve._private.common import DeploymentHandleSource, DeploymentID, ReplicaID, RequestMetadata
+from ray.serve._private.config import DeploymentConfig
 from ray.serve.config import RequestRouterConfig
+from ray.serve.request_router import PendingRequest
 
 from embedloom.config.cluster import ServeScaling
 from embedloom.config.serving import ApplicationArgs, ServingConfig
@@ -82,21 +85,57 @@ def test_the_router_travels_by_value_and_finds_the_board_of_its_process():
     assert one._board() is board_of("of this test")
 
 
-def test_the_less_busy_of_two_comes_first_and_the_other_is_there_if_it_is_full():
-    class Known(QueuedTokensRouter):
-        def __init__(self, names):
-            self._deployment_id = type("DeploymentID", (), {"app_name": "routed"})
-            self._replicas = {type("ReplicaID", (), {"unique_id": name}): name for name in names}
+class Routed:
+    """A replica as Serve's router sees it."""
 
-        def apply_locality_routing(self, pending_request=None):
-            return set(self._replicas)
+    node_id, availability_zone, is_cross_language, actor_id = "n", None, False, None
 
-    board_of("routed").told("slow", 9000, 1000)
-    board_of("routed").told("quick", 9000, 3000)
-    for _ in range(5):
-        assert asyncio.run(Known(["slow", "quick"]).choose_replicas([])) == [["quick"], ["slow"]]
-    assert asyncio.run(Known(["slow"]).choose_replicas([])) == [["slow"]]
-    assert asyncio.run(Known([]).choose_replicas([])) == []
+    def __init__(self, name: str, deployment: DeploymentID) -> None:
+        self.replica_id = ReplicaID(name, deployment)
+        self.multiplexed_model_ids: set[str] = set()
+        self.max_ongoing_requests = 4
+        self.ongoing = 0
+
+    async def get_queue_len(self, *, deadline_s: float) -> int:
+        return self.ongoing
+
+
+def test_serves_router_sends_requests_where_tokens_take_less_time_and_elsewhere_where_there_is_no_room():
+    config = DeploymentConfig(
+        request_router_config=RequestRouterConfig(request_router_class=QueuedTokensRouter)
+    )
+    sent = DeploymentConfig.from_proto_bytes(config.to_proto_bytes())
+    deployment = DeploymentID(name="encoder", app_name="routed")
+    board = board_of("routed")
+
+    def request(number: int) -> PendingRequest:
+        job = EncodeJob((Part("document", ["x" * 1000]),))
+        names = {"request_id": str(number), "internal_request_id": str(number)}
+        return PendingRequest(args=[job], kwargs={}, metadata=RequestMetadata(**names))
+
+    async def run():
+        router = sent.request_router_config.get_request_router_class()(
+            deployment_id=deployment, handle_source=DeploymentHandleSource.REPLICA, self_node_id="n",
+            prefer_local_node_routing=False, prefer_local_az_routing=False, self_availability_zone=None,
+        )  # fmt: skip
+        busy, idle = Routed("busy", deployment), Routed("idle", deployment)
+        router.update_replicas([busy, idle])
+        board.told("busy", 1e9, 1000.0)
+        board.told("idle", 100.0, 0.0)  # no rate is known, so its seconds are tokens
+        for number in range(6):
+            pending = request(number)
+            assert await router._choose_replica_for_request(pending) is idle
+            router.on_request_routed(pending, idle.replica_id, None)
+        assert board.seconds("idle") == 100 + 6 * (16 + 300)
+        idle.ongoing = 4
+        assert await router._choose_replica_for_request(request(6)) is busy
+        for number in range(6):
+            router.on_request_completed(idle.replica_id, str(number))
+        assert board.seconds("idle") == 100
+        router.update_replicas([busy])
+        assert board.seconds("idle") == 0
+
+    asyncio.run(asyncio.wait_for(run(), 60))
 
 
 # -- what keys used

@@ -12,7 +12,7 @@ _SET_KEYS = {"name": "served_name"}  # others: serving.<option>
 
 
 Source = Annotated[
-    str,
+    str | None,
     typer.Argument(
         metavar="CONFIG|MODEL",
         help="A run config (.yaml), or a model folder, .gguf file, Hugging Face id or shipped model.",
@@ -46,10 +46,18 @@ Overrides = Annotated[
     ),
 ]
 DryRun = Annotated[bool, option("dry-run", "Print what would be served and stop.")]
+Stop = Annotated[
+    str | None,
+    option(
+        "stop",
+        "Stop the endpoint of that name (or port) on this machine, and end what is left where its command was killed.",
+        metavar="NAME",
+    ),
+]
 
 
 def serve(
-    source: Source,
+    source: Source = None,
     corpus: Corpus = None,
     documents: Documents = None,
     name: Name = None,
@@ -62,6 +70,7 @@ def serve(
     overrides: Overrides = None,
     dry_run: DryRun = False,
     verbose: Verbose = False,
+    stop: Stop = None,
 ) -> None:
     """The OpenAI-compatible endpoint and its search page, until Ctrl-C.
 
@@ -71,6 +80,15 @@ def serve(
     """
     from embedloom.core.command_output import command_output
 
+    if stop is not None:
+        from embedloom.pipeline.model_commands import load_machine, stop_endpoint
+
+        if source is not None:
+            raise ConfigError(f"--stop: goes without CONFIG or MODEL, and {source!r} is given")
+        print(stop_endpoint(stop, load_machine(cluster), profile, dry_run))
+        return
+    if source is None:
+        raise ConfigError("CONFIG|MODEL: none is given; allowed: a run config, any model, or --stop NAME")
     given = {
         "corpus": corpus, "documents": documents, "served_name": name, "port": port,
         "trust_remote_code": trust_remote_code or None,

@@ -1,5 +1,6 @@
 """Connecting this process to Ray as the cluster config says, and what every node has in its environment."""
 
+import contextlib
 import logging
 import math
 import os
@@ -78,6 +79,8 @@ def required_image(cluster: ClusterConfig) -> str:
     return cluster.ray.image
 
 
+_SESSION_PREFIX = "el-ray-"
+_END_SECONDS = 5.0  # that a process may take to end when asked
 _WORKERS_START_SECONDS = 1200  # of Ray Train, where a profile's own budget is shorter
 
 # Ray's workers import embedloom from here when it is not pip-installed in their image.
@@ -156,7 +159,7 @@ def _start_or_join(arguments: dict[str, Any], auth: AuthConfig) -> str | None:
     if arguments["address"] == "local":
         ensure_token(auth)
         # Unix socket paths are limited to 107 bytes, so the session folder must have a short name.
-        temporary = tempfile.mkdtemp(prefix="el-ray-", dir="/tmp")
+        temporary = tempfile.mkdtemp(prefix=_SESSION_PREFIX, dir="/tmp")
         path = f"{PACKAGE_ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
         settings |= {"runtime_env": {"env_vars": {"PYTHONPATH": path}}, "_temp_dir": temporary}
     try:
@@ -168,6 +171,37 @@ def _start_or_join(arguments: dict[str, Any], auth: AuthConfig) -> str | None:
             shutil.rmtree(temporary, ignore_errors=True)
         raise StageError(f"Ray did not start: {first_line(error)}") from error
     return temporary
+
+
+def end_session(folder: Path) -> int:
+    """End all processes of a private Ray whose command was killed, and delete its folder; returns how many there were.
+
+    They are known by the folder, which options of Ray's own processes name; workers, which rename themselves, are children of
+    its raylet.
+
+    Raises:
+        StageError: the folder is not one of a private Ray.
+    """
+    import psutil
+
+    if folder.parent != Path("/tmp") or not folder.name.startswith(_SESSION_PREFIX):
+        raise StageError(
+            f"{folder} is not the folder of a Ray that embedloom started; allowed: /tmp/{_SESSION_PREFIX}…"
+        )
+    found: set[psutil.Process] = set()
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if any(argument.startswith("--") and f"={folder}/" in argument for argument in process.cmdline()):
+                found |= {process, *process.children(recursive=True)}
+    for process in found:
+        with contextlib.suppress(psutil.Error):
+            process.terminate()
+    _, late = psutil.wait_procs(found, timeout=_END_SECONDS)
+    for process in late:
+        with contextlib.suppress(psutil.Error):
+            process.kill()
+    shutil.rmtree(folder, ignore_errors=True)
+    return len(found)
 
 
 def _keep_failure(error: Exception, temporary: str | None) -> None:

@@ -27,6 +27,7 @@ from embedloom.pipeline.nodes import VERDICT_FILE
 from embedloom.pipeline.preflight import check_port
 from embedloom.retrieval.identity import set_aside
 from embedloom.retrieval.inputs import input_state
+from embedloom.serving.address import Address, answers, interrupt, started
 from embedloom.serving.rollout.trial import TrialRules
 
 # ``embedloom embed INPUT --model MODEL --out FOLDER``: vectors of any texts, without a run config.
@@ -251,6 +252,49 @@ def serve_model(config: ServingConfig, cluster: ClusterConfig, profile: str, dry
         ) as endpoint:
             endpoint.wait()
     return url
+
+
+# ``embedloom serve --stop NAME``: have its command stop it; where that was killed, end what it left.
+
+
+_STOP_SECONDS = 60.0  # that Ray may take to end on a busy machine, beyond the grace
+
+
+def stop_endpoint(name: str, cluster: ClusterConfig, profile: str, dry_run: bool) -> str:
+    """Stop an endpoint that was started on this machine; returns what to print.
+
+    Raises:
+        ConfigError: there is none of that name.
+        ServeError: its command does not end.
+    """
+    found = started(name)
+    running = found.runs
+    what = f"{found.name or name} at {found.url}"
+    if dry_run:
+        how = f"interrupt process {found.pid}" if running else "end what its killed command left"
+        return f"would {how}: {what}\n{found.url}"
+    machine = cluster.profile(profile)
+    if running:
+        interrupt(found, machine.serve.termination_grace_seconds + _STOP_SECONDS)
+    ended = _end_leftovers(found, machine, cluster)
+    found.path.unlink(missing_ok=True)
+    left = f"; {ended} processes were left and ended" if ended else ""
+    return f"stopped {what}{left}\n{found.url}"
+
+
+def _end_leftovers(found: Address, machine: Profile, cluster: ClusterConfig) -> int:
+    """End what a killed command left: a Ray of its own with all its processes, else its applications; returns how many processes."""
+    from embedloom.cluster.session import end_session, ray_session
+
+    if found.session:
+        return end_session(Path(found.session))
+    if not answers(found.ray_address):
+        return 0
+    with ray_session(machine.model_copy(update={"address": found.ray_address}), cluster.auth):
+        from embedloom.serving.stage import remove_all
+
+        remove_all()
+    return 0
 
 
 # ``embedloom deploy MODEL``: find the running endpoint, connect to its Ray, hand over.

@@ -1,7 +1,11 @@
-"""Where endpoints run that `embedloom serve` started on this machine, so that `embedloom deploy` finds them."""
+"""Where endpoints run that `embedloom serve` started on this machine, so that `embedloom deploy` and `serve --stop` find them."""
 
+import contextlib
 import json
 import os
+import signal
+import socket
+import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,21 +16,87 @@ from embedloom.errors import ConfigError, ServeError
 
 @dataclass(frozen=True, slots=True)
 class Address:
-    """One endpoint: where clients ask, where its Ray listens, and the process that keeps it up."""
+    """One endpoint: where clients ask, where its Ray listens, and the process that keeps it up.
+
+    Attributes:
+        port: that clients connect to.
+        url: that clients ask.
+        ray_address: of its Ray.
+        pid: of the command that started it.
+        name: what clients put into ``model``.
+        session: the folder of a Ray that the command started for itself; empty: the Ray was there before.
+    """
 
     port: int
     url: str
     ray_address: str
     pid: int
+    name: str = ""
+    session: str = ""
+
+    @property
+    def path(self) -> Path:
+        """The file that says so."""
+        return _folder() / f"{self.port}.json"
+
+    @property
+    def runs(self) -> bool:
+        """Whether its command does."""
+        return _runs(self.pid)
 
 
-def remember(port: int, url: str, ray_address: str) -> Path:
+def remember(port: int, url: str, ray_address: str, name: str = "", session: str = "") -> Path:
     """Write down an endpoint of this process; returns the file, which goes when the endpoint stops."""
-    folder = _folder()
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{port}.json"
-    path.write_text(json.dumps(asdict(Address(port, url, ray_address, os.getpid()))) + "\n")
-    return path
+    address = Address(port, url, ray_address, os.getpid(), name, session)
+    address.path.parent.mkdir(parents=True, exist_ok=True)
+    address.path.write_text(json.dumps(asdict(address)) + "\n")
+    return address.path
+
+
+def started(name: str) -> Address:
+    """The endpoint of a served name, or of a port; also one whose command was killed and left its Ray behind.
+
+    Raises:
+        ConfigError: none, or several of that name.
+    """
+    known = _all()
+    found = [one for one in known if name in (one.name, str(one.port))]
+    if len(found) == 1:
+        return found[0]
+    allowed = ", ".join(f"{one.name or '?'} (port {one.port})" for one in known) or "none runs"
+    if found:
+        raise ConfigError(
+            f"--stop: several endpoints are called {name!r}; allowed: their ports, of {allowed}"
+        )
+    raise ConfigError(f"--stop: no endpoint {name!r} was started on this machine; allowed: {allowed}")
+
+
+def interrupt(address: Address, seconds: float) -> None:
+    """Have the command of an endpoint stop it, as Ctrl-C does, and wait until it has.
+
+    Raises:
+        ServeError: it has not within so many seconds.
+    """
+    deadline = time.monotonic() + seconds
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(address.pid, signal.SIGTERM)
+    while address.runs:
+        if time.monotonic() > deadline:
+            raise ServeError(
+                f"process {address.pid}, which serves {address.name!r}, did not stop within {seconds:g} s; kill it, and then "
+                "`embedloom serve --stop` ends what it leaves"
+            )
+        time.sleep(0.1)
+
+
+def answers(ray_address: str) -> bool:
+    """Whether somebody listens where a Ray was."""
+    host, _, port = ray_address.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=1.0).close()
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 def find(port: int | None) -> Address:
@@ -35,14 +105,15 @@ def find(port: int | None) -> Address:
     Raises:
         ConfigError: none, or several without a port.
     """
-    found = [address for address in _all() if port in (None, address.port)]
+    running = [address for address in _all() if address.runs]
+    found = [address for address in running if port in (None, address.port)]
     if len(found) == 1:
         return found[0]
-    running = ", ".join(str(address.port) for address in _all()) or "none"
+    ports = ", ".join(str(address.port) for address in running) or "none"
     if found:
-        raise ConfigError(f"--port: several endpoints run on this machine; allowed: {running}")
+        raise ConfigError(f"--port: several endpoints run on this machine; allowed: {ports}")
     asked = "no endpoint runs on this machine" if port is None else f"no endpoint runs here on port {port}"
-    raise ConfigError(f"--port: {asked} (running: {running}); start one with `embedloom serve`")
+    raise ConfigError(f"--port: {asked} (running: {ports}); start one with `embedloom serve`")
 
 
 def ask(url: str, timeout_seconds: float, body: Any = None) -> Any:
@@ -73,10 +144,11 @@ def _folder() -> Path:
 
 
 def _all() -> list[Address]:
+    """Endpoints whose command runs, or whose Ray is still there; files about others are deleted."""
     found = []
     for path in sorted(_folder().glob("*.json")):
         address = Address(**json.loads(path.read_text()))
-        if _runs(address.pid):
+        if address.runs or answers(address.ray_address):
             found.append(address)
         else:
             path.unlink(missing_ok=True)
@@ -84,10 +156,12 @@ def _all() -> list[Address]:
 
 
 def _runs(pid: int) -> bool:
+    import psutil  # only where there is an endpoint to look at
+
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
+        # A process that ended, and that nobody has asked how, still has its number.
+        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
         return False
-    except PermissionError:
+    except psutil.AccessDenied:
         return True
-    return True

@@ -85,7 +85,10 @@ def ask_ingress(method: str, seconds: float, *arguments: Any) -> list[Any]:
         ServeError: there is none.
         TimeoutError: one did not answer in time.
     """
-    return list(ingress_handle().broadcast(method, *arguments).results(timeout_s=seconds))
+    handle = ingress_handle()
+    if running_replicas(APPLICATION, handle.deployment_name) > 1:
+        return list(handle.broadcast(method, *arguments).results(timeout_s=seconds))
+    return [getattr(handle, method).remote(*arguments).result(timeout_s=seconds)]
 
 
 def running_replicas(application: str, deployment: str) -> int:

@@ -159,8 +159,7 @@ class Endpoint:
             if self.owns_serve:
                 serve.shutdown()
                 return
-            for name in (APPLICATION, *version_names()):
-                remove(name)
+            remove_all()
         except (ray.exceptions.RayError, RayServeException, ServeError, TimeoutError) as error:
             note("serve", f"Serve did not end in order ({last_line(error)}); it ends with its Ray")
 
@@ -184,6 +183,18 @@ class Endpoint:
     ) -> None:
         """Stop it."""
         self.stop()
+
+
+def _session_folder() -> str:
+    """The folder of the Ray that this process started for itself, which its processes have in their command lines."""
+    socket_path = Path(ray.nodes()[0]["RayletSocketName"])  # FOLDER/session_…/sockets/raylet
+    return str(socket_path.parents[2])
+
+
+def remove_all() -> None:
+    """Let running requests finish and take the endpoint of the connected Ray down, with the versions beside it."""
+    for name in (APPLICATION, *version_names()):
+        remove(name)
 
 
 def start_endpoint(
@@ -238,7 +249,8 @@ def start_endpoint(
     try:
         _start(arguments, build_application(arguments, encoders), encoders, endpoint)
         gcs = ray.get_runtime_context().gcs_address
-        endpoint.address_file = remember(config.port, endpoint.url, gcs)
+        session = _session_folder() if own_ray else ""
+        endpoint.address_file = remember(config.port, endpoint.url, gcs, served_name, session)
     except (RuntimeError, TimeoutError, ray.exceptions.RayError) as error:
         endpoint.stop()
         raise ServeError(f"the endpoint did not start: {last_line(error)}") from error
