@@ -17,6 +17,7 @@ import asyncio
 import hashlib
 import json
 import os
+import secrets
 import sys
 import tempfile
 import time
@@ -168,7 +169,9 @@ def main() -> None:
     import ray
 
     with tempfile.TemporaryDirectory(prefix="gw-", dir="/tmp") as folder:
-        os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(Path(folder) / "token")}
+        token = Path(folder) / "token"
+        token.write_text(secrets.token_hex(32))
+        os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
         ray.init(
             "local", num_cpus=8, include_dashboard=False, log_to_driver=False, object_store_memory=200 * 2**20
         )
