@@ -1,5 +1,6 @@
 """The ``serve`` verb: a run config, or any model, with a corpus to search if wanted."""
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -81,11 +82,7 @@ def serve(
     from embedloom.core.command_output import command_output
 
     if stop is not None:
-        from embedloom.pipeline.model_commands import load_machine, stop_endpoint
-
-        if source is not None:
-            raise ConfigError(f"--stop: goes without CONFIG or MODEL, and {source!r} is given")
-        print(stop_endpoint(stop, load_machine(cluster), profile, dry_run))
+        _stop(stop, source, cluster, profile, dry_run)
         return
     if source is None:
         raise ConfigError("CONFIG|MODEL: none is given; allowed: a run config, any model, or --stop NAME")
@@ -118,3 +115,11 @@ def serve(
     with command_output(Place("runs/serve"), verbose or dry_run, resumes=False):
         result = serve_model(config, load_machine(cluster), profile, dry_run)
     print(result)
+
+
+def _stop(name: str, source: str | None, cluster: Path | None, profile: str, dry_run: bool) -> None:
+    from embedloom.pipeline.model_commands import load_machine, stop_endpoint
+
+    if source is not None:
+        raise ConfigError(f"--stop: goes without CONFIG or MODEL, and {source!r} is given")
+    print(stop_endpoint(name, load_machine(cluster), profile, dry_run))

@@ -185,8 +185,10 @@ class Endpoint:
         self.stop()
 
 
-def _session_folder() -> str:
-    """The folder of the Ray that this process started for itself, which its processes have in their command lines."""
+def _session_folder(own_ray: bool) -> str:
+    """The folder of the Ray that this process started for itself, which its processes have in their command lines; else empty."""
+    if not own_ray:
+        return ""
     socket_path = Path(ray.nodes()[0]["RayletSocketName"])  # FOLDER/session_…/sockets/raylet
     return str(socket_path.parents[2])
 
@@ -249,8 +251,7 @@ def start_endpoint(
     try:
         _start(arguments, build_application(arguments, encoders), encoders, endpoint)
         gcs = ray.get_runtime_context().gcs_address
-        session = _session_folder() if own_ray else ""
-        endpoint.address_file = remember(config.port, endpoint.url, gcs, served_name, session)
+        endpoint.address_file = remember(config.port, url, gcs, served_name, _session_folder(own_ray))
     except (RuntimeError, TimeoutError, ray.exceptions.RayError) as error:
         endpoint.stop()
         raise ServeError(f"the endpoint did not start: {last_line(error)}") from error
