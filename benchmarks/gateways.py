@@ -166,12 +166,12 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=3000)
     given = parser.parse_args()
     os.environ["RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD"] = "0"  # as `embedloom serve` has it
-    import ray
-
     with tempfile.TemporaryDirectory(prefix="gw-", dir="/tmp") as folder:
         token = Path(folder) / "token"
         token.write_text(secrets.token_hex(32))
         os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
+        import ray  # reads on its first import how to authenticate
+
         ray.init(
             "local", num_cpus=8, include_dashboard=False, log_to_driver=False, object_store_memory=200 * 2**20
         )
