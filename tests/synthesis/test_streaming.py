@@ -11,7 +11,8 @@ from embedloom.core.storage import Place
 from embedloom.errors import DataError
 from embedloom.mining.stage import mine, teacher_sources
 from embedloom.retrieval.embed import Ahead, AheadVectors
-from synthesis.test_stage import WORDS, config, everything, run
+from fakes_engines import WORDS
+from synthesis.test_stage import config, everything, run
 
 POOL = PoolConfig(cpus=1)
 FAMILIES = [{"family": "seed_queries", "rows": 24, "queries_per_document": 2}]
