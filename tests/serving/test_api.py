@@ -53,8 +53,12 @@ def test_other_types_come_by_either_name_and_as_base64_of_their_bytes(client, ki
     body = post(client, input=["ab", "cd"], output_dtype=kind).json()
     EmbeddingsResponse.model_validate(body)
     numbers = [item["embedding"] for item in body["data"]]
-    for asked in ({"encoding_format": kind}, {"embedding_type": kind}):
+    other = "ubinary" if kind == "binary" else "binary"  # output_dtype holds, as its description says
+    both = {"encoding_format": other, "output_dtype": kind}
+    for asked in ({"encoding_format": kind}, {"embedding_type": kind}, both):
         assert post(client, input=["ab", "cd"], **asked).json() == body
+    floats = post(client, input=["ab", "cd"], output_dtype="float", encoding_format=kind).json()
+    assert floats == post(client, input=["ab", "cd"]).json()
     packed = post(client, input=["ab", "cd"], output_dtype=kind, encoding_format="base64").json()["data"]
     # As voyageai's client reads them.
     assert [np.frombuffer(base64.b64decode(item["embedding"]), dtype).tolist() for item in packed] == numbers

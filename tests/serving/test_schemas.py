@@ -84,11 +84,6 @@ def test_bad_input_is_refused_by_item(given, words):
         ({"input": "a", "normalized": False}, "normalized", "True"),
         ({"input": "a", "late_chunking": True}, "late_chunking", "False"),
         ({"input": "a", "output_dtype": "int4"}, "output_dtype", "'int8', 'uint8', 'binary'"),
-        (
-            {"input": "a", "output_dtype": "int8", "encoding_format": "binary"},
-            "output_dtype",
-            "'float', 'base64' or the same",
-        ),
         ({"input": [1, 2], "instruction": "Find"}, "instruction", "token ids"),
         ({"input": [1, 2], "task": "sts"}, "task", "token ids"),
         ({"input": "a", "model": 5}, "model", "valid string"),

@@ -404,7 +404,7 @@ class EmbeddingsRequest(_Input):
     output_dtype: VectorType | None = Field(
         default=None,
         description=(
-            "Voyage's and Mistral's; null: float. int8 and uint8 fill each vector's own range, its scale comes along. ubinary packs "
+            "Voyage's and Mistral's; null: as encoding_format. Where both name a type of numbers, this one holds. int8 and uint8 fill each vector's own range, its scale comes along. ubinary packs "
             "eight dimensions into a byte from the highest bit down, set where above 0; binary is that less 128."
         ),
     )
@@ -438,26 +438,22 @@ class EmbeddingsRequest(_Input):
     def encoding(self) -> tuple[Encoding, bool]:
         """The type of the numbers, and whether they are sent as base64."""
         asked: Encoding = self.said("encoding_format") or self.embedding_type or "float"
-        if self.output_dtype in (None, "float"):
-            return asked, asked == "base64"
-        return self.output_dtype, asked == "base64"
+        if self._names_the_type:
+            return self.output_dtype or "float", asked == "base64"
+        return asked, asked == "base64"
 
     @property
     def encoding_field(self) -> str:
         """The field that the type of the numbers came in."""
-        if self.output_dtype not in (None, "float"):
+        if self._names_the_type:
             return "output_dtype"
         return "encoding_format" if self.said("encoding_format") else "embedding_type"
 
-    @model_validator(mode="after")
-    def _one_type_is_asked_for(self) -> "EmbeddingsRequest":
-        form = self.said("encoding_format") or self.embedding_type or "float"
-        if self.output_dtype is not None and form not in ("float", "base64", self.output_dtype):
-            raise refuse(
-                f"output_dtype is {self.output_dtype!r}, encoding_format {form!r}; allowed beside it: 'float', 'base64' or the same",
-                param="output_dtype",
-            )
-        return self
+    @property
+    def _names_the_type(self) -> bool:
+        """Whether output_dtype decides; beside float, base64 is how float32 is sent."""
+        asked = self.said("encoding_format") or self.embedding_type
+        return self.output_dtype is not None and not (self.output_dtype == "float" and asked == "base64")
 
 
 class RerankRequest(TextOptions):
