@@ -16,6 +16,7 @@ from embedloom.encoder.tokenizer import (
     truncated_ids,
 )
 from embedloom.errors import DataError
+from embedloom.retrieval.vector_files import cut_line
 from fakes import byte_tokenizer
 
 LIMIT = 16
@@ -106,6 +107,21 @@ def test_what_a_limit_leaves_out_is_counted_as_the_whole_text_is_tokenized(wordp
     assert cuts.cut == sum(length > LIMIT for length in lengths)
     assert cuts.read + cuts.left_out == sum(lengths)
     assert cuts.take().cut > 0 and cuts == CutTexts()
+
+
+def test_texts_in_a_script_that_the_tokenizer_does_not_know_are_warned_about(wordpiece: Any) -> None:
+    thai = ["ฉันชอบกินข้าว", "วันนี้ฝนตกหนักมาก", "เขาไปโรงเรียนทุกวัน", "แมวนอนบนโต๊ะ", "หนังสือเล่มนี้ดี"]
+    cuts = CutTexts()
+    ids = truncated_ids(wordpiece, thai, LIMIT, cuts)
+    tokens = [token for own in ids for token in wordpiece.convert_ids_to_tokens(own)]
+    assert cuts.unknown == tokens.count("[UNK]") >= 5
+    assert cuts.counts() == {"tokens_unknown": cuts.unknown}
+    share = f"{tokens.count('[UNK]') / len(tokens):.1%}"
+    assert str(cuts).startswith(f"no text cut; warning: {share} of the tokens are unknown")
+    assert cut_line(5, {"tokens": len(tokens), **cuts.counts()}).endswith(str(cuts).partition(";")[2])
+    cuts.take()
+    truncated_ids(wordpiece, ["the quick brown fox " * 3, "größer, schöner, naïve"], LIMIT, cuts)
+    assert cuts.unknown == 0 and "warning" not in str(cuts)
 
 
 def test_beyond_what_is_tokenized_the_tokens_left_out_follow_from_the_length(wordpiece: Any) -> None:

@@ -20,6 +20,9 @@ from embedloom.errors import ConfigError, DataError, first_line
 CHARACTERS_PER_TOKEN = 16
 # Fewer tokens than these say nothing of a text: where an instruction leaves no more, all cut texts are nearly one.
 MIN_TEXT_TOKENS = 8
+# Above this share of tokens that a tokenizer does not know, unlike texts may be one to the model: five Thai sentences are
+# the same few ids to MiniLM's, and their vectors have a cosine of 1.
+UNKNOWN_SHARE = 0.05
 
 
 class InstructionTooLong(DataError):
@@ -28,7 +31,7 @@ class InstructionTooLong(DataError):
 
 @dataclass(slots=True)
 class CutTexts:
-    """How much of some texts a length limit left out."""
+    """How much of some texts a length limit left out, and how many tokens stand for what the tokenizer does not know."""
 
     texts: int = 0  # all of them, cut or not
     cut: int = 0
@@ -36,22 +39,26 @@ class CutTexts:
     left_out: int = (
         0  # tokens behind the limit; estimated by a text's length beyond ``CHARACTERS_PER_TOKEN`` x limit
     )
+    unknown: int = 0  # of the tokens read
 
     def counts(self) -> dict[str, int]:
-        """For a manifest; empty where no text was cut."""
-        return {"texts_cut": self.cut, "tokens_left_out": self.left_out} if self.cut else {}
+        """For a manifest; empty where no text was cut and every token known."""
+        cut = {"texts_cut": self.cut, "tokens_left_out": self.left_out} if self.cut else {}
+        return {**cut, **({"tokens_unknown": self.unknown} if self.unknown else {})}
 
     def __str__(self) -> str:
-        """One clause for a progress line."""
+        """One clause for a progress line, or two."""
+        doubt = unknown_warning(self.unknown, self.read)
         if not self.cut:
-            return "no text cut"
+            return f"no text cut{doubt}"
         share = self.read / (self.read + self.left_out)
-        return f"{self.cut:,} of {self.texts:,} texts cut, {share:.1%} of {self.read + self.left_out:,} tokens read"
+        tokens = self.read + self.left_out
+        return f"{self.cut:,} of {self.texts:,} texts cut, {share:.1%} of {tokens:,} tokens read{doubt}"
 
     def take(self) -> "CutTexts":
         """What was counted so far; counting starts afresh."""
         found = replace(self)
-        self.texts = self.cut = self.read = self.left_out = 0
+        self.texts = self.cut = self.read = self.left_out = self.unknown = 0
         return found
 
     def count(self, read: Sequence[int], left_out: Sequence[int]) -> None:
@@ -64,6 +71,17 @@ class CutTexts:
         self.cut += other.cut
         self.read += other.read
         self.left_out += other.left_out
+        self.unknown += other.unknown
+
+
+def unknown_warning(unknown: int, tokens: int) -> str:
+    """What follows a progress line where a tokenizer does not know the texts; empty where it does."""
+    if unknown <= UNKNOWN_SHARE * tokens:
+        return ""
+    return (
+        f"; warning: {unknown / tokens:.1%} of the tokens are unknown to the model's tokenizer, so that unlike texts may have "
+        "one vector; take a model that knows their script"
+    )
 
 
 class CutsByText(CutTexts):
@@ -303,6 +321,8 @@ def truncated_ids(
                 ids[row] = whole
     if cuts is not None:
         cuts.count([len(own) for own in ids], left_out)
+        unknown = tokenizer.unk_token_id
+        cuts.unknown += 0 if unknown is None else sum(own.count(unknown) for own in ids)
     return ids
 
 

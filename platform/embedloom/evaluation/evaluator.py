@@ -16,7 +16,7 @@ from embedloom.core.prompting import PromptContract
 from embedloom.core.storage import Place
 from embedloom.encoder.backbone import DTypeName
 from embedloom.encoder.registry import fetched_by_name
-from embedloom.encoder.tokenizer import CutTexts
+from embedloom.encoder.tokenizer import CutTexts, unknown_warning
 from embedloom.errors import StageError, last_line
 from embedloom.evaluation.jobs import (
     EmbedJob,
@@ -397,6 +397,6 @@ class Evaluator:
                     tokens, padded = tokens + cost[0], padded + cost[1]
                     cuts.add(store.cuts(shard.id))
         finish_task(self._place, unit, survey, tokens, padded, cuts)
-        if cuts.cut:
+        if cuts.cut or unknown_warning(cuts.unknown, cuts.read):
             note("evaluate", f"{unit.label}: {cuts}")
         return {unit.label: read_scores(self._place, unit)["main_score"]}

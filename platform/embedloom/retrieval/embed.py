@@ -421,7 +421,7 @@ def embed_corpus(
 
     Returns:
         ``{"rows": …, "tokens": …}``: rows written and real tokens embedded; where texts were cut also ``texts_cut`` and
-        ``tokens_left_out``, of the distinct texts of each shard.
+        ``tokens_left_out``, and ``tokens_unknown`` to the tokenizer, of the distinct texts of each shard.
     """
     apart = isinstance(model, SplitSource) and (pool.gpus > 0 if tokenize_apart is None else tokenize_apart)
     arguments = {

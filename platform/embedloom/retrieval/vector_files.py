@@ -6,7 +6,7 @@ import numpy as np
 import pyarrow as pa
 
 from embedloom.core.storage import Place
-from embedloom.encoder.tokenizer import CutTexts
+from embedloom.encoder.tokenizer import CutTexts, unknown_warning
 from embedloom.errors import DataError
 from embedloom.retrieval.search import Matrix, check_vectors
 from embedloom.retrieval.stored import stored_dimension, stored_vectors
@@ -15,7 +15,8 @@ from embedloom.retrieval.stored import stored_dimension, stored_vectors
 CONTRACT_KEY = b"contract_hash"
 MODEL_KEY = b"model"
 TOKENS_KEY = b"tokens"
-CUT_COUNTS = ("texts_cut", "tokens_left_out")  # only where a limit cut texts
+# Only where a limit cut texts, or the tokenizer does not know some of them.
+CUT_COUNTS = ("texts_cut", "tokens_left_out", "tokens_unknown")
 CUT_KEYS = tuple(name.encode() for name in CUT_COUNTS)
 
 
@@ -26,7 +27,7 @@ def cost_metadata(tokens: int, cuts: CutTexts) -> dict[bytes, bytes]:
 
 
 def cost_counts(schemas: Iterable[pa.Schema]) -> dict[str, int]:
-    """``tokens`` of all files, and where texts were cut ``texts_cut`` and ``tokens_left_out``."""
+    """``tokens`` of all files, and of ``CUT_COUNTS`` those that there are."""
     found = {TOKENS_KEY: 0}
     for schema in schemas:
         for key in (TOKENS_KEY, *CUT_KEYS):
@@ -37,11 +38,13 @@ def cost_counts(schemas: Iterable[pa.Schema]) -> dict[str, int]:
 
 def cut_line(texts: int, cost: Mapping[str, int]) -> str:
     """What ``cost_counts`` say of the model's limits, in a clause."""
+    doubt = unknown_warning(cost.get("tokens_unknown", 0), cost["tokens"])
     if "texts_cut" not in cost:
-        return "no text was cut at the model's limit"
+        return f"no text was cut at the model's limit{doubt}"
     left = cost["tokens_left_out"]
     share = cost["tokens"] / (cost["tokens"] + left)
-    return f"{cost['texts_cut']:,} of {texts:,} texts cut at the model's limit: {share:.1%} of their tokens read, {left:,} left out"
+    read = f"{share:.1%} of their tokens read, {left:,} left out"
+    return f"{cost['texts_cut']:,} of {texts:,} texts cut at the model's limit: {read}{doubt}"
 
 
 def read_vector_file(place: Place, name: str) -> tuple[list[str], Matrix, str]:

@@ -1093,7 +1093,7 @@ def drawn_prompts(
 
 def preparation_counts(prepared: Prepared) -> dict[str, Any]:
     """Counts for the manifest: negatives that were repeated, rejects by reason; and, where there are any, negatives
-    taken out of rows that stay (``cleaned``, by reason), texts cut at a limit (``texts_cut``, ``tokens_left_out``), and
+    taken out of rows that stay (``cleaned``, by reason), texts cut at a limit (``texts_cut``, ``tokens_left_out``), ``tokens_unknown``, and
     rows from whose teacher nothing is learnt (``unscored``).
     """
     rejects: Counter[str] = Counter()
