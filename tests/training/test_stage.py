@@ -150,7 +150,8 @@ def test_the_trained_instruction_is_what_the_endpoint_sends_and_readers_put_befo
 def test_one_worker_and_zero_2_give_the_curve_of_two_workers(undisturbed, tiny_model, tmp_path):
     mining, artefact = undisturbed
     other = run(tmp_path / "one", mining, tiny_model, make_config(zero_stage=2), workers=1)
-    assert losses(other) == pytest.approx(losses(artefact), rel=1e-4)
+    # Losses of 1e-4 are float32 sums near 0: by processor they differ by 3e-8, which is more than their ten-thousandth part.
+    assert losses(other) == pytest.approx(losses(artefact), rel=1e-4, abs=1e-6)
 
 
 def is_running(process: psutil.Process, name: str) -> bool:
