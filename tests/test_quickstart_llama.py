@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 SHORTER = (
-    "synthesis=null", "training.mix={public: 1.0}", "training.runs=[{name: alpha, seed: 1}]", "mining.audit=null",
+    "synthesis=null", "training.mix={public: 1.0}", "training.runs=[{name: alpha, seed: 1}]", "mining.audit={}",
     "training.stages.0.max_steps=160", "training.stages.1.max_steps=80", "evaluation.baselines=[bm25]",
 )  # fmt: skip
 
