@@ -356,7 +356,6 @@ def proxy_middlewares() -> list[Middleware]:
 
 
 _BACKLOG = 2048
-_ACCEPTED_AT_ONCE = 1  # connections a turn of an event loop; see ``_SharedListener``
 _CLOSING_SECONDS = 2.0  # for which idle connections of a leaving replica may still ask, and are told to close
 # As Serve's proxy has it: longer than load balancers and pools of clients keep an idle connection (60 s), so that they
 # close it first and no request meets a closing one.
@@ -505,9 +504,9 @@ class ReplicaServer:
         self._owner = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._owner.connect(path)
         _, descriptors, _, _ = socket.recv_fds(self._owner, 1, 1)
-        self._server = uvicorn.Server(_settings(self._mounted, _ACCEPTED_AT_ONCE))
+        self._server = uvicorn.Server(_settings(self._mounted))
         # Not `serve`, which takes over the process's signals.
-        listener = _SharedListener(fileno=descriptors[0])
+        listener = socket.socket(fileno=descriptors[0])
         self._serving = asyncio.get_running_loop().create_task(self._server._serve([listener]))
 
     async def leave(self) -> None:
@@ -521,17 +520,6 @@ class ReplicaServer:
             await asyncio.sleep(0.05)
         self._server.should_exit = True
         await self._serving
-
-
-class _SharedListener(socket.socket):
-    """A listening socket that several gateways accept from; its length of waiting connections is the owner's to say.
-
-    An event loop accepts as many connections at once as it was told its backlog is: with 2,048, whoever wakes first would take all
-    of a client's pool, and the other gateways none.
-    """
-
-    def listen(self, backlog: int = 0, /) -> None:
-        """Nothing: it listens."""
 
 
 class _Mounted:
@@ -564,8 +552,9 @@ def _stamping(send: Send, stamps: list[tuple[bytes, bytes]]) -> Send:
     return stamped
 
 
-def _settings(app: Any, backlog: int = _BACKLOG) -> uvicorn.Config:
+def _settings(app: Any) -> uvicorn.Config:
+    # The backlog is the socket's, which all gateways share: whoever listens with a smaller one has the kernel drop connections.
     return uvicorn.Config(
         app, http=BoundedProtocol, ws="none", lifespan="off", log_config=None, log_level=None, access_log=False,
-        proxy_headers=False, server_header=False, timeout_keep_alive=_KEEP_ALIVE_SECONDS, backlog=backlog,
+        proxy_headers=False, server_header=False, timeout_keep_alive=_KEEP_ALIVE_SECONDS, backlog=_BACKLOG,
     )  # fmt: skip
