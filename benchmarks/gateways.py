@@ -119,7 +119,9 @@ def gateway_seconds() -> dict[int, float]:
 
     found = {}
     for process in psutil.Process().children(recursive=True):
-        if ":gateway" in " ".join(process.cmdline()):
+        if ":gateways:gateway" in " ".join(
+            process.cmdline()
+        ):  # application, deployment: the encoders are no gateways
             times = process.cpu_times()
             found[process.pid] = times.user + times.system
     return found
