@@ -18,9 +18,11 @@ from typer.cli import get_docs_for_click
 
 from embedloom import errors
 from embedloom.cli import app
+from embedloom.config.serving import BatchesConfig
 from embedloom.core.prompting import PromptContract
 from embedloom.core.schemas import SCHEMAS
 from embedloom.serving.api import create_api
+from embedloom.serving.batches.routes import BatchDesk
 from embedloom.serving.calls import EndpointSettings
 from embedloom.serving.metrics import EndpointMetrics
 
@@ -119,31 +121,40 @@ def _document() -> dict[str, Any]:
         max_requests=1,
         request_timeout_seconds=1.0,
     )
-    api = create_api(None, settings, corpus=SimpleNamespace(card=None))  # type: ignore[arg-type]
+    desk = BatchDesk(BatchesConfig(folder="batches"), {}, lambda: None)
+    api = create_api(None, settings, corpus=SimpleNamespace(card=None), desk=desk)  # type: ignore[arg-type]
     document: dict[str, Any] = TestClient(api).get("/openapi.json").json()
     return document
 
 
 def routes() -> str:
-    """One row per operation; paths with the same bodies and summary share it."""
+    """One row an operation; paths with the same bodies and summary share it."""
     found: dict[tuple[str, str, str, str], list[str]] = {}
     for path, operations in _document()["paths"].items():
         for method, operation in operations.items():
-            body = (
-                operation.get("requestBody", {})
-                .get("content", {})
-                .get("application/json", {})
-                .get("schema", {})
-            )
+            asked = operation.get("requestBody", {}).get("content", {})
+            body = _links(asked.get("application/json", {}).get("schema", {}))
+            if "multipart/form-data" in asked:
+                body = "`multipart/form-data`: " + _fields(asked["multipart/form-data"]["schema"])
+            if queried := [
+                f"`{one['name']}`" for one in operation.get("parameters", ()) if one["in"] == "query"
+            ]:
+                body = f"query: {', '.join(queried)}"
             content = operation["responses"]["200"]["content"]
             reply = content["application/json"]["schema"] if "application/json" in content else None
             what = _links(reply) if reply else f"`{next(iter(content))}`"
-            key = (method.upper(), _single_ticks(operation["summary"]), _links(body), what)
+            key = (method.upper(), _single_ticks(operation["summary"]), body, what)
             found.setdefault(key, []).append(f"`{path}`")
     rows = [
         [method, ", ".join(paths), text, body, reply] for (method, text, body, reply), paths in found.items()
     ]
     return _table(["method", "path", "what it does", "request body", "reply"], rows)
+
+
+def _fields(form: dict[str, Any]) -> str:
+    """The fields of a form."""
+    required = form["required"]
+    return ", ".join(f"`{name}`" + ("" if name in required else " (optional)") for name in form["properties"])
 
 
 def bodies() -> str:

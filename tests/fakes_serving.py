@@ -105,9 +105,16 @@ def settings_of(**settings: Any) -> EndpointSettings:
 
 
 def api_of(
-    encoder: FakeEncoder, *, limits: dict[str, Any] | None = None, corpus: Any = None, **settings: Any
+    encoder: FakeEncoder,
+    *,
+    limits: dict[str, Any] | None = None,
+    corpus: Any = None,
+    desk: Any = None,
+    **settings: Any,
 ) -> FastAPI:
-    return create_api(service_of(encoder, **(limits or {})), settings_of(**settings), corpus=corpus)
+    return create_api(
+        service_of(encoder, **(limits or {})), settings_of(**settings), corpus=corpus, desk=desk
+    )
 
 
 def client_of(encoder: FakeEncoder, **options: Any) -> TestClient:

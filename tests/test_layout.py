@@ -23,7 +23,7 @@ PACKAGES = {
     "planning", "raydata", "report", "retrieval", "serving", "synthesis", "training",
 }  # fmt: skip
 HEAVY_LIBRARIES = {"torch", "ray", "vllm", "transformers", "deepspeed", "mteb", "sentence_transformers"}
-INNER_PACKAGES = {"serving/rollout", "synthesis/families"}
+INNER_PACKAGES = {"serving/batches", "serving/rollout", "synthesis/families"}
 MAX_FUNCTION_LINES = 60
 MAX_JOB_LINES = 40
 

@@ -41,6 +41,8 @@ LEAST = {
     "TeiRerankRequest": {"query": "a", "texts": ["b"]},
     "TeiSimilarityRequest": {"inputs": {"source_sentence": "a", "sentences": ["b"]}},
     "TeiTokenizeRequest": {"inputs": "a"},
+    "BatchRequest": {"input_file_id": "file-1", "endpoint": "/v1/embeddings", "completion_window": "24h"},
+    "ExpiresAfter": {"anchor": "created_at", "seconds": 3600},
     "TeiSentences": {"source_sentence": "a", "sentences": ["b"]},
 }
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,8 @@ from schemathesis.specs.openapi.checks import (
     unsupported_method,
 )
 
+from embedloom.config.serving import BatchesConfig
+from embedloom.serving.batches.routes import BatchDesk
 from embedloom.serving.front import ApiKey
 from embedloom.serving.schemas import CorpusCard, SearchHit
 from fakes_serving import FakeEncoder, api_of, client_of
@@ -25,7 +28,7 @@ from fakes_serving import FakeEncoder, api_of, client_of
 # What no schema can say: lengths in tokens, the vocabulary, the dimensions and instructions of the model.
 BEYOND_SCHEMA = {
     "context_length_exceeded", "dimensions_not_available", "invalid_token_id", "request_too_large", "contract_hash_twice",
-    "prompt_for_token_ids",
+    "prompt_for_token_ids", "empty_file",
 }  # fmt: skip
 
 # `python tests/drills/serve_schema.py` asks many more times, each time others.
@@ -55,6 +58,8 @@ def schema_of(**settings):
 plain = schema_of()
 keyed = schema_of(keys=(ApiKey(name="tests", sha256=hashlib.sha256(KEY.encode()).hexdigest()),))
 searching = schema_of(corpus=OneDocument())
+batches = tempfile.TemporaryDirectory()
+batching = schema_of(desk=BatchDesk(BatchesConfig(folder=batches.name), {}, lambda: None))
 
 
 def asked(examples: int):
@@ -98,6 +103,12 @@ def test_endpoint_with_keys_keeps_to_its_document(case):
 @searching.include(path="/v1/search").parametrize()
 @asked(EXAMPLES // 3)
 def test_search_keeps_to_the_document(case):
+    keeps_to_the_document(case)
+
+
+@batching.include(path_regex="/v1/(files|batches)").parametrize()
+@asked(EXAMPLES // 3)
+def test_batches_keep_to_the_document(case):
     keeps_to_the_document(case)
 
 

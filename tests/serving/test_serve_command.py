@@ -102,7 +102,7 @@ def test_corpus_is_checked_before_anything_starts(tiny_model, tmp_path):
     place = vectors_of(tiny_model, Place(str(tmp_path / "vectors")))
     serving = ServingConfig(corpus=place.uri, require_gate=False)
     args = {"model_folder": str(tiny_model), "served_name": "t", "serving": serving}
-    source = build_application(ApplicationArgs(**args))._bound_deployment.init_args[-2]
+    source = build_application(ApplicationArgs(**args))._bound_deployment.init_args[2]
     assert (source.uri, source.model_id) == (place.uri, ModelFolder(tiny_model).id)
     other = shutil.copytree(tiny_model, tmp_path / "other")
     (other / "added.json").write_text("{}")

@@ -5,7 +5,7 @@ from typing import Literal
 from pydantic import Field, field_validator, model_validator
 
 from embedloom.config.base import FrozenConfig
-from embedloom.config.cluster import ServeScaling
+from embedloom.config.cluster import PoolConfig, ServeScaling
 from embedloom.config.embedding import ComputeType, computed_dtype
 from embedloom.core.prompting import Side
 
@@ -39,6 +39,38 @@ class ModelAlias(FrozenConfig):
             "What happens to texts over the limit, for requests that do not state it: none refuses them, "
             "start and end cut that end off. Null: serving.truncate."
         ),
+    )
+
+
+class BatchesConfig(FrozenConfig):
+    """OpenAI's Batch API: files of requests that are answered within a day, by actors of their own."""
+
+    folder: str = Field(
+        description=(
+            "Folder or object store of files, batches and their results; of one endpoint only, and seen by every node. Batches that "
+            "were not done when the endpoint ended go on when it is started again."
+        )
+    )
+    max_file_mib: float = Field(
+        default=200.0, gt=0, description="Largest uploaded file, in MiB; 200 MB is OpenAI's own limit."
+    )
+    max_lines: int = Field(
+        default=50_000, ge=1, description="Most requests of one batch; 50,000 is OpenAI's own limit."
+    )
+    max_key_gib: float = Field(
+        default=10.0, gt=0, description="Most that the files of one key take, results included, in GiB."
+    )
+    max_open: int = Field(
+        default=16, ge=1, description="Most batches of one key that wait or are computed at a time."
+    )
+    file_days: float = Field(
+        default=30.0,
+        gt=0,
+        description="Days after which files are deleted that state no expires_after, and the longest that one may state.",
+    )
+    pool: PoolConfig | None = Field(
+        default=None,
+        description="Actors that compute a batch, beside the replicas. Null: one, which reserves what a replica does.",
     )
 
 
@@ -232,6 +264,12 @@ class ServingConfig(FrozenConfig):
     )
     request_log: Literal["none", "facts", "texts"] = Field(
         default="facts", description="none, facts (one line per request, without its texts), or texts."
+    )
+
+    batches: BatchesConfig | None = Field(
+        default=None,
+        exclude_if=lambda value: value is None,
+        description="OpenAI's /v1/files and /v1/batches for embeddings. Null: no such routes.",
     )
 
     @model_validator(mode="after")

@@ -10,7 +10,8 @@ import os
 import posixpath
 import re
 import stat
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
@@ -29,6 +30,9 @@ from embedloom.errors import DataError, one_line
 # Paths go through fsspec: a local folder, ``s3://`` or ``gs://`` behave alike. A local file is written under a
 # temporary name and renamed; an object store has no rename, but an upload is one request, or parts that only a last
 # request makes an object of, so files there are written directly.
+
+
+_CHUNK_BYTES = 2**20
 
 
 def absolute(path: str) -> str:
@@ -161,6 +165,37 @@ class Place:
             local_stream.flush()
             os.fsync(local_stream.fileno())
         temporary.replace(path)
+
+    def write_chunks(self, name: str, chunks: Iterable[bytes]) -> int:
+        """Write one file piece by piece, so that it is there whole or not at all; returns its bytes.
+
+        Only this user may read a local one.
+        """
+        filesystem, path = self._resolve(name)
+        folder = posixpath.dirname(path)
+        if self.is_local:
+            filesystem.makedirs(folder, exist_ok=True)
+        # An object store's file is made here first: an upload that an error ended half way would count as whole.
+        handle, temporary = tempfile.mkstemp(prefix="_tmp-", dir=folder if self.is_local else None)
+        try:
+            with os.fdopen(handle, "wb") as stream:
+                size = sum(stream.write(chunk) for chunk in chunks)
+                stream.flush()
+                os.fsync(stream.fileno())
+            if self.is_local:
+                Path(temporary).replace(path)
+            else:
+                filesystem.put_file(temporary, path)
+        finally:
+            Path(temporary).unlink(missing_ok=True)
+        return size
+
+    def chunks(self, name: str, size: int = _CHUNK_BYTES) -> Iterator[bytes]:
+        """Content of one file, ``size`` bytes at a time."""
+        filesystem, path = self._resolve(name)
+        with filesystem.open(path, "rb") as stream:
+            while chunk := stream.read(size):
+                yield bytes(chunk)
 
     def read_range(self, name: str, start: int, stop: int) -> bytes:
         """Bytes ``start`` to ``stop`` of one file."""

@@ -1,5 +1,6 @@
 """The HTTP side of the endpoint: its routes over any backend that encodes, and their OpenAPI document. No Ray here."""
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,22 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
 from embedloom import __version__
+from embedloom.serving.batches.objects import (
+    BatchList,
+    BatchObject,
+    BatchRequest,
+    FileDeleted,
+    FileList,
+    FileObject,
+)
+from embedloom.serving.batches.routes import (
+    FORM_BYTES,
+    BatchDesk,
+    BatchQuery,
+    BatchRoutes,
+    FileQuery,
+    upload_form,
+)
 from embedloom.serving.calls import CONTRACT_HEADER, TRUNCATED_HEADER, Backend, Calls, EndpointSettings
 from embedloom.serving.dialects import (
     NOT_OFFERED,
@@ -61,7 +78,7 @@ _REASONS = {
     400: "The request is not valid; param names the field.",
     401: "No API key, or an unknown one.",
     403: "Asked by a name that is not this machine's.",
-    404: "No such model.",
+    404: "No such model, file or batch.",
     408: "The body did not arrive in time.",
     409: "The request is pinned to another contract hash than the model's.",
     413: "The body is too large.",
@@ -73,7 +90,9 @@ _REASONS = {
 }
 _LISTS = ("input", "documents", "inputs", "texts", "sentences")  # fields with items of a request
 _CUT = "How many items were cut to the model's limit; absent where none was."
+_UPLOAD_PATH = "/v1/files"
 _WITH_BODY = (400, 404, 408, 409, 413, 415, 429, 500, 503, 504)
+_WITH_FORM = (400, 403, 408, 413, 415, 429, 500, 503)
 _WITHOUT_BODY = (500, 503, 504)
 _BY_NAME = (404, 500, 503, 504)
 
@@ -92,6 +111,9 @@ class Route:
     body: Types | None = None
     needs_key: bool = True
     also: tuple[str, ...] = ()  # other paths, of clients that leave /v1 out
+    form: dict[str, Any] | None = None  # JSON Schema of a multipart form
+    query: type[BaseModel] | None = None  # its fields are query parameters
+    refusals: tuple[int, ...] = ()  # statuses beside those that its kind has
 
     @property
     def paths(self) -> tuple[str, ...]:
@@ -134,8 +156,17 @@ def openapi_document(routes: Sequence[Route], settings: EndpointSettings, keyed:
 
 
 def _operation(route: Route, settings: EndpointSettings, keyed: bool) -> dict[str, Any]:
-    statuses = list(_WITH_BODY if route.body else _BY_NAME if "{" in route.path else _WITHOUT_BODY)
-    if settings.hosts:
+    kind = (
+        _WITH_BODY
+        if route.body
+        else _WITH_FORM
+        if route.form
+        else _BY_NAME
+        if "{" in route.path
+        else _WITHOUT_BODY
+    )
+    statuses = list(dict.fromkeys((*kind, *route.refusals)))
+    if settings.hosts and 403 not in statuses:
         statuses.append(403)
     operation: dict[str, Any] = {
         "summary": (route.handler.__doc__ or "").strip().splitlines()[0],
@@ -144,13 +175,21 @@ def _operation(route: Route, settings: EndpointSettings, keyed: bool) -> dict[st
         statuses += [401] if 429 in statuses else [401, 429]
         operation["security"] = [{"key": []}]
     parameters: list[dict[str, Any]] = []
-    if "{name}" in route.path:
-        parameters.append({"name": "name", "in": "path", "required": True, "schema": {"type": "string"}})
+    for name in re.findall(r"{(\w+)}", route.path):
+        parameters.append({"name": name, "in": "path", "required": True, "schema": {"type": "string"}})
+    if route.query is not None:
+        parameters += [
+            {"name": name, "in": "query", "schema": schema}
+            for name, schema in route.query.model_json_schema()["properties"].items()
+        ]
     if route.body is not None:
         parameters.append(
             {"name": CONTRACT_HEADER, "in": "header", "schema": {"type": "string", "pattern": HASH_PATTERN}}
         )
         content = {"application/json": {"schema": _reference(route.body)}}
+        operation["requestBody"] = {"required": True, "content": content}
+    if route.form is not None:
+        content = {"multipart/form-data": {"schema": route.form}}
         operation["requestBody"] = {"required": True, "content": content}
     if parameters:
         operation["parameters"] = parameters
@@ -236,6 +275,7 @@ def create_api(
     corpus: Corpus | None = None,
     drain: Drain | None = None,
     keys: KeyRing | None = None,
+    desk: BatchDesk | None = None,
 ) -> FastAPI:
     """The FastAPI application of one endpoint.
 
@@ -246,9 +286,11 @@ def create_api(
         corpus: documents that ``/v1/search`` searches; None: no such route.
         drain: by which the endpoint is stopped.
         keys: of the settings, where somebody else counts with them too; None: its own.
+        desk: where batches are taken; None: no routes of theirs.
     """
     metrics = metrics or EndpointMetrics()
-    routes = _routes(Calls(backend, settings, metrics), corpus)
+    calls = Calls(backend, settings, metrics)
+    routes = [*_routes(calls, corpus), *([] if desk is None else _batch_routes(calls, desk))]
     # FastAPI's own document and pages are off: the pages load scripts from elsewhere, api.py says why.
     api = FastAPI(title="embedloom", openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
     for given, route in [(path, one) for one in routes for path in one.paths]:
@@ -264,7 +306,9 @@ def create_api(
     api.add_route("/openapi.json", openapi, methods=["GET"])
     api.add_exception_handler(ApiError, _answer_error)
     api.add_exception_handler(HTTPException, _http_errors([path for route in routes for path in route.paths]))
-    front = _front_settings(routes, settings)
+    front = _front_settings(
+        routes, settings, {} if desk is None else {_UPLOAD_PATH: desk.max_file_bytes + FORM_BYTES}
+    )
     keys = keys or (KeyRing(settings.keys) if settings.keys else None)
     api.add_middleware(Front, metrics=metrics, settings=front, keys=keys, drain=drain)
     api.add_middleware(TidyPaths)
@@ -273,7 +317,7 @@ def create_api(
         api.add_middleware(
             CORSMiddleware,
             allow_origins=settings.allowed_origins,
-            allow_methods=["GET", "POST"],
+            allow_methods=["GET", "POST", "DELETE"],
             # Whatever an allowed page asks for: SDKs send headers of their own (x-stainless-os, openai-project, api-key),
             # other ones with every version, and none of them does anything here that a key would not be asked for.
             allow_headers=["*"],
@@ -282,9 +326,13 @@ def create_api(
     return api
 
 
-def _front_settings(routes: Sequence[Route], settings: EndpointSettings) -> FrontSettings:
+def _front_settings(
+    routes: Sequence[Route], settings: EndpointSettings, body_limits: dict[str, int]
+) -> FrontSettings:
     return FrontSettings(
         paths=frozenset({"/openapi.json", *(path for route in routes for path in route.paths)}),
+        templates=tuple((route.path, _pattern(route.path)) for route in routes if "{" in route.path),
+        body_limits=body_limits,
         open_paths=frozenset(path for route in routes if not route.needs_key for path in route.paths),
         keyed_posts=frozenset(
             path for route in routes if route.needs_key and route.method == "POST" for path in route.paths
@@ -294,6 +342,11 @@ def _front_settings(routes: Sequence[Route], settings: EndpointSettings) -> Fron
         request_log=settings.request_log,
         hosts=frozenset(name.encode().lower() for name in settings.hosts),
     )
+
+
+def _pattern(path: str) -> re.Pattern[str]:
+    """What matches a path with names in it; a model's own may hold slashes."""
+    return re.compile(re.sub(r"{(\w+)}", lambda found: ".+" if found[1] == "name" else "[^/]+", path))
 
 
 def _methods(routes: Sequence[Route]) -> dict[str, str]:
@@ -344,6 +397,22 @@ def _routes(calls: Calls, corpus: Corpus | None) -> Sequence[Route]:
     if corpus is not None:
         routes.insert(3, Route("POST", "/v1/search", rank.search, SearchResponse, SearchRequest))
     return routes
+
+
+def _batch_routes(calls: Calls, desk: BatchDesk) -> list[Route]:
+    own = BatchRoutes(calls, desk)
+    file, batch = f"{_UPLOAD_PATH}/{{file_id}}", "/v1/batches/{batch_id}"
+    return [
+        Route("POST", _UPLOAD_PATH, own.upload_file, FileObject, form=upload_form(desk.limits)),
+        Route("GET", _UPLOAD_PATH, own.files, FileList, query=FileQuery, refusals=(400, 404)),
+        Route("GET", file, own.file, FileObject),
+        Route("GET", f"{file}/content", own.file_content, "application/octet-stream"),
+        Route("DELETE", file, own.delete_file, FileDeleted),
+        Route("POST", "/v1/batches", own.create_batch, BatchObject, BatchRequest),
+        Route("GET", "/v1/batches", own.batches, BatchList, query=BatchQuery, refusals=(400, 404)),
+        Route("GET", batch, own.batch, BatchObject),
+        Route("POST", f"{batch}/cancel", own.cancel_batch, BatchObject, refusals=(409,)),
+    ]
 
 
 async def _answer_error(_: Request, error: Exception) -> Response:

@@ -1,5 +1,6 @@
 """Builds the Serve application of one model, from what its folder says of itself."""
 
+import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,11 @@ from embedloom.config.serving import ApplicationArgs, ServingConfig
 from embedloom.core.model_folder import ModelFolder
 from embedloom.core.trained_prompts import check_default
 from embedloom.encoder.registry import NodeModel, open_model
-from embedloom.errors import ConfigError
+from embedloom.errors import ConfigError, DataError
 from embedloom.serving.applications import GATEWAY, SINGLE
 from embedloom.serving.autoscaling import REPORT_SECONDS, WINDOW_SECONDS, QueueTimePolicy
+from embedloom.serving.batches.runner import DEPLOYMENT as BATCHES
+from embedloom.serving.batches.runner import BatchRunner
 from embedloom.serving.calls import EndpointSettings, check_aliases
 from embedloom.serving.front import read_keys
 from embedloom.serving.gateway import ENCODERS, CorpusSource, Gateway
@@ -71,15 +74,16 @@ def build_application(args: ApplicationArgs, encoders: str | None = None) -> App
     settings = _settings(args, serving, model)
     corpus = _corpus(serving, model)
     blueprint = args.model_dump(mode="json")
+    batches = _batches(serving)
     ingress = _patience(serving) | _ingress_limits(settings.max_requests)
     if args.single:
         endpoint = serve.deployment(serve.ingress()(EncoderEndpoint), name=SINGLE, num_replicas=1)
         return endpoint.options(**ingress, **_computing(args)).bind(
-            _model(args, model), settings, corpus, blueprint
+            _model(args, model), settings, corpus, blueprint, batches
         )
     gateway = serve.deployment(serve.ingress()(Gateway), name=GATEWAY, num_replicas=serving.gateways)
     return gateway.options(**ingress, ray_actor_options={"num_cpus": GATEWAY_CPUS}).bind(
-        encoders or _bound_encoders(args, model), settings, corpus, blueprint
+        encoders or _bound_encoders(args, model), settings, corpus, blueprint, batches
     )
 
 
@@ -215,6 +219,29 @@ def _corpus(serving: ServingConfig, model: ModelFolder) -> CorpusSource | None:
     source = CorpusSource.of(serving.corpus, serving.documents, model)
     source.check()
     return source
+
+
+def _batches(serving: ServingConfig) -> Application | None:
+    """What has batches computed, where the endpoint takes any."""
+    if serving.batches is None:
+        return None
+    runner = serve.deployment(BatchRunner, name=BATCHES, num_replicas=1)
+    options = {"num_cpus": GATEWAY_CPUS}
+    return runner.options(ray_actor_options=options).bind(serving.batches, batch_parts, time.time)
+
+
+def batch_parts(args: ApplicationArgs) -> tuple[ModelSpec, EndpointSettings]:
+    """The model that computes a batch, and the settings that answer its lines; keys are the business of who took it.
+
+    Raises:
+        DataError: the folder is no model folder, or holds other weights than when the batch was taken.
+    """
+    open_to_all = args.serving.model_copy(update={"keys_file": None, "keys_variable": None})
+    args = args.model_copy(update={"serving": open_to_all})
+    model = _opened(args)
+    if model.artefact is not None and args.model_id not in (None, model.id):
+        raise DataError(f"{model.path}: holds {model.id}, the batch is of {args.model_id}; send it again")
+    return _model(args, model), _settings(args, args.serving, model)
 
 
 def _ingress_limits(max_requests: int) -> dict[str, Any]:

@@ -349,7 +349,6 @@ def hint(path: str, known: Iterable[str]) -> str:
 
 REQUEST_ID_HEADER = b"x-request-id"
 _GIVEN_ID = re.compile(rb"[A-Za-z0-9._-]{1,128}")
-_MODEL_PATH = "/v1/models/{name}"
 
 logger = logging.getLogger("embedloom.serving")
 
@@ -365,6 +364,8 @@ class FrontSettings:
     keyed_posts: frozenset[str] = frozenset()  # need one to be posted to, also where they are open to read
     request_log: RequestLog = "none"
     hosts: frozenset[bytes] = frozenset()  # names it answers to, without port; none: to any
+    templates: tuple[tuple[str, re.Pattern[str]], ...] = ()  # paths with names in them, and what matches each
+    body_limits: Mapping[str, int] = field(default_factory=dict)  # of paths that take larger ones, in bytes
 
 
 # What a load balancer's check asks for: answered under whatever name it asks, and while the endpoint stops.
@@ -437,7 +438,8 @@ class Front:
             await self._app(scope, receive, send)
             return
         headers = dict(scope["headers"])
-        exchange = _Exchange(headers.get(REQUEST_ID_HEADER), receive, send, self._settings.max_body_bytes)
+        most = self._body_limit(scope)
+        exchange = _Exchange(headers.get(REQUEST_ID_HEADER), receive, send, most)
         facts, started = facts_of(scope), time.perf_counter()
         self._metrics.ongoing.inc()
         task = self._drain.enter()
@@ -456,7 +458,7 @@ class Front:
         except ApiError as error:
             await exchange.refuse(error)
         except BodyTooLarge:
-            await exchange.refuse(self._too_large())
+            await exchange.refuse(_too_large(most))
         except ClientDisconnect:
             pass  # nobody is left to answer; counted as 499
         except Exception as error:
@@ -500,8 +502,9 @@ class Front:
             facts.client.begin()
         declared = headers.get(b"content-length", b"0")
         # Python refuses to read a number of thousands of digits; one of twenty is too large already.
-        if declared.isdigit() and int(declared[:20]) > self._settings.max_body_bytes:
-            raise self._too_large()
+        most = self._body_limit(scope)
+        if declared.isdigit() and int(declared[:20]) > most:
+            raise _too_large(most)
         if b"content-encoding" not in headers:
             return []
         return codings_of(b",".join(value for name, value in scope["headers"] if name == b"content-encoding"))
@@ -509,7 +512,7 @@ class Front:
     async def _say_what_is_allowed(self, scope: Scope, exchange: "_Exchange") -> None:
         """Answer OPTIONS of a path; with CORS switched on, a browser's preflight does not come this far."""
         path = self._path(scope)
-        allowed = self._settings.methods.get(_MODEL_PATH if path.startswith("/v1/models/") else path)
+        allowed = self._settings.methods.get(self._label(scope))
         if path == "*":
             allowed = "GET, HEAD, POST, OPTIONS"
         if allowed is None:
@@ -519,9 +522,12 @@ class Front:
         )
         await exchange.send({"type": "http.response.body", "body": b""})
 
-    def _too_large(self) -> ApiError:
-        return ApiError(
-            413, f"the body is larger than {self._settings.max_body_bytes} bytes", code="body_too_large"
+    def _body_limit(self, scope: Scope) -> int:
+        limits = self._settings.body_limits
+        return (
+            limits.get(self._path(scope), self._settings.max_body_bytes)
+            if limits
+            else self._settings.max_body_bytes
         )
 
     def _needs_key(self, method: str, path: str) -> bool:
@@ -539,7 +545,11 @@ class Front:
         path = self._path(scope)
         if path in self._settings.paths:
             return path
-        return _MODEL_PATH if path.startswith("/v1/models/") else "other"
+        return next((name for name, pattern in self._settings.templates if pattern.fullmatch(path)), "other")
+
+
+def _too_large(most: int) -> ApiError:
+    return ApiError(413, f"the body is larger than {most} bytes", code="body_too_large")
 
 
 def _stopping(message: str) -> ApiError:

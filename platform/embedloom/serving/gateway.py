@@ -21,6 +21,7 @@ from embedloom.core.model_folder import ModelFolder
 from embedloom.core.storage import Place, absolute
 from embedloom.serving.api import create_api
 from embedloom.serving.applications import running_replicas
+from embedloom.serving.batches.routes import BatchDesk
 from embedloom.serving.calls import Backend, EndpointSettings
 from embedloom.serving.front import Drain, KeyRing, log_to_stderr
 from embedloom.serving.listener import ReplicaServer
@@ -191,6 +192,7 @@ class Ingress:
         corpus: CorpusSource | None,
         blueprint: dict[str, Any],
         encoders: str | None = None,
+        batches: DeploymentHandle | None = None,
     ) -> None:
         """Build one.
 
@@ -200,6 +202,7 @@ class Ingress:
             corpus: what ``/v1/search`` searches.
             blueprint: the ``ApplicationArgs`` this endpoint was built from.
             encoders: the application that ``live`` runs in, where it is another one.
+            batches: the deployment that has batches computed.
         """
         self.settings = settings
         self.stopping = Drain()
@@ -208,6 +211,7 @@ class Ingress:
         self.corpus = corpus.open() if corpus is not None else None
         self._blueprint = blueprint
         self._encoders = encoders
+        self._batches = batches
         self._tried: tuple[str, Backend] | None = (
             None  # application and its handle: one a trial, not one a call
         )
@@ -218,6 +222,14 @@ class Ingress:
         if args.listener is not None:
             self._server = ReplicaServer(app, args.listener, args.serving.route_prefix)
         return app
+
+    def desk(self) -> BatchDesk | None:
+        """Where batches are taken; None where the endpoint takes none."""
+        handle = self._batches
+        limits = validate(ApplicationArgs, self._blueprint, "endpoint").serving.batches
+        if handle is None or limits is None:
+            return None
+        return BatchDesk(limits, self._blueprint, lambda: handle.wake.remote())
 
     async def __del__(self) -> None:
         """Serve awaits this when it stops the replica, with its grace period as limit."""
@@ -263,6 +275,7 @@ class Gateway(Ingress):
         settings: EndpointSettings,
         corpus: CorpusSource | None,
         blueprint: dict[str, Any],
+        batches: DeploymentHandle | None = None,
     ) -> None:
         """Build one.
 
@@ -271,10 +284,11 @@ class Gateway(Ingress):
             settings: names and limits.
             corpus: what ``/v1/search`` searches.
             blueprint: the ``ApplicationArgs`` this endpoint was built from.
+            batches: the deployment that has batches computed.
         """
         self.backend = encoders_of(encoders) if isinstance(encoders, str) else HandleBackend(encoders)
         application = encoders if isinstance(encoders, str) else None
-        super().__init__(self.backend, settings, corpus, blueprint, application)
+        super().__init__(self.backend, settings, corpus, blueprint, application, batches)
         self._keys = KeyRing(settings.keys) if settings.keys else None
         self._exchange: asyncio.Task[None] | None = None
         self._gateways: DeploymentHandle | None = None  # all of them, this one included
@@ -288,7 +302,9 @@ class Gateway(Ingress):
             self._join()
         else:
             self._metrics.watch_queue(self.backend.queued_tokens)
-        api = create_api(self.router, self.settings, self._metrics, self.corpus, self.stopping, self._keys)
+        api = create_api(
+            self.router, self.settings, self._metrics, self.corpus, self.stopping, self._keys, self.desk()
+        )
         return self.listening(api)
 
     def _join(self) -> None:

@@ -90,6 +90,11 @@ class EndpointMetrics:
             self.batch_texts.observe(batch.texts)
             self.batch_tokens.observe(batch.tokens)
 
+    def embedded_tokens(self) -> int:
+        """Tokens embedded so far."""
+        samples = (sample for family in self.tokens.collect() for sample in family.samples)
+        return int(sum(sample.value for sample in samples if sample.name.endswith("_total")))
+
     def watch_queue(self, queued_tokens: Callable[[], dict[str, int]]) -> None:
         """Show the tokens that wait, by lane, whenever metrics are asked for; of an encoder in this process."""
         gauge = Gauge(

@@ -9,6 +9,7 @@ from typing import Any
 from fastapi import FastAPI
 from ray import serve
 from ray.serve.config import DeploymentActorConfig
+from ray.serve.handle import DeploymentHandle
 
 from embedloom.config.base import validate
 from embedloom.config.cluster import ServeScaling
@@ -196,9 +197,10 @@ class EncoderEndpoint(Ingress):
         settings: EndpointSettings,
         corpus: CorpusSource | None,
         blueprint: dict[str, Any],
+        batches: DeploymentHandle | None = None,
     ) -> None:
         self._service = load_service(spec)
-        super().__init__(self._service, settings, corpus, blueprint)
+        super().__init__(self._service, settings, corpus, blueprint, batches=batches)
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
         """Apply ``BatchSettings`` changed in the Serve config, without a restart."""
@@ -209,4 +211,5 @@ class EncoderEndpoint(Ingress):
         log_to_stderr()
         metrics = EndpointMetrics()
         metrics.watch_queue(self._service.queued_tokens)
-        return self.listening(create_api(self.router, self.settings, metrics, self.corpus, self.stopping))
+        api = create_api(self.router, self.settings, metrics, self.corpus, self.stopping, desk=self.desk())
+        return self.listening(api)
