@@ -19,7 +19,7 @@ def training_config(**changes: Any) -> TrainingConfig:
 def prepare_source(source: TrainingSource, tokens: TextTokens, rules: RowRules, out: Place) -> dict[str, Any]:
     """Write one source's token ids below ``out`` in this process; its index."""
     own = (rules.negatives, rules.repeat, rules.skip_bad)
-    work = SourceWork(source, None, out.child(ROWS_FOLDER), tokens.folder, tokens.identity, own, out)
+    work = SourceWork(source, None, out.child(ROWS_FOLDER), tokens.model, tokens.identity, own, out)
     (index,) = prepare_works("prepare", [work], run_here)
     work.rows.remove()
     return index

@@ -1,12 +1,15 @@
 """Local task folders: what mteb gets from them, language by language, and every way they can be broken."""
 
+import boto3
 import pandas as pd
 import pytest
 
 from embedloom.config.evaluation import EvaluationTask
+from embedloom.core.storage import Place
 from embedloom.errors import ConfigError, DataError
 from embedloom.evaluation.specs import TaskSpec, expand_tasks
 from embedloom.evaluation.tasks import build_task, check_task
+from fakes_store import s3_server
 from fakes_tasks import make_local_tasks, make_retrieval
 
 
@@ -184,3 +187,16 @@ def test_paths_that_hold_no_task_are_named(tmp_path, folder):
         built(folder, "near", languages=("fra",))
     with pytest.raises(DataError, match="kind heldout needs the corpus of a run"):
         check_task(TaskSpec("heldout"), None)
+
+
+def test_tasks_at_an_address_are_those_of_the_folder(folder):
+    with s3_server():
+        boto3.client("s3").create_bucket(Bucket="tasks")
+        Place("s3://tasks/all").upload(folder)
+        here, there = specs(folder), specs("s3://tasks/all")
+        assert list(there) == list(here)
+        for name, spec in there.items():
+            check_task(spec, None)
+            task, other = build_task(spec, None), build_task(here[name], None)
+            assert task.metadata.dataset["revision"] == other.metadata.dataset["revision"]
+            assert task.hf_subsets == other.hf_subsets

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from embedloom.core.progress import note
-from embedloom.core.storage import files_at, named_below
+from embedloom.core.storage import files_at, is_remote, named_below, remote_states
 from embedloom.errors import DataError
 
 Contents = dict[str, str]  # file -> hash of what it holds
@@ -57,11 +57,17 @@ def contents_of(files: Mapping[str, Path]) -> Contents:
 
 
 def path_contents(path: str) -> Contents:
-    """What lies behind a local file, folder or glob: hashes by path below the folder that all files share.
+    """What lies behind a file, folder or glob: hashes by path below the folder that all files share; at an address, of
+    the files' sizes and tags.
 
     Raises:
         DataError: a file that cannot be read.
     """
+    if is_remote(path):
+        return {
+            name: hashlib.sha256(str(state).encode()).hexdigest()[:_HEX_DIGITS]
+            for name, state in remote_states(path).items()
+        }
     return contents_of(named_below(path, files_at(path)))
 
 

@@ -16,14 +16,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from embedloom.core.schemas import check_table
-from embedloom.errors import DataError, one_line
+from embedloom.errors import DataError, MissingDependency, one_line
 
 # Files by name below a folder, local or in an object store, each written whole or not at all.
 #
@@ -84,6 +84,10 @@ class Place:
             filesystem, root = fsspec.core.url_to_fs(self.uri, use_listings_cache=False)
         return filesystem, posixpath.join(root, name) if name else root
 
+    def filesystem(self) -> tuple[fsspec.AbstractFileSystem, str]:
+        """fsspec's file system and the path in it, for libraries that take them."""
+        return self._resolve()
+
     def absolute(self) -> "Place":
         """The same folder for processes with another working directory."""
         return Place(str(self.local)) if self.is_local else self
@@ -114,16 +118,20 @@ class Place:
         filesystem, root = self._resolve()
         found = [str(path) for path in filesystem.find(root)] if filesystem.exists(root) else []
         names = [posixpath.relpath(path, filesystem._strip_protocol(root)) for path in found]
-        return sorted(
-            name for name in names if not any(part.startswith(("_tmp", ".")) for part in name.split("/"))
-        )
+        return sorted(filter(_is_shown, names))
 
     def state(self, name: str) -> list[Any]:
         """What a change of one file changes, without reading it: its size and its time of change or its tag."""
         filesystem, path = self._resolve(name)
-        info = filesystem.info(path)
-        stamps = (info.get(key) for key in ("mtime", "ETag", "etag", "LastModified", "updated", "created"))
-        return [info["size"], str(next((stamp for stamp in stamps if stamp is not None), None))]
+        return _state_of(filesystem.info(path))
+
+    def states(self) -> dict[str, list[Any]]:
+        """``state`` of all ``files``, by name; one listing."""
+        filesystem, root = self._resolve()
+        found = filesystem.find(root, detail=True) if filesystem.exists(root) else {}
+        base = filesystem._strip_protocol(root)
+        named = {posixpath.relpath(str(path), base): info for path, info in found.items()}
+        return {name: _state_of(named[name]) for name in sorted(named) if name == "." or _is_shown(name)}
 
     def read_bytes(self, name: str) -> bytes:
         """Content of one file."""
@@ -210,6 +218,11 @@ class Place:
         filesystem, path = self._resolve(name)
         filesystem.put_file(str(source), path)
         source.unlink()
+
+    def get_file(self, name: str, target: Path) -> None:
+        """Copy one file to a local path, without holding it in memory."""
+        filesystem, path = self._resolve(name)
+        filesystem.get_file(path, str(target))
 
     def write_json(self, name: str, content: Mapping[str, Any]) -> None:
         """Write indented JSON atomically."""
@@ -344,6 +357,16 @@ class Place:
                 path.unlink(missing_ok=True)
 
 
+def _is_shown(name: str) -> bool:
+    """Whether a file is neither hidden nor half-written."""
+    return not any(part.startswith(("_tmp", ".")) for part in name.split("/"))
+
+
+def _state_of(info: Mapping[str, Any]) -> list[Any]:
+    stamps = (info.get(key) for key in ("mtime", "ETag", "etag", "LastModified", "updated", "created"))
+    return [info["size"], str(next((stamp for stamp in stamps if stamp is not None), None))]
+
+
 # File formats that hold texts: JSON lines and plain text or Markdown, one record at a time, and where they lie.
 
 
@@ -359,12 +382,54 @@ _FENCE = re.compile(r"^ {0,3}(```|~~~)")
 _GLOB_CHARACTERS = set("*?[")
 
 
+# Package and extra of addresses.
+FILESYSTEMS = {"s3": ("s3fs", "s3"), "gs": ("gcsfs", "gcs"), "gcs": ("gcsfs", "gcs")}
+
+
+def is_remote(path: str) -> bool:
+    """Whether a path is an address, such as ``s3://bucket/folder``, ``gs://`` or ``hf://datasets/owner/name``."""
+    return "://" in path and not path.startswith("file://")
+
+
+def located(path: str) -> Path:
+    """A path as it stands in a config: a local one, or one that reads an address through fsspec like a local one.
+
+    Raises:
+        MissingDependency: the package for such addresses is not installed.
+    """
+    if not is_remote(path):
+        return Path(path).expanduser()
+    try:
+        from upath import UPath
+
+        # Not a subclass of Path since pathlib has paths that are no files' (PEP 428's pure ones); it has its methods.
+        return cast(Path, UPath(path, use_listings_cache=False))
+    except ImportError as error:
+        scheme = path.partition("://")[0]
+        package, extra = FILESYSTEMS.get(scheme, ("universal_pathlib", "s3"))
+        raise MissingDependency(package, extra, f"{scheme}:// ({one_line(error)})") from error
+
+
+def parquet_source(path: Path) -> str | IO[bytes]:
+    """What pyarrow opens a Parquet file by."""
+    return path.open("rb") if is_remote(str(path)) else str(path)
+
+
+def remote_states(path: str) -> dict[str, list[Any]]:
+    """Size and tag of every file at an address, by its name below the folder, or the file's own; one listing, nothing is read."""
+    found = Place(path).states()
+    return {posixpath.basename(path) if name == "." else name: state for name, state in found.items()}
+
+
 def files_at(path: str) -> list[Path]:
     """Files behind a path, sorted: the file itself, all below a folder, or what a glob matches; none hidden, nor in a
     hidden folder below it.
 
-    A path that exists is a path, whatever characters of globs its name has.
+    A path that exists is a path, whatever characters of globs its name has. At an address there are no globs.
     """
+    if is_remote(path):
+        root = located(path)
+        return [root if name == "." else root / name for name in Place(path).states()]
     text = str(Path(path).expanduser())
     if _GLOB_CHARACTERS & set(text) and not Path(text).exists():
         found = [Path(name) for name in glob.glob(text, recursive=True)]  # noqa: PTH207 - absolute patterns
@@ -381,7 +446,9 @@ def _in_hidden_folder(path: Path, root: Path) -> bool:
 
 def named_below(path: str, files: Sequence[Path]) -> dict[str, Path]:
     """Files by their paths below the folder that ``path`` is, or below the one that those of a glob share."""
-    root = Path(path).expanduser()
+    root = located(path)
+    if is_remote(path):
+        return {file.name if file == root else file.relative_to(root).as_posix(): file for file in files}
     if files and not root.is_dir():
         root = Path(os.path.commonpath([file.parent for file in files]))
     return {file.relative_to(root).as_posix(): file for file in files}
@@ -509,7 +576,7 @@ def parquet_records(
     """
     try:
         # Not buffered ahead: pyarrow would keep the bytes of every row group that was read until the file is closed.
-        with pq.ParquetFile(path, pre_buffer=False) as file:
+        with pq.ParquetFile(parquet_source(path), pre_buffer=False) as file:
             names = columns(file.schema_arrow.names)
             end = file.metadata.num_rows if stop is None else min(stop, file.metadata.num_rows)
             groups, number = _row_groups(file.metadata, start, end)

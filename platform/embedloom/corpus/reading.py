@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 from embedloom.config.corpus import CorpusConfig
 from embedloom.core.progress import note
 from embedloom.core.prompting import document_text
-from embedloom.core.storage import Place
+from embedloom.core.storage import Place, is_remote
 from embedloom.core.text import folded
 from embedloom.corpus.clean import Rejects, SourceRow, clean_row, reject_reason
 from embedloom.corpus.exchange import Counts, Numbers, received, send, write_rows
@@ -131,6 +131,8 @@ def where_to_read(pieces: Sequence[Piece]) -> dict[str, Any]:
     import ray
 
     files = [str(piece.files[0][0]) for piece in pieces[:_LOOKED_FOR] if piece.files]
+    if any(map(is_remote, [*files, *(piece.source.path or "" for piece in pieces)])):
+        return {}
     if not ray.is_initialized() or (files and _seen_everywhere(files)):
         return {}
     if files:

@@ -32,7 +32,9 @@ from embedloom.core.storage import (
     files_at,
     json_lines,
     judgements,
+    located,
     parquet_records,
+    parquet_source,
 )
 from embedloom.corpus.clean import Rejects, SourceRow
 from embedloom.corpus.pseudo_queries import with_query
@@ -161,7 +163,7 @@ def label_of(source: CorpusSource, path: Path) -> str:
     """What the ``source`` column of a file's rows starts with: the path, or the source's own name for it."""
     if source.name is None:
         return str(path)
-    root = Path(source.path or "").expanduser()
+    root = located(source.path or "")
     if root == path:
         return source.name
     return f"{source.name}/{path.relative_to(root).as_posix() if root.is_dir() else path.name}"
@@ -297,7 +299,7 @@ def _id(value: Any, column: str, place: str) -> str:
 # Dev and test judgements are left alone: they are the benchmark's own measure.
 
 
-_CORPUS, _QUERIES, _JUDGEMENTS = "corpus.jsonl", "queries.jsonl", Path("qrels", "train.tsv")
+_CORPUS, _QUERIES, _JUDGEMENTS = "corpus.jsonl", "queries.jsonl", "qrels/train.tsv"
 
 
 def read_beir(source: CorpusSource, rejects: Rejects | None = None) -> Iterator[SourceRow]:
@@ -310,7 +312,7 @@ def read_beir(source: CorpusSource, rejects: Rejects | None = None) -> Iterator[
     Raises:
         DataError: no ``corpus.jsonl``, or a line of one of the files that does not fit.
     """
-    root = Path(source.path or "").expanduser()
+    root = located(source.path or "")
     corpus = root / _CORPUS
     if not corpus.is_file():
         found = sorted(entry.name for entry in root.iterdir()) if root.is_dir() else "no such folder"
@@ -499,7 +501,7 @@ def read_parquet_rows(
 
 def hive_columns(source: CorpusSource, path: Path) -> dict[str, str]:
     """Columns that stand in the names of folders below the source's: ``lang=de/part-0.parquet``."""
-    root = Path(source.path or "").expanduser().absolute()
+    root = located(source.path or "").absolute()
     parts = path.absolute().parent.parts[len(root.parts) - (not root.is_dir()) :] if root.is_dir() else ()
     pairs = (part.partition("=") for part in parts)
     return {name: unquote(value) for name, separator, value in pairs if separator and name}
@@ -676,7 +678,7 @@ def pieces_of(source: CorpusSource, most_bytes: int) -> list[Piece]:
 def _parquet_pieces(source: CorpusSource, path: Path, label: str, most_bytes: int) -> list[Piece]:
     """Ranges of whole row groups: from the middle of one, all rows before it would be decoded once more."""
     try:
-        metadata = pq.read_metadata(path)
+        metadata = pq.read_metadata(parquet_source(path))
         check_columns(
             source, [*metadata.schema.to_arrow_schema().names, *hive_columns(source, path)], str(path)
         )
@@ -783,7 +785,7 @@ def check_title_column(source: CorpusSource, files: Sequence[Path]) -> None:
 
 def _parquet_names(_: CorpusSource, path: Path) -> list[str]:
     try:
-        return list(pq.read_schema(path).names)
+        return list(pq.read_schema(parquet_source(path)).names)
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{path}: not readable as Parquet: {one_line(error)}") from error
 

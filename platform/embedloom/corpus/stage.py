@@ -17,7 +17,7 @@ from embedloom.compute.shards import Tasks, plan_shards, run_here, run_tasks
 from embedloom.config.corpus import CorpusConfig
 from embedloom.core.artefacts import Artefact, ArtefactWriter, code_versions
 from embedloom.core.progress import Progress, note
-from embedloom.core.storage import Place
+from embedloom.core.storage import Place, located
 from embedloom.corpus import cutting, dedup, questions, reading
 from embedloom.corpus.cutting import CUT_FOLDER, PART_ROWS, chunker_of
 from embedloom.corpus.exchange import Counts, Runner
@@ -81,7 +81,7 @@ def build_corpus(
 
 def _bytes_of(piece: Piece) -> int:
     if not piece.files:
-        path = Path(piece.source.path or "").expanduser() / "corpus.jsonl"
+        path = located(piece.source.path or "") / "corpus.jsonl"
         unknown = _UNKNOWN_BYTES.get(piece.source.format, 0)
         return path.stat().st_size if path.is_file() else unknown
     return sum(path.stat().st_size for path, _ in piece.files)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from embedloom.config.corpus import DocumentKind
-from embedloom.core.storage import CSV_ENDINGS, JSONL_ENDINGS, PARQUET_ENDINGS, files_at
+from embedloom.core.storage import CSV_ENDINGS, JSONL_ENDINGS, PARQUET_ENDINGS, files_at, is_remote, located
 from embedloom.documents.reading import kind_of, unpacked_name
 
 _TABLES = (*PARQUET_ENDINGS, *JSONL_ENDINGS, *CSV_ENDINGS)
@@ -45,13 +45,18 @@ def list_documents(path: str, read_as: Mapping[str, DocumentKind] = {}) -> Listi
 
 def list_files(path: str, reads: Callable[[str], bool]) -> Listing:
     """The files of a path, and of a folder those whose names ``reads`` passes."""
-    root = Path(path).expanduser()
-    if not root.is_dir():
+    root = located(path)
+    found: list[tuple[Path, str | None]]
+    if is_remote(path):
+        found = [(file, None) for file in files_at(path)]
+    elif not root.is_dir():
         return Listing(tuple(files_at(path)), {})
+    else:
+        found = list(_walk(root))
     files: list[Path] = []
     passed: Counter[str] = Counter()
-    for file, why in _walk(root):
-        if why is None and not reads(file.name):
+    for file, why in found:
+        if why is None and file != root and not reads(file.name):
             why = kind_name(file.name)
         if why is None:
             files.append(file)

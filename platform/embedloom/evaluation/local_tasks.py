@@ -20,7 +20,7 @@ from mteb.abstasks import (
 from mteb.abstasks.task_metadata import TaskMetadata
 
 from embedloom.core.schemas import Schema, check_unique_ids, checked, content_id
-from embedloom.core.storage import Place
+from embedloom.core.storage import Place, located
 from embedloom.errors import DataError
 from embedloom.evaluation.local_layout import (
     CORPUS,
@@ -126,7 +126,7 @@ def make_ranked_task(spec: TaskSpec, local: LocalTask) -> AbsTaskRetrieval:
     Raises:
         DataError: missing columns, unknown ids, or no relevant judgement in a subset.
     """
-    folder = Path(local.path)
+    folder = located(local.path)
     corpus = read_columns(folder / CORPUS, _CORPUS, optional=("title",))
     check_unique_ids(corpus, str(folder / CORPUS))
     queries = read_columns(folder / QUERIES, _QUERIES)
@@ -215,7 +215,7 @@ def make_labelled_task(spec: TaskSpec, local: LocalTask) -> AbsTask:
     Raises:
         DataError: missing columns or splits, labels nobody knows, or a subset with nothing to tell apart.
     """
-    path = Path(local.path)
+    path = located(local.path)
     base, kind, main_score, columns, fill = _BUILDERS[local.type]
     table = read_columns(path, columns)
     rows = rows_of_split(table, spec.split, path).to_pylist()

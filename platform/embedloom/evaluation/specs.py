@@ -4,12 +4,12 @@ import warnings
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import mteb
 
 from embedloom.config.evaluation import EvaluationTask
+from embedloom.core.storage import located
 from embedloom.errors import ConfigError
 from embedloom.evaluation.local_layout import LocalTask, find_local_tasks
 
@@ -76,7 +76,7 @@ def _expand(task: EvaluationTask) -> list[TaskSpec]:
             TaskSpec(task.name, task.kind, task.split, task.path, None, task.limit, task.languages,
                      ignore_identical_ids=task.ignore_identical_ids, prompts=task.prompts)
         ]  # fmt: skip
-    found = find_local_tasks(Path(str(task.path)).expanduser(), f"evaluation.tasks: {task.name!r}")
+    found = find_local_tasks(located(str(task.path)), f"evaluation.tasks: {task.name!r}")
     single = len({local.path for local in found}) == 1
     return [
         TaskSpec(local.named(task.name) if single else local.name, "local", task.split, local.path, local,

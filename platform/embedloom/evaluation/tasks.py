@@ -11,6 +11,7 @@ from mteb.types import PromptType
 
 from embedloom.core.artefacts import Artefact
 from embedloom.core.prompting import PromptContract
+from embedloom.core.storage import located
 from embedloom.encoder.registry import NodeModel, open_model
 from embedloom.encoder.tokenizer import InstructionTooLong, check_room, load_tokenizer
 from embedloom.errors import DataError, first_line
@@ -170,4 +171,4 @@ def _given(corpus: Artefact | None, spec: TaskSpec) -> Artefact:
 
 
 def _folder(spec: TaskSpec) -> Path:
-    return Path(str(spec.path)).expanduser()
+    return located(str(spec.path))

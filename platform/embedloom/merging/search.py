@@ -1,7 +1,6 @@
 """Finding weights: a greedy soup or a coordinate search over merges that are scored on dev tasks, checked on scores held out."""
 
 import hashlib
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +14,7 @@ from embedloom.config.merging import MergeSearch, MergingConfig
 from embedloom.core.artefacts import fingerprint
 from embedloom.core.progress import note
 from embedloom.core.storage import Place
+from embedloom.encoder.registry import NodeModel, model_at
 from embedloom.errors import ConfigError
 from embedloom.merging.carry import SEARCH_FILE, carry_over, contract_of
 from embedloom.merging.plan import Weights, plan_merge
@@ -320,7 +320,7 @@ def _required(trials: Trials, weights: Sequence[float]) -> Scored:
 
 
 TRIALS_FOLDER = "search"
-Scorer = Callable[[str, Path], TaskScores]
+Scorer = Callable[[str, Path | NodeModel], TaskScores]
 
 
 def search_merge(
@@ -388,23 +388,15 @@ def _score(
 ) -> TaskScores:
     label = f"trial-{fingerprint(weights)}"
     alone = next((name for name, weight in zip(models, weights, strict=True) if weight == 1), None)
-    if alone is not None and models[alone].is_local and config.method == "linear" and default_task is None:
-        return scorer(label, models[alone].local)  # the average of one model is that model
-    if (
-        not place.is_local
-    ):  # scorers read a folder; only this machine sees its scratch disk, so no tasks write it
-        pool = None
-    folder = (
-        place.child(f"{TRIALS_FOLDER}/trial")
-        if place.is_local
-        else Place(tempfile.mkdtemp(prefix="embedloom-"))
-    )
+    if alone is not None and config.method == "linear" and default_task is None:
+        return scorer(label, model_at(models[alone]))  # the average of one model is that model
+    folder = place.child(f"{TRIALS_FOLDER}/trial")
     folder.remove()  # of a killed search
     try:
         plan = plan_merge(config.model_copy(update={"weights": weights, "search": None}), models, base)
         carry_over(plan, folder, contract_of(plan, default_task))
         write_weights(plan, folder, pool, threads)
-        return scorer(label, folder.local)
+        return scorer(label, model_at(folder))
     finally:
         folder.remove()
 

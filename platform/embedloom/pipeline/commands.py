@@ -11,7 +11,7 @@ from embedloom.core.model_folder import ModelFolder
 from embedloom.core.progress import note
 from embedloom.core.storage import Place
 from embedloom.core.verdict import INT8_FILE
-from embedloom.encoder.registry import check_model_name
+from embedloom.encoder.registry import NodeModel, check_model_name, local_folder, model_at
 from embedloom.errors import ConfigError
 from embedloom.pipeline.graph import build_missing, graph, missing
 from embedloom.pipeline.preflight import check_benchmark_names, check_port, looks_elsewhere, preflight
@@ -107,8 +107,8 @@ def execute(run: Run, verb: str | None, dry_run: bool) -> str:
     return "\n".join([*lines, run.place.child(folder).uri])
 
 
-def served_model(run: Run) -> tuple[Path, str]:
-    """Folder and fingerprint of the model that the config serves.
+def served_model(run: Run) -> tuple[Path | NodeModel, str]:
+    """The model that the config serves, by its folder or what every node opens it by, and its fingerprint.
 
     Raises:
         DataError: it has not been built yet.
@@ -121,8 +121,10 @@ def served_model(run: Run) -> tuple[Path, str]:
     }
     if name in folders:
         artefact = Artefact.open(run.place.child(folders[name]), "model")
-        return artefact.place.local, artefact.fingerprint
+        return model_at(artefact.place), artefact.fingerprint
     check_model_name(name, "serving.model")
+    if "://" in name:
+        return NodeModel.of(name, config.serving.trust_remote_code), name
     folder = Path(name)
     if config.serving.trust_remote_code:
         from embedloom.encoder.own_code import trusted_copy
@@ -134,10 +136,11 @@ def served_model(run: Run) -> tuple[Path, str]:
 def serve_run(run: Run, questions: list[str], dry_run: bool, task: str | None = None) -> str:
     """Serve the run's model until interrupted, or just long enough to answer ``questions`` as a task of the model's."""
     model, model_id = served_model(run)
+    place = model.name if isinstance(model, NodeModel) else str(model)
     url = f"http://{run.config.serving.host}:{run.config.serving.port}/v1"
     check_port(run.config.serving, run.profile)
     if dry_run:
-        return f"would serve {model} ({model_id}) at {url}\n{model}"
+        return f"would serve {place} ({model_id}) at {url}\n{place}"
     from embedloom.cluster.session import ray_session
 
     if run.config.serving.compute_dtype == "int8" and run.config.serving.require_gate:
@@ -159,18 +162,18 @@ def serve_run(run: Run, questions: list[str], dry_run: bool, task: str | None = 
             endpoint.stop()
 
 
-def _judge_int8(run: Run, model: Path) -> None:
+def _judge_int8(run: Run, model: Path | NodeModel) -> None:
     """Have ``int8.json`` beside the weights, measured on the run's held-out queries; ``check_int8`` decides by it."""
     # Into a foreign model's folder nothing is written; `check_int8` says how to go on.
-    folder = ModelFolder(model)
+    folder = ModelFolder(local_folder(model))
     if not folder.keeps_verdict or folder.int8_verdict is not None:
         return
     from embedloom.evaluation.dev import measure_int8
 
     note("serve", "compute_dtype int8: measuring what it costs on the held-out queries")
     corpus = Artefact.open(run.place.child("corpus"), "corpus")
-    verdict = measure_int8(model, corpus, run.profile.serve.compute_threads)
-    Place(str(model)).write_json(INT8_FILE, verdict)
+    verdict = measure_int8(folder.path, corpus, run.profile.serve.compute_threads)
+    Place(model.name if isinstance(model, NodeModel) else str(model)).write_json(INT8_FILE, verdict)
     note("serve", f"compute_dtype int8 loses {verdict['lost']:.4f} nDCG@10 on {verdict['queries']} queries")
 
 

@@ -25,6 +25,7 @@ from embedloom.encoder.registry import (
     NodeModel,
     hub_revisions,
     local_contents,
+    model_at,
     model_key,
     models_here,
     open_model,
@@ -583,7 +584,7 @@ def _vectors(run: Run, inputs: Inputs, out: ArtefactWriter) -> Artefact:
 
     config = _embedding(run)
     models = [artefact for name, artefact in inputs.items() if name != "corpus"]
-    model = models[0].place.local if models else NodeModel.of(config.model, config.trust_remote_code)
+    model = model_at(models[0].place) if models else NodeModel.of(config.model, config.trust_remote_code)
     corpus = inputs["corpus"].place.uri if config.corpus is None else config.corpus
     return embed_artefact(config, corpus, open_model(model), run.profile.stages.embedding, out)
 

@@ -18,7 +18,7 @@ from embedloom.core.artefacts import BUILDING_FILE, MANIFEST_FILE, Artefact, Art
 from embedloom.core.contents import is_trusted
 from embedloom.core.model_folder import ModelFolder
 from embedloom.core.progress import begun, ended, note
-from embedloom.core.storage import Place
+from embedloom.core.storage import Place, located
 from embedloom.core.verdict import REFUSED, Verdict
 from embedloom.encoder.registry import NodeModel, check_model_name, open_model
 from embedloom.errors import ConfigError, DataError
@@ -434,7 +434,7 @@ def gate_sections(request: GateRequest, run: Run | None) -> GateSections:
 
 def task_entry(task: str, request: GateRequest) -> dict[str, Any]:
     """The config entry of a ``--task``."""
-    path = Path(task).expanduser()
+    path = located(task)
     if path.exists():
         kind = "beir" if (path / "corpus.jsonl").is_file() else "local"
         entry = {"name": path.stem, "kind": kind, "path": str(path), "split": request.split}

@@ -11,7 +11,7 @@ from embedloom.config.training import ROUNDING, WATCHING, TrainingStage
 from embedloom.core.artefacts import Artefact, ArtefactWriter
 from embedloom.core.contents import Contents, digest, path_contents
 from embedloom.core.storage import Place, files_at
-from embedloom.encoder.registry import local_contents
+from embedloom.encoder.registry import NodeModel, local_contents, local_folder, model_at
 from embedloom.errors import ConfigError
 from embedloom.training.sources import source_contents, source_state
 
@@ -74,13 +74,14 @@ def build_evaluation(
         UserError: a task, model or baseline that cannot be scored.
         StageError: some scores failed.
     """
-    from embedloom.encoder.registry import NodeModel
     from embedloom.evaluation.stage import evaluate
 
     last = config.training.stages[-1].name
-    models = {"base": inputs["encoder"].place.local}
-    models |= {c.name: inputs[f"training/{c.name}/{last}"].place.local for c in config.training.candidates}
-    models["merged"] = inputs["merged"].place.local
+    models = {"base": model_at(inputs["encoder"].place)}
+    models |= {
+        c.name: model_at(inputs[f"training/{c.name}/{last}"].place) for c in config.training.candidates
+    }
+    models["merged"] = model_at(inputs["merged"].place)
     teacher = config.mining.teachers[0].model
     if "teacher" in config.evaluation.baselines and config.mining.teachers[0].engine == "openai":
         raise ConfigError(
@@ -108,14 +109,15 @@ def build_gate(
 
     rules = config.gate
     candidate, current = (artefact for name, artefact in inputs.items() if name != "evaluation")
-    contenders = (
-        Contender(rules.candidate, candidate.place.local),
-        Contender(rules.against, current.place.local),
-    )
+    named = [(rules.candidate, model_at(candidate.place)), (rules.against, model_at(current.place))]
+    contenders = [
+        Contender(name, local_folder(model), model if isinstance(model, NodeModel) else None)
+        for name, model in named
+    ]
     verdict = judge(
         rules,
         inputs["evaluation"].place,
-        contenders,
+        (contenders[0], contenders[1]),
         config.evaluation.pool,
         profile.stages.evaluation,
         config.encoder.dtype,
@@ -256,7 +258,7 @@ def build_training(run: Run, inputs: Inputs, out: ArtefactWriter) -> Artefact:
     mined, prepared = inputs.get("examples"), run.place.child(PREPARED_FOLDER)
     dev = open_dev_tasks(run.config, inputs.get("corpus"))
     return train_stage(
-        config, stage, config.runs[0], start.place.local, mined, group, dtype, out, prepared, dev
+        config, stage, config.runs[0], model_at(start.place), mined, group, dtype, out, prepared, dev
     )
 
 

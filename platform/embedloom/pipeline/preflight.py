@@ -8,7 +8,6 @@ import importlib.util
 import os
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from pathlib import Path
 
 from embedloom.compute.generation import api_key
 from embedloom.config.cluster import Profile
@@ -18,7 +17,7 @@ from embedloom.config.run import Run, RunConfig
 from embedloom.config.serving import ServingConfig
 from embedloom.config.synthesis import Generator, JudgeCheck, SynthesisConfig
 from embedloom.config.training import TrainingConfig, TrainingSource
-from embedloom.core.storage import files_at
+from embedloom.core.storage import FILESYSTEMS, files_at, located
 from embedloom.encoder.registry import check_model_name
 from embedloom.errors import ConfigError, DataError, MissingDependency, UserError
 from embedloom.evaluation.local_layout import check_beir, check_local_split, find_local_tasks
@@ -34,7 +33,6 @@ _PACKAGES = {
     "gate": (("mteb", "cpu"),),
     "synthesize": (("vllm", "cpu"),),
 }
-_FILESYSTEMS = {"s3": ("s3fs", "s3"), "gs": ("gcsfs", "gcs"), "gcs": ("gcsfs", "gcs")}
 
 
 def preflight(run: Run, verbs: set[str]) -> None:
@@ -234,8 +232,8 @@ def _check_package(package: str, extra: str, needed_for: str) -> None:
 
 def _check_filesystem(folder: str) -> None:
     scheme = folder.partition("://")[0] if "://" in folder else ""
-    if scheme in _FILESYSTEMS:
-        package, extra = _FILESYSTEMS[scheme]
+    if scheme in FILESYSTEMS:
+        package, extra = FILESYSTEMS[scheme]
         _check_package(package, extra, f"run.output_dir: {scheme}://")
 
 
@@ -246,7 +244,7 @@ def _task_checks(run: Run, key: str, tasks: Sequence[EvaluationTask]) -> Iterato
 
 def _check_task(run: Run, task: EvaluationTask, where: str) -> None:
     """Raise DataError if the files of a task, or the pairs of a held-out one, have not the split that is asked for."""
-    path = Path(task.path or "").expanduser()
+    path = located(task.path or "")
     if task.kind == "beir":
         check_beir(path, task.split, where)
     elif task.kind == "local":

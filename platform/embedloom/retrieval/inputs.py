@@ -69,8 +69,11 @@ def input_state(path: str, read_as: Mapping[str, DocumentKind] | None = None) ->
         DataError: nothing there.
     """
     if "://" in path:
+        if Place(path).exists(MANIFEST_FILE):
+            return Artefact.open(Place(path), "corpus").fingerprint
         place, names = _remote(path)
-        return {name: str(place.state(name)) for name in names}
+        states = place.states()
+        return {name: str(states[name]) for name in names}
     if (Path(path).expanduser() / MANIFEST_FILE).is_file():
         return Artefact.open(Place(path), "corpus").fingerprint
     _, files = _local(path, read_as or {})
@@ -115,9 +118,9 @@ def open_input(path: str, config: EmbeddingConfig, out: Place, cutter: "Cutter |
     Raises:
         DataError: nothing there, files of several kinds, or a column that is not there.
     """
-    if "://" in path:
+    if "://" in path and not Place(path).exists(MANIFEST_FILE):
         return _table_source(*_remote(path), config)
-    if (Path(path).expanduser() / MANIFEST_FILE).is_file():
+    if "://" in path or (Path(path).expanduser() / MANIFEST_FILE).is_file():
         place = Artefact.open(Place(path), "corpus").place
         names = [name for split in SPLITS for name in place.names(f"{DOCUMENTS_FOLDER}/{split}", ".parquet")]
         return _table_source(place, names, config)

@@ -24,6 +24,7 @@ from embedloom.core.prompting import LABEL_TASK_TYPES, PromptContract, Side
 from embedloom.core.storage import Place
 from embedloom.core.text import folded, hash64, mix
 from embedloom.core.trained_prompts import Prompt, PromptCounter, TrainedPrompt, source_prompts
+from embedloom.encoder.registry import NodeModel, local_folder
 from embedloom.encoder.tokenizer import CutTexts, formatted_ids, load_tokenizer, prompt_ids, room_problem
 from embedloom.errors import DataError
 from embedloom.training.sources import (
@@ -244,12 +245,13 @@ class TextTokens:
     """Tokenizer and contract of a model folder, without its weights.
 
     Args:
-        folder: of the model.
+        model: the folder, or what every node opens it by.
         document_tokens: of a document that are read; None: as many as the contract says.
     """
 
-    def __init__(self, folder: Path, document_tokens: int | None = None) -> None:
-        self.folder = folder
+    def __init__(self, model: Path | NodeModel, document_tokens: int | None = None) -> None:
+        self.model = model
+        folder = local_folder(model)
         self.document_tokens = document_tokens
         shorter = {} if document_tokens is None else {"max_document_tokens": document_tokens}
         self.contract = PromptContract.load(folder).model_copy(update=shorter)
@@ -453,7 +455,7 @@ class SourceWork:
         source: with absolute paths.
         mined: the run's own mined examples.
         rows: where rows lie as they were read, of a source that only the driver's machine can read.
-        model: folder whose tokenizer and contract make the ids.
+        model: whose tokenizer and contract make the ids.
         identity: of tokenizer and contract, so that a process keeps them loaded.
         rules: negatives wanted, whether they may repeat, whether bad rows are skipped.
         out: folder of the source's token ids.
@@ -466,7 +468,7 @@ class SourceWork:
     source: TrainingSource
     mined: Place | None
     rows: Place
-    model: Path
+    model: Path | NodeModel
     identity: str
     rules: tuple[int, bool, bool]
     out: Place
@@ -662,9 +664,9 @@ def gather_part(part: Shard, out: Place, kinds: Sequence[str]) -> None:
 
 
 @lru_cache(maxsize=2)
-def _text_tokens(folder: Path, identity: str, document_tokens: int | None) -> TextTokens:
+def _text_tokens(model: Path | NodeModel, identity: str, document_tokens: int | None) -> TextTokens:
     """Tokenizer and contract, loaded once in a process; ``identity`` tells another model in the same folder."""
-    return TextTokens(folder, document_tokens)
+    return TextTokens(model, document_tokens)
 
 
 @lru_cache(maxsize=2)
@@ -920,7 +922,7 @@ def prepare_sources(
     negatives: int,
     sources: Sequence[TrainingSource],
     mined: Artefact | None,
-    model: Path,
+    model: Path | NodeModel,
     data: Place,
     tasks: Tasks = run_here,
     document_tokens: int | None = None,
@@ -933,7 +935,7 @@ def prepare_sources(
         negatives: wanted for every query.
         sources: of the stage.
         mined: the run's own mined examples.
-        model: folder whose tokenizer and contract make the ids.
+        model: whose tokenizer and contract make the ids.
         data: folder with one subfolder a source, shared between stages and candidates.
         tasks: runs a function over many items, in order: in this process, or ``run_tasks``.
         document_tokens: of a document that are read; None: as many as the contract says.
@@ -1010,7 +1012,7 @@ class _Reader:
                 with_absolute_paths(source),
                 mined,
                 self._data.child(f"{read_below[source.name]}/{ROWS_FOLDER}"),
-                self._tokens.folder,
+                self._tokens.model,
                 self._tokens.identity,
                 rules,
                 self._data.child(folders[source.name]),

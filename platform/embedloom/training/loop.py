@@ -25,6 +25,7 @@ from embedloom.core.storage import Place
 from embedloom.encoder.backbone import DTypeName
 from embedloom.encoder.model import Encoder
 from embedloom.encoder.parity import embed_golden
+from embedloom.encoder.registry import NodeModel, local_folder
 from embedloom.training.checkpoints import (
     MODEL_CHECKPOINT,
     is_model,
@@ -72,7 +73,7 @@ class LoopConfig:
     seed: int
     learning_rate_scale: float
     dtype: DTypeName
-    start_model: Path
+    start_model: Path | NodeModel
     data: Place  # prepared sources
     folders: dict[str, str]  # of each source, below data
     logs: Place
@@ -143,7 +144,7 @@ class StageTrainer:
         torch.manual_seed(config.seed)
         # From the first step on with the contract that is exported: dev scores and golden vectors are by what is served.
         self.encoder = Encoder.load(
-            config.start_model, dtype=config.dtype, trainable=True, contract=config.contract
+            local_folder(config.start_model), dtype=config.dtype, trainable=True, contract=config.contract
         )
         prepare_backbone(self.encoder.backbone, training, stage)
         self.store = ExampleStore(config.data, config.folders, stage.negatives, self._teaching())

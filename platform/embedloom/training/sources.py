@@ -27,9 +27,11 @@ from embedloom.core.storage import (
     Place,
     beir_entries,
     files_at,
+    is_remote,
     json_lines,
     json_object,
     judgements,
+    located,
     parquet_records,
     records_of,
 )
@@ -471,7 +473,7 @@ def read_beir(source: TrainingSource, scratch: Path) -> Iterator[SourceExample]:
     Raises:
         DataError: a file that is missing or does not fit.
     """
-    root = Path(source.path or "").expanduser()
+    root = located(source.path or "")
     files = [root / "corpus.jsonl", root / "queries.jsonl", root / "qrels" / "train.tsv"]
     for path in files:
         if not path.is_file():
@@ -581,7 +583,7 @@ def read_nemo_json(source: TrainingSource, scratch: Path) -> Iterator[SourceExam
     Raises:
         DataError: not such a file, or a corpus that is missing.
     """
-    path = Path(source.path or "").expanduser()
+    path = located(source.path or "")
     content = json_object(path)
     corpus, rows = content.get("corpus"), content.get("data")
     if not isinstance(rows, list) or corpus is None:
@@ -640,7 +642,7 @@ def read_embed_nemotron(source: TrainingSource, scratch: Path) -> Iterator[Sourc
     Raises:
         DataError: a file that is missing or does not fit, or ids without their texts.
     """
-    root = Path(source.path or "").expanduser()
+    root = located(source.path or "")
     metadata = json_object(root / "dataset_metadata.json")
     own = bare_instruction(metadata.get("query_instruction"))
     if metadata.get("ids_only"):
@@ -675,7 +677,7 @@ def _original_texts(source: TrainingSource, root: Path, scratch: Path) -> tuple[
         raise DataError(
             f"source {source.name!r}: {root} ships ids only; local_texts must say where {repo!r} lies, found {sorted(source.local_texts)}"
         )
-    local = Path(source.local_texts[repo]).expanduser()
+    local = located(source.local_texts[repo])
     if loader == "mteb":
         queries = (str(row.get("text")) for row in _rows(source, _one_of(local, "queries")))
         corpus = _rows(source, _one_of(local, "corpus"))
@@ -797,7 +799,7 @@ def reads_by_range(source: TrainingSource) -> bool:
 
 def source_bytes(source: TrainingSource) -> int:
     """Size of the files that a source names."""
-    paths = [path for path in (source.path, *source.local_texts.values()) if path and "://" not in path]
+    paths = [path for path in (source.path, *source.local_texts.values()) if path]
     return sum(file.stat().st_size for path in paths for file in files_at(path))
 
 
@@ -819,11 +821,11 @@ def source_contents(source: TrainingSource) -> dict[str, Contents]:
     """
     found: dict[str, Contents] = {}
     for path in (source.path, *source.local_texts.values()):
-        if path is None or "://" in path or not files_at(path):
+        if path is None or (is_remote(path) and reads_by_range(source)) or not files_at(path):
             continue
         found[path] = path_contents(path)
         if source.format == "nemo_json":
-            for folder in corpus_folders(Path(path).expanduser()):
+            for folder in corpus_folders(located(path)):
                 found[str(folder)] = path_contents(str(folder))
     return found
 

@@ -17,6 +17,7 @@ from embedloom.core.storage import Place, apply_umask
 from embedloom.encoder.backbone import DTypeName
 from embedloom.encoder.model import Encoder
 from embedloom.encoder.parity import check_export, embed_golden, reader_verdicts
+from embedloom.encoder.registry import NodeModel, local_folder
 from embedloom.errors import ConfigError, StageError, last_line
 from embedloom.training.cards import Lineage, add_readers, stage_facts, write_cards
 from embedloom.training.checkpoints import check_resumable, save_final_model, temporary_folder
@@ -37,7 +38,7 @@ def train_stage(
     config: TrainingConfig,
     stage: TrainingStage,
     candidate: Candidate,
-    start_model: Path,
+    start_model: Path | NodeModel,
     mining: Artefact | None,
     group: TrainingGroup,
     dtype: DTypeName,
@@ -51,7 +52,7 @@ def train_stage(
         config: the training section.
         stage: pretrain or finetune settings.
         candidate: seed and hyper-parameter changes of this run.
-        start_model: model folder the stage starts from (the base, or the stage before).
+        start_model: model the stage starts from (the base, or the stage before).
         mining: artefact with ``examples/``; None where the stage's sources do without.
         group: worker group.
         dtype: compute type.
@@ -65,7 +66,8 @@ def train_stage(
         StageError: the loss is not finite or has diverged, the workers failed more often than
             ``training.max_failures``, or some reader would read the export as another model.
     """
-    _check(config, stage, start_model, group)
+    start_folder = local_folder(start_model)
+    _check(config, stage, start_folder, group)
     root = out.place.absolute()  # Ray Train's workers have another working directory
     data = root.child(DATA_FOLDER) if prepared_data is None else prepared_data.absolute()
     loop = _loop_config(config, stage, candidate, start_model, group, dtype, root, data)
@@ -82,8 +84,8 @@ def train_stage(
     folders = {name: index["folder"] for name, index in prepared.items()}
     loop = replace(loop, folders=folders, dev_tasks=dev_tasks)
     facts = stage_facts(config, stage, candidate, loop.sources, prepared) | _prompt_facts(loop, prepared)
-    lineage = Lineage.after(loop.start_model, facts)
-    loop = replace(loop, contract=lineage.contract(PromptContract.load(start_model)))
+    lineage = Lineage.after(start_folder, facts)
+    loop = replace(loop, contract=lineage.contract(PromptContract.load(start_folder)))
     result = _fit(loop, group, out.place.child(CHECKPOINT_FOLDER))
     return _commit(loop, lineage, candidate, prepared, result.checkpoint, group, out)
 
@@ -181,7 +183,7 @@ _READABLE: dict[tuple[Any, ...], dict[str, float]] = {}
 
 
 def _start_parity(loop: LoopConfig) -> dict[str, float]:
-    encoder = Encoder.load(loop.start_model, dtype=loop.dtype, trainable=True)
+    encoder = Encoder.load(local_folder(loop.start_model), dtype=loop.dtype, trainable=True)
     prepare_backbone(encoder.backbone, loop.training, loop.stage)
     with temporary_folder() as folder:
         save_final_model(encoder, Path(folder), loop.training, embed_golden(encoder))
@@ -210,7 +212,7 @@ def _loop_config(
     config: TrainingConfig,
     stage: TrainingStage,
     candidate: Candidate,
-    start_model: Path,
+    start_model: Path | NodeModel,
     group: TrainingGroup,
     dtype: DTypeName,
     root: Place,
@@ -225,7 +227,7 @@ def _loop_config(
         seed=candidate.seed * 1000 + [s.name for s in config.stages].index(stage.name),
         learning_rate_scale=candidate.learning_rate_scale,
         dtype=dtype,
-        start_model=start_model.absolute(),
+        start_model=start_model.absolute() if isinstance(start_model, Path) else start_model,
         data=data,
         folders={},
         logs=root,
@@ -272,7 +274,7 @@ def _fit(loop: LoopConfig, group: TrainingGroup, storage: Place) -> Any:
         run_config=RunConfig(
             # The same name and storage path is what makes Ray Train resume.
             name="run",
-            storage_path=str(storage.local) if storage.is_local else storage.uri,
+            **_storage_of(storage),
             failure_config=FailureConfig(max_failures=loop.training.max_failures),
             checkpoint_config=CheckpointConfig(num_to_keep=loop.training.checkpoints_kept),
             worker_runtime_env={"env_vars": worker_environment(group)},
@@ -288,6 +290,16 @@ def _fit(loop: LoopConfig, group: TrainingGroup, storage: Place) -> Any:
     if result.checkpoint is None:
         raise StageError(f"{loop.label}: Ray Train ended without a checkpoint")
     return result
+
+
+def _storage_of(storage: Place) -> dict[str, Any]:
+    """Where Ray Train keeps checkpoints: in an object store by the client, and so the credentials, of all other files."""
+    if storage.is_local:
+        return {"storage_path": str(storage.local)}
+    from pyarrow.fs import FSSpecHandler, PyFileSystem
+
+    filesystem, path = storage.filesystem()
+    return {"storage_path": path, "storage_filesystem": PyFileSystem(FSSpecHandler(filesystem))}
 
 
 def _counts(records: list[dict[str, Any]]) -> dict[str, Any]:
