@@ -1,6 +1,6 @@
 """The fingerprints of everything that the shipped configs make stay what they were: whoever updates keeps what is built.
 
-``fingerprints.json`` holds them as recorded before the package was laid out anew. ``python tests/test_fingerprints.py``
+``config/fingerprints.json`` holds them as recorded before the package was laid out anew. ``python tests/test_fingerprints.py``
 records them again, which is right only for a change that is meant to make older artefacts stale.
 
 Left out of them is what a machine adds: every installed package counts as version 1.0, and each file that a config
@@ -26,7 +26,7 @@ from embedloom.pipeline.commands import load
 from embedloom.pipeline.graph import fingerprints, graph
 
 ROOT = Path(__file__).parent.parent
-RECORDED = Path(__file__).with_name("fingerprints.json")
+RECORDED = Path(__file__).parent / "config" / "fingerprints.json"
 CLUSTER = ROOT / "cluster" / "cluster.yaml"
 CONFIGS = sorted((ROOT / "jobs" / "configs").glob("*.yaml"))
 
