@@ -18,7 +18,7 @@ from typer.cli import get_docs_for_click
 
 from embedloom import errors
 from embedloom.cli import app
-from embedloom.config.serving import BatchesConfig
+from embedloom.config.serving import SEARCH_MODES, BatchesConfig
 from embedloom.core.prompting import PromptContract
 from embedloom.core.schemas import SCHEMAS
 from embedloom.serving.api import create_api
@@ -122,7 +122,8 @@ def _document() -> dict[str, Any]:
         request_timeout_seconds=1.0,
     )
     desk = BatchDesk(BatchesConfig(folder="batches"), {}, lambda: None)
-    api = create_api(None, settings, corpus=SimpleNamespace(card=None), desk=desk)  # type: ignore[arg-type]
+    corpus = SimpleNamespace(card=SimpleNamespace(modes=SEARCH_MODES))
+    api = create_api(None, settings, corpus=corpus, desk=desk)  # type: ignore[arg-type]
     document: dict[str, Any] = TestClient(api).get("/openapi.json").json()
     return document
 

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from embedloom.cli import app
 from embedloom.config.cluster import PoolConfig, load_cluster
-from embedloom.config.embedding import EmbeddingConfig
+from embedloom.config.embedding import EmbeddingConfig, LexicalConfig
 from embedloom.core.artefacts import Artefact, ArtefactWriter
 from embedloom.core.prompting import PromptContract
 from embedloom.core.storage import Place
@@ -20,6 +20,7 @@ from embedloom.encoder.tokenizer import InstructionTooLong
 from embedloom.errors import ConfigError, DataError, UserError
 from embedloom.pipeline.model_commands import embed_texts
 from embedloom.retrieval.corpora import embed_artefact
+from embedloom.retrieval.lexical import index_texts, load_lexical
 from embedloom.retrieval.vector_files import read_vectors
 from fakes_foreign import OLD, make_transformer, write_old_layout
 
@@ -45,6 +46,24 @@ def contents(folder):
         for p in folder.rglob("*")
         if p.is_file() and p.name != "manifest.json"
     }
+
+
+@pytest.mark.ray
+def test_words_are_indexed_beside_vectors_that_are_kept(ray_local, tiny_model, tmp_path):
+    source = write_lines(tmp_path / "in.jsonl", TEXTS)
+    embed(source, tmp_path / "out", tiny_model)
+    done = embed(source, tmp_path / "out", tiny_model, lexical={})
+    assert (done.counts["embedded"], done.counts["reused"]) == (0, 50)
+    index = load_lexical(done.place)
+    assert done.manifest["details"]["lexical"] == index.facts == {
+        "rows": 50, "terms": 44, "words": 250, "postings": 250, "language": None, "k1": 1.5, "b": 0.75,
+    }  # fmt: skip
+    assert index.search("number 7", 3)[0].tolist()[:2] == [7, 47]
+    np.testing.assert_array_equal(
+        index.scores("corpus 12"), index_texts(TEXTS, LexicalConfig()).scores("corpus 12")
+    )
+    with pytest.raises(ConfigError, match=r"embedding\.lexical\.language: 'zho'"):
+        embed(source, tmp_path / "other", tiny_model, lexical={"language": "zho"})
 
 
 @pytest.mark.ray

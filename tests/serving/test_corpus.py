@@ -7,49 +7,21 @@ import pyarrow as pa
 import pytest
 
 from embedloom.config.corpus import CorpusConfig
-from embedloom.config.embedding import EmbeddingConfig, IndexConfig
+from embedloom.config.embedding import EmbeddingConfig
 from embedloom.core.artefacts import Artefact, ArtefactWriter
 from embedloom.core.storage import Place
 from embedloom.corpus.stage import build_corpus
 from embedloom.errors import ConfigError, DataError
 from embedloom.retrieval.embed import vector_table
-from embedloom.retrieval.index import build_index
 from embedloom.retrieval.inputs import open_input
 from embedloom.retrieval.ledger import open_ledger
 from embedloom.serving.corpus import link_of, load_corpus
 from embedloom.serving.schemas import SearchHit
 from fakes_corpus import save_word_tokenizer
+from fakes_search import ENCODER, HASH, artefact
 from fakes_serving import FakeEncoder, client_of, refused
 
-ENCODER = FakeEncoder(limit=128)
-HASH = ENCODER.contract.hash
 TEXTS = [f"document number {number}" for number in range(30)]
-
-
-def artefact(folder, texts=TEXTS, *, index=None, model="f00d", side="document", dimensions=None) -> Place:
-    """A vectors artefact as `embedloom embed` leaves it, by its own ledger, with vectors of the fake encoder."""
-    source_file = folder / "in.parquet"
-    folder.mkdir(exist_ok=True)
-    ids = [f"d{number:02d}" for number in range(len(texts))]
-    Place(str(folder)).write_table(
-        "in.parquet", pa.table({"id": ids, "title": ["T"] * len(ids), "text": texts})
-    )
-    place = Place(str(folder / "vectors"))
-    writer = ArtefactWriter(place, "vectors", "c", {"corpus": "x"}, "local")
-    ledger = open_ledger(open_input(str(source_file), EmbeddingConfig(), place), place, 8, None)
-    vectors = ENCODER.embed([f"T {text}" for text in texts], "document")
-    if dimensions:
-        vectors = vectors[:, :dimensions] / np.linalg.norm(vectors[:, :dimensions], axis=1, keepdims=True)
-    start = 0
-    for part, rows in zip(ledger.parts, ledger.rows, strict=True):
-        table = vector_table(ids[start : start + rows], vectors[start : start + rows], HASH, model, 1)
-        place.write_table(f"vectors/{part}", table)
-        start += rows
-    if index:
-        build_index(IndexConfig(kind=index, sample=10), place, HASH)
-    recipe = {"side": side, "dimensions": dimensions}
-    writer.commit({"rows": len(ids)}, {"contract_hash": HASH, "model_id": model, "recipe": recipe})
-    return place
 
 
 def load(place, documents=None, contract_hash=HASH, model="f00d"):
@@ -65,7 +37,7 @@ def best(query, texts=TEXTS, dimensions=8):
 
 @pytest.mark.parametrize("index", [None, "flat", "hnsw"])
 def test_hits_are_brute_forces(tmp_path, index):
-    place = artefact(tmp_path, index=index)
+    place = artefact(tmp_path, TEXTS, index=index)
     corpus = load(place, str(tmp_path / "in.parquet"))
     assert (corpus.card.documents, corpus.card.index, corpus.card.texts) == (30, index or "exact", True)
     query = ENCODER.embed(["where?"], "query")[0]
@@ -84,7 +56,7 @@ def test_equal_documents_come_in_the_order_of_their_ids(tmp_path):
 
 
 def test_a_query_is_cut_like_the_corpus(tmp_path):
-    corpus = load(artefact(tmp_path, dimensions=4))
+    corpus = load(artefact(tmp_path, TEXTS, dimensions=4))
     query = ENCODER.embed(["where?"], "query")[0]
     order, scores = best(query, dimensions=4)
     hits = corpus.search(query, 3, with_texts=False)
@@ -93,7 +65,7 @@ def test_a_query_is_cut_like_the_corpus(tmp_path):
 
 
 def test_a_text_that_was_edited_since_is_not_shown(tmp_path):
-    place = artefact(tmp_path)
+    place = artefact(tmp_path, TEXTS)
     path = Place(str(tmp_path))
     table = path.read_table("in.parquet")
     texts = table.column("text").to_pylist()
@@ -105,7 +77,7 @@ def test_a_text_that_was_edited_since_is_not_shown(tmp_path):
 
 
 def test_without_the_documents_hits_are_ids(tmp_path):
-    place = artefact(tmp_path)
+    place = artefact(tmp_path, TEXTS)
     (tmp_path / "in.parquet").unlink()
     corpus = load(place)
     assert not corpus.card.texts
@@ -235,7 +207,7 @@ def test_only_what_a_browser_may_be_sent_to_is_a_link(text, safe):
 
 
 def test_documents_of_another_corpus_are_refused(tmp_path):
-    place = artefact(tmp_path)
+    place = artefact(tmp_path, TEXTS)
     other = Place(str(tmp_path / "other"))
     other.write_table("in.parquet", pa.table({"id": ["a"], "text": ["something else"]}))
     with pytest.raises(DataError, match=r"serving\.documents: .* is not what"):
@@ -243,7 +215,7 @@ def test_documents_of_another_corpus_are_refused(tmp_path):
 
 
 def test_another_contract_other_weights_and_queries_are_refused(tmp_path):
-    place = artefact(tmp_path)
+    place = artefact(tmp_path, TEXTS)
     with pytest.raises(DataError, match="contract_hash"):
         load(place, contract_hash="0" * 16)
     with pytest.raises(DataError, match=r"embedded by model 'f00d', the served model is 'beef'"):
@@ -258,7 +230,7 @@ def test_another_contract_other_weights_and_queries_are_refused(tmp_path):
 
 
 def test_search_over_http_states_scores_timing_and_contract(tmp_path):
-    corpus = load(artefact(tmp_path), str(tmp_path / "in.parquet"))
+    corpus = load(artefact(tmp_path, TEXTS), str(tmp_path / "in.parquet"))
     encoder = FakeEncoder(limit=128)
     with client_of(encoder, corpus=corpus) as client:
         reply = client.post("/v1/search", json={"query": "where?", "top_k": 3, "instruction": "Find"})
@@ -270,7 +242,14 @@ def test_search_over_http_states_scores_timing_and_contract(tmp_path):
         assert body["contract_hash"] == reply.headers["x-contract-hash"] == HASH
         assert body["usage"]["total_tokens"] == 1 + len("Instruct: Find\nQuery: where?")
         (card,) = client.get("/v1/models").json()["data"]
-        assert card["corpus"] == {"documents": 30, "dimension": 8, "index": "exact", "texts": True}
+        assert card["corpus"] == {
+            "documents": 30,
+            "dimension": 8,
+            "index": "exact",
+            "texts": True,
+            "modes": ["dense"],
+            "mode": "dense",
+        }
         plain = client.post("/v1/search", json={"query": "where?", "return_documents": False}).json()
         assert len(plain["results"]) == 10 and plain["results"][0]["text"] is None
         for change, param in (({"top_k": 0}, "top_k"), ({"top_k": 1001}, "top_k"), ({"query": " "}, "query")):
@@ -280,7 +259,7 @@ def test_search_over_http_states_scores_timing_and_contract(tmp_path):
 
 
 def test_an_index_never_meets_vectors_of_a_model_that_replaced_its_own(tmp_path):
-    corpus = load(artefact(tmp_path))
+    corpus = load(artefact(tmp_path, TEXTS))
     with client_of(FakeEncoder(limit=128), corpus=corpus, fingerprint="new weights") as client:
         reply = client.post("/v1/search", json={"query": "where?"})
         assert refused(reply, 503)["code"] == "model_replaced"

@@ -44,7 +44,7 @@ class OneDocument:
     card = CorpusCard(documents=1, dimension=8, index="exact", texts=True)
     contract_hash = FakeEncoder(limit=128).contract.hash
 
-    def search(self, query, count, with_texts):
+    def search(self, query, count, with_texts, words=None):
         return [SearchHit(id="d", score=0.5, title=None, text="found" if with_texts else None)]
 
 

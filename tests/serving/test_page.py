@@ -26,7 +26,7 @@ class FixedCorpus:
     contract_hash = FakeEncoder(limit=128).contract.hash
     card = CorpusCard(documents=12345, dimension=8, index="exact", texts=True)
 
-    def search(self, query, count, with_texts):
+    def search(self, query, count, with_texts, words=None):
         texts = [HOSTILE, "The open() function returns a file object.", "تُفتح الملفات بالدالة open."]
         hits = [
             SearchHit(id=f"doc-{number}", score=0.9 - number / 4, title=f"Title {number}", text=text)

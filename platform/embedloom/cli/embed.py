@@ -33,6 +33,9 @@ Dimensions = Annotated[
 Side = Annotated[str | None, option("side", "query or document; default document.")]
 Instruction = Annotated[str | None, option("instruction", "Of queries; default: the model's own.")]
 Index = Annotated[str | None, option("index", "Also a FAISS index: flat, ivf or hnsw, with its recall.")]
+Lexical = Annotated[
+    bool, option("lexical", "Also a BM25 index of the words, for lexical and hybrid searches.")
+]
 Previous = Annotated[
     str | None,
     option("previous", "Earlier vectors; unchanged texts keep theirs. Those of --out itself: automatic."),
@@ -57,6 +60,7 @@ def embed(
     side: Side = None,
     instruction: Instruction = None,
     index: Index = None,
+    lexical: Lexical = False,
     previous: Previous = None,
     profile: ProfileName = "local",
     cluster: ClusterFile = None,
@@ -71,9 +75,10 @@ def embed(
     embedloom embed INPUT --model MODEL --out FOLDER needs no config. A stopped job continues, a changed input
     embeds only what is new.
     """
-    given = {
+    given: dict[str, Any] = {
         "model": model, "out": out, "dtype": dtype, "dimensions": dimensions, "side": side,
         "instruction": instruction, "index": index, "previous": previous,
+        "lexical": {} if lexical else None,
         "trust_remote_code": trust_remote_code or None,
     }  # fmt: skip
     from embedloom.core.command_output import command_output

@@ -57,6 +57,23 @@ class IndexConfig(FrozenConfig):
         return self
 
 
+class LexicalConfig(FrozenConfig):
+    """A BM25 index of the texts' words beside their vectors, for searches by words and for hybrid ones."""
+
+    language: str | None = Field(
+        default=None,
+        pattern=r"^[a-z]{3}$",
+        description=(
+            "Language of the texts, an ISO 639-3 code: its words are found in all their inflections (Snowball stems). "
+            "Null: words are found as they stand, in any language."
+        ),
+    )
+    k1: float = Field(
+        default=1.5, ge=0, description="BM25's k1: how much a word's repetitions in a text still count."
+    )
+    b: float = Field(default=0.75, ge=0, le=1, description="BM25's b: how much long texts are held back.")
+
+
 ComputeType = Literal["auto", "float32", "bfloat16", "int8"]
 
 
@@ -179,6 +196,12 @@ class EmbeddingConfig(FrozenConfig):
         default=None, description="A FAISS index beside the vectors. Null: none; exact search needs none."
     )
 
+    lexical: LexicalConfig | None = Field(
+        default=None,
+        exclude_if=lambda value: value is None,
+        description="A BM25 index beside the vectors, for lexical and hybrid searches. Null: none.",
+    )
+
     def computed(self, gpus: float) -> "EmbeddingConfig":
         """The section with ``compute_dtype`` as actors of so many GPUs compute; fingerprints and recipes are made of it."""
         return self.model_copy(update={"compute_dtype": computed_dtype(self.compute_dtype, gpus)})
@@ -209,6 +232,10 @@ class EmbeddingConfig(FrozenConfig):
             raise ValueError(f"task is {self.task!r} beside a task_type; allowed: one of them")
         if self.dtype == "binary" and self.dimensions is not None and self.dimensions % 8:
             raise ValueError(f"dimensions is {self.dimensions}; dtype binary packs eight into a byte")
+        if self.lexical is not None and self.side == "query":
+            raise ValueError(
+                "lexical is set with side query; allowed: side document, the texts that are searched"
+            )
         if self.dtype == "binary" and self.index is not None:
             raise ValueError(
                 "index is not built from dtype binary: faiss.IndexBinaryFlat reads the packed bits as they are"

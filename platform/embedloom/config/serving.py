@@ -74,6 +74,59 @@ class BatchesConfig(FrozenConfig):
     )
 
 
+SearchMode = Literal["dense", "lexical", "hybrid"]
+SEARCH_MODES: tuple[SearchMode, ...] = ("dense", "lexical", "hybrid")
+
+
+class SearchConfig(FrozenConfig):
+    """How ``/v1/search`` finds documents where a request does not say it, and how hybrid searches fuse two rankings."""
+
+    mode: SearchMode = Field(
+        default="dense",
+        description=(
+            "dense: by vectors. lexical: by words (BM25), without the model. hybrid: both, fused. The last two need a corpus "
+            "that was embedded with embedding.lexical; requests may ask for any that there is."
+        ),
+    )
+    fusion: Literal["weighted_sum", "reciprocal_rank"] = Field(
+        default="weighted_sum",
+        description=(
+            "hybrid: weighted_sum adds up scaled scores. reciprocal_rank adds up 1 / (rank_constant + rank), and asks for no "
+            "weight."
+        ),
+    )
+    weight: float | None = Field(
+        default=None,
+        ge=0,
+        le=1,
+        description=(
+            "weighted_sum: share of the dense scores. Null: the one that was tuned on the run's dev queries when the corpus was "
+            "embedded, else 0.75."
+        ),
+    )
+    rank_constant: float = Field(
+        default=60.0, ge=0, description="reciprocal_rank: the larger, the less the first places tell."
+    )
+    depth: int = Field(
+        default=100,
+        ge=1,
+        le=1000,
+        description="hybrid: documents that each ranking contributes, or top_k if that is more.",
+    )
+
+    @model_validator(mode="after")
+    def _keys_fit_fusion(self) -> "SearchConfig":
+        if self.fusion == "reciprocal_rank" and self.weight is not None:
+            raise ValueError(
+                "weight is set with fusion reciprocal_rank, which has none; allowed: fusion weighted_sum"
+            )
+        if self.fusion == "weighted_sum" and "rank_constant" in self.model_fields_set:
+            raise ValueError(
+                "rank_constant is set with fusion weighted_sum, which does not read it; allowed: fusion reciprocal_rank"
+            )
+        return self
+
+
 class ServingConfig(FrozenConfig):
     """What is served where, how requests are batched, and what one request may ask for."""
 
@@ -166,6 +219,11 @@ class ServingConfig(FrozenConfig):
         description=(
             "The texts that the corpus was embedded from. Null: those that the vectors, or their run, hold."
         ),
+    )
+    search: SearchConfig = Field(
+        default=SearchConfig(),
+        exclude_if=lambda value: value == SearchConfig(),
+        description="How the corpus is searched.",
     )
 
     max_body_mib: float = Field(
@@ -308,6 +366,8 @@ class ServingConfig(FrozenConfig):
             raise ValueError("keys_file and keys_variable are both set; API keys come from one of them")
         if self.documents is not None and self.corpus is None:
             raise ValueError("documents is set without corpus, the vectors that are searched")
+        if self.search != SearchConfig() and self.corpus is None:
+            raise ValueError("search is set without corpus, the vectors that are searched")
         return self
 
     @model_validator(mode="after")

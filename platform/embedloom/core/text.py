@@ -96,6 +96,17 @@ def terms_of(text: str) -> list[tuple[str, ...]]:
     return terms
 
 
+def search_terms(text: str) -> list[str]:
+    """What a search for words finds a text by: its words, and of characters that no blank parts every two neighbours.
+
+    東京都 is found by 東京 and by 京都, as in Lucene's CJKAnalyzer; a single character stands for itself.
+    """
+    found: list[str] = []
+    for term in terms_of(text):
+        found += map("".join, pairwise(term)) if len(term) > 1 else term
+    return found
+
+
 def stands_alone(word: str) -> bool:
     """Whether a word is one character of a script that sets no blanks."""
     return _patterns().alone.match(word) is not None

@@ -38,8 +38,8 @@ from embedloom.retrieval.ledger import (
     open_ledger,
     origin_column,
     text_digest,
-    texts_of,
 )
+from embedloom.retrieval.lexical import Analyzer, build_lexical, texts_at
 from embedloom.retrieval.search import check_vectors
 from embedloom.retrieval.stored import (
     SCALE_COLUMN,
@@ -235,7 +235,7 @@ class OwnTexts:
         rows = self.out.read_table(f"{ROWS_FOLDER}/{self.parts[shard]}")
         offsets = np.flatnonzero(origin_column(rows) == shard * self.shard_rows + np.arange(rows.num_rows))
         rows = rows.take(pa.array(offsets))
-        texts = self._texts(np.asarray(rows.column("file")), np.asarray(rows.column("row")))
+        texts = texts_at(self.source, np.asarray(rows.column("file")), np.asarray(rows.column("row")))
         for text, digest, name in zip(
             texts, rows.column("digest").to_pylist(), rows.column("id").to_pylist(), strict=True
         ):
@@ -246,17 +246,6 @@ class OwnTexts:
                 )
         columns = {"id": rows.column("id"), "offset": pa.array(offsets, pa.int64())}
         return pa.table({**columns, "text": pa.array(texts, pa.string())})
-
-    def _texts(self, files: Numbers, rows: Numbers) -> list[str]:
-        """Texts of (file, row), which ascend."""
-        texts: list[str] = []
-        for file in np.unique(files):
-            mine = rows[files == file]
-            table = self.source.place.read_rows(
-                self.source.files[file][0], int(mine[0]), int(mine[-1]) + 1, self.source.columns
-            )
-            texts.extend(texts_of(table.take(pa.array(mine - mine[0])), self.source))
-        return texts
 
 
 def embed_rows(
@@ -344,7 +333,7 @@ def embed_artefact(
         corpus: a corpus artefact, a file, folder or glob of Parquet or JSON lines, or a folder of documents.
         model: its id is stamped on the files.
         pool: actors and what each reserves.
-        out: writer of the vectors artefact; gets ``vectors``, ``rows``, ``rejects`` and the index.
+        out: writer of the vectors artefact; gets ``vectors``, ``rows``, ``rejects`` and the indexes.
 
     Raises:
         DataError: an input that cannot be embedded, or an earlier artefact of another recipe.
@@ -382,6 +371,9 @@ def embed_artefact(
         details["trust_remote_code"] = True
     if config.index is not None:
         details["index"] = _indexed(config.index, out.place, contract.hash, pool)
+    if config.lexical is not None:
+        parts, rows = ledger.parts, ledger.rows
+        details["lexical"] = build_lexical("embed", config.lexical, source, parts, rows, out.place, pool)
     out.place.child(OWN_FOLDER).remove()
     done = out.commit({**ledger.counts, **cost}, details)
     note("embed", cut_line(sum(ledger.own), cost))
@@ -435,6 +427,8 @@ def _check(config: EmbeddingConfig, contract: PromptContract) -> None:
     check_instruction(config.model_copy(update={"task_type": kind}), contract.symmetric_task_types)
     if config.index is not None:
         require_faiss()
+    if config.lexical is not None:
+        Analyzer.of(config.lexical.language)
     trained = contract.matryoshka_dimensions
     if config.dimensions is None or config.allow_truncation or config.dimensions in (trained or ()):
         return

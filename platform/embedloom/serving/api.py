@@ -121,13 +121,16 @@ class Route:
         return self.path, *self.also
 
 
-def openapi_document(routes: Sequence[Route], settings: EndpointSettings, keyed: bool) -> dict[str, Any]:
+def openapi_document(
+    routes: Sequence[Route], settings: EndpointSettings, keyed: bool, modes: Sequence[str] = ()
+) -> dict[str, Any]:
     """The document of an endpoint.
 
     Args:
         routes: what it answers.
         settings: its limits, which become ``maxItems`` and the like.
         keyed: whether it wants API keys.
+        modes: in which its corpus can be searched.
     """
     bodies = [body for route in routes for body in types_of(route.body)]
     replies = [reply for route in routes for reply in types_of(route.reply)]
@@ -138,6 +141,8 @@ def openapi_document(routes: Sequence[Route], settings: EndpointSettings, keyed:
     components: dict[str, Any] = {"schemas": schemas["$defs"]}
     for schema in components["schemas"].values():
         _state_limits(schema, settings)
+    if SearchRequest.__name__ in components["schemas"]:
+        components["schemas"][SearchRequest.__name__]["properties"]["mode"]["anyOf"][0]["enum"] = list(modes)
     paths: dict[str, Any] = {}
     for route in routes:
         for path in route.paths:
@@ -298,7 +303,9 @@ def create_api(
         path = given.replace("{name}", "{name:path}")
         # Starlette's route, not FastAPI's: handlers take the request as it is, so there is nothing to inject.
         api.add_route(path, route.handler, methods=[route.method])
-    document = openapi_document(routes, settings, keyed=bool(settings.keys))
+    document = openapi_document(
+        routes, settings, keyed=bool(settings.keys), modes=corpus.card.modes if corpus else ()
+    )
 
     async def openapi(http: Request) -> Response:
         return json_reply({**document, "servers": [{"url": http.scope.get("root_path") or "/"}]})

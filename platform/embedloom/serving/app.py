@@ -216,7 +216,7 @@ def _corpus(serving: ServingConfig, model: ModelFolder) -> CorpusSource | None:
     """The corpus to search, checked against the model before anything starts."""
     if serving.corpus is None:
         return None
-    source = CorpusSource.of(serving.corpus, serving.documents, model)
+    source = CorpusSource.of(serving.corpus, serving, model)
     source.check()
     return source
 

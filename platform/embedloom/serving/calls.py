@@ -141,6 +141,12 @@ class Calls:
             raise refused(result)
         return result
 
+    async def look_up(self, http: Request, texts: list[str], work: Coroutine[Any, Any, Answer]) -> Answer:
+        """The answer of work that needs no encoder, under the same conditions."""
+        if self.settings.request_log == "texts":
+            facts_of(http.scope).texts = texts
+        return await self._admitted(http, work)
+
     async def info(self) -> ModelInfo:
         """The loaded model, asked for once."""
         if self._known is None:

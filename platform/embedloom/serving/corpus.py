@@ -11,14 +11,17 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from embedloom.config.embedding import EmbeddingConfig
+from embedloom.config.serving import SearchConfig, SearchMode
 from embedloom.core.artefacts import MANIFEST_FILE, Artefact, fingerprint
 from embedloom.core.progress import note
 from embedloom.core.storage import Place
 from embedloom.errors import ConfigError, DataError
+from embedloom.retrieval.fusion import USUAL_WEIGHT, Candidates, Ranked, reciprocal_rank, weighted_sum
 from embedloom.retrieval.index import FACTS_FILE, load_index
 from embedloom.retrieval.inputs import DOCUMENTS_FOLDER, TextSource, open_input
 from embedloom.retrieval.ledger import ROWS_FOLDER, VECTORS_FOLDER, text_digest, texts_of
-from embedloom.retrieval.search import DocumentBlock
+from embedloom.retrieval.lexical import LEXICAL_FACTS, LexicalIndex, best_rows, load_lexical
+from embedloom.retrieval.search import DocumentBlock, pair_scores
 from embedloom.retrieval.vector_files import check_same_contract, read_vectors
 from embedloom.serving.messages import Vectors
 from embedloom.serving.schemas import CorpusCard, SearchHit
@@ -29,6 +32,7 @@ from embedloom.serving.schemas import CorpusCard, SearchHit
 # was edited since is not shown as if it were what was embedded.
 
 
+DENSE = SearchConfig()
 _MEMORY_BYTES = 512 * 2**20  # of texts kept ready; files beyond it are read again, row group by row group
 _COPIED = f"{DOCUMENTS_FOLDER}.json"  # there, JSON lines and text files were copied into the artefact
 _CHUNKS_FOLDER = "chunks"
@@ -226,6 +230,10 @@ class _Searcher(Protocol):
         """Rows and scores of the nearest vectors, best first: [<= count] each."""
         ...
 
+    def scores(self, query: Vectors, rows: Rows) -> Vectors:
+        """Scores of these rows' vectors: [rows]."""
+        ...
+
 
 class _Exact:
     """Every vector compared; equal scores in the order of their ids."""
@@ -237,11 +245,15 @@ class _Exact:
         ranks = np.empty(len(ids), dtype=np.int64)
         ranks[order] = np.arange(len(ids), dtype=np.int64)
         self._row_of_rank = order
+        self._vectors = vectors
         self._block = DocumentBlock(vectors, ranks)
 
     def rows(self, query: Vectors, count: int) -> tuple[Rows, Vectors]:
         best = self._block.search(query[None], count)
         return self._row_of_rank[best.positions[0]].astype(np.int64), best.scores[0]
+
+    def scores(self, query: Vectors, rows: Rows) -> Vectors:
+        return pair_scores(np.broadcast_to(query, (len(rows), len(query))), self._vectors[rows])
 
 
 class _Faiss:
@@ -256,9 +268,18 @@ class _Faiss:
         found = rows[0] >= 0  # an approximate index may come back with fewer
         return rows[0][found], scores[0][found]
 
+    def scores(self, query: Vectors, rows: Rows) -> Vectors:
+        if not len(rows):
+            return np.empty(0, np.float32)
+        if self.kind == "ivf":
+            self._index.make_direct_map()  # at once where it is there: vectors of cells are found by their row
+        return pair_scores(
+            np.broadcast_to(query, (len(rows), len(query))), self._index.reconstruct_batch(rows)
+        )
+
 
 class SearchCorpus:
-    """A vectors artefact, ready to be asked with vectors of the model that made it."""
+    """A vectors artefact, ready to be asked with vectors of the model that made it, with words, or with both."""
 
     def __init__(
         self,
@@ -268,29 +289,47 @@ class SearchCorpus:
         normalize: bool,
         contract_hash: str,
         texts: CorpusTexts | None,
+        lexical: LexicalIndex | None = None,
+        search: SearchConfig = DENSE,
     ) -> None:
         self.contract_hash = contract_hash
+        modes: list[SearchMode] = ["dense"] if lexical is None else ["dense", "lexical", "hybrid"]
         self.card = CorpusCard(
-            documents=len(ids), dimension=dimension, index=searcher.kind, texts=texts is not None
+            documents=len(ids),
+            dimension=dimension,
+            index=searcher.kind,
+            texts=texts is not None,
+            modes=modes,
+            mode=search.mode,
         )
         self._ids = ids
         self._searcher = searcher
         self._dimension = dimension
         self._normalize = normalize
         self._texts = texts
+        self._lexical = lexical
+        self._fusion = search
+        tuned = None if lexical is None else lexical.facts.get("weight")
+        self._weight = next(one for one in (search.weight, tuned, USUAL_WEIGHT) if one is not None)
 
-    def search(self, query: Vectors, count: int, with_texts: bool) -> list[SearchHit]:
-        """The nearest documents, best first.
+    def match_words(self, text: str) -> Vectors:
+        """BM25 of every row: float32 [rows]; only where the artefact has an index of words."""
+        if self._lexical is None:
+            raise RuntimeError("a corpus without an index of words was asked for some")
+        return self._lexical.scores(text)
+
+    def search(
+        self, query: Vectors | None, count: int, with_texts: bool, words: Vectors | None = None
+    ) -> list[SearchHit]:
+        """The best documents, best first: by vectors, by words, or by both, fused.
 
         Args:
-            query: float32 [the model's dimension]; cut to the corpus's where its vectors are cut.
+            query: float32 [the model's dimension]; cut to the corpus's where its vectors are cut. None: by words alone.
             count: documents wanted.
             with_texts: whether titles, texts and where they come from come along.
+            words: what ``match_words`` gave. None: by vectors alone.
         """
-        query = query[: self._dimension]
-        if self._normalize:
-            query = query / max(float(np.linalg.norm(query)), 1e-12)
-        rows, scores = self._searcher.rows(query, min(count, len(self._ids)))
+        rows, scores = self._found(query, count, words)
         ids = self._ids.take(pa.array(rows)).to_pylist()
         read = self._texts.read if self._texts is not None and with_texts else _unknown
         return [
@@ -298,13 +337,42 @@ class SearchCorpus:
             for own, score, text in zip(ids, scores, read(rows), strict=True)
         ]
 
+    def _found(self, query: Vectors | None, count: int, words: Vectors | None) -> tuple[Rows, Any]:
+        count = min(count, len(self._ids))
+        if query is None:
+            return best_rows(np.empty(0, np.float32) if words is None else words, count)
+        query = query[: self._dimension]
+        if self._normalize:
+            query = query / max(float(np.linalg.norm(query)), 1e-12)
+        if words is None:
+            return self._searcher.rows(query, count)
+        depth = min(max(self._fusion.depth, count), len(self._ids))
+        dense, lexical = Ranked(*self._searcher.rows(query, depth)), Ranked(*best_rows(words, depth))
+        if self._fusion.fusion == "reciprocal_rank":
+            fused = reciprocal_rank((dense, lexical), self._fusion.rank_constant)
+        else:
+            both = Candidates.of(
+                dense,
+                lexical,
+                lambda rows: self._searcher.scores(query, rows),
+                lambda rows: words[rows],
+                floor=-1.0 if self._normalize else None,
+            )
+            fused = weighted_sum(both, self._weight)
+        return fused.rows[:count], fused.scores[:count]
+
 
 def _unknown(rows: Rows) -> list[CorpusText]:
     return [CorpusText()] * len(rows)
 
 
 def load_corpus(
-    place: Place, documents: str | None, contract_hash: str, model: str, normalize: bool
+    place: Place,
+    documents: str | None,
+    contract_hash: str,
+    model: str,
+    normalize: bool,
+    search: SearchConfig = DENSE,
 ) -> SearchCorpus:
     """Open a vectors artefact for search, checked against the model that will embed the queries.
 
@@ -314,12 +382,14 @@ def load_corpus(
         contract_hash: of the served model.
         model: what ``ModelFolder.id`` says of the served model.
         normalize: whether its vectors have unit length.
+        search: how it is searched where requests do not say it.
 
     Raises:
+        ConfigError: searches by words are the rule, and it was embedded without an index of them.
         DataError: no finished artefact of documents, or one of another contract or other weights.
         MissingDependency: it has an index and FAISS is not installed.
     """
-    artefact = check_corpus(place, contract_hash, model)
+    artefact = check_corpus(place, contract_hash, model, search)
     if place.exists(FACTS_FILE):
         index = load_index(place, contract_hash)
         ids, dimension = index.ids.combine_chunks(), index.dimension
@@ -331,14 +401,19 @@ def load_corpus(
     if isinstance(ids, pa.ChunkedArray):
         ids = pa.concat_arrays(ids.chunks)
     texts = open_texts(artefact, documents)
-    return SearchCorpus(ids, searcher, dimension, normalize, contract_hash, texts)
+    lexical = load_lexical(place)
+    if lexical is not None and len(lexical) != len(ids):
+        raise DataError(
+            f"{place.uri}: {len(ids)} vectors, its index of words has {len(lexical)} rows; embed again"
+        )
+    return SearchCorpus(ids, searcher, dimension, normalize, contract_hash, texts, lexical, search)
 
 
-def check_corpus(place: Place, contract_hash: str, model: str) -> Artefact:
+def check_corpus(place: Place, contract_hash: str, model: str, search: SearchConfig = DENSE) -> Artefact:
     """The artefact, if the served model made it.
 
     Raises:
-        ConfigError: it is of queries.
+        ConfigError: it is of queries, or is to be searched by words and has no index of them.
         DataError: see ``load_corpus``.
     """
     artefact = Artefact.open(place, "vectors")
@@ -352,4 +427,9 @@ def check_corpus(place: Place, contract_hash: str, model: str) -> Artefact:
     side = dict(details.get("recipe") or {}).get("side", "document")
     if side != "document":
         raise ConfigError(f"serving.corpus: {place.uri}: its vectors are of side {side!r}; allowed: document")
+    if search.mode != "dense" and not place.exists(LEXICAL_FACTS):
+        raise ConfigError(
+            f"serving.search.mode: {search.mode!r}, but {place.uri} has no index of words; allowed here: dense, or embed it "
+            "again with embedding.lexical (`embedloom embed ... --lexical`), which keeps its vectors"
+        )
     return artefact

@@ -16,7 +16,7 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
 from embedloom.config.base import validate
-from embedloom.config.serving import ApplicationArgs
+from embedloom.config.serving import ApplicationArgs, SearchConfig, ServingConfig
 from embedloom.core.model_folder import ModelFolder
 from embedloom.core.storage import Place, absolute
 from embedloom.serving.api import create_api
@@ -60,24 +60,28 @@ class CorpusSource:
     contract_hash: str
     model_id: str
     normalize: bool
+    search: SearchConfig
 
     @classmethod
-    def of(cls, corpus: str, documents: str | None, model: ModelFolder) -> "CorpusSource":
+    def of(cls, corpus: str, serving: ServingConfig, model: ModelFolder) -> "CorpusSource":
         """The source of a config's paths, absolute for replicas that run in other folders."""
-        texts = None if documents is None else absolute(documents)
-        return cls(absolute(corpus), texts, model.contract.hash, model.id, model.contract.normalize)
+        texts = None if serving.documents is None else absolute(serving.documents)
+        contract = model.contract
+        return cls(absolute(corpus), texts, contract.hash, model.id, contract.normalize, serving.search)
 
     def check(self) -> None:
         """Raise DataError or ConfigError if another model made it; reads the manifest only."""
         from embedloom.serving.corpus import check_corpus
 
-        check_corpus(Place(self.uri), self.contract_hash, self.model_id)
+        check_corpus(Place(self.uri), self.contract_hash, self.model_id, self.search)
 
     def open(self) -> "SearchCorpus":
         """The corpus, loaded."""
         from embedloom.serving.corpus import load_corpus
 
-        return load_corpus(Place(self.uri), self.documents, self.contract_hash, self.model_id, self.normalize)
+        return load_corpus(
+            Place(self.uri), self.documents, self.contract_hash, self.model_id, self.normalize, self.search
+        )
 
 
 # Encoder replicas behind a Serve handle, as a backend of the HTTP side.

@@ -6,6 +6,7 @@ import hashlib
 import re
 import time
 import uuid
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,6 +16,7 @@ import numpy as np
 from fastapi import Request, Response
 from pydantic_core import to_json
 
+from embedloom.config.serving import SearchMode
 from embedloom.retrieval.stored import shorten, unit_length
 from embedloom.serving.calls import Calls, Terms, alias_of, notes_of, pinned, terms_of
 from embedloom.serving.encodings import check_packable, encoded
@@ -280,6 +282,24 @@ def check_dimensions(dimensions: int | None, info: ModelInfo, field: str) -> Non
 # The handlers that compare a query with documents: rerank, similarity, and search of the served corpus.
 
 
+def searched_by(asked: SearchMode | None, card: CorpusCard) -> SearchMode:
+    """The mode that a search is answered in.
+
+    Raises:
+        ApiError: 400, one that this corpus was not embedded for.
+    """
+    mode = asked or card.mode
+    if mode not in card.modes:
+        raise ApiError(
+            400,
+            f"mode: {mode!r} needs an index of words, which this corpus was embedded without; allowed here: "
+            f"{', '.join(card.modes)}; `embedloom embed ... --lexical` adds the index and keeps the vectors",
+            param="mode",
+            code="mode_not_available",
+        )
+    return mode
+
+
 # The least that a cosine can be.
 _BLANK_SCORE = -1.0
 
@@ -290,8 +310,14 @@ class Corpus(Protocol):
     card: CorpusCard
     contract_hash: str
 
-    def search(self, query: Vectors, count: int, with_texts: bool) -> list[SearchHit]:
-        """The nearest documents of a query vector [dimension], best first."""
+    def match_words(self, text: str) -> Vectors:
+        """How well the words of every document match: [documents]; where ``card.modes`` has lexical."""
+        ...
+
+    def search(
+        self, query: Vectors | None, count: int, with_texts: bool, words: Vectors | None = None
+    ) -> list[SearchHit]:
+        """The best documents, best first: by a query vector [dimension], by matches of words, or by both."""
         ...
 
 
@@ -311,6 +337,7 @@ class RankRoutes:
         self._calls = calls
         self._corpus = corpus
         self._search_thread = ThreadPoolExecutor(1, thread_name_prefix="search")
+        self._words_thread = ThreadPoolExecutor(1, thread_name_prefix="words")
 
     async def rerank(self, http: Request) -> Response:
         """Order documents by their similarity to a query (Cohere's, Jina's and Voyage's shape; no cross-encoder)."""
@@ -360,35 +387,56 @@ class RankRoutes:
         return json_reply(body, headers=notes_of(result))
 
     async def search(self, http: Request) -> Response:
-        """The documents of the served corpus nearest to a query."""
+        """The documents of the served corpus that fit a query best: by vectors, by words, or by both."""
         calls, corpus = self._calls, self._corpus
         if corpus is None:
             raise RuntimeError("/v1/search is routed without a corpus")
         request = await calls.read(http, SearchRequest)
         terms = terms_of(request, calls.settings)
         calls.check_sizes([request.query], "query", is_list=False)
-        pin = pinned(http, request.contract_hash) or corpus.contract_hash
-        query = terms.texts([request.query], "query", "query", is_list=False)
-        # The fingerprint too: in a redeploy, the new model's vectors must not meet the old model's index.
-        job = terms.job(query, contract_hash=pin, fingerprint=calls.settings.fingerprint)
-        started = time.perf_counter()
-        result = await calls.encode(http, job)
-        embedded = time.perf_counter()
-        loop = asyncio.get_running_loop()
-        hits = await loop.run_in_executor(
-            self._search_thread, corpus.search, result.vectors[0], request.top_k, request.return_documents
-        )
+        mode = searched_by(request.mode, corpus.card)
+        result: EncodeResult | None = None
+        started = embedded = time.perf_counter()
+        if mode == "lexical":
+            hits = await calls.look_up(http, [request.query], self._by_words(corpus, request))
+        else:
+            pin = pinned(http, request.contract_hash) or corpus.contract_hash
+            query = terms.texts([request.query], "query", "query", is_list=False)
+            # The fingerprint too: in a redeploy, the new model's vectors must not meet the old model's index.
+            job = terms.job(query, contract_hash=pin, fingerprint=calls.settings.fingerprint)
+            # Looked up while the query is embedded: a hybrid search takes hardly longer than a dense one.
+            words = self._matches(corpus, request.query) if mode == "hybrid" else None
+            result = await calls.encode(http, job)
+            embedded = time.perf_counter()
+            hits = await self._in_thread(
+                corpus.search,
+                result.vectors[0],
+                request.top_k,
+                request.return_documents,
+                None if words is None else await words,
+            )
         searched = time.perf_counter()
         calls.metrics.searched(searched - embedded)
         body = {
             "object": "list",
             "model": terms.model,
-            "contract_hash": result.contract_hash,
+            "contract_hash": corpus.contract_hash if result is None else result.contract_hash,
+            "mode": mode,
             "results": [hit.model_dump() for hit in hits],
             "timing": {"embed_seconds": embedded - started, "search_seconds": searched - embedded},
-            "usage": usage(result.tokens, result.truncated),
+            "usage": usage(0) if result is None else usage(result.tokens, result.truncated),
         }
-        return json_reply(body, headers=notes_of(result))
+        return json_reply(body, headers=None if result is None else notes_of(result))
+
+    async def _by_words(self, corpus: Corpus, request: SearchRequest) -> list[SearchHit]:
+        words = await self._matches(corpus, request.query)
+        return await self._in_thread(corpus.search, None, request.top_k, request.return_documents, words)
+
+    def _matches(self, corpus: Corpus, query: str) -> "asyncio.Future[Vectors]":
+        return asyncio.get_running_loop().run_in_executor(self._words_thread, corpus.match_words, query)
+
+    async def _in_thread(self, work: Callable[..., list[SearchHit]], *arguments: Any) -> list[SearchHit]:
+        return await asyncio.get_running_loop().run_in_executor(self._search_thread, work, *arguments)
 
     async def ranking(
         self, http: Request, terms: Terms, query: str, texts: list[str], field: str, pin: str | None = None

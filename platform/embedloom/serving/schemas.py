@@ -21,7 +21,7 @@ from pydantic import (
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, PydanticCustomError
 
-from embedloom.config.serving import Truncate
+from embedloom.config.serving import SearchMode, Truncate
 from embedloom.core.model_folder import ModelFolder
 from embedloom.core.prompting import USUAL_TASK, Side
 from embedloom.core.schemas import TASK_TYPES
@@ -532,6 +532,13 @@ class SearchRequest(TextOptions):
 
     model: str | None = Field(default=None, min_length=1)
     query: Query
+    mode: SearchMode | None = Field(
+        default=None,
+        description=(
+            "dense: by vectors. lexical: by words (BM25). hybrid: by both. Null: the endpoint's default; /v1/models lists what "
+            "this corpus can."
+        ),
+    )
     top_k: Count = Field(default=10, le=MAX_TOP_K)
     truncate: TruncateField = Field(default="none", description=_TRUNCATE)
     return_documents: bool = Field(
@@ -654,7 +661,9 @@ class SearchHit(Reply):
     """One document of the corpus; null is what the endpoint does not know of it, or was not asked for."""
 
     id: str
-    score: float
+    score: float = Field(
+        description="dense: as /v1/similarity. lexical: BM25. hybrid: of the fusion; comparable within one answer only."
+    )
     title: str | None = None
     text: str | None = None
     source: str | None = Field(
@@ -669,7 +678,9 @@ class SearchTiming(Reply):
     """Where the time of a search went."""
 
     embed_seconds: float
-    search_seconds: float
+    search_seconds: float = Field(
+        description="After the query was embedded; its words are looked up meanwhile."
+    )
 
 
 class SearchResponse(Reply):
@@ -678,6 +689,7 @@ class SearchResponse(Reply):
     object: Literal["list"] = "list"
     model: str
     contract_hash: str
+    mode: SearchMode = Field(description="Which mode answered.")
     results: list[SearchHit]
     timing: SearchTiming
     usage: Usage
@@ -740,6 +752,8 @@ class CorpusCard(Reply):
     dimension: int
     index: str
     texts: bool
+    modes: list[SearchMode] = ["dense"]
+    mode: SearchMode = "dense"  # of requests that do not state one
 
 
 class ModelDefaults(Reply):
