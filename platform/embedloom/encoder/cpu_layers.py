@@ -177,12 +177,15 @@ class FusedBert:
             for layer in backbone.encoder.layer
         ]
 
-    def __call__(self, row: Tensor, layout: PackedLayout) -> Tensor:
-        """Hidden states of a packed row: int64 [1, tokens] in, float32 [tokens, d] out."""
+    def __call__(
+        self, input_ids: Tensor, layout: PackedLayout, token_type_ids: Tensor | None = None
+    ) -> Tensor:
+        """Hidden states of a packed row: int64 [1, tokens] in, float32 [tokens, d] out; without types all are of the first."""
         embeddings = self._embeddings
-        states = embeddings.word_embeddings.weight[row[0]]
+        states = embeddings.word_embeddings.weight[input_ids[0]]
         states += embeddings.position_embeddings.weight[layout.positions[0]]
-        states += embeddings.token_type_embeddings.weight[0]
+        types = embeddings.token_type_embeddings.weight
+        states += types[0] if token_type_ids is None else types[token_type_ids[0]]
         states = _norm(states, embeddings.LayerNorm)
         for layer in self._layers:
             states = self._run(layer, states, layout)

@@ -388,20 +388,25 @@ class Encoder:
         causal = self.contract.attention == "causal"
         layout = PackedLayout([lengths[position] for position in order], causal, self.device)
         row = _ids([texts[position] for position in order]).unsqueeze(0)
+        inputs = self._inputs(row)
         if self._fused is not None and not torch.is_grad_enabled():
-            hidden = self._fused(row, layout)
+            hidden = self._fused(layout=layout, **inputs)
         else:
-            hidden = self.backbone(
-                input_ids=send(row, self.device), position_ids=layout.positions, packed=layout
-            ).last_hidden_state[0]
+            hidden = self.backbone(**inputs, position_ids=layout.positions, packed=layout).last_hidden_state[
+                0
+            ]
         vectors = pool_packed(hidden, layout.starts, self.contract.pooling)
         places = torch.argsort(torch.tensor(order))[: len(token_ids)]
         return vectors[send(places, self.device)]
 
     def _forward_padded(self, token_ids: Sequence[Sequence[int]], lengths: list[int]) -> Tensor:
         ids, mask = self._pad(token_ids, lengths)
-        hidden = self.backbone(input_ids=ids, attention_mask=mask).last_hidden_state
+        hidden = self.backbone(**self._inputs(ids), attention_mask=mask).last_hidden_state
         return pool(hidden, mask, self.contract.pooling)
+
+    def _inputs(self, token_ids: Tensor) -> dict[str, Tensor]:
+        """What the backbone is called with for these tokens, on its device."""
+        return {"input_ids": send(token_ids, self.device)}
 
     def _pad(self, token_ids: Sequence[Sequence[int]], lengths: list[int]) -> tuple[Tensor, Tensor]:
         longest = max(lengths)
@@ -415,7 +420,7 @@ class Encoder:
             )
             ids[row, span] = torch.as_tensor(tokens, dtype=torch.long)
             mask[row, span] = 1
-        return send(ids, self.device), send(mask, self.device)
+        return ids, send(mask, self.device)
 
     def embed_tokens(
         self, token_ids: Sequence[Sequence[int]], max_batch_tokens: int | None = DEFAULT_BATCH_TOKENS

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from embedloom.encoder.model import Encoder, token_budget_batches
+from embedloom.encoder.pairs import PairEncoder
 from embedloom.training.data import Group, Teaching
 from embedloom.training.losses import (
     Objective,
@@ -41,17 +42,38 @@ class ContrastiveModule(nn.Module):
         texts = [group.query for group in groups] + [
             document for group in groups for document in group.documents
         ]
-        vectors = self._vectors(texts)
+        vectors = in_pieces(self._encoder, texts)
         return vectors[: len(groups)], vectors[len(groups) :].view(len(groups), -1, vectors.shape[1])
 
-    def _vectors(self, texts: list[list[int]]) -> Tensor:
-        if self._encoder.packed:
-            return self._encoder.forward(texts)
-        lengths = [len(text) for text in texts]
-        batches = token_budget_batches(lengths, max(max(lengths), sum(lengths) // _PIECES))
-        parts = [self._encoder.forward([texts[position] for position in batch]) for batch in batches]
-        order = torch.tensor([position for batch in batches for position in batch], device=parts[0].device)
-        return torch.cat(parts)[torch.argsort(order)]
+
+def in_pieces(encoder: Encoder, texts: list[list[int]]) -> Tensor:
+    """Vectors of the texts of one micro-batch, in order: [texts, d]."""
+    if encoder.packed:
+        return encoder.forward(texts)
+    lengths = [len(text) for text in texts]
+    batches = token_budget_batches(lengths, max(max(lengths), sum(lengths) // _PIECES))
+    parts = [encoder.forward([texts[position] for position in batch]) for batch in batches]
+    order = torch.tensor([position for batch in batches for position in batch], device=parts[0].device)
+    return torch.cat(parts)[torch.argsort(order)]
+
+
+class PairModule(nn.Module):
+    """A reranker on one micro-batch: every document of a group with its query, whose logits are vectors of one dimension."""
+
+    def __init__(self, encoder: PairEncoder) -> None:
+        super().__init__()
+        self.model = encoder.model
+        self._encoder = encoder
+
+    def forward(self, groups: list[Group]) -> tuple[Tensor, Tensor]:
+        """Ones [b, 1] and logits [b, 1 + k, 1], so that a similarity is a logit; all groups have as many documents."""
+        template = self._encoder.pairs
+        pairs = []
+        for group in groups:
+            query = template.bare(group.query)
+            pairs += [template.pair(query, template.bare(document)) for document in group.documents]
+        logits = in_pieces(self._encoder, pairs)
+        return logits.new_ones(len(groups), 1), logits.view(len(groups), -1, 1)
 
 
 def vector_groups(groups: list[Group], queries: Tensor, documents: Tensor) -> VectorGroups:

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from embedloom.config.cluster import TrainingGroup
+from embedloom.config.reranker import RerankerConfig
 from embedloom.config.training import (
     ROUNDING,
     WATCHING,
@@ -24,20 +25,19 @@ from embedloom.core.prompting import PromptContract
 from embedloom.core.storage import Place
 from embedloom.encoder.backbone import DTypeName
 from embedloom.encoder.model import Encoder
-from embedloom.encoder.parity import embed_golden
+from embedloom.encoder.pairs import PairEncoder
 from embedloom.encoder.registry import NodeModel, local_folder
 from embedloom.training.checkpoints import (
     MODEL_CHECKPOINT,
     is_model,
     load_checkpoint,
     save_checkpoint,
-    save_final_model,
     temporary_folder,
 )
 from embedloom.training.data import ExampleStore
 from embedloom.training.dev import DevScores, DevTasks
-from embedloom.training.gradients import ContrastiveModule, GradientPass, StepReduction
-from embedloom.training.losses import Objective
+from embedloom.training.gradients import GradientPass, StepReduction
+from embedloom.training.learner import EmbeddingLearner, Learner, RerankerLearner
 from embedloom.training.metrics import (
     METRICS_FILE,
     LossWatch,
@@ -54,7 +54,6 @@ from embedloom.training.model import (
     deepspeed_settings,
     fitting_tokens,
     matrix_weights,
-    prepare_backbone,
     shape_of,
     trainer_of,
     unsharded_gradient_norm,
@@ -81,6 +80,7 @@ class LoopConfig:
     dev_tasks: DevTasks | None = None  # of training.dev
     contract: PromptContract | None = None  # of the model that comes out; None: as of the one it starts from
     group: TrainingGroup = field(default_factory=TrainingGroup)
+    reranker: RerankerConfig | None = None  # what is trained is one; None: an embedding model
 
     @property
     def rounding(self) -> dict[str, Any]:
@@ -97,7 +97,8 @@ class LoopConfig:
         varying = {"runs", "stages", "checkpoint_every_steps", *WATCHING}
         training = self.training.model_dump(mode="json", exclude=varying) | dict(rounding)
         stage = self.stage.model_dump(mode="json", exclude=set(ROUNDING))
-        return fingerprint(training, stage, self.sources, self.seed, self.learning_rate_scale)
+        own = () if self.reranker is None else (self.reranker.model_dump(mode="json", include={"loss"}),)
+        return fingerprint(training, stage, self.sources, self.seed, self.learning_rate_scale, *own)
 
     @property
     def identity(self) -> str:
@@ -133,6 +134,21 @@ def train_worker(config: LoopConfig) -> str | None:
     return trainer.run()
 
 
+def open_learner(config: LoopConfig) -> Learner:
+    """The start model, loaded to be trained as the config says.
+
+    An embedding model has from the first step on the contract that is exported: dev scores and golden vectors are by what
+    is served.
+    """
+    training, stage = config.training, config.stage
+    if config.reranker is not None:
+        pairs = PairEncoder.open(local_folder(config.start_model), dtype=config.dtype, trainable=True)
+        return RerankerLearner(pairs, config.reranker, training, stage)
+    folder = local_folder(config.start_model)
+    encoder = Encoder.load(folder, dtype=config.dtype, trainable=True, contract=config.contract)
+    return EmbeddingLearner(encoder, training, stage)
+
+
 class StageTrainer:
     """Engine, data order and step counter of one worker."""
 
@@ -142,15 +158,11 @@ class StageTrainer:
         self.world_size = world_size
         training, stage = config.training, config.stage
         torch.manual_seed(config.seed)
-        # From the first step on with the contract that is exported: dev scores and golden vectors are by what is served.
-        self.encoder = Encoder.load(
-            local_folder(config.start_model), dtype=config.dtype, trainable=True, contract=config.contract
-        )
-        prepare_backbone(self.encoder.backbone, training, stage)
+        self.learner = open_learner(config)
+        self.encoder = self.learner.encoder
         self.store = ExampleStore(config.data, config.folders, stage.negatives, self._teaching())
         self.order = order_of(training, stage, config.sources, self.store, config.seed)
         self.total_steps = steps_of(stage, self.order)
-        objective = Objective.of(training, self.encoder.dimension, self.encoder.contract.normalize)
         self.matrix_weights = matrix_weights(self.encoder.backbone)  # before ZeRO-3 takes them apart
         group = config.group
         bf16_weights = self.encoder.dtype == torch.bfloat16 and (
@@ -158,12 +170,12 @@ class StageTrainer:
         )
         tokens = self._micro_batch_tokens(bf16_weights)
         settings = deepspeed_settings(training, group, bf16_weights)
-        self.engine = build_engine(ContrastiveModule(self.encoder), training, settings)
+        self.engine = build_engine(self.learner.module, training, settings)
         in_float32 = bf16_weights and group.gradient_dtype == "float32"
         # ZeRO-0 and 1 reduce once a step by themselves.
         once = world_size > 1 and training.zero_stage > 1 and group.reduces_each_step(training.zero_stage)
         reduction = StepReduction(self.engine, in_float32) if once else None
-        self.gradients = GradientPass(self.engine, objective, rank, world_size, reduction)
+        self.gradients = GradientPass(self.engine, self.learner.objective, rank, world_size, reduction)
         self.watch = LossWatch()
         self.writer = StepWriter(
             config.label, self.total_steps, config.logs if rank == 0 else None,
@@ -175,7 +187,7 @@ class StageTrainer:
         self.step = 0
         self.reader = BatchReader(
             self.order, self.store, stage.global_batch, self.total_steps, rank, world_size,
-            tokens, self.encoder.dimension,
+            tokens, self.learner.hidden_size, self.learner.lengths,
         )  # fmt: skip
 
     def _teaching(self) -> dict[str, SourceDistillation] | None:
@@ -198,7 +210,7 @@ class StageTrainer:
         backbone, contract = self.encoder.backbone, self.encoder.contract
         trainer = trainer_of(training, stage, self.config.group, backbone, bf16_weights, self.world_size)
         document_tokens = stage.max_document_tokens or contract.max_document_tokens
-        longest = contract.max_query_tokens + (1 + stage.negatives) * document_tokens
+        longest = self.learner.longest(document_tokens, stage.negatives)
         groups = -(-stage.global_batch // self.world_size)
         memory = torch.tensor(torch.cuda.get_device_properties(device).total_memory, device=device)
         dist.all_reduce(memory, op=dist.ReduceOp.MIN)
@@ -345,12 +357,11 @@ class StageTrainer:
         """Gather the weights on rank 0 and write them as a model folder."""
         import deepspeed
 
-        training = self.config.training
-        trained = embed_golden(self.encoder)
-        weights = list(self.encoder.backbone.parameters())
-        with deepspeed.zero.GatheredParameters(weights, enabled=training.zero_stage == 3):
+        golden = self.learner.golden()
+        weights = list(self.learner.module.parameters())
+        with deepspeed.zero.GatheredParameters(weights, enabled=self.config.training.zero_stage == 3):
             if self.rank == 0:
-                save_final_model(self.encoder, folder, training, trained)
+                self.learner.save(folder, golden)
 
     def _report(self, folder: str | None, name: str) -> None:
         import ray.train

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from embedloom.config.reranker import RerankerLoss
 from embedloom.config.training import DistillationLoss, TrainingConfig
 from embedloom.errors import ConfigError, DataError
 
@@ -214,6 +215,24 @@ def infonce(own: VectorGroups, batch: VectorGroups, first: int, temperature: flo
     return loss_of(scores[:, 0], [own_negatives(own, scores)], temperature)
 
 
+# Binary cross-entropy of a query's own pairs, for rerankers: the positive is right, each mined negative wrong.
+#
+# The mean over the pairs of a query, so that each query weighs the same. A negative that is a right answer is left out.
+
+
+def binary_cross_entropy(own: VectorGroups, batch: VectorGroups, first: int, temperature: float) -> Tensor:
+    """Per-query losses [b], see ``Loss``; similarities are logits. ``batch`` and ``first`` are not looked at.
+
+    sentence-transformers' BinaryCrossEntropyLoss is its mean, where every query has as many pairs.
+    """
+    logits = torch.einsum("bd,bkd->bk", own.queries, own.documents) / temperature
+    kept = torch.cat([torch.ones_like(logits[:, :1], dtype=torch.bool), own_negatives(own, logits)[1]], dim=1)
+    right = torch.zeros_like(logits)
+    right[:, 0] = 1.0
+    losses = torch.nn.functional.binary_cross_entropy_with_logits(logits, right, reduction="none")
+    return losses.masked_fill(~kept, 0.0).sum(dim=1) / kept.sum(dim=1)
+
+
 # Gemini Embedding's loss: in-batch positives with a duplicate mask, and the query's own negatives (arXiv 2503.07891).
 #
 # L_i = -log( exp(s(q_i, p_i+)/t) / ( sum_j m_ij exp(s(q_i, p_j+)/t) + sum_k exp(s(q_i, n_ik)/t) ) )
@@ -390,6 +409,9 @@ LOSSES: dict[str, tuple[Loss, Needs]] = {
 }
 
 
+RERANKER_LOSSES: dict[RerankerLoss, Loss] = {"infonce": infonce, "bce": binary_cross_entropy}
+
+
 @dataclass(frozen=True, slots=True)
 class Objective:
     """A loss with its settings: what the training loop minimises."""
@@ -423,6 +445,20 @@ class Objective:
             )
         weights = config.matryoshka.weights or (1.0,) * len(sizes)
         return cls(loss, needs, config.temperature, Prefixes(sizes, weights, normalize), distillation)
+
+    @classmethod
+    def of_reranker(cls, loss: RerankerLoss, config: TrainingConfig) -> "Objective":
+        """The objective of a reranker, whose logits are similarities of one dimension.
+
+        Args:
+            loss: of ``RERANKER_LOSSES``.
+            config: the section as a training, see ``RerankerConfig.training``.
+        """
+        section = config.distillation
+        distillation = (
+            None if section is None else Distillation(DISTILLATION[section.loss], section.contrastive_weight)
+        )
+        return cls(RERANKER_LOSSES[loss], "nothing", config.temperature, None, distillation)
 
     def __call__(self, own: VectorGroups, batch: VectorGroups, first: int) -> Tensor:
         """Per-query losses [b] of the queries that stand at ``first`` in the batch."""

@@ -2,7 +2,7 @@
 
 import heapq
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -336,6 +336,7 @@ class BatchReader:
         world_size: int,
         micro_batch_tokens: int,
         hidden_size: int,
+        seen: Callable[[list[int]], list[int]] = list,
     ) -> None:
         """Prepare; nothing is read yet.
 
@@ -348,7 +349,9 @@ class BatchReader:
             world_size: workers.
             micro_batch_tokens: tokens a forward may hold.
             hidden_size: of the model, see ``plan_batch``.
+            seen: tokens of what the model computes of a row, by those of its texts.
         """
+        self._seen = seen
         self._order, self._store = order, store
         self._batch, self._steps = batch, steps
         self._rank, self._world_size = rank, world_size
@@ -372,7 +375,7 @@ class BatchReader:
 
     def _read(self, number: int) -> StepBatch:
         rows = self._order.window(number * self._batch, (number + 1) * self._batch).tolist()
-        lengths = self._store.lengths(rows)
+        lengths = [self._seen(own) for own in self._store.lengths(rows)]
         plan = plan_batch(lengths, self._world_size, self._micro_batch_tokens, self._hidden_size)
         own = [self._store.groups([rows[position] for position in part]) for part in plan.ranks[self._rank]]
         return StepBatch(rows, lengths, plan, own, self._store.groups(rows[:1]))

@@ -70,7 +70,7 @@ def train_stage(
     _check(config, stage, start_folder, group)
     root = out.place.absolute()  # Ray Train's workers have another working directory
     data = root.child(DATA_FOLDER) if prepared_data is None else prepared_data.absolute()
-    loop = _loop_config(config, stage, candidate, start_model, group, dtype, root, data)
+    loop = loop_config(config, stage, candidate, start_model, group, dtype, root, data)
     changed = check_resumable(out.place.child(CHECKPOINT_FOLDER), loop.fingerprint_with, loop.rounding)
     if changed:
         note(loop.label, f"goes on with {', '.join(changed)}; these decide rounding only")
@@ -83,10 +83,10 @@ def train_stage(
         check_readers(loop, group)
     folders = {name: index["folder"] for name, index in prepared.items()}
     loop = replace(loop, folders=folders, dev_tasks=dev_tasks)
-    facts = stage_facts(config, stage, candidate, loop.sources, prepared) | _prompt_facts(loop, prepared)
+    facts = stage_facts(config, stage, candidate, loop.sources, prepared) | prompt_facts(loop, prepared)
     lineage = Lineage.after(start_folder, facts)
     loop = replace(loop, contract=lineage.contract(PromptContract.load(start_folder)))
-    result = _fit(loop, group, out.place.child(CHECKPOINT_FOLDER))
+    result = fit(loop, group, out.place.child(CHECKPOINT_FOLDER))
     return _commit(loop, lineage, candidate, prepared, result.checkpoint, group, out)
 
 
@@ -108,7 +108,7 @@ def _check(config: TrainingConfig, stage: TrainingStage, start_model: Path, grou
         check_targets(config.lora, start_model, PromptContract.load(start_model).attention)
 
 
-def _prompt_facts(loop: LoopConfig, prepared: Prepared) -> dict[str, Any]:
+def prompt_facts(loop: LoopConfig, prepared: Prepared) -> dict[str, Any]:
     """How many queries the stage draws, and by which prompts they go; says what is odd about their number."""
     store = ExampleStore(loop.data, loop.folders, loop.stage.negatives)
     order = order_of(loop.training, loop.stage, loop.sources, store, loop.seed)
@@ -143,7 +143,7 @@ def _commit(
     config, stage, facts = loop.training, loop.stage, lineage.stages[-1]
     # Between stages only our own code reads the model; the last stage's is an export.
     is_last = stage.name == config.stages[-1].name
-    parity = _on_worker(group, _finished_parity, checkpoint, config.parity) if is_last else None
+    parity = on_worker(group, _finished_parity, checkpoint, config.parity) if is_last else None
     with out.local_folder() as folder, checkpoint.as_directory() as final:
         shutil.copytree(final, folder, dirs_exist_ok=True)
         apply_umask(folder)  # the checkpoint of an object store came through a temporary folder
@@ -156,11 +156,11 @@ def _commit(
     for name in (CHECKPOINT_FOLDER, DATA_FOLDER):
         out.place.child(name).remove()
     details = {
-        "loss_curve": _curve(records), "stage": stage.name, "candidate": candidate.name, "parity": parity,
+        "loss_curve": loss_curve(records), "stage": stage.name, "candidate": candidate.name, "parity": parity,
         "readers": [verdict.as_json() for verdict in readers] or None,
         "dev": facts["dev"], "base": lineage.base, "stages": lineage.stages,
     }  # fmt: skip
-    return out.commit({**_counts(records), **preparation_counts(prepared)}, details)
+    return out.commit({**step_counts(records), **preparation_counts(prepared)}, details)
 
 
 def check_readers(loop: LoopConfig, group: TrainingGroup) -> dict[str, float]:
@@ -175,7 +175,7 @@ def check_readers(loop: LoopConfig, group: TrainingGroup) -> dict[str, float]:
     training = loop.training
     asked = (loop.start_model, loop.dtype, training.parity, training.lora, training.matryoshka)
     if asked not in _READABLE:
-        _READABLE[asked] = _on_worker(group, _start_parity, loop)
+        _READABLE[asked] = on_worker(group, _start_parity, loop)
     return _READABLE[asked]
 
 
@@ -195,7 +195,7 @@ def _finished_parity(checkpoint: Any, readers: tuple[ParityReader, ...]) -> dict
         return check_export(Path(folder), readers)
 
 
-def _on_worker(
+def on_worker(
     group: TrainingGroup, work: Callable[..., dict[str, float]], *arguments: Any
 ) -> dict[str, float]:
     """Call ``work`` on a machine of the training pool: a reader such as vLLM needs what those have, the driver may have no GPU."""
@@ -208,7 +208,7 @@ def _applied(arguments: tuple[Any, ...], work: Callable[..., dict[str, float]]) 
     return work(*arguments)
 
 
-def _loop_config(
+def loop_config(
     config: TrainingConfig,
     stage: TrainingStage,
     candidate: Candidate,
@@ -218,6 +218,7 @@ def _loop_config(
     root: Place,
     data: Place,
 ) -> LoopConfig:
+    """What every worker is told; the sources' folders are known once they are prepared."""
     return LoopConfig(
         label=f"train {candidate.name}/{stage.name}",
         training=config,
@@ -254,7 +255,12 @@ def worker_environment(group: TrainingGroup) -> dict[str, str]:
     return found
 
 
-def _fit(loop: LoopConfig, group: TrainingGroup, storage: Place) -> Any:
+def fit(loop: LoopConfig, group: TrainingGroup, storage: Place) -> Any:
+    """Run the loop on a worker group; what Ray Train says of it, the last checkpoint being the finished model.
+
+    Raises:
+        StageError: the loop stopped itself, or the workers failed too often.
+    """
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
@@ -302,7 +308,8 @@ def _storage_of(storage: Place) -> dict[str, Any]:
     return {"storage_path": path, "storage_filesystem": PyFileSystem(FSSpecHandler(filesystem))}
 
 
-def _counts(records: list[dict[str, Any]]) -> dict[str, Any]:
+def step_counts(records: list[dict[str, Any]]) -> dict[str, Any]:
+    """What all steps come to, for the manifest."""
     seconds = sum(record["seconds"] for record in records)
     tokens = sum(record["tokens"] for record in records)
     padded = sum(record["tokens"] / (1 - record["padding_share"]) for record in records)
@@ -317,7 +324,7 @@ def _counts(records: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _curve(records: list[dict[str, Any]]) -> list[list[float]]:
+def loss_curve(records: list[dict[str, Any]]) -> list[list[float]]:
     """At most 200 (step, mean loss) points, for the report."""
     width = max(1, -(-len(records) // _CURVE_POINTS))
     chunks = [records[start : start + width] for start in range(0, len(records), width)]
