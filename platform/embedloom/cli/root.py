@@ -75,6 +75,7 @@ _STAGE_VERBS = {
     "mine": "A teacher finds scored candidates and hard negatives for every pair.",
     "train": "All candidates, all stages, on Ray Train and DeepSpeed.",
     "merge": "Candidates become one model.",
+    "reranker": "A cross-encoder: trained, scored against no reranking, judged (config section reranker).",
     "evaluate": "Base, candidates, merged model and baselines on the held-out tasks.",
 }
 

@@ -22,6 +22,12 @@ from embedloom.config.training import (
 
 RerankerLoss = Literal["infonce", "bce"]
 RERANKER = "reranker"  # name of the one run and of its one stage
+# Its artefacts: a base with a fresh head, the trained model, its scores beside those without it, the verdict.
+BASE_NODE, MODEL_NODE, SCORES_NODE, GATE_NODE = (
+    f"{RERANKER}/{part}" for part in ("base", "model", "evaluation", "gate")
+)
+# Whose workers build them, by the command that those otherwise work for; the driver builds the others.
+WORKERS = {MODEL_NODE: "train", SCORES_NODE: "evaluate"}
 _OF_STAGE = (
     "negatives",
     "global_batch",

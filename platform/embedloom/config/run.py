@@ -20,6 +20,7 @@ from embedloom.config.evaluation import EvaluationConfig, GateConfig
 from embedloom.config.merging import MergingConfig
 from embedloom.config.mining import MiningConfig
 from embedloom.config.rates import RatesConfig
+from embedloom.config.reranker import RerankerConfig
 from embedloom.config.serving import ServingConfig
 from embedloom.config.synthesis import SynthesisConfig
 from embedloom.config.training import MEAN_OF_TEACHERS, TrainingConfig, check_not_judged
@@ -80,6 +81,14 @@ class RunConfig(FrozenConfig):
         description=(
             "Stages, sources, loss and optimiser of the contrastive training, and how many runs there are."
         )
+    )
+    reranker: RerankerConfig | None = Field(
+        default=None,
+        exclude_if=lambda value: value is None,
+        description=(
+            "A cross-encoder that is trained on the same mined examples and orders what the merged model found: trained, "
+            "evaluated against no reranking, gated and served at /v1/rerank. Null: none."
+        ),
     )
     merging: MergingConfig = Field(
         default=MergingConfig(), description="How the models of all training runs become one."
@@ -142,6 +151,33 @@ class RunConfig(FrozenConfig):
                 )
         return self
 
+    @model_validator(mode="after")
+    def _reranker_fits(self) -> "RunConfig":
+        section = self.reranker
+        if section is None:
+            return self
+        training = section.training(self.training.mix)
+        stage = training.stages[0]
+        if not stage.uses_mined:
+            return self
+        if stage.negatives > self.mining.selection.negatives:
+            raise ValueError(
+                f"reranker.negatives is {stage.negatives}, but mining.selection.negatives keeps {self.mining.selection.negatives}"
+            )
+        if not stage.sources:
+            for name in (name for name, share in training.mix.items() if share > 0):
+                if name == "synthetic" and self.synthesis is None:
+                    raise ValueError(
+                        "reranker.mix.synthetic is above 0, but the config has no synthesis section"
+                    )
+                self._check_dataset(f"reranker.mix.{name}", name)
+        for source in stage.sources:
+            if source.format == "mined" and source.dataset is not None:
+                self._check_dataset(f"reranker.sources.{source.name}.dataset", source.dataset)
+        if training.distillation is not None:
+            self._check_teacher(training.distillation.teacher, "reranker.distillation")
+        return self
+
     def _check_dataset(self, key: str, name: str) -> None:
         """Raise ValueError if neither the corpus nor synthesis gives pairs of this name."""
         written = () if self.synthesis is None else self.synthesis.datasets
@@ -168,24 +204,24 @@ class RunConfig(FrozenConfig):
                 self._check_teacher(own.distillation.teacher)
         return self
 
-    def _check_teacher(self, teacher: str | None) -> None:
+    def _check_teacher(self, teacher: str | None, section: str = "training.distillation") -> None:
         """Raise ValueError if the mined examples have no scores of the teacher to distil, or several teachers' in one row."""
         mining = self.mining
         names = tuple(dict.fromkeys(one.model for one in mining.teachers))
         several = len(mining.teachers) > 1 and mining.rescoring is None
         if teacher is None and several and mining.selection.blend != "first":
             raise ValueError(
-                f"training.distillation.teacher is null, but with mining.selection.blend: {mining.selection.blend} a query's scores "
+                f"{section}.teacher is null, but with mining.selection.blend: {mining.selection.blend} a query's scores "
                 f"are of several teachers; allowed: {', '.join((*names, MEAN_OF_TEACHERS))}"
             )
         if teacher is not None and not several:
             whose = mining.rescoring.model if mining.rescoring is not None else names[0]
             raise ValueError(
-                f"training.distillation.teacher is {teacher!r}, but the examples have the scores of {whose!r} alone; allowed: null"
+                f"{section}.teacher is {teacher!r}, but the examples have the scores of {whose!r} alone; allowed: null"
             )
         if teacher is not None and teacher not in (*names, MEAN_OF_TEACHERS):
             raise ValueError(
-                f"training.distillation.teacher is {teacher!r}; allowed: {', '.join((*names, MEAN_OF_TEACHERS))}"
+                f"{section}.teacher is {teacher!r}; allowed: {', '.join((*names, MEAN_OF_TEACHERS))}"
             )
 
     @model_validator(mode="after")

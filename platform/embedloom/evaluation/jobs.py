@@ -191,6 +191,8 @@ class Scorer:
     revision: str
     folder: Path | NodeModel | None = None
     contract_hash: str = ""
+    reranker: Path | NodeModel | None = None  # folder of what orders its first documents anew
+    top: int = 0  # how many
 
     @property
     def result_folder(self) -> str:

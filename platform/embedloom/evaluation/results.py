@@ -26,7 +26,7 @@ SCORES_FILE = "scores.json"
 RUN_SETTINGS_FILE = "run_settings.jsonl"
 DECIMALS = 6  # as mteb rounds in its files
 SHOWN_METRICS = ("ndcg_at_10", "recall_at_100", "mrr_at_10")
-_SUMMED = ("tokens", "padded_tokens", "seconds", "queries", "documents")
+_SUMMED = ("tokens", "padded_tokens", "seconds", "queries", "documents", "pairs", "pairs_cut")
 
 
 def save_outcome(place: Place, unit: Unit, outcome: Outcome, subsets: Sequence[str] = ()) -> None:

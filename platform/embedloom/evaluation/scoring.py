@@ -37,6 +37,7 @@ from embedloom.core.prompting import PromptContract
 from embedloom.core.storage import Place
 from embedloom.encoder.backbone import DTypeName
 from embedloom.encoder.model import DEFAULT_BATCH_TOKENS, Encoder, Vectors
+from embedloom.encoder.pairs import PairEncoder
 from embedloom.encoder.registry import local_folder, open_model
 from embedloom.errors import StageError
 from embedloom.evaluation.jobs import (
@@ -52,6 +53,7 @@ from embedloom.evaluation.jobs import (
     VectorTable,
     text_keys,
 )
+from embedloom.evaluation.reranked_search import RerankedSearch
 from embedloom.evaluation.retrieval_task import INSTRUCTION_COLUMN
 from embedloom.evaluation.scorers import load_bm25
 from embedloom.evaluation.specs import TaskSpec
@@ -332,7 +334,7 @@ class EvaluationActor:
         assert job.shard is not None and job.scorer is not None  # noqa: S101 - dataclass defaults
         store = VectorStore(Place(job.store))
         if not store.has(job.shard.id):
-            encoder = self._load(job.scorer).encoder
+            encoder = self._encoder(job.scorer)
             listed = self._texts(*job.shard.part, encoder.contract)
             chosen = [listed.entries[row] for row in job.shard.rows]
             vectors = np.empty((len(chosen), encoder.dimension), dtype=np.float32)
@@ -353,22 +355,22 @@ class EvaluationActor:
         started = time.monotonic()
         task = self._task(job.unit.task)
         model = self._load(job.unit.scorer)
-        before = _token_counts(model)
-        if isinstance(model, EncoderModel):
-            model.known = VectorStore(Place(job.store)).read(job.shards) if job.store else None
-            model.instructed = job.unit.task.instructed
+        before, embedding = _token_counts(model), _embedding_of(model)
+        if embedding is not None:
+            embedding.known = VectorStore(Place(job.store)).read(job.shards) if job.store else None
+            embedding.instructed = job.unit.task.instructed
         try:
             files, items = score_subset(model, task, job.unit.subset)
         finally:
-            if isinstance(model, EncoderModel):
-                model.known = None
+            if embedding is not None:
+                embedding.known = None
         figures = {key: value - before[key] for key, value in _token_counts(model).items()}
         figures |= task_size(task, job.unit.subset)
         return Outcome(files, {**figures, "seconds": round(time.monotonic() - started, 3)}, items)
 
     def _time(self, job: TimeJob) -> Outcome:
         assert job.scorer is not None  # noqa: S101 - dataclass default
-        encoder = self._load(job.scorer).encoder
+        encoder = self._encoder(job.scorer)
         for query in job.queries[:4]:  # first calls choose kernels and fill caches
             _embed_probe(encoder, query)
         seconds = []
@@ -401,6 +403,11 @@ class EvaluationActor:
                 self._lists.popitem(last=False)
         return self._lists[key]
 
+    def _encoder(self, scorer: Scorer) -> Encoder | SentenceEncoder:
+        embedding = _embedding_of(self._load(scorer))
+        assert embedding is not None  # noqa: S101 - no job asks BM25 for vectors
+        return embedding.encoder
+
     def _load(self, scorer: Scorer) -> Any:
         if scorer == self._scorer:
             return self._model
@@ -415,6 +422,9 @@ class EvaluationActor:
             else:
                 encoder = Encoder.load(folder, threads=self._threads, dtype=self._dtype)
             self._model = EncoderModel(encoder, scorer.mteb_name, scorer.revision)
+        if scorer.reranker is not None:
+            reranker = PairEncoder.open(scorer.reranker, threads=self._threads, dtype=self._dtype)
+            self._model = RerankedSearch(self._model, reranker, scorer.top)
         self._scorer = scorer
         return self._model
 
@@ -427,10 +437,23 @@ def _embed_probe(encoder: Encoder | SentenceEncoder, query: str) -> None:
         encoder.embed([query], "query")
 
 
+def _embedding_of(model: Any) -> EncoderModel | None:
+    """The embedding model that an actor holds, alone or before a reranker."""
+    model = model.model if isinstance(model, RerankedSearch) else model
+    return model if isinstance(model, EncoderModel) else None
+
+
 def _token_counts(model: Any) -> dict[str, int]:
-    if not isinstance(model, EncoderModel):
-        return {"tokens": 0, "padded_tokens": 0}
-    return {"tokens": model.encoder.tokens.real, "padded_tokens": model.encoder.tokens.padded}
+    """What a model has computed so far."""
+    found = {"tokens": 0, "padded_tokens": 0}
+    counted = [embedding.encoder.tokens] if (embedding := _embedding_of(model)) is not None else []
+    if isinstance(model, RerankedSearch):
+        counted.append(model.reranker.tokens)
+        found |= {"pairs": model.pairs, "pairs_cut": model.reranker.cuts.cut}
+    for tokens in counted:
+        found["tokens"] += tokens.real
+        found["padded_tokens"] += tokens.padded
+    return found
 
 
 def score_subset(model: Any, task: AbsTask, subset: str | None = None) -> tuple[dict[str, bytes], Any]:

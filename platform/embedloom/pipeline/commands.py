@@ -1,19 +1,22 @@
 """What the commands share: load a run, check that it can work here, execute it, serve it."""
 
 from pathlib import Path
+from typing import cast
 
 from embedloom.config.cluster import check_actor_gpus, load_cluster, machines
 from embedloom.config.rates import RATES_FILE, RatesConfig, load_rates
+from embedloom.config.reranker import GATE_NODE, MODEL_NODE, RERANKER
 from embedloom.config.run import Run, load_run, open_run, write_run_file
 from embedloom.config.shipped import cluster_file, config_file
 from embedloom.core.artefacts import Artefact
 from embedloom.core.model_folder import ModelFolder
 from embedloom.core.progress import note
 from embedloom.core.storage import Place
-from embedloom.core.verdict import INT8_FILE
+from embedloom.core.verdict import INT8_FILE, Verdict
 from embedloom.encoder.registry import NodeModel, check_model_name, local_folder, model_at
 from embedloom.errors import ConfigError
 from embedloom.pipeline.graph import build_missing, graph, missing
+from embedloom.pipeline.nodes import VERDICT_FILE
 from embedloom.pipeline.preflight import check_benchmark_names, check_port, looks_elsewhere, preflight
 
 
@@ -100,6 +103,11 @@ def execute(run: Run, verb: str | None, dry_run: bool) -> str:
     own = [name for name, node in nodes.items() if node.verb == verb]
     folder = own[0] if len(own) == 1 else own[0].split("/")[0]
     lines: list[str] = []
+    if verb == RERANKER:
+        from embedloom.evaluation.gate import verdict_text
+
+        folder = MODEL_NODE
+        lines = [verdict_text(cast(Verdict, run.place.child(GATE_NODE).read_json(VERDICT_FILE)))]
     if verb == "synthesize":
         from embedloom.report.synthesis import synthesis_lines
 

@@ -43,6 +43,7 @@ from embedloom.pipeline.nodes import (
     merged_node,
     training_nodes,
 )
+from embedloom.pipeline.reranking import reranker_nodes
 from embedloom.retrieval.identity import aside_of, set_aside
 from embedloom.retrieval.inputs import embedding_node
 from embedloom.synthesis.prompts_used import (
@@ -172,6 +173,9 @@ def _shown(value: Any) -> str:
 #     corpus ─► synthesis ─► mining (─► rescoring) ─► examples ─► training/<candidate>/<stage> ─► merged ─► evaluation ─► gate
 #                  encoder (the untrained base) ─┘                                                  └─► vectors
 #
+# With a reranker section also reranker/base ─► reranker/model, from the same examples, and from it and the merged model
+# reranker/evaluation ─► reranker/gate.
+#
 # A node's fingerprint follows from its config and its inputs' fingerprints alone, so what is finished, stale or
 # missing is known before anything runs. Stage modules are imported when their node is built: they bring torch,
 # Ray and vLLM, and ``plan`` answers without.
@@ -214,6 +218,8 @@ def graph(run: Run) -> dict[str, Node]:
     judged, held = evaluation_node(config)
     opened = (config.mining.teachers[0].model,) if "teacher" in config.evaluation.baselines else ()
     nodes.append(Node("evaluation", "evaluate", judged, models, _evaluation, held, opened))
+    if config.reranker is not None:
+        nodes += reranker_nodes(config)
     model = config.embedding.model
     source = {"merged": "merged", "base": "encoder"} | last
     compared = tuple(source[name] for name in (config.gate.candidate, config.gate.against))

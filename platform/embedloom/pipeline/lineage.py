@@ -6,6 +6,7 @@ from typing import Any
 
 import pyarrow.compute as pc
 
+from embedloom.config.reranker import BASE_NODE, GATE_NODE, MODEL_NODE, SCORES_NODE
 from embedloom.config.run import RUN_FILE, read_run_file
 from embedloom.core.artefacts import MANIFEST_FILE, Artefact
 from embedloom.core.prompting import CONTRACT_FILE, PromptContract
@@ -18,7 +19,8 @@ from embedloom.serving.address import ask
 
 
 FIXED = (
-    "corpus", "encoder", "synthesis", "mining", "rescoring", "examples", "merged", "evaluation", "gate", "vectors",
+    "corpus", "encoder", "synthesis", "mining", "rescoring", "examples", "merged", "evaluation", "gate", "vectors", BASE_NODE, MODEL_NODE,
+    SCORES_NODE, GATE_NODE,
 )  # fmt: skip
 # kind of row -> (artefact, folder) where such rows are
 TABLES = {

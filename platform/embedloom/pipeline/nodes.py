@@ -222,7 +222,7 @@ def training_nodes(config: RunConfig, build: Build) -> tuple[list[Node], dict[st
         for stage in own.stages:
             name = f"training/{run.name}/{stage.name}"
             mined = ("examples",) if stage.uses_mined else ()
-            section, states, read = _stage_settings(stage)
+            section, states, read = stage_settings(stage)
             content = (shared, own.runs[0], section, states, dev_state, _EXPORT)
             nodes.append(Node(name, "train", content, (*mined, start, *judged), build, {**read, **watched}))
             start = name
@@ -230,7 +230,7 @@ def training_nodes(config: RunConfig, build: Build) -> tuple[list[Node], dict[st
     return nodes, last
 
 
-def _stage_settings(stage: TrainingStage) -> tuple[dict[str, Any], dict[str, Any], dict[str, Contents]]:
+def stage_settings(stage: TrainingStage) -> tuple[dict[str, Any], dict[str, Any], dict[str, Contents]]:
     """A stage's section without where its data lie, what those hold by source, and the same file by file."""
     section, states, reads = (
         stage.model_dump(mode="json", exclude=set(ROUNDING)),

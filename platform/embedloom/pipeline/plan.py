@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from embedloom.config.cluster import PoolConfig
+from embedloom.config.reranker import MODEL_NODE, SCORES_NODE, WORKERS
 from embedloom.config.run import Node, Run
 from embedloom.core.tables import text_table
 from embedloom.pipeline.graph import fingerprints, finished, graph, states
@@ -29,7 +30,7 @@ def plan_table(run: Run, measured: RunLedger | None = None) -> str:
     for name, node in nodes.items():
         state = "finished" if name in done else "to build"
         work = _done_work(done[name].counts) if name in done else _planned_work(run, nodes, name, known)
-        rows.append((name, state, _resources(run, node.verb), work))
+        rows.append((name, state, _resources(run, WORKERS.get(name, node.verb)), work))
     lines = text_table(rows[0], rows[1:], range(4), style=None)
     head = (
         f"{run.config.run.name} on profile {run.profile_name}: {len(done)} of {len(nodes)} artefacts finished"
@@ -146,6 +147,12 @@ def _planned_work(run: Run, nodes: dict[str, Node], name: str, known: Known) -> 
         stage = found.stage
         steps = f"{found.steps:,} steps" if found.steps else f"{stage.epochs:g} epochs"
         return f"{steps} x {stage.global_batch:,} queries, {stage.negatives} negatives, ZeRO-{config.training.zero_stage}"
+    if name == MODEL_NODE and config.reranker is not None:
+        own = config.reranker
+        steps = f"{own.max_steps:,} steps" if own.max_steps else f"{own.epochs:g} epochs"
+        return f"{steps} x {own.global_batch:,} queries, {own.negatives} negatives, {own.loss}"
+    if name == SCORES_NODE and config.reranker is not None:
+        return f"{len(config.evaluation.tasks)} tasks, best {config.reranker.top}"
     if name == "merged":
         search = "" if config.merging.search is None else f", {config.merging.search.kind} on dev tasks"
         return f"{len(config.training.candidates)} models, {config.merging.method}{search}"

@@ -13,6 +13,7 @@ from embedloom.compute.generation import api_key
 from embedloom.config.cluster import Profile
 from embedloom.config.evaluation import EvaluationTask
 from embedloom.config.mining import MiningConfig
+from embedloom.config.reranker import RerankerConfig
 from embedloom.config.run import Run, RunConfig
 from embedloom.config.serving import ServingConfig
 from embedloom.config.synthesis import Generator, JudgeCheck, SynthesisConfig
@@ -29,6 +30,7 @@ Check = Callable[[], object]
 _PACKAGES = {
     "mine": (("faiss", "cpu"),),
     "train": (("deepspeed", "cpu"),),
+    "reranker": (("deepspeed", "cpu"), ("mteb", "cpu")),
     "evaluate": (("mteb", "cpu"), ("bm25s", "cpu")),
     "gate": (("mteb", "cpu"),),
     "synthesize": (("vllm", "cpu"),),
@@ -62,7 +64,9 @@ def check_benchmark_names(run: Run, verbs: set[str]) -> None:
         ConfigError, DataError: a name that mteb does not know, or a task that is not about text.
     """
     config, named = run.config, ("mteb", "benchmark")
-    asked = [task for task in config.evaluation.tasks if "evaluate" in verbs and task.kind in named]
+    asked = [
+        task for task in config.evaluation.tasks if verbs & {"evaluate", "reranker"} and task.kind in named
+    ]
     if "train" in verbs and config.training.dev is not None:
         asked += [task for task in config.training.dev.tasks if task.kind in named]
     if not asked:
@@ -99,6 +103,8 @@ def _checks(run: Run, verbs: set[str]) -> Iterator[Check]:
         yield from _task_checks(
             run, "training.dev.tasks", () if config.training.dev is None else config.training.dev.tasks
         )
+    if "reranker" in verbs and config.reranker is not None:
+        yield from _reranker_checks(run, config.reranker)
     if "merge" in verbs and config.merging.search is not None:
         yield from _task_checks(run, "merging.search.tasks", config.merging.search.tasks)
         yield from _task_checks(run, "merging.search.check_tasks", config.merging.search.check_tasks)
@@ -203,6 +209,15 @@ def check_teacher_limits(config: RunConfig) -> None:
                 f"{key} is {limit}, below corpus.chunk_tokens {chunk}: the teacher would not read chunks to their ends; "
                 f"allowed: {chunk} or more, or smaller chunks"
             )
+
+
+def _reranker_checks(run: Run, section: RerankerConfig) -> Iterator[Check]:
+    yield partial(check_model_name, section.base, "reranker.base")
+    for tracker in (name for name in section.trackers if name != "tensorboard"):
+        yield partial(_check_package, tracker, tracker, f"reranker.trackers: {tracker}")
+    for place, source in enumerate(section.sources):
+        yield partial(_check_source, source, f"reranker.sources.{place}")
+    yield from _task_checks(run, "evaluation.tasks", run.config.evaluation.tasks)
 
 
 def _source_checks(config: TrainingConfig) -> Iterator[Check]:

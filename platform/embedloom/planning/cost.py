@@ -6,6 +6,7 @@ from typing import Any
 
 from embedloom.config.cluster import PoolConfig, TrainingGroup
 from embedloom.config.rates import Basis, RatesConfig, Unit, WorkRate
+from embedloom.config.reranker import WORKERS as RERANKER_WORKERS
 from embedloom.config.run import Node, Run
 from embedloom.planning.memory import weight_bytes
 from embedloom.planning.training_time import Part, parts_beside, preparation_cores, sourced
@@ -226,9 +227,10 @@ def workers_of(run: Run, node: Node) -> Workers:
         "synthesize": stages.synthesis, "mine": stages.mining, "evaluate": stages.evaluation,
         "embed": stages.embedding, "merge": stages.merging,
     }  # fmt: skip
-    if node.verb == "train":
+    verb = RERANKER_WORKERS.get(node.name, node.verb)
+    if verb == "train":
         return _group(stages.training)
-    pool = pools.get(node.verb)
+    pool = pools.get(verb)
     if pool is None:
         return Workers("driver", 0.0, 1.0)
     actors = pool.max_actors

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 from embedloom.config.rates import ModelShape, RatesConfig, Unit, WorkKind, forward_flops
+from embedloom.config.reranker import BASE_NODE, GATE_NODE, MODEL_NODE, SCORES_NODE, RerankerConfig
 from embedloom.config.run import Node, Run, RunConfig
 from embedloom.config.training import TrainingStage
 from embedloom.core.artefacts import Artefact
@@ -289,6 +290,8 @@ def work_of(run: Run, nodes: dict[str, Node], node: Node, rates: RatesConfig, kn
     }  # fmt: skip
     if first in builders:
         return builders[first](run, nodes, node, rates, known)
+    if node.name in (MODEL_NODE, SCORES_NODE) and run.config.reranker is not None:
+        return _reranker(run.config.reranker, nodes, node, rates, known)
     if first == "evaluation":
         models = sum(name != "corpus" for name in node.inputs) + len(run.config.evaluation.baselines)
         tasks = len(run.config.evaluation.tasks)
@@ -306,8 +309,37 @@ def work_of(run: Run, nodes: dict[str, Node], node: Node, rates: RatesConfig, kn
     if first == "examples":
         pairs = training_pairs(run.config, nodes, known)
         return Work(node.name, "examples", rows=pairs.rows, basis=pairs.basis, is_bound=pairs.is_bound)
-    kinds: dict[str, WorkKind] = {"encoder": "encoder", "gate": "gate", "synthesis": "synthesize"}
-    return Work(node.name, kinds.get(first))
+    kinds: dict[str, WorkKind] = {
+        "encoder": "encoder", "gate": "gate", "synthesis": "synthesize", BASE_NODE: "encoder", GATE_NODE: "gate",
+    }  # fmt: skip
+    return Work(node.name, kinds.get(node.name, kinds.get(first)))
+
+
+def _reranker(
+    config: RerankerConfig, nodes: dict[str, Node], node: Node, rates: RatesConfig, known: Known
+) -> Work:
+    """Every document of a query is read with it: forward and backward in training, forward alone in the evaluation."""
+    if node.name == SCORES_NODE:
+        return Work(
+            node.name,
+            "embed",
+            config.base,
+            basis="as many pairs as its tasks have, unknown until they are read",
+        )
+    stage = config.stage
+    epoch = _epoch_rows(stage, nodes, known)
+    rows = None if epoch is None else math.ceil(epoch * stage.epochs)
+    rows = stage.max_steps * stage.global_batch if stage.max_steps is not None else rows
+    if rows is None:
+        return Work(node.name, "train", config.base, basis="an epoch of a mix whose size is not known yet")
+    fill, shape, pairs = (
+        _fill(node, rates, known),
+        rates.models.get(config.base),
+        rows * (1 + stage.negatives),
+    )
+    full = float(pairs * config.max_tokens)
+    flops = None if shape is None else 3 * embedding_flops(shape, None, pairs, config.max_tokens * fill)
+    return Work(node.name, "train", config.base, rows, full, full * fill, flops)
 
 
 def _mining(run: Run, nodes: dict[str, Node], node: Node, rates: RatesConfig, known: Known) -> Work:

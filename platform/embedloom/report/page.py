@@ -6,6 +6,7 @@ from html import escape
 from importlib import resources
 from typing import Any
 
+from embedloom.config.reranker import MODEL_NODE
 from embedloom.core.progress import duration
 from embedloom.core.storage import Place
 from embedloom.report.charts import (
@@ -241,6 +242,7 @@ def render_page(
         _section("Synthesis", synthesis_section(stages)),
         _section("Leaderboard", leaderboard_section(scores.get("ranking", {}))),
         _section("Gate", gate_section(summary["gate"])),
+        _section("Reranker", gate_section(summary.get("reranker", {}))),
         _section("Hard negatives", negatives_section(stages)),
         _section("Training loss", _losses(curves)),
         _section("Stages", _stage_table(stages)),
@@ -428,7 +430,9 @@ def write_report(run_place: Place) -> str:
     """
     stages = read_stages(run_place)
     summary = build_summary(run_place, stages)
-    curves = {stage.name: loss_curve(stage) for stage in stages if stage.name.startswith("training/")}
+    curves = {
+        stage.name: loss_curve(stage) for stage in stages if stage.name.startswith(("training/", MODEL_NODE))
+    }
     run_place.write_json(SUMMARY_FILE, summary)
     run_place.write_bytes(REPORT_FILE, render_page(summary, stages, curves, read_score_file(stages)).encode())
     return f"{run_place.uri.rstrip('/')}/{REPORT_FILE}"

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from embedloom.config.reranker import BASE_NODE, GATE_NODE, MODEL_NODE, SCORES_NODE
 from embedloom.core.artefacts import BUILDING_FILE, MANIFEST_FILE, Artefact, Manifest
 from embedloom.core.storage import Place
 from embedloom.core.tables import text_table
@@ -81,17 +82,31 @@ def summary_table(summary: dict[str, Any]) -> str:
     lines += _prompt_lines(summary["scores"].get("prompts", {}))
     gate = summary.get("gate", {})
     if "checks" in gate:
-        lines.append(
-            f"gate: {gate['candidate']} against {gate['against']}: {gate['verdict']}: {'; '.join(gate['reasons'])}"
-        )
+        lines.append(_verdict_line("gate", gate))
+    reranker = summary.get("reranker", {})
+    if "checks" in reranker:
+        lines += [
+            f"{task}: reranked {entry['candidate']:.5f}, not reranked {entry['current']:.5f}"
+            for task, entry in reranker["tasks"].items()
+        ]
+        lines.append(_verdict_line("reranker", reranker))
     return "\n".join(lines)
+
+
+def _verdict_line(name: str, verdict: dict[str, Any]) -> str:
+    return (
+        f"{name}: {verdict['candidate']} against {verdict['against']}: {verdict['verdict']}: "
+        f"{'; '.join(verdict['reasons'])}"
+    )
 
 
 State = Literal["finished", "unfinished"]
 Curve = list[tuple[float, float]]
 
 _BEFORE_TRAINING = ("corpus", "encoder", "synthesis", "mining", "rescoring", "examples")
-_AFTER_TRAINING = ("merged", "evaluation", "gate", "vectors")
+_AFTER_TRAINING = (
+    "merged", "evaluation", "gate", BASE_NODE, MODEL_NODE, SCORES_NODE, GATE_NODE, "vectors",
+)  # fmt: skip
 _METRICS_FILE = "metrics.jsonl"  # training's own record, one line a step
 _SCORES_FILE = "scores.json"
 _VERDICT_FILE = "verdict.json"
@@ -194,19 +209,21 @@ def read_score_file(stages: list[Stage]) -> dict[str, Any]:
     return done[0].place.read_json(_SCORES_FILE) if done else {}
 
 
-def read_verdict_file(stages: list[Stage]) -> dict[str, Any]:
+def read_verdict_file(stages: list[Stage], name: str = "gate") -> dict[str, Any]:
     """``verdict.json`` of a finished gate, else ``{"verdict": "not_run"}``."""
-    done = [stage for stage in stages if stage.name == "gate" and stage.manifest is not None]
+    done = [stage for stage in stages if stage.name == name and stage.manifest is not None]
     return done[0].place.read_json(_VERDICT_FILE) if done else {"verdict": "not_run"}
 
 
 def build_summary(run: Place, stages: list[Stage]) -> dict[str, Any]:
     """Content of ``summary.json``."""
+    reranks = any(stage.name == GATE_NODE for stage in stages)
     return {
         "run": run.uri.rstrip("/").rsplit("/", 1)[-1],
         "stages": {stage.name: _figures(stage) for stage in stages},
         "scores": _scores(read_score_file(stages)),
         "gate": read_verdict_file(stages),
+        **({"reranker": read_verdict_file(stages, GATE_NODE)} if reranks else {}),
     }
 
 

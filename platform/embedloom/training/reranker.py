@@ -15,6 +15,7 @@ from embedloom.core.storage import Place, apply_umask
 from embedloom.core.trained_prompts import hub_card
 from embedloom.encoder.backbone import DTypeName
 from embedloom.encoder.pair_parity import check_reranker_export
+from embedloom.encoder.registry import NodeModel
 from embedloom.errors import ConfigError
 from embedloom.training.cards import DATA_CARD, MODEL_CARD, Lineage, data_card, stage_facts
 from embedloom.training.checkpoints import check_resumable
@@ -44,7 +45,7 @@ _LOSSES = {
 def train_reranker(
     config: RerankerConfig,
     mix: dict[str, float],
-    base: Path,
+    base: Path | NodeModel,
     mining: Artefact | None,
     group: TrainingGroup,
     dtype: DTypeName,
