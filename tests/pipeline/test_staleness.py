@@ -14,7 +14,9 @@ from embedloom.core.artefacts import Artefact, fingerprint
 from embedloom.core.contents import changes, contents_of, path_contents
 from embedloom.core.model_folder import ModelFolder
 from embedloom.encoder import registry
-from embedloom.encoder.registry import PackagedModel, hub_revision, local_contents
+from embedloom.encoder.packaged import PackagedModel, Part
+from embedloom.encoder.registry import hub_revision, local_contents
+from embedloom.errors import MissingDependency
 from embedloom.pipeline.commands import execute, load
 from embedloom.pipeline.graph import build_nodes, fingerprints, finished, graph, missing, states, writer_for
 from embedloom.retrieval.identity import aside_of
@@ -401,6 +403,10 @@ def test_a_file_changed_within_the_clocks_tick_is_read_again(tmp_path, read):
     assert not cache_files(tmp_path)
 
 
+def toy_model(held):
+    return PackagedModel((Part("toy", "toy_models", "model"),), "folder", "MIT", held, "1.0")
+
+
 def test_a_registry_name_is_its_content(tmp_path, monkeypatch):
     """As long as the package holds what it held, the name is all; another release of it is another model."""
     package = tmp_path / "toy_models"
@@ -408,7 +414,7 @@ def test_a_registry_name_is_its_content(tmp_path, monkeypatch):
     (package / "__init__.py").write_text("")
     monkeypatch.syspath_prepend(tmp_path)
     held = contents.digest(ModelFolder(package / "model").contents)
-    monkeypatch.setitem(registry.REGISTRY, "toy", PackagedModel("toy_models", "toy", "model", held))
+    monkeypatch.setitem(registry.REGISTRY, "toy", toy_model(held))
     assert local_contents("toy") is None
     write_lines(package / "model/config.json", [{"hidden": 2}])
     assert list(local_contents("toy")) == ["config.json"]
@@ -417,6 +423,11 @@ def test_a_registry_name_is_its_content(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", sorted(registry.REGISTRY))
 def test_installed_registry_models_hold_what_their_names_stand_for(name):
+    try:
+        found = registry.REGISTRY[name].contents(name)
+    except MissingDependency:
+        pytest.skip(f"{name} is not installed")
+    assert contents.digest(found) == registry.REGISTRY[name].holds
     assert local_contents(name) is None
 
 

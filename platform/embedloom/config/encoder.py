@@ -14,8 +14,8 @@ class EncoderConfig(FrozenConfig):
     base: str = Field(
         description=(
             "Pretrained model to train: a model folder, a Hugging Face id, a .gguf file, or a name of the "
-            "registry (smollm2-135m, minilm-l6). A decoder is made bidirectional, an encoder is trained "
-            "as it is."
+            "registry, such as minilm-l6 (`embedloom doctor` lists them). A decoder is made bidirectional, an "
+            "encoder is trained as it is."
         )
     )
     num_layers: int | None = Field(
@@ -54,6 +54,14 @@ class EncoderConfig(FrozenConfig):
         description=(
             "How a query is written: must hold {text}, may hold {task} for the instruction. '{text}' "
             "alone for models that never saw instructions."
+        ),
+    )
+    document_template: str | None = Field(
+        default=None,
+        exclude_if=lambda value: value is None,
+        description=(
+            "How a document is written, for bases that learnt it so: 'passage: {text}' of the e5 family, "
+            "'search_document: {text}' of Nomic's. Must hold {text}. Null: bare, as in the recipe."
         ),
     )
     instructions: dict[str, str] = Field(
@@ -125,6 +133,13 @@ class EncoderConfig(FrozenConfig):
     def _template_holds_the_text(cls, value: str) -> str:
         if "{text}" not in value:
             raise ValueError("template must contain {text}; {task} is optional")
+        return value
+
+    @field_validator("document_template")
+    @classmethod
+    def _document_template_holds_the_text(cls, value: str | None) -> str | None:
+        if value is not None and ("{text}" not in value or "{task}" in value):
+            raise ValueError(f"document_template must contain {{text}} and no {{task}}, found {value!r}")
         return value
 
     @field_validator("instructions")

@@ -8,20 +8,23 @@ again. Reading takes about a second per 1-2 GB.
 import hashlib
 import json
 import os
+import shutil
+import tempfile
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from embedloom.core.progress import note
-from embedloom.core.storage import files_at, is_remote, named_below, remote_states
+from embedloom.core.storage import apply_umask, files_at, is_remote, named_below, remote_states
 from embedloom.errors import DataError
 
 Contents = dict[str, str]  # file -> hash of what it holds
 
 _HEX_DIGITS = 32
+_DONE = ".converted"  # written last; a folder without it is an interrupted one
 # A file that was written this recently may be written again within one tick of its clock, unseen (as git's index says).
 _RACY_NANOSECONDS = 2 * 10**9
 _WORTH_SAYING_BYTES = 2**30
@@ -34,6 +37,33 @@ def cache_folder() -> Path:
         os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "embedloom"
     )
     return Path(root)
+
+
+def made_once(folder: Path, make: Callable[[Path], None]) -> Path:
+    """A folder of the cache, made whole or not at all, unless it is there; of several processes that want it one wins.
+
+    Args:
+        folder: where it is to lie.
+        make: fills the empty folder it is given, which is then renamed.
+    """
+    if (folder / _DONE).is_file():
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f"{folder.name}-", dir=folder.parent))
+    try:
+        make(temporary)
+        (temporary / _DONE).touch()
+        apply_umask(temporary)
+        try:
+            temporary.rename(folder)
+        except OSError:
+            # Another process finished first, or an interrupted folder stands in the way.
+            if not (folder / _DONE).is_file():
+                shutil.rmtree(folder)
+                temporary.rename(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return folder
 
 
 def is_trusted(folder: Path) -> bool:

@@ -121,7 +121,7 @@ class PromptContract(BaseModel):
     pooling: str = "mean"  # one of POOLINGS, or several joined by "+"
     normalize: bool = True
     attention: Literal["bidirectional", "causal"] = "bidirectional"
-    # What foreign models put around documents, and around both texts where they play the same part; None: documents
+    # What some models put around documents, and around both texts where they play the same part; None: documents
     # stay bare, and symmetric task types take ``template``.
     document_template: str | None = None
     symmetric_template: str | None = None
@@ -262,7 +262,14 @@ class PromptContract(BaseModel):
     def format_opposite(self, text: str, task_type: str, instruction: str | None, stated: str | None) -> str:
         """Model text of what stands opposite a query in a pair; arguments and errors as of ``opposite_prompt``."""
         prompt = self.opposite_prompt(task_type, instruction, stated)
-        return self.format(text, "query", task_type, prompt) if prompt else text
+        if prompt:
+            return self.format(text, "query", task_type, prompt)
+        # A label is no document, and of texts that play the same part the pair says what stands before them.
+        is_document = (
+            task_type not in self.symmetric_task_types and opposite_task_type(task_type) == task_type
+        )
+        template = self.document_template if is_document else None
+        return text if template is None else template.replace("{text}", text, 1)
 
     def opposite_prompt(self, task_type: str, instruction: str | None, stated: str | None) -> str | None:
         """The instruction before a passage, a label or a text that stands opposite a query in a pair; None: it is bare.

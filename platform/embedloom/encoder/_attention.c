@@ -28,6 +28,7 @@ typedef struct {
     Py_ssize_t texts, heads, kv_heads, d;
     float scale;
     int causal, bf16, failed;
+    Py_ssize_t window; /* a token sees those less than this away; 0: all */
     Py_ssize_t scratch; /* floats a thread needs */
     Py_ssize_t *starts;
     Py_ssize_t next; /* piece of work that the next free thread takes */
@@ -187,10 +188,15 @@ static PyObject *attention(PyObject *self, PyObject *args) {
     Py_buffer lengths;
     Py_ssize_t tokens;
     unsigned threads;
-    if (!PyArg_ParseTuple(args, "K(Knn)(Knn)(Knn)y*nnnnfppKI", &out, &q, &job.q.head, &job.q.token, &k, &job.k.head,
+    if (!PyArg_ParseTuple(args, "K(Knn)(Knn)(Knn)y*nnnnfppKI|n", &out, &q, &job.q.head, &job.q.token, &k, &job.k.head,
                           &job.k.token, &v, &job.v.head, &job.v.token, &lengths, &tokens, &job.heads, &job.kv_heads,
-                          &job.d, &job.scale, &job.causal, &job.bf16, &parallel, &threads))
+                          &job.d, &job.scale, &job.causal, &job.bf16, &parallel, &threads, &job.window))
         return NULL;
+    if (job.window < 0) {
+        PyBuffer_Release(&lengths);
+        PyErr_SetString(PyExc_ValueError, "a window must not be negative");
+        return NULL;
+    }
     job.out = (char *)(uintptr_t)out;
     job.q.data = (const char *)(uintptr_t)q;
     job.k.data = (const char *)(uintptr_t)k;

@@ -71,7 +71,11 @@ INLINE VF NAME(softmax)(float *scores, Py_ssize_t keys) {
 
 /* The queries first to first + live (at most LANES) of a text, one head. */
 TARGET static void NAME(attend)(const Job *job, const Text *text, Py_ssize_t head, Py_ssize_t first, Py_ssize_t live) {
-    const Py_ssize_t d = job->d, seen = job->causal ? first + live : text->length;
+    const Py_ssize_t d = job->d, window = job->window, length = text->length;
+    /* The keys that any of these queries sees: of a window, those less than it away; causal, none that is later. */
+    const Py_ssize_t from = window && first >= window ? first - window + 1 : 0;
+    const Py_ssize_t ahead = job->causal ? first + live : window ? first + live + window - 1 : length;
+    const Py_ssize_t seen = (ahead < length ? ahead : length) - from;
     float *queries = text->scratch, *sums = queries + d * LANES, *scores = sums + d * LANES, row[MAX_D];
     VF scale;
     if (live < LANES) memset(queries, 0, (size_t)(d * LANES) * sizeof(float));
@@ -79,12 +83,18 @@ TARGET static void NAME(attend)(const Job *job, const Text *text, Py_ssize_t hea
         load(&job->q, head, text->start + first + lane, d, job->bf16, row);
         for (Py_ssize_t at = 0; at < d; at++) queries[at * LANES + lane] = row[at] * job->scale;
     }
-    NAME(product)(text->keys, text->key_stride, 1, queries, scores, seen, d);
+    NAME(product)(text->keys + from * text->key_stride, text->key_stride, 1, queries, scores, seen, d);
     if (job->causal)
         for (Py_ssize_t later = 1; later < live; later++)
-            for (Py_ssize_t lane = 0; lane < later; lane++) scores[(first + later) * LANES + lane] = -INFINITY;
+            for (Py_ssize_t lane = 0; lane < later; lane++) scores[(first + later - from) * LANES + lane] = -INFINITY;
+    if (window)
+        for (Py_ssize_t lane = 0; lane < live; lane++) {
+            for (Py_ssize_t key = from; key <= first + lane - window; key++) scores[(key - from) * LANES + lane] = -INFINITY;
+            for (Py_ssize_t key = first + lane + window; key < from + seen; key++)
+                scores[(key - from) * LANES + lane] = -INFINITY;
+        }
     scale = NAME(softmax)(scores, seen);
-    NAME(product)(text->values, 1, text->value_stride, scores, sums, d, seen);
+    NAME(product)(text->values + from * text->value_stride, 1, text->value_stride, scores, sums, d, seen);
     for (Py_ssize_t at = 0; at < d; at++) *(VF *)(sums + at * LANES) *= scale;
     for (Py_ssize_t lane = 0; lane < live; lane++) {
         for (Py_ssize_t at = 0; at < d; at++) row[at] = sums[at * LANES + lane];

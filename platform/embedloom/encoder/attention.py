@@ -18,7 +18,13 @@ from transformers import PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from embedloom.encoder.backbone import autocast_of, has_own_code
+from embedloom.encoder.backbone import (
+    LONGEST_PROBE,
+    autocast_of,
+    first_position,
+    has_own_code,
+    position_limit,
+)
 from embedloom.encoder.feeding import send
 from embedloom.errors import DataError
 
@@ -75,6 +81,7 @@ def attend_packed(
     lengths: np.ndarray[tuple[int], np.dtype[np.int64]],
     causal: bool,
     scaling: float | None,
+    window: int | None = None,
 ) -> Tensor:
     """Attention inside each text.
 
@@ -86,6 +93,7 @@ def attend_packed(
         lengths: tokens of the texts, which lie behind one another; their sum is ``tokens``.
         causal: whether a token sees only itself and what is before it.
         scaling: of the scores; None: 1 / sqrt(d).
+        window: a token sees those that are less than this away; None: all.
 
     Returns:
         [1, tokens, heads, d] in the dtype of ``query``.
@@ -105,6 +113,7 @@ def attend_packed(
         query.dtype == torch.bfloat16,
         parallel_address(),
         torch.get_num_threads(),
+        window or 0,
     )
     return out.unsqueeze(0)
 
@@ -118,9 +127,12 @@ def attend_packed(
 
 
 PACKED_ATTENTION = "embedloom_packed"
-# Architectures whose attention hands unknown arguments through to the attention function, and whose positions
-# count from 0 (RoBERTa's do not).
-_FAMILIES = {"bert", "llama", "mistral", "qwen2", "qwen3"}
+# Architectures whose attention hands unknown arguments through to the attention function. MPNet's calls none: it adds a
+# bias by distance to its scores, so it keeps padded batches.
+_FAMILIES = {
+    "bert", "roberta", "xlm-roberta", "camembert", "modernbert", "llama", "mistral", "ministral3", "qwen2", "qwen3",
+    "gemma2", "gemma3_text",
+}  # fmt: skip
 # Attention runs over texts of one length at a time, which need neither padding nor mask: those cost 0.4 us (float32)
 # to 0.7 us a token and layer, a group of its own some 30 us (estimated from the calls it adds). So only texts too few
 # and short for that share a group, padded to its longest, and none that is shorter than this share of it.
@@ -153,11 +165,22 @@ class LengthGroup:
 class PackedLayout:
     """Where the texts of a packed batch lie; lengths must not increase."""
 
-    def __init__(self, lengths: Sequence[int], causal: bool, device: torch.device) -> None:
+    def __init__(
+        self, lengths: Sequence[int], causal: bool, device: torch.device, first_position: int = 0
+    ) -> None:
+        """The layout of one batch.
+
+        Args:
+            lengths: tokens of the texts, in the order in which they lie.
+            causal: whether a token sees only itself and what is before it.
+            device: of the tensors made here.
+            first_position: what positions count from, see ``backbone.first_position``.
+        """
         self.lengths = list(lengths)
         self.causal = causal
         self.device = device
-        self._masks: dict[int, tuple[Tensor, Tensor]] = {}
+        self.first_position = first_position
+        self._masks: dict[tuple[int, int | None], tuple[Tensor, Tensor]] = {}
 
     @cached_property
     def lengths_array(self) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
@@ -173,9 +196,9 @@ class PackedLayout:
 
     @cached_property
     def positions(self) -> Tensor:
-        """int64 [1, tokens], counting from 0 in every text."""
+        """int64 [1, tokens], counting from ``first_position`` in every text."""
         lengths = self.lengths_array
-        starts = np.repeat(lengths.cumsum() - lengths, lengths)
+        starts = np.repeat(lengths.cumsum() - lengths - self.first_position, lengths)
         return send(torch.from_numpy(np.arange(len(starts)) - starts).unsqueeze(0), self.device)
 
     @cached_property
@@ -183,17 +206,23 @@ class PackedLayout:
         """The texts cut for sdpa."""
         return group_lengths(self.lengths)
 
-    def real_and_mask(self, number: int) -> tuple[Tensor, Tensor]:
+    def window(self, tokens: int | None) -> int | None:
+        """A window as far as it matters: None if no text is longer."""
+        return None if tokens is None or tokens >= self.lengths[0] else tokens
+
+    def real_and_mask(self, number: int, window: int | None = None) -> tuple[Tensor, Tensor]:
         """Of group ``number``: flat positions of its real tokens, and the sdpa mask (True = attend)."""
-        if number not in self._masks:
+        if (number, window) not in self._masks:
             group = self.groups[number]
             columns = torch.arange(group.longest, device=self.device)
             real = columns < torch.tensor(group.lengths, device=self.device).unsqueeze(1)
             mask = real[:, None, None, :]
             if self.causal:
                 mask = mask & (columns[:, None] >= columns)
-            self._masks[number] = (real.flatten().nonzero().squeeze(1), mask)
-        return self._masks[number]
+            if window is not None:
+                mask = mask & ((columns[:, None] - columns).abs() < window)
+            self._masks[number, window] = (real.flatten().nonzero().squeeze(1), mask)
+        return self._masks[number, window]
 
 
 def group_lengths(lengths: Sequence[int]) -> list[LengthGroup]:
@@ -222,6 +251,16 @@ def filler_tokens(tokens: int) -> int:
     return -tokens % step
 
 
+@dataclass(frozen=True, slots=True)
+class _Rule:
+    """How scores become weights, beside which tokens of a text see one another."""
+
+    scaling: float | None = None
+    dropout: float = 0.0
+    window: int | None = None  # a token sees those less than this away
+    softcap: float | None = None  # of Gemma 2: scores are cap * tanh(score / cap)
+
+
 def packed_attention(
     module: Any,
     query: Tensor,
@@ -231,6 +270,8 @@ def packed_attention(
     packed: PackedLayout | None = None,
     scaling: float | None = None,
     dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """Attention inside each text of a packed row; [1, heads, tokens, d] in, [1, tokens, heads, d] out.
@@ -242,29 +283,32 @@ def packed_attention(
     """
     if packed is None:
         raise DataError("packed attention was called without a layout; run the model through Encoder.forward")
-    if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and not dropout:
-        return _varlen(query, key, value, packed, scaling), None
-    if not dropout and (kernel := kernel_for(query, key, value)):
-        return attend_packed(kernel, query, key, value, packed.lengths_array, packed.causal, scaling), None
+    rule = _Rule(scaling, dropout, packed.window(sliding_window), softcap)
+    if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and not (dropout or softcap):
+        return _varlen(query, key, value, packed, rule), None
+    if not (dropout or softcap) and (kernel := kernel_for(query, key, value)):
+        lengths = packed.lengths_array
+        return attend_packed(kernel, query, key, value, lengths, packed.causal, scaling, rule.window), None
     parts = [
-        _group_attention(module, query, key, value, packed, number, scaling, dropout)
+        _group_attention(module, query, key, value, packed, number, rule)
         for number in range(len(packed.groups))
     ]
     return (parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)), None
 
 
-def _varlen(query: Tensor, key: Tensor, value: Tensor, packed: PackedLayout, scaling: float | None) -> Tensor:
+def _varlen(query: Tensor, key: Tensor, value: Tensor, packed: PackedLayout, rule: _Rule) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
     rows = [tensor[0].transpose(0, 1).contiguous() for tensor in (query, key, value)]
+    behind = -1 if rule.window is None else rule.window - 1  # the kernel's bounds count in
     out = varlen_attn(
         *rows,
         packed.starts,
         packed.starts,
         max(packed.lengths),
         max(packed.lengths),
-        scale=scaling,
-        window_size=(-1, 0) if packed.causal else (-1, -1),
+        scale=rule.scaling,
+        window_size=(behind, 0 if packed.causal else behind),
         enable_gqa=key.shape[1] != query.shape[1],
     )
     return out.unsqueeze(0)
@@ -277,39 +321,54 @@ def _group_attention(
     value: Tensor,
     packed: PackedLayout,
     number: int,
-    scaling: float | None,
-    dropout: float,
+    rule: _Rule,
 ) -> Tensor:
     group = packed.groups[number]
     texts, longest = len(group.lengths), group.longest
     mine = [tensor[0, :, group.start : group.stop].transpose(0, 1) for tensor in (query, key, value)]
-    if group.even:
+    window = rule.window if rule.window is not None and rule.window < longest else None
+    if group.even and window is None and rule.softcap is None:
         real, mask = None, None
         padded = mine
     else:
-        real, mask = packed.real_and_mask(number)
+        real, mask = packed.real_and_mask(number, window)
         padded = [
             tensor.new_zeros(texts * longest, *tensor.shape[1:]).index_copy(0, real, tensor)
             for tensor in mine
         ]
     states = [tensor.unflatten(0, (texts, longest)).transpose(1, 2) for tensor in padded]
-    # In bfloat16 too: torch's CPU kernel keeps scores in float32. Plain products, which round them, take 0.6 to 0.9 of
-    # its time, 5 % of a forward, but put the vectors of a decoder with large logits (SmolLM2) 0.02 off in cosine.
-    out, _ = sdpa_attention_forward(
-        module, *states, mask, dropout=dropout, scaling=scaling, is_causal=packed.causal and mask is None
-    )
+    if rule.softcap is not None and mask is not None:
+        query, key, value = states
+        out = _capped(query, key, value, mask, rule)
+    else:
+        # In bfloat16 too: torch's CPU kernel keeps scores in float32. Plain products, which round them, take 0.6 to 0.9 of
+        # its time, 5 % of a forward, but put the vectors of a decoder with large logits (SmolLM2) 0.02 off in cosine.
+        causal = packed.causal and mask is None
+        out, _ = sdpa_attention_forward(
+            module, *states, mask, dropout=rule.dropout, scaling=rule.scaling, is_causal=causal
+        )
     flat = out.flatten(0, 1)
     return (flat if real is None else flat.index_select(0, real)).unsqueeze(0)
+
+
+def _capped(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, rule: _Rule) -> Tensor:
+    """Attention with capped scores, which no kernel of torch has; [texts, heads, longest, d] to [texts, longest, heads, d]."""
+    shared = query.shape[1] // key.shape[1]
+    key, value = (side.repeat_interleave(shared, dim=1) for side in (key, value))
+    scores = query @ key.transpose(2, 3) * (query.shape[3] ** -0.5 if rule.scaling is None else rule.scaling)
+    cap = rule.softcap or 1.0
+    scores = ((scores / cap).tanh() * cap).masked_fill(~mask, torch.finfo(scores.dtype).min)
+    weights = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
+    return (torch.nn.functional.dropout(weights, rule.dropout) @ value).transpose(1, 2)
 
 
 def use_packing(model: PreTrainedModel, causal: bool) -> bool:
     """Switch a model to packed attention if it gives the same hidden states; says whether it did.
 
-    Architectures not known to pass the layout through, and those with sliding windows, keep padded batches.
+    Architectures not known to pass the layout through keep padded batches.
     """
     config = model.config
-    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
-    if config.model_type not in _FAMILIES or window or has_own_code(model):
+    if config.model_type not in _FAMILIES or has_own_code(model):
         return False
     ALL_ATTENTION_FUNCTIONS.register(PACKED_ATTENTION, packed_attention)
     before = config._attn_implementation
@@ -326,19 +385,31 @@ def use_packing(model: PreTrainedModel, causal: bool) -> bool:
 
 @torch.no_grad()
 def _probe(model: PreTrainedModel, causal: bool, packed: bool) -> Tensor:
-    """Hidden states of the real tokens of three texts."""
+    """Hidden states of the real tokens of a few texts."""
     training = model.training
     model.eval()
     device = next(model.parameters()).device
-    texts = [[5, 6, 7, 8, 9], [8, 7, 6, 5], [6]]
-    ids = [[token % model.config.vocab_size for token in text] for text in texts]
+    ids = _probe_texts(model)
     if packed:
-        layout = PackedLayout([len(text) for text in ids], causal, device)
+        layout = PackedLayout([len(text) for text in ids], causal, device, first_position(model))
         row = torch.tensor([[token for text in ids for token in text]], device=device)
         hidden = model(input_ids=row, position_ids=layout.positions, packed=layout).last_hidden_state[0]
     else:
-        rows = torch.tensor([text + [0] * (5 - len(text)) for text in ids], device=device)
-        mask = torch.tensor([[1] * len(text) + [0] * (5 - len(text)) for text in ids], device=device)
+        longest = len(ids[0])
+        rows = torch.tensor([text + [0] * (longest - len(text)) for text in ids], device=device)
+        mask = torch.tensor([[1] * len(text) + [0] * (longest - len(text)) for text in ids], device=device)
         hidden = model(input_ids=rows, attention_mask=mask).last_hidden_state[mask.bool()]
     model.train(training)
     return hidden
+
+
+def _probe_texts(model: PreTrainedModel) -> list[list[int]]:
+    """Token ids of texts that do not become longer; the first is longer than the layers' windows, where that is cheap."""
+    room = min(LONGEST_PROBE, position_limit(model.config, model) or LONGEST_PROBE) - 2
+    stated = (getattr(holder, "sliding_window", None) for holder in (model.config, *model.modules()))
+    windows = [window for window in stated if isinstance(window, int) and window <= room]
+    lengths = [*([max(windows) + 2] if windows else []), 5, 4, 1]
+    return [
+        [(5 + place * 7 + length) % model.config.vocab_size for place in range(length)]
+        for length in sorted(lengths, reverse=True)
+    ]

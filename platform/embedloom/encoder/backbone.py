@@ -355,7 +355,7 @@ _LEAK_TOLERANCE = 1e-3
 _OWN_SWITCH: dict[str, Any] = {"gemma3_text": True}
 # Keys of how far a layer sees, where that is less than the text.
 _WINDOW_KEYS = ("sliding_window", "attention_chunk_size")
-_LONGEST_PROBE = 1024  # tokens; beyond, the arithmetic of the windows is taken on trust
+LONGEST_PROBE = 1024  # tokens; beyond, the arithmetic of the windows is taken on trust
 
 
 def load_backbone(
@@ -578,7 +578,7 @@ def check_layers(model: PreTrainedModel, limit: int) -> None:
     training = model.training
     model.eval()
     layers = _layers(model)
-    for length in sorted({4, min(limit, _LONGEST_PROBE)}):
+    for length in sorted({4, min(limit, LONGEST_PROBE)}):
         for padding in (0, 1):
             causal = [
                 number for number, leak in enumerate(_leaks(model, layers, length, padding)) if leak == 0.0

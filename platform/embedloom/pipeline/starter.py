@@ -17,9 +17,17 @@ from embedloom.synthesis.checks import language_of
 
 FEWEST_ROWS = 20  # of fewer, a held-out split and negatives beside the positives cannot be drawn
 _CHARACTERS_PER_TOKEN = 4  # of English; fewer elsewhere, and then texts are cut a little earlier
-_ENCODERS = ("minilm-l6",)  # of the registry: trained as they are, with a template that they know
+# Encoders of the registry are trained as they are, with the templates that they know.
+_ENCODERS = {
+    "minilm-l6": '\n  template: "{text}"  # it never saw instructions',
+    "all-mpnet-base-v2": '\n  template: "{text}"  # it never saw instructions',
+    "multilingual-e5-small": (
+        '\n  template: "query: {text}"  # as it was trained\n  document_template: "passage: {text}"'
+    ),
+}
+_MULTILINGUAL = "multilingual-e5-small"
 _SMALL_GENERATORS = ("smollm2-135m",)
-_READS_ENGLISH = ("minilm-l6", "smollm2-135m")
+_READS_ENGLISH = ("minilm-l6", "all-mpnet-base-v2", "smollm2-135m")
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +112,7 @@ def warnings(found: Sequence[Inspected], choices: Choices) -> list[str]:
         if reading:
             lines.append(
                 f"documents are in {code!r}, and {' and '.join(reading)} learnt English: for results that count choose "
-                "multilingual models by --base and --teacher, such as intfloat/multilingual-e5-small"
+                f"multilingual models by --base and --teacher, such as {_MULTILINGUAL} (pip install 'embedloom[models]')"
             )
     if choices.generator in _SMALL_GENERATORS:
         lines.append(
@@ -206,7 +214,7 @@ mining:  # a teacher finds documents that are like the answer and are none: hard
 
 
 def _encoder(choices: Choices, budget: Budget) -> str:
-    template = '\n  template: "{text}"  # it never saw instructions' if choices.base in _ENCODERS else ""
+    template = _ENCODERS.get(choices.base, "")
     return f"""\
 encoder:
   base: {_scalar(choices.base)}  # what is trained: a model folder, a Hugging Face id or a registry name{template}

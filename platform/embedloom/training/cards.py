@@ -14,6 +14,7 @@ from embedloom.core.artefacts import MANIFEST_FILE, Artefact
 from embedloom.core.prompting import CONTRACT_FILE, PromptContract
 from embedloom.core.storage import Place
 from embedloom.core.trained_prompts import MAX_TASKS, TrainedPrompt, hub_card, prompt_lines, trained_contract
+from embedloom.encoder.packaged import REGISTRY
 from embedloom.encoder.parity import Verdict, reader_lines
 from embedloom.training.data import Prepared
 
@@ -109,7 +110,9 @@ def model_card(lineage: Lineage, contract: PromptContract | None = None) -> str:
     if datasets:
         header["datasets"] = datasets
     lines = ["# Text embedding model", ""]
-    lines += [f"Trained from {lineage.base} in {len(lineage.stages)} contrastive stage(s).", ""]
+    known = REGISTRY.get(lineage.base)
+    base = lineage.base if known is None else f"{lineage.base} (license: {known.licence})"
+    lines += [f"Trained from {base} in {len(lineage.stages)} contrastive stage(s).", ""]
     for stage in lineage.stages:
         lines += _stage_lines(stage)
     if contract is not None:
