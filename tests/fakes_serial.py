@@ -18,13 +18,14 @@ def serial_tasks(stage: str, function: Any, items: Any, *shared: Any, cpus: floa
 
 
 def serial_stream(
-    *, stage: str, items: int, read: Any, write: Any, written: Any, worker: Any, worker_arguments: Any,
+    *, stage: str, items: Any, read: Any, write: Any, written: Any, worker: Any, worker_arguments: Any,
     done_folder: str, pool: Any, handling: Handling = PLAIN, name: Any = str,
 ) -> Iterator[int]:  # fmt: skip
     """In place of engines.pool.stream; one actor of each pool."""
     actor = worker(**worker_arguments) if worker else None
     linked = [link.worker(**link.arguments) for link in handling.links]
-    for item in range(items):
+    for position, item in enumerate(items):
+        item = pickle.loads(pickle.dumps(item))
         assert not written(item)
         table = read(item)
         tables = {"": table if handling.prepare is None else handling.prepare(table)}
@@ -36,7 +37,7 @@ def serial_stream(
             write(item, folder, table)
         for one in linked:
             one(name(item))
-        yield item
+        yield position
 
 
 def patch_serial(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,7 +1,9 @@
 import pickle
 from pathlib import Path
 
+import cloudpickle
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -175,7 +177,7 @@ def test_any_other_failure_names_the_stage_and_the_cause(runs: Runs):
 
 def test_a_worker_must_name_the_done_folder_last(source: Place, tmp_path: Path):
     actor = PoolActor(DoublingWorker, {"notes": str(tmp_path), "trouble": "order"}, "done", threads=1)
-    row = row_of(0, {"": source.read_table("rows/part-000000.parquet")})
+    row = row_of({"position": 0, "item": b""}, {"": source.read_table("rows/part-000000.parquet")})
     (failure,) = actor({column: [value] for column, value in row.items()})["failure"]
     assert str(pickle.loads(failure)) == "the worker returned folders ['done', 'odd'], expected 'done' last"
 
@@ -186,9 +188,63 @@ def test_an_item_that_ray_computes_again_is_passed_by_when_its_tables_are_stored
     def refuse(*_: object) -> object:
         raise AssertionError("a stored item was worked on")
 
-    row = _reading(refuse, None, lambda item: item == 3)({"item": 3})
+    row = _reading(refuse, None, lambda item: item == 3)({"position": 0, "item": pickle.dumps(3)})
     batch = PoolActor(lambda: refuse, {}, "out", 1)({column: [value] for column, value in row.items()})
     passed = {column: values[0] for column, values in batch.items()}
-    assert _writing(refuse, refuse, "out", lambda _: False)(passed) == {"position": 3, "failure": b""}
-    late = row_of(3, {"out": pa.table({"n": [1]})})
-    assert _writing(refuse, None, "out", lambda _: True)(late) == {"position": 3, "failure": b""}
+    assert _writing(refuse, refuse, "out", lambda _: False, str)(passed) == {
+        "position": 0,
+        "name": "3",
+        "failure": b"",
+    }
+    late = row_of({"position": 0, "item": pickle.dumps(3)}, {"out": pa.table({"n": [1]})})
+    assert _writing(refuse, None, "out", lambda _: True, str)(late) == {
+        "position": 0,
+        "name": "3",
+        "failure": b"",
+    }
+
+
+def carried(source: Place, output: Place, shards: int) -> int:
+    """Bytes of what the functions of a stage's tasks carry, where there are so many shards."""
+    sizes: list[int] = []
+
+    def stream(
+        *, items: list[Shard], read: object, write: object, written: object, name: object, **_: object
+    ) -> list[int]:
+        assert len(items) == shards
+        sizes.append(sum(len(cloudpickle.dumps(one)) for one in (read, write, written, name)))
+        return []
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("embedloom.compute.shards.stream", stream)
+        run_sharded(
+            stage="test", source=source, source_folder="rows", output=output, done_folder="done", shard_rows=-(-1000 // shards),
+            worker=None, worker_arguments={}, pool=PoolConfig(),
+        )  # fmt: skip
+    return sizes[0]
+
+
+def test_what_tasks_carry_does_not_grow_with_the_shards(tmp_path: Path):
+    source = Place(str(tmp_path / "source"))
+    source.write_table("rows/part-000000.parquet", pa.table({"n": list(range(1000))}))
+    assert carried(source, Place(str(tmp_path / "out")), 2) == carried(
+        source, Place(str(tmp_path / "out")), 1000
+    )
+
+
+def test_a_shard_reads_the_row_groups_that_it_lies_in(tmp_path: Path):
+    place = Place(str(tmp_path))
+    place.write_table("in.parquet", pa.table({"n": list(range(5000)), "text": ["x" * 50] * 5000}))
+    assert place.parquet_groups("in.parquet") == [1024, 1024, 1024, 1024, 904]
+    asked: list[list[int]] = []
+    real = pq.ParquetFile.read_row_groups
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            pq.ParquetFile,
+            "read_row_groups",
+            lambda self, groups, **more: (asked.append(groups), real(self, groups, **more))[1],
+        )
+        for shard in plan_shards([("in.parquet", 5000)], 512):
+            rows = read_shard(place, shard).column("n").to_pylist()
+            assert rows == list(range(512 * shard.index, min(5000, 512 * (shard.index + 1))))
+    assert asked == [[n // 2] for n in range(10)]

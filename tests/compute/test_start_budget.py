@@ -74,7 +74,7 @@ def run(folder: Path, pool: PoolConfig, seconds: float) -> list[int]:
     return list(
         stream(
             stage="slow",
-            items=2,
+            items=range(2),
             read=lambda item: pa.table({"n": [item]}),
             write=lambda item, name, table: None,
             written=lambda item: False,

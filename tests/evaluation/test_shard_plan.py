@@ -5,6 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from embedloom.core.storage import Place
+from embedloom.encoder.tokenizer import CutTexts
 from embedloom.evaluation.jobs import VectorStore, VectorTable, plan_shards, shard_id
 from embedloom.evaluation.specs import TaskSpec
 
@@ -56,7 +57,7 @@ def test_store_gives_back_what_was_written_and_knows_what_it_lacks(tmp_path):
         name = shard_id(keys[rows])
         assert not store.has(name)
         store.write(name, keys[rows], vectors[rows], tokens=10, padded=12)
-        assert store.has(name) and store.cost(name) == (10, 12)
+        assert store.has(name) and store.summary(name) == ((10, 12), CutTexts())
     table = store.read([shard_id(keys[:4]), shard_id(keys[4:])])
     found, got = table.look_up(keys_of([6, 99, 0, 3]))
     assert found.tolist() == [True, False, True, True]

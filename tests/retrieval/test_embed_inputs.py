@@ -16,10 +16,12 @@ from embedloom.core.storage import Place
 from embedloom.core.trained_prompts import Prompt, TrainedPrompt, trained_contract
 from embedloom.encoder.tokenizer import load_tokenizer
 from embedloom.errors import ConfigError, DataError
+from embedloom.retrieval import corpora, inputs
 from embedloom.retrieval.corpora import _with_task
 from embedloom.retrieval.inputs import Cutter, check_instruction, input_state, open_input
 from embedloom.retrieval.ledger import first_of_equals, open_ledger, origin_column
 from fakes_corpus import save_word_tokenizer
+from fakes_serial import serial_tasks
 
 
 def table(folder, name, **columns):
@@ -307,3 +309,41 @@ def test_an_identical_repeat_is_counted_and_left_out(tmp_path):
     (tmp_path / "in.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     ledger, rows = ledger_rows(tmp_path / "in.jsonl", tmp_path / "out")
     assert [row["id"] for row in rows] == ["d1", "d2"] and ledger.counts["rejects"] == {"repeated": 1}
+
+
+def test_files_in_one_row_group_are_read_once_into_a_copy(tmp_path, monkeypatch):
+    """A shard of a file in one row group would decode all rows before its own."""
+    monkeypatch.setattr(inputs, "_REGROUPED_ROWS", 10)
+    monkeypatch.setattr(corpora, "GROUP_ROWS", 30)
+    monkeypatch.setattr(corpora, "run_tasks", serial_tasks)
+    small, large = (
+        pa.table(
+            {
+                "id": [f"{name}{n}" for n in range(95)],
+                "text": [f"{name} text {n}" for n in range(95)],
+                "other": [0] * 95,
+            }
+        )
+        for name in "sl"
+    )
+    place = Place(str(tmp_path / "in"))
+    place.write_table("a.parquet", small)
+    (tmp_path / "in").mkdir(exist_ok=True)
+    pq.write_table(small, tmp_path / "in" / "a.parquet", row_group_size=30)
+    pq.write_table(large, tmp_path / "in" / "b.parquet", row_group_size=95)
+    out = Place(str(tmp_path / "out"))
+    config = EmbeddingConfig(corpus=place.uri)
+    plain = inputs.open_input(place.uri, config, out)
+    source = corpora._regrouped(plain, out)
+    assert out.files() == ["regrouped/000001.parquet"] and out.parquet_groups("regrouped/000001.parquet") == [
+        10
+    ] * 9 + [5]
+    assert out.parquet_footer("regrouped/000001.parquet")[0].names == ["id", "text"]
+    ledger = open_ledger(source, out, 40, None)
+    read, slow = (corpora.OwnTexts(one, out, 40) for one in (source, plain))
+    for number, part in enumerate(ledger.parts):
+        shard = corpora.OwnShard(number, part, True)
+        assert read(shard).equals(slow(shard)) and read(shard).num_rows == ledger.rows[number]
+    before = (tmp_path / "out" / "regrouped" / "000001.parquet").stat().st_ino
+    corpora._regrouped(plain, out)  # an interrupted build goes on with the copy
+    assert (tmp_path / "out" / "regrouped" / "000001.parquet").stat().st_ino == before

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from threading import Thread
 from typing import Any, NoReturn, Protocol, TypeVar
@@ -95,20 +96,20 @@ class PoolActor:
 
     def _work(self, row: Row) -> Row:
         if self._failure is not None:
-            return row_of(row["position"], {}, self._failure)
+            return row_of(row, {}, self._failure)
         try:
             if self._starts is not None:
                 self._starts.begin(int(row["position"]))
             tables = self._worker(from_ipc(row["tables"][0]))
             if self._done_folder is not None:
                 check_last(tables, self._done_folder)
-            return row_of(row["position"], tables)
+            return row_of(row, tables)
         except EngineLostError as error:
             # Ray starts the actor anew and gives it what it held; this process has nothing left to serve with.
             note("ray", f"{error}; this actor died and is started again")
             leave(self._worker)
         except EmbedloomError as error:
-            return row_of(row["position"], {}, error)
+            return row_of(row, {}, error)
 
 
 def leave(worker: Any) -> NoReturn:
@@ -158,26 +159,23 @@ class Link:
 
 
 class LinkActor:
-    """Adapts a PartWorker to Ray Data: one row, (position, failure), is one item."""
+    """Adapts a PartWorker to Ray Data: one row, (position, name, failure), is one item."""
 
-    def __init__(
-        self, worker: Callable[..., PartWorker], arguments: dict[str, Any], names: Sequence[str], threads: int
-    ) -> None:
+    def __init__(self, worker: Callable[..., PartWorker], arguments: dict[str, Any], threads: int) -> None:
         _use_threads(threads)
-        self._names = names
         self._worker, self._failure = _opened(worker, arguments)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         """One row in, one row out."""
-        position, failure = int(batch["position"][0]), batch["failure"][0]
+        position, name, failure = int(batch["position"][0]), str(batch["name"][0]), batch["failure"][0]
         if not failure:
             try:
                 if self._failure is not None:
                     raise self._failure
-                self._worker(self._names[position])
+                self._worker(name)
             except EmbedloomError as error:
                 failure = pickle.dumps(error)
-        return {"position": [position], "failure": [failure]}
+        return {"position": [position], "name": [name], "failure": [failure]}
 
 
 def _opened(worker: Callable[..., Any], arguments: dict[str, Any]) -> tuple[Any, EmbedloomError | None]:
@@ -197,10 +195,11 @@ def _use_threads(threads: int) -> None:
         torch.set_num_threads(threads)
 
 
-def row_of(position: int, tables: dict[str, pa.Table], error: EmbedloomError | None = None) -> Row:
+def row_of(row: Row, tables: dict[str, pa.Table], error: EmbedloomError | None = None) -> Row:
     """What passes between the steps; lists are never empty, so every block of rows has the same column types."""
     return {
-        "position": position,
+        "position": row["position"],
+        "item": row["item"],
         "folders": list(tables) or [""],
         "tables": [to_ipc(table) for table in tables.values()] or [b""],
         "failure": b"" if error is None else pickle.dumps(error),
@@ -496,23 +495,23 @@ PLAIN = Handling()
 def stream(
     *,
     stage: str,
-    items: int,
-    read: Callable[[int], pa.Table],
-    write: Callable[[int, str, pa.Table], None],
-    written: Callable[[int], bool],
+    items: Sequence[Any],
+    read: Callable[[Any], pa.Table],
+    write: Callable[[Any, str, pa.Table], None],
+    written: Callable[[Any], bool],
     worker: Callable[..., ShardWorker] | None,
     worker_arguments: dict[str, Any],
     done_folder: str,
     pool: PoolConfig,
     handling: Handling = PLAIN,
-    name: Callable[[int], str] = str,
+    name: Callable[[Any], str] = str,
 ) -> Iterator[int]:
-    """Run items 0 to ``items`` - 1 through the pool and yield each number once its tables are written.
+    """Run items through the pool and yield the place of each among them once its tables are written.
 
     Args:
         stage: named in errors.
-        items: how many; each is one table in.
-        read: the table of an item; runs in a task.
+        items: picklable; each says all that is to be known of one table, so that what tasks share stays small.
+        read: the table of an item; runs in a task, and so holds nothing that grows with the items.
         write: stores (item, folder, table); runs in a task, in the order the worker named the folders.
         written: whether an item's last table is stored. When a machine is lost, Ray computes again what it had not yet
             fetched from there, also items whose tables are long on disk; those are passed by.
@@ -533,19 +532,20 @@ def stream(
     context.enable_progress_bars = False
     context.wait_for_min_actors_s = _prepared(stage, None if worker is None else pool, handling)
     finish = handling.finish
-    dataset = ray.data.from_items(list(range(items)), override_num_blocks=items)
+    rows = [{"position": number, "item": pickle.dumps(item)} for number, item in enumerate(items)]
+    dataset = ray.data.from_items(rows, override_num_blocks=len(rows))
     dataset = dataset.map(_reading(read, handling.prepare, written), num_cpus=_reading_cpus(handling, pool))
     if worker is not None:
         checked = done_folder if finish is None else None
         arguments = (worker, worker_arguments, checked, pool.compute_threads, handling.starts)
         dataset = dataset.map_batches(
-            PoolActor, fn_constructor_args=arguments, **_actors(pool, items, handling.in_flight)
+            PoolActor, fn_constructor_args=arguments, **_actors(pool, len(items), handling.in_flight)
         )
     task_cpus = _TASK_CPUS if finish is None else _FINISH_CPUS
-    dataset = dataset.map(_writing(write, finish, done_folder, written), num_cpus=task_cpus)
-    dataset = _linked(dataset, handling.links, items, name)
-    with _told_by(stage, context.wait_for_min_actors_s), closing(iter(dataset.iter_rows())) as rows:
-        for row in rows:
+    dataset = dataset.map(_writing(write, finish, done_folder, written, name), num_cpus=task_cpus)
+    dataset = _linked(dataset, handling.links, len(items))
+    with _told_by(stage, context.wait_for_min_actors_s), closing(iter(dataset.iter_rows())) as results:
+        for row in results:
             if row["failure"]:
                 raise pickle.loads(row["failure"])
             yield int(row["position"])
@@ -587,11 +587,10 @@ def _told_by(stage: str, start_seconds: int) -> Iterator[None]:
         raise StageError(f"{stage}: a worker failed: {_cause(error)}") from error
 
 
-def _linked(dataset: Any, links: tuple[Link, ...], items: int, name: Callable[[int], str]) -> Any:
+def _linked(dataset: Any, links: tuple[Link, ...], items: int) -> Any:
     """The dataset with a pool for every link behind it."""
-    names = [name(item) for item in range(items)] if links else []
     for link in links:
-        arguments = (link.worker, link.arguments, names, link.pool.compute_threads)
+        arguments = (link.worker, link.arguments, link.pool.compute_threads)
         dataset = dataset.map_batches(
             LinkActor, fn_constructor_args=arguments, **_actors(link.pool, items, 1)
         )
@@ -616,34 +615,37 @@ def _actors(pool: PoolConfig, items: int, in_flight: int) -> dict[str, Any]:
 
 
 def _reading(
-    read: Callable[[int], pa.Table],
+    read: Callable[[Any], pa.Table],
     prepare: Callable[[pa.Table], pa.Table] | None,
-    written: Callable[[int], bool],
+    written: Callable[[Any], bool],
 ) -> Callable[[Row], Row]:
     def task(row: Row) -> Row:
+        item = pickle.loads(row["item"])
         try:
-            if written(row["item"]):
-                return {**row_of(row["item"], {}), "folders": [WRITTEN]}
-            table = read(row["item"])
-            return row_of(row["item"], {"": table if prepare is None else prepare(table)})
+            if written(item):
+                return {**row_of(row, {}), "folders": [WRITTEN]}
+            table = read(item)
+            return row_of(row, {"": table if prepare is None else prepare(table)})
         except EmbedloomError as error:
-            return row_of(row["item"], {}, error)
+            return row_of(row, {}, error)
 
     return task
 
 
 def _writing(
-    write: Callable[[int, str, pa.Table], None],
+    write: Callable[[Any, str, pa.Table], None],
     finish: Finish | None,
     done_folder: str,
-    written: Callable[[int], bool],
+    written: Callable[[Any], bool],
+    name: Callable[[Any], str],
 ) -> Callable[[Row], Row]:
     def task(row: Row) -> Row:
-        failure = row["failure"]
+        item, failure = pickle.loads(row["item"]), row["failure"]
+        done = {"position": row["position"], "name": name(item)}
         if not failure and not passed_by(row):
             try:
-                if written(row["position"]):
-                    return {"position": row["position"], "failure": b""}
+                if written(item):
+                    return {**done, "failure": b""}
                 tables = {
                     folder: from_ipc(content)
                     for folder, content in zip(row["folders"], row["tables"], strict=True)
@@ -652,10 +654,10 @@ def _writing(
                     tables = finish(tables)
                     check_last(tables, done_folder)
                 for folder, table in tables.items():
-                    write(row["position"], folder, table)
+                    write(item, folder, table)
             except EmbedloomError as error:
                 failure = pickle.dumps(error)
-        return {"position": row["position"], "failure": failure}
+        return {**done, "failure": failure}
 
     return task
 
@@ -740,9 +742,7 @@ def parquet_rows(place: Place, folder: str) -> list[tuple[str, int]]:
 
 def read_shard(place: Place, shard: Shard) -> pa.Table:
     """Rows of one shard."""
-    return pa.concat_tables(
-        [place.read_table(piece.file).slice(piece.start, piece.stop - piece.start) for piece in shard.pieces]
-    )
+    return pa.concat_tables([place.read_rows(piece.file, piece.start, piece.stop) for piece in shard.pieces])
 
 
 def _files(place: Place, folders: str | tuple[str, ...]) -> list[tuple[str, int]]:
@@ -797,16 +797,16 @@ def run_sharded(
     if missing:
         for item in stream(
             stage=stage,
-            items=len(missing),
-            read=lambda item: read_shard(source, missing[item]),
-            write=lambda item, folder, table: output.write_table(f"{folder}/{missing[item].part}", table),
-            written=lambda item: output.exists(f"{done_folder}/{missing[item].part}"),
+            items=missing,
+            read=partial(read_shard, source),
+            write=lambda shard, folder, table: output.write_table(f"{folder}/{shard.part}", table),
+            written=lambda shard: output.exists(f"{done_folder}/{shard.part}"),
             worker=worker,
             worker_arguments=worker_arguments() if callable(worker_arguments) else worker_arguments,
             done_folder=done_folder,
             pool=pool,
             handling=handling,
-            name=lambda item: missing[item].part,
+            name=lambda shard: shard.part,
         ):
             progress.advance(missing[item].rows)
     return [f"{done_folder}/{shard.part}" for shard in shards]

@@ -393,9 +393,9 @@ class Evaluator:
             store = self._store(unit.scorer)
             for shard in self._plans[unit.scorer.contract_hash].shards:
                 if shard.part[0] == unit.task and store.has(shard.id):
-                    cost = store.cost(shard.id)
+                    cost, cut = store.summary(shard.id)
                     tokens, padded = tokens + cost[0], padded + cost[1]
-                    cuts.add(store.cuts(shard.id))
+                    cuts.add(cut)
         finish_task(self._place, unit, survey, tokens, padded, cuts)
         if cuts.cut or unknown_warning(cuts.unknown, cuts.read):
             note("evaluate", f"{unit.label}: {cuts}")

@@ -5,7 +5,7 @@ import io
 from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
 import numpy as np
 
@@ -63,15 +63,13 @@ class VectorStore:
         np.savez(stream, keys=keys, vectors=vectors, tokens=np.array([tokens, padded]), cut=cut)
         self.place.write_bytes(_file(shard), stream.getvalue())
 
-    def cost(self, shard: str) -> tuple[int, int]:
-        """Tokens and padded tokens of a shard."""
-        tokens, padded = self._load(shard)["tokens"]
-        return int(tokens), int(padded)
-
-    def cuts(self, shard: str) -> CutTexts:
-        """What the limits left out of a shard's texts; nothing is known of one that an earlier version wrote."""
-        content = self._load(shard)
-        return CutTexts(*map(int, content["cut"])) if "cut" in content else CutTexts()
+    def summary(self, shard: str) -> tuple[tuple[int, int], CutTexts]:
+        """(tokens, padded tokens) of a shard, and what the limits left out of its texts, of which a shard of an earlier version
+        says nothing; its vectors are not read."""
+        with self.place.open_parts(_file(shard)) as stream, self._opened(stream, shard) as content:
+            tokens, padded = content["tokens"]
+            cuts = CutTexts(*map(int, content["cut"])) if "cut" in content else CutTexts()
+            return (int(tokens), int(padded)), cuts
 
     def read(self, shards: Sequence[str]) -> "VectorTable":
         """All vectors of some shards."""
@@ -84,9 +82,11 @@ class VectorStore:
         )
 
     def _load(self, shard: str) -> Any:
-        content = self.place.read_bytes(_file(shard))
+        return self._opened(io.BytesIO(self.place.read_bytes(_file(shard))), shard)
+
+    def _opened(self, stream: IO[bytes], shard: str) -> Any:
         try:
-            return np.load(io.BytesIO(content), allow_pickle=False)
+            return np.load(stream, allow_pickle=False)
         except (ValueError, OSError) as error:
             raise DataError(
                 f"{self.place.uri}/{_file(shard)}: not a shard of vectors ({error}); delete it"

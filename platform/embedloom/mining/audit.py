@@ -1,7 +1,7 @@
 """How trustworthy the mined negatives are: gaps, rules and near-duplicates in numbers, and a second teacher on a sample."""
 
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -80,16 +80,34 @@ def audit_summary(tables: Iterable[pa.Table], negatives: int) -> dict[str, Any]:
     Raises:
         DataError: a column is missing, or a gap is not finite.
     """
+    return summed_audit((audit_facts(table, negatives) for table in tables), negatives)
+
+
+def audit_facts(table: pa.Table, negatives: int) -> dict[str, Any]:
+    """What ``summed_audit`` needs of one part of ``audit/``: ``{"total": sums, "datasets": {name: sums}}``, JSON-like.
+
+    Raises:
+        DataError: a column is missing, or a gap is not finite.
+    """
+    missing = [column for column in _COLUMNS if column not in table.column_names]
+    if missing:
+        raise DataError(f"audit: column {missing[0]!r} is missing; found: {table.column_names}")
+    names = pc.unique(table.column("dataset")).to_pylist()
+    parts = {name: table.filter(pc.equal(table.column("dataset"), name)) for name in names}
+    return {
+        "total": _Figures.of(table, negatives).as_json(),
+        "datasets": {name: _Figures.of(part, negatives).as_json() for name, part in parts.items()},
+    }
+
+
+def summed_audit(facts: Iterable[Mapping[str, Any]], negatives: int) -> dict[str, Any]:
+    """``audit_summary`` out of ``audit_facts`` of all parts, in order."""
     total = _Figures()
     datasets: dict[str, _Figures] = {}
-    for table in tables:
-        missing = [column for column in _COLUMNS if column not in table.column_names]
-        if missing:
-            raise DataError(f"audit: column {missing[0]!r} is missing; found: {table.column_names}")
-        total.add(table, negatives)
-        for name in pc.unique(table.column("dataset")).to_pylist():
-            part = table.filter(pc.equal(table.column("dataset"), name))
-            datasets.setdefault(name, _Figures()).add(part, negatives)
+    for one in facts:
+        total.add(one["total"])
+        for name, sums in one["datasets"].items():
+            datasets.setdefault(name, _Figures()).add(sums)
     return {
         "negatives": negatives,
         "gap_edges": list(GAP_EDGES),
@@ -110,8 +128,26 @@ class _Figures:
     gap_sum: float = 0.0
     gap_counts: Any = field(default_factory=lambda: np.zeros(len(GAP_EDGES) + 1, dtype=np.int64))
 
-    def add(self, table: pa.Table, negatives: int) -> None:
-        """Take the rows of one table in."""
+    def add(self, other: Mapping[str, Any]) -> None:
+        """Take the sums of further rows in, ``as_json``."""
+        for name in ("rows", "given", "short", "empty", "gap_sum"):
+            setattr(self, name, getattr(self, name) + other[name])
+        for column, count in other["sums"].items():
+            self.sums[column] += count
+        self.gap_counts += np.asarray(other["gap_counts"], dtype=np.int64)
+
+    def as_json(self) -> dict[str, Any]:
+        """The sums."""
+        return {**asdict(self), "gap_counts": self.gap_counts.tolist()}
+
+    @classmethod
+    def of(cls, table: pa.Table, negatives: int) -> "_Figures":
+        """The sums of one table's rows."""
+        found = cls()
+        found._count(table, negatives)
+        return found
+
+    def _count(self, table: pa.Table, negatives: int) -> None:
         mined = table.filter(pc.invert(table.column("given")))
         self.rows += table.num_rows
         self.given += table.num_rows - mined.num_rows

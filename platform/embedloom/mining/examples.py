@@ -1,15 +1,18 @@
 """Training examples out of mined candidates: the selection rules applied, every removal counted."""
 
+import json
+from collections import Counter
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from embedloom.config.mining import SelectionConfig
 from embedloom.core.prompting import LABEL_TASK_TYPES, is_instructed, opposite_task_type
 from embedloom.core.schemas import TEACHER_SCORES_FOLDER, TEACHER_SCORES_SCHEMA, table_from_rows
 from embedloom.core.text import folded
-from embedloom.mining.audit import NEAR_DUPLICATE, near_duplicate
+from embedloom.mining.audit import NEAR_DUPLICATE, audit_facts, near_duplicate
 from embedloom.mining.candidates import Found, Mined, given_texts, negatives_given, positive_texts
 from embedloom.mining.select import Selection, blend, query_seed, select_negatives
 from embedloom.retrieval.search import Positions
@@ -51,6 +54,29 @@ SAMPLE_SCHEMA = pa.schema(
         ("rank", pa.int32()),
     ]
 )
+
+
+FACTS_KEY = b"facts"  # of a part, in its footers, so that whoever sums all parts reads no rows
+_EXAMPLE_FACTS = ("origins", "score_sum", "short")
+
+
+def facts_of(examples: pa.Table, rejects: pa.Table, audit: pa.Table, negatives: int) -> dict[str, Any]:
+    """What is counted of a part, JSON-like.
+
+    Args:
+        examples: its examples.
+        rejects: its rejects.
+        audit: its audit table.
+        negatives: how many were asked for per example.
+    """
+    short = pc.sum(pc.less(pc.list_value_length(examples.column("negatives")), negatives)).as_py() or 0
+    return {
+        "origins": dict(Counter(examples.column("dataset").to_pylist())),
+        "score_sum": float(sum(examples.column("positive_score").to_pylist())),
+        "short": int(short),
+        "rejects": dict(Counter(rejects.column("reason").to_pylist())),
+        "audit": audit_facts(audit, negatives),
+    }
 
 
 class ExampleWorker:
@@ -97,13 +123,28 @@ class ExampleWorker:
             if not negatives_given(row):
                 naive = texts[one.naive[0]] if one.naive else None
                 sample += _sample_rows(row, positive, negatives[:1], [naive] if naive else [])
+        tables = {
+            REJECTS_FOLDER: table_from_rows("rejects", rejects),
+            AUDIT_FOLDER: pa.Table.from_pylist(audit, schema=AUDIT_SCHEMA),
+            EXAMPLES_FOLDER: table_from_rows("examples", examples),
+        }
+        facts = facts_of(
+            tables[EXAMPLES_FOLDER], tables[REJECTS_FOLDER], tables[AUDIT_FOLDER], self._rules.negatives
+        )
+        counted = {EXAMPLES_FOLDER: _EXAMPLE_FACTS, REJECTS_FOLDER: ("rejects",), AUDIT_FOLDER: ("audit",)}
+        stamped = {
+            folder: table.replace_schema_metadata(
+                {FACTS_KEY: json.dumps({key: facts[key] for key in counted[folder]})}
+            )
+            for folder, table in tables.items()
+        }
         several = {TEACHER_SCORES_FOLDER: pa.Table.from_pylist(by_teacher, schema=TEACHER_SCORES_SCHEMA)}
         return {
             **(several if len(found) > 1 else {}),
-            REJECTS_FOLDER: table_from_rows("rejects", rejects),
-            AUDIT_FOLDER: pa.Table.from_pylist(audit, schema=AUDIT_SCHEMA),
+            REJECTS_FOLDER: stamped[REJECTS_FOLDER],
+            AUDIT_FOLDER: stamped[AUDIT_FOLDER],
             SAMPLE_FOLDER: pa.Table.from_pylist(sample, schema=SAMPLE_SCHEMA),
-            EXAMPLES_FOLDER: table_from_rows("examples", examples),
+            EXAMPLES_FOLDER: stamped[EXAMPLES_FOLDER],
         }
 
     def _right_texts(

@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from embedloom.compute.shards import PART_PATTERN
 from embedloom.core.artefacts import Artefact
+from embedloom.core.ids import IdSet
 from embedloom.core.progress import note
 from embedloom.core.prompting import (
     LABEL_TASK_TYPES,
@@ -209,8 +209,7 @@ class _Writer:
         self._labels = _label_sets(files)
         place, folder = corpus
         names = place.names(folder, ".parquet")
-        ids = [place.read_table(name, ["id"]).column("id").combine_chunks() for name in names]
-        self._corpus_ids = pa.concat_arrays(ids) if ids else pa.array([], pa.string())
+        self._corpus_ids = IdSet(place.read_table(name, ["id"]).column("id").to_pylist() for name in names)
         self._given = GivenTexts(out, shard_rows)
         self._waiting: dict[str, list[dict[str, Any]]] = {}
         self._parts: dict[str, list[str]] = {}
@@ -220,10 +219,8 @@ class _Writer:
 
     def add(self, pairs: list[dict[str, Any]]) -> None:
         """Take some pairs."""
-        known = pc.is_in(
-            pa.array([pair["document_id"] for pair in pairs], pa.string()), value_set=self._corpus_ids
-        )
-        for pair, in_corpus in zip(pairs, known.to_pylist(), strict=True):
+        known = self._corpus_ids.contains([pair["document_id"] for pair in pairs])
+        for pair, in_corpus in zip(pairs, known.tolist(), strict=True):
             check_task_type(pair["task_type"], f"pair {pair['id']!r}")
             reason, detail = _reject_reason(pair, in_corpus), pair["document_id"]
             problem = self._swallowed(pair, in_corpus) if reason is None else None

@@ -1,15 +1,17 @@
 """Hard-negative mining in two artefacts: candidates of every teacher, and the examples that rules make of them."""
 
+import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from embedloom.compute.shards import run_sharded
+from embedloom.compute.shards import run_here, run_sharded, run_tasks
 from embedloom.config.cluster import PoolConfig
 from embedloom.config.mining import MiningConfig, Teacher
 from embedloom.core.artefacts import Artefact, ArtefactWriter
@@ -18,14 +20,16 @@ from embedloom.core.storage import Place
 from embedloom.encoder.registry import NodeModel, open_model
 from embedloom.encoder.tokenizer import load_tokenizer, prompt_ids, room_problem
 from embedloom.errors import ConfigError, StageError
-from embedloom.mining.audit import audit_summary, judge_sample
+from embedloom.mining.audit import judge_sample, summed_audit
 from embedloom.mining.candidates import DOCUMENTS_FOLDER, Mined, TeacherPass, part_names
 from embedloom.mining.examples import (
     AUDIT_FOLDER,
     EXAMPLES_FOLDER,
+    FACTS_KEY,
     REJECTS_FOLDER,
     SAMPLE_FOLDER,
     ExampleWorker,
+    facts_of,
 )
 from embedloom.mining.queries import QUERIES_FOLDER, pair_files, write_queries
 from embedloom.retrieval.cross_encoder import CrossEncoderSource, PairScorerSource, check_cross_encoder
@@ -34,6 +38,9 @@ from embedloom.retrieval.teachers import check_positions, teacher_source
 from embedloom.retrieval.vector_files import CUT_COUNTS
 
 # The teachers a mining section names, ready to be opened in actors.
+
+
+_MANY_PAIRS = 50_000  # a task's process takes longer to start than fewer take
 
 
 def teacher_sources(config: MiningConfig) -> list[EmbedderSource]:
@@ -150,9 +157,7 @@ def mine(
         UserError: no pairs, pair ids that stand twice, vectors that do not fit each other.
         StageError: a worker failed.
     """
-    files = pair_files(corpus, pair_artefacts)
-    documents = (corpus.place, DOCUMENTS_FOLDER)
-    queries = write_queries(files, documents, out.place, config.shard_rows, room_check(teachers))
+    queries = _gathered(pair_files(corpus, pair_artefacts), corpus, teachers, config.shard_rows, out.place)
     parts = part_names(queries)
     tokens: Counter[str] = Counter()
     hashes = []
@@ -180,6 +185,31 @@ def mine(
     if trusted := [teacher.model for teacher in config.teachers if teacher.trust_remote_code]:
         details["trust_remote_code"] = trusted
     return out.commit(counts, details)
+
+
+def _gathered(
+    files: list[tuple[Place, str]],
+    corpus: Artefact,
+    teachers: list[EmbedderSource],
+    shard_rows: int,
+    out: Place,
+) -> dict[str, Any]:
+    """``write_queries``; of many pairs the driver holds none, a task gathers them."""
+    many = sum(place.parquet_footer(name)[1] for place, name in files) > _MANY_PAIRS
+    tasks = run_tasks if many else run_here
+    documents = (corpus.place, DOCUMENTS_FOLDER)
+    (queries,) = tasks("mine", _gather, [files], documents, out, shard_rows, teachers, cpus=1.0)
+    return dict(queries)
+
+
+def _gather(
+    files: list[tuple[Place, str]],
+    documents: tuple[Place, str],
+    out: Place,
+    shard_rows: int,
+    teachers: list[EmbedderSource],
+) -> dict[str, Any]:
+    return write_queries(files, documents, out, shard_rows, room_check(teachers))
 
 
 def build_examples(
@@ -221,66 +251,80 @@ def build_examples(
         by_file=True,
     )
     names = [Path(part).name for part in done]
-    counts = example_counts(out.place, names, config.selection.negatives)
+    facts = [part_facts(out.place, name, config.selection.negatives) for name in names]
+    counts = example_counts(facts)
     if not counts["rows"]:
         raise StageError(
             f"mining: none of {mined.counts['rows']} queries became an example; rejects: {counts['rejects']}"
         )
-    tables = (out.place.read_table(f"{AUDIT_FOLDER}/{name}") for name in names)
-    audit: dict[str, Any] = audit_summary(tables, config.selection.negatives)
+    audit: dict[str, Any] = summed_audit((one["audit"] for one in facts), config.selection.negatives)
     if judge is not None:
-        sample = draw_sample(_tables(out.place, SAMPLE_FOLDER, names), config.audit.sample)
+        sample = draw_sample(out.place, names, config.audit.sample)
         audit["judged"] = judge_sample(sample, judge, out.place, pool, config.selection.margin_ratio)
     counts["false_negative_share"] = audit["total"]["naive"]["share"]
     scored_by = details["teachers"] if rescored is None else [rescored.manifest["details"]["model"]]
     return out.commit(counts, {"teachers": details["teachers"], "scored_by": scored_by, "audit": audit})
 
 
-def example_counts(place: Place, parts: list[str], negatives: int) -> dict[str, Any]:
-    """Counts of finished examples, file by file.
+def part_facts(place: Place, part: str, negatives: int) -> dict[str, Any]:
+    """What a finished part counts, out of its footers; of a part that an earlier version wrote, out of its rows."""
+    found: dict[str, Any] = {}
+    for folder in (EXAMPLES_FOLDER, REJECTS_FOLDER, AUDIT_FOLDER):
+        metadata = place.parquet_footer(f"{folder}/{part}")[0].metadata or {}
+        if FACTS_KEY not in metadata:
+            tables = [
+                place.read_table(f"{name}/{part}") for name in (EXAMPLES_FOLDER, REJECTS_FOLDER, AUDIT_FOLDER)
+            ]
+            return facts_of(tables[0], tables[1], tables[2], negatives)
+        found |= json.loads(metadata[FACTS_KEY])
+    return found
+
+
+def example_counts(facts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Counts of finished examples.
 
     Args:
-        place: the artefact's place.
-        parts: names of its parts.
-        negatives: how many were asked for per example.
+        facts: ``facts_of`` each part, in order.
 
     Returns:
         ``rows``, ``rows_by_origin``, ``rejects`` by reason, ``short_negatives`` (examples with fewer than asked
         for), ``mean_positive_score``.
     """
-    short = 0
     origins: Counter[str] = Counter()
     rejects: Counter[str] = Counter()
-    score_sum = 0.0
-    for examples in _tables(place, EXAMPLES_FOLDER, parts):
-        origins.update(examples.column("dataset").to_pylist())
-        score_sum += sum(examples.column("positive_score").to_pylist())
-        short += pc.sum(pc.less(pc.list_value_length(examples.column("negatives")), negatives)).as_py() or 0
-    for table in _tables(place, REJECTS_FOLDER, parts):
-        rejects.update(table.column("reason").to_pylist())
+    for one in facts:
+        origins.update(one["origins"])
+        rejects.update(one["rejects"])
     rows = sum(origins.values())
+    score_sum = sum(one["score_sum"] for one in facts)
     return {
         "rows": rows,
         "rows_by_origin": dict(sorted(origins.items())),
         "rejects": dict(sorted(rejects.items())),
-        "short_negatives": short,
+        "short_negatives": sum(one["short"] for one in facts),
         "mean_positive_score": round(score_sum / rows, 4) if rows else 0.0,
     }
 
 
-def draw_sample(tables: Iterator[pa.Table], queries: int) -> pa.Table:
-    """The rows of the ``queries`` queries with the smallest draw, which is a hash of the query's id."""
-    kept: pa.Table | None = None
-    for table in tables:
-        kept = table if kept is None else pa.concat_tables([kept, table])
-        draws = pc.unique(kept.column("draw"))
-        if len(draws) > queries:
-            limit = pc.sort_indices(draws)[:queries]
-            kept = kept.filter(pc.is_in(kept.column("draw"), value_set=draws.take(limit)))
-    if kept is None:
+def draw_sample(place: Place, parts: Sequence[str], queries: int) -> pa.Table:
+    """The rows of the ``queries`` queries with the smallest draw, which is a hash of the query's id.
+
+    Reads the draws of all parts, and the texts of those parts alone that hold one of the smallest.
+
+    Raises:
+        StageError: no part has a row.
+    """
+    kept = np.empty(0, dtype=np.uint64)
+    holding: dict[int, list[str]] = {}
+    for part in parts:
+        draws = np.unique(place.read_table(f"{SAMPLE_FOLDER}/{part}", ["draw"]).column("draw").to_numpy())
+        kept = np.union1d(kept, draws)[:queries]
+        for draw in draws[np.isin(draws, kept)].tolist():
+            holding.setdefault(draw, []).append(part)
+        holding = {draw: holding[draw] for draw in kept.tolist()}
+    holders = sorted({part for own in holding.values() for part in own})
+    tables = [place.read_table(f"{SAMPLE_FOLDER}/{part}") for part in holders]
+    chosen = [table.filter(pc.is_in(table.column("draw"), value_set=pa.array(kept))) for table in tables]
+    if not chosen:
         raise StageError("mining.audit: no query to judge")
-    return kept.sort_by([("draw", "ascending"), ("kind", "ascending")])
-
-
-def _tables(place: Place, folder: str, parts: list[str]) -> Iterator[pa.Table]:
-    return (place.read_table(f"{folder}/{part}") for part in parts)
+    return pa.concat_tables(chosen).sort_by([("draw", "ascending"), ("kind", "ascending")])

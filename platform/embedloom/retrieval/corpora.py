@@ -1,8 +1,8 @@
 """``embedloom embed``: any corpus to Parquet vectors and, if wanted, a FAISS index; equal and earlier texts are embedded once."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import lru_cache
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
@@ -28,7 +28,17 @@ from embedloom.retrieval.embedder import (
 )
 from embedloom.retrieval.identity import aside_of
 from embedloom.retrieval.index import build_index, require_faiss
-from embedloom.retrieval.inputs import Cutter, TextSource, check_instruction, open_input
+from embedloom.retrieval.inputs import (
+    GROUP_ROWS,
+    REGROUPED_FOLDER,
+    Cutter,
+    TextSource,
+    check_instruction,
+    copy_name,
+    largest_group,
+    open_input,
+    regroup,
+)
 from embedloom.retrieval.ledger import (
     OWN_FOLDER,
     ROWS_FOLDER,
@@ -216,24 +226,38 @@ class RowsWorker:
 
 
 @dataclass(frozen=True, slots=True)
+class OwnShard:
+    """A shard with new texts.
+
+    Attributes:
+        number: of the shard.
+        part: name of its files.
+        is_whole: whether all its texts are new, so that what is embedded is the whole part.
+    """
+
+    number: int
+    part: str
+    is_whole: bool
+
+
+@dataclass(frozen=True, slots=True)
 class OwnTexts:
     """Reads the texts that a shard embeds; runs in a Ray task."""
 
     source: TextSource
     out: Place
-    parts: tuple[str, ...]
     shard_rows: int
-    shards: tuple[int, ...]
 
-    def __call__(self, item: int) -> pa.Table:
-        """id, offset in the shard, and text of the new texts of shard ``shards[item]``.
+    def __call__(self, shard: OwnShard) -> pa.Table:
+        """id, offset in the shard, and text of the new texts of a shard.
 
         Raises:
             DataError: the input was changed since the ledger was written.
         """
-        shard = self.shards[item]
-        rows = self.out.read_table(f"{ROWS_FOLDER}/{self.parts[shard]}")
-        offsets = np.flatnonzero(origin_column(rows) == shard * self.shard_rows + np.arange(rows.num_rows))
+        rows = self.out.read_table(f"{ROWS_FOLDER}/{shard.part}")
+        offsets = np.flatnonzero(
+            origin_column(rows) == shard.number * self.shard_rows + np.arange(rows.num_rows)
+        )
         rows = rows.take(pa.array(offsets))
         texts = texts_at(self.source, np.asarray(rows.column("file")), np.asarray(rows.column("row")))
         for text, digest, name in zip(
@@ -278,17 +302,18 @@ def embed_rows(
         for folder in (VECTORS_FOLDER, OWN_FOLDER)
         for name in out.names(folder, ".parquet")
     }
-    missing = [n for n, part in enumerate(ledger.parts) if ledger.own[n] and part not in done]
+    parts = ledger.parts
+    missing = [n for n, part in enumerate(parts) if ledger.own[n] and part not in done]
     todo = sum(ledger.own[n] for n in missing)
     total = sum(ledger.own)
     progress = Progress(stage, total, "texts", done=total - todo)
     if missing:
         items = stream(
             stage=stage,
-            items=len(missing),
-            read=OwnTexts(source, out, tuple(ledger.parts), ledger.shard_rows, tuple(missing)),
-            write=_writer(out, ledger, missing),
-            written=_written(out, ledger, missing),
+            items=[OwnShard(n, parts[n], ledger.own[n] == ledger.rows[n]) for n in missing],
+            read=OwnTexts(source, out, ledger.shard_rows),
+            write=partial(_write_own, out),
+            written=partial(_is_written, out),
             worker=RowsWorker,
             worker_arguments=dict(source=share_weights(model, pool), config=config, normalize=normalize),
             done_folder=OWN_FOLDER,
@@ -301,22 +326,14 @@ def embed_rows(
     return _cost(out)
 
 
-def _writer(out: Place, ledger: Ledger, missing: list[int]) -> Callable[[int, str, pa.Table], None]:
-    def write(item: int, folder: str, table: pa.Table) -> None:
-        shard = missing[item]
-        if ledger.own[shard] == ledger.rows[shard]:
-            folder, table = VECTORS_FOLDER, table.drop_columns(["offset"])
-        out.write_table(f"{folder}/{ledger.parts[shard]}", table)
-
-    return write
+def _write_own(out: Place, shard: OwnShard, folder: str, table: pa.Table) -> None:
+    if shard.is_whole:
+        folder, table = VECTORS_FOLDER, table.drop_columns(["offset"])
+    out.write_table(f"{folder}/{shard.part}", table)
 
 
-def _written(out: Place, ledger: Ledger, missing: list[int]) -> Callable[[int], bool]:
-    def written(item: int) -> bool:
-        part = ledger.parts[missing[item]]
-        return out.exists(f"{VECTORS_FOLDER}/{part}") or out.exists(f"{OWN_FOLDER}/{part}")
-
-    return written
+def _is_written(out: Place, shard: OwnShard) -> bool:
+    return any(out.exists(f"{folder}/{shard.part}") for folder in (VECTORS_FOLDER, OWN_FOLDER))
 
 
 def _cost(out: Place) -> dict[str, int]:
@@ -348,6 +365,7 @@ def embed_artefact(
     cutter = Cutter.of(load_tokenizer(model.transformer), contract, config)
     source = open_input(corpus, config, out.place, cutter)
     before = (earlier.fingerprint, earlier.place) if earlier else None
+    source = _regrouped(source, out.place)
     ledger = open_ledger(source, out.place, config.shard_rows, before)
     cost = embed_rows(
         stage="embed",
@@ -374,12 +392,24 @@ def embed_artefact(
     if config.lexical is not None:
         parts, rows = ledger.parts, ledger.rows
         details["lexical"] = build_lexical("embed", config.lexical, source, parts, rows, out.place, pool)
-    out.place.child(OWN_FOLDER).remove()
+    for folder in (OWN_FOLDER, REGROUPED_FOLDER):
+        out.place.child(folder).remove()
     done = out.commit({**ledger.counts, **cost}, details)
     note("embed", cut_line(sum(ledger.own), cost))
     if out.place.is_local:
         aside_of(out.place).remove()
     return done
+
+
+def _regrouped(source: TextSource, out: Place) -> TextSource:
+    """The source with copies of those files whose row groups are too large for a shard to read one; made once, in tasks."""
+    large = [n for n, (name, _) in enumerate(source.files) if largest_group(source.place, name) > GROUP_ROWS]
+    missing = [n for n in large if not out.exists(copy_name(n))]
+    if missing:
+        note("embed", f"{len(missing):,} files have row groups of more than {GROUP_ROWS:,} rows; copied once")
+        for _ in run_tasks("embed", regroup, missing, source, out, cpus=1.0):
+            pass
+    return replace(source, copies=frozenset(large), copied_to=out)
 
 
 def _indexed(config: IndexConfig, out: Place, contract_hash: str, pool: PoolConfig) -> dict[str, Any]:

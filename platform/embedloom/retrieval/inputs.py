@@ -54,11 +54,45 @@ class TextSource:
     side: Side
     # Where a row comes from: its own columns of that name, where the input has them.
     origin: tuple[str, ...] = ()
+    # Files that are read at any row out of a copy with small row groups, and the artefact that has it.
+    copies: frozenset[int] = frozenset()
+    copied_to: Place | None = None
+
+    def to_read(self, file: int) -> tuple[Place, str]:
+        """Place and name that rows of a file are read from by their numbers."""
+        if self.copied_to is not None and file in self.copies:
+            return self.copied_to, copy_name(file)
+        return self.place, self.files[file][0]
 
     @property
     def columns(self) -> list[str]:
         """The columns to read."""
         return [name for name in dict.fromkeys((self.id, self.title, self.text)) if name is not None]
+
+
+# Rows of a Parquet file are decoded from the beginning of their group on, so every shard of a file in one group would
+# read half the file.
+GROUP_ROWS = 32_768
+REGROUPED_FOLDER = "regrouped"
+_REGROUPED_ROWS = 2048
+
+
+def copy_name(file: int) -> str:
+    """Name of the copy of an input's file."""
+    return f"{REGROUPED_FOLDER}/{file:06d}.parquet"
+
+
+def largest_group(place: Place, name: str) -> int:
+    """Rows of the largest row group of a Parquet file."""
+    return max(place.parquet_groups(name), default=0)
+
+
+def regroup(file: int, source: TextSource, out: Place) -> None:
+    """Write a copy of the columns of a file that are read, in small row groups; it is read once, a batch at a time."""
+    name = source.files[file][0]
+    out.write_tables(
+        copy_name(file), source.place.iter_tables(name, source.columns, _REGROUPED_ROWS), _REGROUPED_ROWS
+    )
 
 
 def input_state(path: str, read_as: Mapping[str, DocumentKind] | None = None) -> Any:

@@ -106,8 +106,8 @@ def texts_at(source: TextSource, files: Numbers, rows: Numbers) -> list[str]:
     texts: list[str] = []
     for file in np.unique(files):
         mine = rows[files == file]
-        name = source.files[file][0]
-        table = source.place.read_rows(name, int(mine[0]), int(mine[-1]) + 1, source.columns)
+        place, name = source.to_read(int(file))
+        table = place.read_rows(name, int(mine[0]), int(mine[-1]) + 1, source.columns)
         texts.extend(texts_of(table.take(pa.array(mine - mine[0])), source))
     return texts
 

@@ -12,6 +12,7 @@ import pyarrow.compute as pc
 
 from embedloom.compute.shards import in_flight, no_place, reserved, stage_errors
 from embedloom.config.cluster import PoolConfig
+from embedloom.core.ids import IdIndex
 from embedloom.core.storage import Place
 from embedloom.errors import DataError, StageError
 from embedloom.retrieval.search import (
@@ -52,6 +53,7 @@ class VectorCatalogue:
     dimension: int
     ids: pa.Array  # sorted
     positions: Positions  # of every row, file after file
+    index: IdIndex  # of the ids
 
     @classmethod
     def read(cls, place: Place, folder: str) -> "VectorCatalogue":
@@ -77,7 +79,8 @@ class VectorCatalogue:
         positions = np.empty(len(ids), dtype=np.int64)
         positions[order.to_numpy()] = np.arange(len(ids), dtype=np.int64)
         rows = tuple(len(column) for column in columns)
-        return cls(place, folder, tuple(names), rows, contract_hash, dimension, ranked, positions)
+        index = IdIndex.of(ranked)
+        return cls(place, folder, tuple(names), rows, contract_hash, dimension, ranked, positions, index)
 
     @property
     def source(self) -> str:
@@ -90,8 +93,7 @@ class VectorCatalogue:
 
     def find(self, ids: Sequence[str]) -> Positions:
         """Position of each id, -1 where it is not there: int64 [len(ids)]."""
-        found = pc.index_in(pa.array(ids, pa.large_string()), value_set=self.ids)
-        return np.asarray(pc.fill_null(found, -1).to_numpy(zero_copy_only=False), dtype=np.int64)
+        return self.index.find(ids)
 
     def blocks(self, wanted: int) -> list[tuple[int, int]]:
         """Runs of consecutive files, (first, one past the last), of at least ``wanted`` rows but for the last."""
