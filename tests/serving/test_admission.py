@@ -224,7 +224,7 @@ def test_a_gateway_shows_what_waits_at_all_its_replicas():
         )
     ]
     encode = SimpleNamespace(remote=lambda _: Answered(results.pop(0)))
-    handle = SimpleNamespace(app_name="of this test", encode=encode)
+    handle = SimpleNamespace(app_name="of this test", deployment_name="encoder", encode=encode)
     backend = HandleBackend(handle)
     assert backend.queued_tokens() == {"query": 0, "bulk": 0}
     seen = []
@@ -252,7 +252,7 @@ def test_the_encoders_that_are_up_are_counted_by_the_controller(monkeypatch):
     monkeypatch.setattr("embedloom.serving.applications.serve.status", status)
 
     async def run():
-        backend = HandleBackend(SimpleNamespace(app_name="mine"))
+        backend = HandleBackend(SimpleNamespace(app_name="mine", deployment_name="encoder"))
         found = [await backend.replicas() for _ in range(3)]
         backend._counted -= 60
         return [*found, await backend.replicas()]
@@ -260,4 +260,4 @@ def test_the_encoders_that_are_up_are_counted_by_the_controller(monkeypatch):
     assert asyncio.run(run()) == [2, 2, 2, 2]
     assert len(asked) == 2
     with pytest.raises(ConnectionError):
-        asyncio.run(HandleBackend(SimpleNamespace(app_name="other")).replicas())
+        asyncio.run(HandleBackend(SimpleNamespace(app_name="other", deployment_name="encoder")).replicas())

@@ -84,8 +84,8 @@ def test_the_router_travels_by_value_and_finds_the_board_of_its_process():
     sent = RequestRouterConfig(request_router_class=QueuedTokensRouter).get_serialized_request_router_cls()
     router = cloudpickle.loads(sent)
     one = object.__new__(router)
-    one._deployment_id = type("DeploymentID", (), {"app_name": "of this test"})
-    assert one._board() is board_of("of this test")
+    one._deployment_id = type("DeploymentID", (), {"app_name": "of this test", "name": "encoder"})
+    assert one._board() is board_of("of this test", "encoder")
 
 
 class Routed:
@@ -109,7 +109,7 @@ def test_serves_router_sends_requests_where_tokens_take_less_time_and_elsewhere_
     )
     sent = DeploymentConfig.from_proto_bytes(config.to_proto_bytes())
     deployment = DeploymentID(name="encoder", app_name="routed")
-    board = board_of("routed")
+    board = board_of("routed", "encoder")
 
     def request(number: int) -> PendingRequest:
         job = EncodeJob((Part("document", ["x" * 1000]),))

@@ -42,6 +42,58 @@ class ModelAlias(FrozenConfig):
     )
 
 
+class ServedName(ModelAlias):
+    """A name beside the served one: another name of that model, or, with ``model``, that of a model of its own."""
+
+    model: str | None = Field(
+        default=None,
+        min_length=1,
+        exclude_if=lambda value: value is None,
+        description=(
+            "A further model behind the endpoint, with replicas of its own: as serving.model. Null: another name of the served one."
+        ),
+    )
+    aliases: dict[str, ModelAlias] = Field(
+        default_factory=dict,
+        exclude_if=lambda value: not value,
+        description="With model: its other names, as serving.models has those of the served one.",
+    )
+    keys: tuple[str, ...] | None = Field(
+        default=None,
+        exclude_if=lambda value: value is None,
+        description="With model: names of the API keys that may use it; to others it is not there. Null: every key.",
+    )
+    require_gate: bool | None = Field(
+        default=None,
+        exclude_if=lambda value: value is None,
+        description="With model: whether it must have passed the gate. Null: as serving.require_gate.",
+    )
+    scaling: ServeScaling | None = Field(
+        default=None,
+        exclude_if=lambda value: value is None,
+        description="With model: its replicas and what each reserves. Null: as the profile's serve section.",
+    )
+
+    @model_validator(mode="after")
+    def _a_model_has_no_defaults(self) -> "ServedName":
+        alias = [name for name in ModelAlias.model_fields if getattr(self, name) is not None]
+        own = [name for name in ("aliases", "keys", "scaling", "require_gate") if getattr(self, name)]
+        if self.model is not None and alias:
+            raise ValueError(
+                f"{alias[0]} goes with another name of a model; with model, give that name in aliases"
+            )
+        if self.model is None and own:
+            raise ValueError(f"{own[0]} goes with model, which is not given")
+        return self
+
+    @property
+    def defaults(self) -> ModelAlias:
+        """What holds for requests to this name."""
+        return ModelAlias(
+            side=self.side, task=self.task, instruction=self.instruction, truncate=self.truncate
+        )
+
+
 class BatchesConfig(FrozenConfig):
     """OpenAI's Batch API: files of requests that are answered within a day, by actors of their own."""
 
@@ -127,6 +179,28 @@ class SearchConfig(FrozenConfig):
         return self
 
 
+class TracesConfig(FrozenConfig):
+    """OpenTelemetry traces of requests; needs the extra `traces`."""
+
+    endpoint: str | None = Field(
+        default=None,
+        pattern=r"^https?://.+$",
+        description=(
+            "Where spans are sent by OTLP over HTTP, such as http://collector:4318/v1/traces. Null: as OpenTelemetry's own variables "
+            "(OTEL_EXPORTER_OTLP_ENDPOINT) say, else this machine's port 4318."
+        ),
+    )
+    share: float = Field(
+        default=0.01,
+        ge=0,
+        le=1,
+        description="Share of the requests that are traced, of those whose traceparent does not decide it.",
+    )
+    service_name: str = Field(
+        default="embedloom", min_length=1, description="What the endpoint is called in traces."
+    )
+
+
 class ServingConfig(FrozenConfig):
     """What is served where, how requests are batched, and what one request may ask for."""
 
@@ -155,12 +229,17 @@ class ServingConfig(FrozenConfig):
     served_name: str | None = Field(
         default=None, description="What clients put into `model`. Null: the run's name."
     )
-    models: dict[str, ModelAlias] = Field(
+    models: dict[str, ServedName] = Field(
         default_factory=dict,
         description=(
             "Other names of the model, each with defaults of its own, for clients that can send nothing "
-            "but a model's name; listed in /v1/models."
+            "but a model's name; and further models behind the same endpoint. Listed in /v1/models."
         ),
+    )
+    model_keys: tuple[str, ...] | None = Field(
+        default=None,
+        exclude_if=lambda value: value is None,
+        description="Names of the API keys that may use serving.model. Null: every key.",
     )
     truncate: Truncate | None = Field(
         default=None,
@@ -324,6 +403,11 @@ class ServingConfig(FrozenConfig):
         default="facts", description="none, facts (one line per request, without its texts), or texts."
     )
 
+    traces: TracesConfig | None = Field(
+        default=None,
+        exclude_if=lambda value: value is None,
+        description="Traces of requests, exported by OpenTelemetry. Null: none.",
+    )
     batches: BatchesConfig | None = Field(
         default=None,
         exclude_if=lambda value: value is None,
@@ -346,8 +430,11 @@ class ServingConfig(FrozenConfig):
 
     @field_validator("models")
     @classmethod
-    def _aliases_are_names(cls, value: dict[str, ModelAlias]) -> dict[str, ModelAlias]:
-        for name in value:
+    def _names_are_names(cls, value: dict[str, ServedName]) -> dict[str, ServedName]:
+        all_names = [*value, *(alias for served in value.values() for alias in served.aliases)]
+        for name in all_names:
+            if all_names.count(name) > 1:
+                raise ValueError(f"{name!r} names two models; allowed: each name once")
             if (
                 not name.strip()
                 or name != name.strip()
@@ -430,6 +517,42 @@ class ApplicationArgs(FrozenConfig):
     scaling: ServeScaling = Field(default=ServeScaling(), description="As `serve` of a cluster profile.")
 
     @property
+    def further(self) -> dict[str, "ApplicationArgs"]:
+        """The other models of the endpoint by name, each as if it were alone."""
+        return {
+            name: self._alone(name, served)
+            for name, served in self.serving.models.items()
+            if served.model is not None
+        }
+
+    @property
+    def first(self) -> "ApplicationArgs":
+        """The served model without the others."""
+        aliases = {name: served for name, served in self.serving.models.items() if served.model is None}
+        return self.model_copy(update={"serving": self.serving.model_copy(update={"models": aliases})})
+
+    def _alone(self, name: str, served: ServedName) -> "ApplicationArgs":
+        gate = self.serving.require_gate if served.require_gate is None else served.require_gate
+        serving = {
+            "model": served.model,
+            "models": {alias: ServedName(**one.model_dump()) for alias, one in served.aliases.items()},
+            "model_keys": served.keys,
+            "require_gate": gate,
+            # The served model's own: its verdict, its default task, what is searched with it.
+            **dict.fromkeys(("verdict", "default_task", "corpus", "documents", "batches", "traces")),
+        }
+        return self.model_copy(
+            update={
+                "model_folder": served.model,
+                "model_release": None,
+                "model_id": None,
+                "served_name": name,
+                "scaling": served.scaling or self.scaling,
+                "serving": self.serving.model_copy(update=serving),
+            }
+        )
+
+    @property
     def fingerprint(self) -> str:
         """What identifies the weights."""
         return self.model_id or self.served_name
@@ -442,7 +565,8 @@ class ApplicationArgs(FrozenConfig):
     @property
     def single(self) -> bool:
         """Whether one process is encoder and HTTP side at once."""
-        return self.serving.gateways == 1 and self.scaling.min_replicas == self.scaling.max_replicas == 1
+        alone = self.serving.gateways == 1 and not any(one.model for one in self.serving.models.values())
+        return alone and self.scaling.min_replicas == self.scaling.max_replicas == 1
 
     @model_validator(mode="after")
     def _replicas_may_fill_up(self) -> "ApplicationArgs":

@@ -7,6 +7,7 @@ from embedloom.config.cluster import check_actor_gpus, load_cluster, machines
 from embedloom.config.rates import RATES_FILE, RatesConfig, load_rates
 from embedloom.config.reranker import GATE_NODE, MODEL_NODE, RERANKER
 from embedloom.config.run import Run, load_run, open_run, write_run_file
+from embedloom.config.serving import ServingConfig
 from embedloom.config.shipped import cluster_file, config_file
 from embedloom.core.artefacts import Artefact
 from embedloom.core.model_folder import ModelFolder
@@ -121,8 +122,28 @@ def served_model(run: Run) -> tuple[Path | NodeModel, str]:
     Raises:
         DataError: it has not been built yet.
     """
+    return _model_of(run, run.config.serving.model, "serving.model")
+
+
+def served_config(run: Run) -> ServingConfig:
+    """The serving section with the further models by what every node opens them by.
+
+    Raises:
+        DataError: one has not been built yet, or is not there.
+    """
+    models = {}
+    for name, served in run.config.serving.models.items():
+        if served.model is not None:
+            found, _ = _model_of(run, served.model, f"serving.models.{name}.model")
+            opened = found.name if isinstance(found, NodeModel) else str(found)
+            served = served.model_copy(update={"model": opened})
+        models[name] = served
+    return run.config.serving.model_copy(update={"models": models})
+
+
+def _model_of(run: Run, name: str, where: str) -> tuple[Path | NodeModel, str]:
+    """A model by the name that a config has for it, and its fingerprint."""
     config = run.config
-    name = config.serving.model
     last = config.training.stages[-1].name
     folders = {"merged": "merged", "base": "encoder"} | {
         c.name: f"training/{c.name}/{last}" for c in config.training.candidates
@@ -130,7 +151,7 @@ def served_model(run: Run) -> tuple[Path | NodeModel, str]:
     if name in folders:
         artefact = Artefact.open(run.place.child(folders[name]), "model")
         return model_at(artefact.place), artefact.fingerprint
-    check_model_name(name, "serving.model")
+    check_model_name(name, where)
     if "://" in name:
         return NodeModel.of(name, config.serving.trust_remote_code), name
     folder = Path(name)
@@ -144,6 +165,7 @@ def served_model(run: Run) -> tuple[Path | NodeModel, str]:
 def serve_run(run: Run, questions: list[str], dry_run: bool, task: str | None = None) -> str:
     """Serve the run's model until interrupted, or just long enough to answer ``questions`` as a task of the model's."""
     model, model_id = served_model(run)
+    config = served_config(run)
     place = model.name if isinstance(model, NodeModel) else str(model)
     url = f"http://{run.config.serving.host}:{run.config.serving.port}/v1"
     check_port(run.config.serving, run.profile)
@@ -158,7 +180,7 @@ def serve_run(run: Run, questions: list[str], dry_run: bool, task: str | None = 
         from embedloom.serving.stage import start_endpoint
 
         endpoint = start_endpoint(
-            run.config.serving, model, model_id, run.config.serving.served_name or run.config.run.name,
+            config, model, model_id, run.config.serving.served_name or run.config.run.name,
             run.profile.serve, run.config.serving.compute_dtype, own_ray,
         )  # fmt: skip
         try:

@@ -232,6 +232,9 @@ def serve_model(config: ServingConfig, cluster: ClusterConfig, profile: str, dry
         ServeError: the endpoint did not start.
     """
     check_model_name(config.model, "MODEL")
+    for further, served in config.models.items():
+        if served.model is not None:
+            check_model_name(served.model, f"serving.models.{further}.model")
     machine = cluster.profile(profile)
     check_port(config, machine)
     name = config.served_name or Path(config.model).expanduser().absolute().name

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
@@ -12,6 +12,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
 from embedloom import __version__
+from embedloom.config.serving import ModelAlias
 from embedloom.serving.batches.objects import (
     BatchList,
     BatchObject,
@@ -46,6 +47,7 @@ from embedloom.serving.dialects import (
     TeiTokens,
 )
 from embedloom.serving.front import Drain, Front, FrontSettings, KeyRing, TidyPaths, hint
+from embedloom.serving.members import Member, MemberRoutes, Members
 from embedloom.serving.metrics import EndpointMetrics
 from embedloom.serving.refusals import ApiError
 from embedloom.serving.routes import Corpus, RankRoutes, Routes, json_reply
@@ -67,6 +69,7 @@ from embedloom.serving.schemas import (
     TokenizeRequest,
     TokenizeResponse,
 )
+from embedloom.serving.tracing import Tracing
 
 # The OpenAPI document, made from the same types that read requests and from the endpoint's own limits.
 #
@@ -281,6 +284,8 @@ def create_api(
     drain: Drain | None = None,
     keys: KeyRing | None = None,
     desk: BatchDesk | None = None,
+    further: Sequence[Member] = (),
+    tracing: Tracing | None = None,
 ) -> FastAPI:
     """The FastAPI application of one endpoint.
 
@@ -292,10 +297,17 @@ def create_api(
         drain: by which the endpoint is stopped.
         keys: of the settings, where somebody else counts with them too; None: its own.
         desk: where batches are taken; None: no routes of theirs.
+        further: other models behind the same paths, each asked by its names.
+        tracing: where traces of requests go; None: there are none.
     """
     metrics = metrics or EndpointMetrics()
-    calls = Calls(backend, settings, metrics)
-    routes = [*_routes(calls, corpus), *([] if desk is None else _batch_routes(calls, desk))]
+    calls = [
+        Calls(backend, settings, metrics),
+        *(Calls(one.backend, one.settings, metrics) for one in further),
+    ]
+    routes = _member_routes(calls, corpus)
+    if desk is not None:
+        routes += _batch_routes(calls[0], desk)
     # FastAPI's own document and pages are off: the pages load scripts from elsewhere, api.py says why.
     api = FastAPI(title="embedloom", openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
     for given, route in [(path, one) for one in routes for path in one.paths]:
@@ -304,7 +316,7 @@ def create_api(
         # Starlette's route, not FastAPI's: handlers take the request as it is, so there is nothing to inject.
         api.add_route(path, route.handler, methods=[route.method])
     document = openapi_document(
-        routes, settings, keyed=bool(settings.keys), modes=corpus.card.modes if corpus else ()
+        routes, _of_all(calls), keyed=bool(settings.keys), modes=corpus.card.modes if corpus else ()
     )
 
     async def openapi(http: Request) -> Response:
@@ -317,20 +329,26 @@ def create_api(
         routes, settings, {} if desk is None else {_UPLOAD_PATH: desk.max_file_bytes + FORM_BYTES}
     )
     keys = keys or (KeyRing(settings.keys) if settings.keys else None)
-    api.add_middleware(Front, metrics=metrics, settings=front, keys=keys, drain=drain)
+    api.add_middleware(Front, metrics=metrics, settings=front, keys=keys, drain=drain, tracing=tracing)
     api.add_middleware(TidyPaths)
     if settings.allowed_origins:
-        # Outside the front: a browser asks for leave (OPTIONS) without the key, and must be able to read refusals.
-        api.add_middleware(
-            CORSMiddleware,
-            allow_origins=settings.allowed_origins,
-            allow_methods=["GET", "POST", "DELETE"],
-            # Whatever an allowed page asks for: SDKs send headers of their own (x-stainless-os, openai-project, api-key),
-            # other ones with every version, and none of them does anything here that a key would not be asked for.
-            allow_headers=["*"],
-            expose_headers=["retry-after", "x-request-id", CONTRACT_HEADER, TRUNCATED_HEADER],
-        )
+        _let_pages_ask(api, settings.allowed_origins)
     return api
+
+
+def _let_pages_ask(api: FastAPI, origins: Sequence[str]) -> None:
+    """Answer browsers that ask for leave (CORS): outside the front, as they ask (OPTIONS) without the key, and must be able to read
+    refusals.
+    """
+    api.add_middleware(
+        CORSMiddleware,
+        allow_origins=origins,
+        allow_methods=["GET", "POST", "DELETE"],
+        # Whatever an allowed page asks for: SDKs send headers of their own (x-stainless-os, openai-project, api-key),
+        # other ones with every version, and none of them does anything here that a key would not be asked for.
+        allow_headers=["*"],
+        expose_headers=["retry-after", "x-request-id", CONTRACT_HEADER, TRUNCATED_HEADER],
+    )
 
 
 def _front_settings(
@@ -368,8 +386,40 @@ def _methods(routes: Sequence[Route]) -> dict[str, str]:
     }
 
 
-def _routes(calls: Calls, corpus: Corpus | None) -> Sequence[Route]:
-    plain = Routes(calls, corpus.card if corpus is not None else None)
+def _of_all(calls: Sequence[Calls]) -> EndpointSettings:
+    """The settings of an endpoint as its document states them: the names and tasks of all its models."""
+    first, *others = (one.settings for one in calls)
+    names = {name: ModelAlias() for one in others for name in one.names}
+    tasks = dict.fromkeys(task for one in calls for task in one.settings.tasks)
+    return first.model_copy(update={"models": {**first.models, **names}, "tasks": tuple(tasks)})
+
+
+def _member_routes(calls: Sequence[Calls], corpus: Corpus | None) -> list[Route]:
+    """The routes of all models: those with a body hand a request to the model that it names."""
+    plain = [Routes(one, corpus.card if corpus is not None and one is calls[0] else None) for one in calls]
+    first, *others = (
+        _routes(one, own, corpus if one is calls[0] else None) for one, own in zip(calls, plain, strict=True)
+    )
+    if not others and calls[0].settings.allowed_keys is None:
+        return first
+    members = Members(calls)
+    together = MemberRoutes(members, plain)
+    of_all = {"models": together.models, "model": together.model, "ready": together.ready}
+    handlers = [{(route.method, route.path): route.handler for route in own} for own in others]
+    return [
+        replace(
+            route,
+            handler=of_all.get(route.handler.__name__, route.handler)
+            if route.body is None
+            else members.dispatched(
+                [route.handler, *(own.get((route.method, route.path)) for own in handlers)]
+            ),
+        )
+        for route in first
+    ]
+
+
+def _routes(calls: Calls, plain: Routes, corpus: Corpus | None) -> list[Route]:
     rank, cohere = RankRoutes(calls, corpus), CohereRoutes(calls)
     tei = TeiRoutes(calls, plain, rank, cohere)
     reranks = (RerankResponse, TeiRanking), (RerankRequest, TeiRerankRequest)

@@ -2,6 +2,7 @@
 
 import time
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from embedloom.encoder.registry import NodeModel, open_model
 from embedloom.errors import ConfigError, DataError
 from embedloom.serving.applications import GATEWAY, SINGLE
 from embedloom.serving.autoscaling import REPORT_SECONDS, WINDOW_SECONDS, QueueTimePolicy
+from embedloom.serving.batches.job import BatchParts
 from embedloom.serving.batches.runner import DEPLOYMENT as BATCHES
 from embedloom.serving.batches.runner import BatchRunner
 from embedloom.serving.calls import EndpointSettings, check_aliases
@@ -33,6 +35,7 @@ from embedloom.serving.replica import (
 from embedloom.serving.routing import QueuedTokensRouter
 from embedloom.serving.schemas import GateVerdict, Lineage
 from embedloom.serving.service import BatchSettings
+from embedloom.serving.tracing import check_installed
 
 RETRY_AFTER_SECONDS = 1  # of Serve's own 429, which is not the usual one
 
@@ -47,7 +50,7 @@ def build(args: dict[str, Any]) -> Application:
     return build_application(validate(ApplicationArgs, args, "serve arguments"))
 
 
-def build_application(args: ApplicationArgs, encoders: str | None = None) -> Application:
+def build_application(args: ApplicationArgs, encoders: Mapping[str, str] | None = None) -> Application:
     """Bind one endpoint process for a single replica, else a gateway and its encoders.
 
     Measured on two cores with a tiny model: the gateway's hop adds 4 ms to a request of 15 ms and costs a
@@ -55,36 +58,86 @@ def build_application(args: ApplicationArgs, encoders: str | None = None) -> App
 
     Args:
         args: model, settings and scaling.
-        encoders: name of a running application of ``build_encoders``, so that the gateway can be replaced without
-            touching them; None binds them into this one.
+        encoders: by name of each model the running application of ``build_encoders``, so that the gateway can be replaced
+            without touching them; None binds them into this one.
 
     Raises:
         ConfigError: another name of the model is its own, or stands for a task that it does not know.
         DataError: the model folder is not one, or has not passed the gate.
+        MissingDependency: traces are wanted, and their extra is not installed.
+    """
+    if args.serving.traces is not None:
+        check_installed()
+    blueprint, single = args.model_dump(mode="json"), args.single
+    others = {name: _identified(*_checked(own)) for name, own in args.further.items()}
+    args, model = _checked(args.first)
+    serving = args.serving.model_copy(update=args.scaling.limits)
+    settings = _settings(args, serving, model)
+    for own, _ in others.values():
+        _check_keys(own, settings)
+    _check_keys(args, settings)
+    corpus = _corpus(serving, model)
+    batches = _batches(serving)
+    ingress = _patience(serving) | _ingress_limits(settings.max_requests)
+    if single:
+        endpoint = serve.deployment(serve.ingress()(EncoderEndpoint), name=SINGLE, num_replicas=1)
+        return endpoint.options(**ingress, **_computing(args)).bind(
+            _model(args, model), settings, corpus, blueprint, batches
+        )
+    gateway = serve.deployment(serve.ingress()(Gateway), name=GATEWAY, num_replicas=serving.gateways)
+    bound = encoders or {
+        args.served_name: _bound_encoders(args, model),
+        **{
+            name: _bound_encoders(own, found, f"{ENCODERS}-{number}")
+            for number, (name, (own, found)) in enumerate(others.items(), start=2)
+        },
+    }
+    further = {
+        name: (bound[name], _settings(own, own.serving, found)) for name, (own, found) in others.items()
+    }
+    return gateway.options(**ingress, ray_actor_options={"num_cpus": GATEWAY_CPUS}).bind(
+        bound[args.served_name], settings, corpus, blueprint, batches, further
+    )
+
+
+def _checked(args: ApplicationArgs) -> tuple[ApplicationArgs, ModelFolder]:
+    """One model of an endpoint with what identifies it, and its folder.
+
+    Raises:
+        ConfigError, DataError: see ``build_application``.
     """
     model = _opened(args)
     if args.serving.require_gate:
         model.check_gated(args.serving.verdict)
         if args.serving.compute_dtype == "int8":
             model.check_int8()
-    contract = model.contract
-    check_default(contract, args.serving.default_task, str(model.path))
-    check_aliases(args.serving.models, args.served_name, contract)
-    serving = args.serving.model_copy(update=args.scaling.limits)
-    settings = _settings(args, serving, model)
-    corpus = _corpus(serving, model)
-    blueprint = args.model_dump(mode="json")
-    batches = _batches(serving)
-    ingress = _patience(serving) | _ingress_limits(settings.max_requests)
-    if args.single:
-        endpoint = serve.deployment(serve.ingress()(EncoderEndpoint), name=SINGLE, num_replicas=1)
-        return endpoint.options(**ingress, **_computing(args)).bind(
-            _model(args, model), settings, corpus, blueprint, batches
+    check_default(model.contract, args.serving.default_task, str(model.path))
+    check_aliases(args.serving.models, args.served_name, model.contract)
+    return args, model
+
+
+def _identified(args: ApplicationArgs, model: ModelFolder) -> tuple[ApplicationArgs, ModelFolder]:
+    """A further model with what identifies it, which the command looks up of the served one alone."""
+    return args.model_copy(update={"model_id": model.id}), model
+
+
+def _check_keys(args: ApplicationArgs, settings: EndpointSettings) -> None:
+    """Refuse a model that no key could use.
+
+    Raises:
+        ConfigError: it is for keys that there are not.
+    """
+    known = [key.name for key in settings.keys]
+    unknown = [name for name in args.serving.model_keys or () if name not in known]
+    if unknown:
+        where = (
+            "serving.model_keys"
+            if args.served_name == settings.served_name
+            else f"serving.models.{args.served_name}.keys"
         )
-    gateway = serve.deployment(serve.ingress()(Gateway), name=GATEWAY, num_replicas=serving.gateways)
-    return gateway.options(**ingress, ray_actor_options={"num_cpus": GATEWAY_CPUS}).bind(
-        encoders or _bound_encoders(args, model), settings, corpus, blueprint, batches
-    )
+        raise ConfigError(
+            f"{where}: no key is called {unknown[0]!r}; allowed: {', '.join(known) or 'none, as the endpoint has no keys'}"
+        )
 
 
 def _settings(args: ApplicationArgs, serving: ServingConfig, model: ModelFolder) -> EndpointSettings:
@@ -92,7 +145,8 @@ def _settings(args: ApplicationArgs, serving: ServingConfig, model: ModelFolder)
     most = scaling.max_replicas * serving.max_ongoing_requests + serving.max_queued_requests
     return EndpointSettings(
         served_name=args.served_name,
-        models=serving.models,
+        models={name: one.defaults for name, one in serving.models.items()},
+        allowed_keys=serving.model_keys,
         truncate=serving.truncate,
         token_ids=serving.token_ids,
         fingerprint=args.fingerprint,
@@ -117,16 +171,17 @@ def _settings(args: ApplicationArgs, serving: ServingConfig, model: ModelFolder)
 
 
 def build_encoders(args: ApplicationArgs) -> Application:
-    """Bind the encoders of one model, without HTTP.
+    """Bind the encoders of one model, the first of an endpoint's, without HTTP.
 
     Raises:
         DataError: the model folder is not one.
     """
+    args = args.first
     return _bound_encoders(args, _opened(args))
 
 
 def _opened(args: ApplicationArgs) -> ModelFolder:
-    model = open_model(_named(args))
+    model = open_model(named(args))
     model.check_servable()
     return model
 
@@ -138,15 +193,15 @@ def named_model(model: Path | NodeModel) -> dict[str, str | None]:
     return {"model_folder": str(model), "model_release": None}
 
 
-def _named(args: ApplicationArgs) -> Path | NodeModel:
-    """What every node opens the model by: a folder as it is, anything else by its name."""
+def named(args: ApplicationArgs) -> Path | NodeModel:
+    """What every node opens a model by: a folder as it is, anything else by its name."""
     path, trust = Path(args.model_folder), args.serving.trust_remote_code
     if args.model_release is None and not trust and (path.is_dir() or path.is_absolute()):
         return path
     return NodeModel(args.model_folder, trust, args.model_release)
 
 
-def _bound_encoders(args: ApplicationArgs, model: ModelFolder) -> Application:
+def _bound_encoders(args: ApplicationArgs, model: ModelFolder, name: str = ENCODERS) -> Application:
     # Of int8 every replica has weights of its own, a quarter of float32's.
     plain = args.serving.engine == "torch" and args.serving.compute_dtype != "int8"
     shared = shares_weights(args.scaling) and plain
@@ -154,7 +209,7 @@ def _bound_encoders(args: ApplicationArgs, model: ModelFolder) -> Application:
     options["request_router_config"] = RequestRouterConfig(request_router_class=QueuedTokensRouter)
     if shared:
         options["deployment_actors"] = [weights_actor(model.travels, args.compute_dtype, args.scaling.gpus)]
-    encoders = serve.deployment(EncoderReplica, name=ENCODERS)
+    encoders = serve.deployment(EncoderReplica, name=name)
     return encoders.options(**options, max_ongoing_requests=args.serving.max_ongoing_requests).bind(
         _model(args, model, shared)
     )
@@ -230,18 +285,29 @@ def _batches(serving: ServingConfig) -> Application | None:
     return runner.options(ray_actor_options=options).bind(serving.batches, batch_parts, time.time)
 
 
-def batch_parts(args: ApplicationArgs) -> tuple[ModelSpec, EndpointSettings]:
-    """The model that computes a batch, and the settings that answer its lines; keys are the business of who took it.
+def batch_parts(args: ApplicationArgs, name: str | None, owner: str) -> BatchParts:
+    """What computes a batch, and the settings that answer its lines.
+
+    Args:
+        args: of the endpoint that took it.
+        name: of the model that its first request asks for; one that is not there is the served model's to refuse, line by line.
+        owner: name of the key that sent it.
 
     Raises:
-        DataError: the folder is no model folder, or holds other weights than when the batch was taken.
+        DataError: not a model for this key; the folder is no model folder, or holds other weights than when the batch was taken.
     """
+    members = [args.first, *args.further.values()]
+    args = next((one for one in members if name in (one.served_name, *one.serving.models)), members[0])
+    keys = args.serving.model_keys
+    if keys is not None and owner not in keys:
+        raise DataError(f"The model {name!r:.80} does not exist or you do not have access to it")
+    # Who may ask was the business of whoever took the batch; keys may not even be readable here.
     open_to_all = args.serving.model_copy(update={"keys_file": None, "keys_variable": None})
     args = args.model_copy(update={"serving": open_to_all})
     model = _opened(args)
     if model.artefact is not None and args.model_id not in (None, model.id):
         raise DataError(f"{model.path}: holds {model.id}, the batch is of {args.model_id}; send it again")
-    return _model(args, model), _settings(args, args.serving, model)
+    return BatchParts(_model(args, model), _settings(args, args.serving, model), args.scaling)
 
 
 def _ingress_limits(max_requests: int) -> dict[str, Any]:

@@ -4,7 +4,7 @@ import asyncio
 import codecs
 import re
 import time
-from collections.abc import Coroutine, Mapping
+from collections.abc import Coroutine, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol, TypeVar
 
@@ -32,6 +32,7 @@ Answer = TypeVar("Answer")
 Other = TypeVar("Other", bound=ClosedRequest)
 CONTRACT_HEADER = "x-contract-hash"
 TRUNCATED_HEADER = "x-truncated-items"
+_VALUE_KEY = "embedloom.body"
 # What an encoder may refuse, and the status it is told with.
 _STATUS = {"overloaded": 429, "contract_mismatch": 409, "model_replaced": 503}
 
@@ -61,6 +62,12 @@ class EndpointSettings(FrozenConfig):
     gate: GateVerdict | None = None
     tasks: tuple[str, ...] = ()  # names of the model's own tasks
     trust_remote_code: bool = False  # whether code that lies beside the weights is run
+    allowed_keys: tuple[str, ...] | None = None  # names of those that may use the model; None: all
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All that clients may put into ``model``."""
+        return self.served_name, *self.models
 
 
 class Backend(Protocol):
@@ -103,6 +110,23 @@ class Calls:
         Raises:
             ApiError: not JSON, not of that type, or too slow.
         """
+        value = await self.value(http)
+        if other is not None and isinstance(value, dict) and other.mark in value:
+            if value[other.mark] is not None:
+                return read_into(other, value, self.settings.tasks)
+            value = {
+                name: item for name, item in value.items() if name != other.mark
+            }  # a null is as if it were absent
+        return read_into(model, value, self.settings.tasks)
+
+    async def value(self, http: Request) -> Any:
+        """The JSON of a request's body, read once.
+
+        Raises:
+            ApiError: not JSON, or too slow.
+        """
+        if _VALUE_KEY in http.scope:
+            return http.scope[_VALUE_KEY]
         check_content_type(http.headers)
         limit = self.settings.request_timeout_seconds
         try:
@@ -112,25 +136,24 @@ class Calls:
             raise ApiError(
                 408, f"the body did not arrive within {limit:g} seconds", code="timeout"
             ) from error
-        value = read_json(body.removeprefix(codecs.BOM_UTF8))
-        if other is not None and isinstance(value, dict) and other.mark in value:
-            if value[other.mark] is not None:
-                return read_into(other, value, self.settings.tasks)
-            del value[other.mark]  # a null is as if it were absent
-        return read_into(model, value, self.settings.tasks)
+        value = http.scope[_VALUE_KEY] = read_json(body.removeprefix(codecs.BOM_UTF8))
+        return value
 
     async def encode(self, http: Request, job: EncodeJob) -> EncodeResult:
         """Vectors, unless the endpoint is full, the encoder refuses, time runs out or the client leaves."""
         facts = facts_of(http.scope)
         if self.settings.request_log == "texts":
             facts.texts = [text for part in job.parts for text in part.texts or ()]
-        job = replace(job, deadline=time.time() + self.settings.request_timeout_seconds)
+        asked = time.time_ns()
+        job = replace(job, deadline=asked / 1e9 + self.settings.request_timeout_seconds)
         result = await self._admitted(http, self._backend.encode(job))
         if isinstance(result, Refusal):
             raise refused(result)
         if facts.client is not None:
             facts.client.charge(result.tokens)
         facts.values |= {"items": len(result.vectors), "tokens": result.tokens, "lane": result.lane}
+        if facts.trace is not None:
+            facts.trace.encoded(result, asked)
         self.metrics.embedded(result)
         return result
 
@@ -351,10 +374,15 @@ def alias_of(name: str, settings: EndpointSettings) -> ModelAlias:
         return _NOTHING
     if (alias := settings.models.get(name)) is not None:
         return alias
-    allowed = ", ".join(map(repr, (settings.served_name, *settings.models)))
-    raise ApiError(
+    raise not_served(name, settings.names)
+
+
+def not_served(name: str, allowed: Iterable[str]) -> ApiError:
+    """What is said of a model that is not there, or not for this key; the first half as OpenAI says it."""
+    names = ", ".join(map(repr, allowed)) or "none with this key"
+    return ApiError(
         404,
-        f"model: {name!r:.80} is not served here; allowed: {allowed:.400}",
+        f"The model {name!r:.80} does not exist or you do not have access to it; allowed: {names:.400}",
         param="model",
         code="model_not_found",
     )

@@ -27,6 +27,7 @@ from embedloom.errors import ConfigError
 from embedloom.serving.decoding import BodyDecoder, BodyTooLarge, codings_of
 from embedloom.serving.metrics import EndpointMetrics
 from embedloom.serving.refusals import ApiError
+from embedloom.serving.tracing import Trace, Tracing
 
 # API keys: who asks, and how much they may ask for.
 #
@@ -234,6 +235,7 @@ class Facts:
 
     client: Any = None  # keys.Client, where keys are wanted
     values: dict[str, Any] = field(default_factory=dict)
+    trace: Trace | None = None  # where it is traced
     texts: list[str] | None = None
 
 
@@ -425,8 +427,10 @@ class Front:
         settings: FrontSettings,
         keys: KeyRing | None,
         drain: Drain | None = None,
+        tracing: Tracing | None = None,
     ) -> None:
         self._app = app
+        self._tracing = tracing
         self._drain = drain or Drain()
         self._metrics = metrics
         self._settings = settings
@@ -441,6 +445,8 @@ class Front:
         most = self._body_limit(scope)
         exchange = _Exchange(headers.get(REQUEST_ID_HEADER), receive, send, most)
         facts, started = facts_of(scope), time.perf_counter()
+        if self._tracing is not None and self._path(scope) not in HEALTH_PATHS:
+            facts.trace = self._tracing.begin(headers, scope["method"])
         self._metrics.ongoing.inc()
         task = self._drain.enter()
         try:
@@ -472,6 +478,12 @@ class Front:
             path, seconds = self._label(scope), time.perf_counter() - started
             self._metrics.ongoing.dec()
             self._metrics.answered(path, exchange.status, seconds)
+            if self._tracing is not None and facts.trace is not None:
+                request_id = exchange.id.decode()
+                self._tracing.end(
+                    facts.trace, scope["method"], path, exchange.status, request_id, facts.values
+                )
+                facts.values["trace_id"] = facts.trace.id
             write_line(
                 self._settings.request_log, facts, exchange.id.decode(), scope["method"], path, exchange.status,
                 seconds,

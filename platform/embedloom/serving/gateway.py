@@ -5,6 +5,7 @@ torch, which a gateway without a corpus never needs.
 import asyncio
 import math
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,7 @@ from embedloom.serving.batches.routes import BatchDesk
 from embedloom.serving.calls import Backend, EndpointSettings
 from embedloom.serving.front import Drain, KeyRing, log_to_stderr
 from embedloom.serving.listener import ReplicaServer
+from embedloom.serving.members import Member
 from embedloom.serving.messages import EncodeJob, EncodeResult, ModelInfo, Refusal, TokenizeResult
 from embedloom.serving.metrics import EndpointMetrics
 from embedloom.serving.peers import (
@@ -43,6 +45,7 @@ from embedloom.serving.rollout.router import TrialOrders, VersionRouter
 from embedloom.serving.rollout.trial import Window
 from embedloom.serving.routing import board_of
 from embedloom.serving.scheduling import LANES
+from embedloom.serving.tracing import Tracing
 
 if TYPE_CHECKING:
     from embedloom.serving.corpus import SearchCorpus
@@ -100,7 +103,7 @@ class HandleBackend:
     def __init__(self, handle: DeploymentHandle) -> None:
         self._handle = handle
         self._queues: dict[str, tuple[float, dict[str, int]]] = {}  # by replica: when told, tokens by lane
-        self._board = board_of(handle.app_name)
+        self._board = board_of(handle.app_name, handle.deployment_name)
         self._replicas, self._counted = 0, -math.inf  # and when it was so
 
     async def encode(self, job: EncodeJob) -> EncodeResult | Refusal:
@@ -152,7 +155,7 @@ class HandleBackend:
             try:
                 async with asyncio.timeout(_CONTROLLER_SECONDS):
                     self._replicas = await asyncio.to_thread(
-                        running_replicas, self._handle.app_name, ENCODERS
+                        running_replicas, self._handle.app_name, self._handle.deployment_name
                     )
                 self._counted = time.monotonic()
             except Exception:  # whatever is wrong with the controller
@@ -211,10 +214,12 @@ class Ingress:
         self.settings = settings
         self.stopping = Drain()
         self._server: ReplicaServer | None = None
+        self._tracing: Tracing | None = None
         self.router = VersionRouter(live, settings.request_timeout_seconds)
         self.corpus = corpus.open() if corpus is not None else None
         self._blueprint = blueprint
-        self._encoders = encoders
+        # The applications of encoders by the names of their models; none where they are bound into this one.
+        self._applications = {settings.served_name: encoders} if encoders is not None else {}
         self._batches = batches
         self._tried: tuple[str, Backend] | None = (
             None  # application and its handle: one a trial, not one a call
@@ -235,19 +240,31 @@ class Ingress:
             return None
         return BatchDesk(limits, self._blueprint, lambda: handle.wake.remote())
 
+    def traced(self) -> Tracing | None:
+        """Where traces of requests go; None: there are none. Called in the replica, whose exporter has a thread."""
+        config = validate(ApplicationArgs, self._blueprint, "endpoint").serving.traces
+        if config is not None:
+            process = serve.get_replica_context().replica_tag
+            self._tracing = Tracing.of(config, self.settings.served_name, process)
+        return self._tracing
+
     async def __del__(self) -> None:
         """Serve awaits this when it stops the replica, with its grace period as limit."""
         server, self._server = self._server, None
         if server is not None:
             await server.leave()
+        if self._tracing is not None:
+            await asyncio.to_thread(self._tracing.close)
 
     async def drain(self, seconds: float) -> int:
         """Take no more requests, and wait for those in hand; returns how many were not done in time (503)."""
         return await self.stopping.run(seconds)
 
-    async def describe_endpoint(self) -> tuple[dict[str, Any], ModelInfo, str | None]:
-        """The ``ApplicationArgs`` this endpoint was built from, its model, and the application of its encoders."""
-        return self._blueprint, await self.router.describe(), self._encoders
+    async def describe_endpoint(self) -> tuple[dict[str, Any], ModelInfo, dict[str, str]]:
+        """The ``ApplicationArgs`` this endpoint was built from, its model, and by name of their models the applications of
+        encoders.
+        """
+        return self._blueprint, await self.router.describe(), self._applications
 
     async def order_trial(self, orders: dict[str, Any]) -> Window:
         """Begin or renew the trial of a new version (``TrialOrders``); returns what was seen so far."""
@@ -270,6 +287,9 @@ class Ingress:
 # whose replica died runs again on another, and one registry sees every request.
 
 
+FurtherModel = tuple[DeploymentHandle | str, EndpointSettings]  # its encoders, or the application they run in
+
+
 class Gateway(Ingress):
     """The HTTP ingress: one process, or several that count together what their keys use and show each other's metrics."""
 
@@ -280,6 +300,7 @@ class Gateway(Ingress):
         corpus: CorpusSource | None,
         blueprint: dict[str, Any],
         batches: DeploymentHandle | None = None,
+        further: Mapping[str, FurtherModel] | None = None,
     ) -> None:
         """Build one.
 
@@ -289,10 +310,19 @@ class Gateway(Ingress):
             corpus: what ``/v1/search`` searches.
             blueprint: the ``ApplicationArgs`` this endpoint was built from.
             batches: the deployment that has batches computed.
+            further: by name, the encoders and settings of other models.
         """
         self.backend = encoders_of(encoders) if isinstance(encoders, str) else HandleBackend(encoders)
         application = encoders if isinstance(encoders, str) else None
         super().__init__(self.backend, settings, corpus, blueprint, application, batches)
+        given = further or {}
+        others = {
+            name: encoders_of(found) if isinstance(found, str) else HandleBackend(found)
+            for name, (found, _) in given.items()
+        }
+        self._further = [Member(others[name], own) for name, (_, own) in given.items()]
+        self._backends = [self.backend, *others.values()]
+        self._applications |= {name: found for name, (found, _) in given.items() if isinstance(found, str)}
         self._keys = KeyRing(settings.keys) if settings.keys else None
         self._exchange: asyncio.Task[None] | None = None
         self._gateways: DeploymentHandle | None = None  # all of them, this one included
@@ -305,9 +335,17 @@ class Gateway(Ingress):
         if validate(ApplicationArgs, self._blueprint, "endpoint").serving.gateways > 1:
             self._join()
         else:
-            self._metrics.watch_queue(self.backend.queued_tokens)
+            self._metrics.watch_queue(lambda: queued_tokens([self._queues()], LANES))
         api = create_api(
-            self.router, self.settings, self._metrics, self.corpus, self.stopping, self._keys, self.desk()
+            self.router,
+            self.settings,
+            self._metrics,
+            self.corpus,
+            self.stopping,
+            self._keys,
+            self.desk(),
+            self._further,
+            self.traced(),
         )
         return self.listening(api)
 
@@ -327,9 +365,13 @@ class Gateway(Ingress):
             self._exchange.cancel()
         await super().__del__()
 
+    def _queues(self) -> Queues:
+        """Of all models' replicas, whose names differ."""
+        return {tag: told for one in self._backends for tag, told in one.queues().items()}
+
     async def metrics_snapshot(self) -> Snapshot:
         """This gateway's metrics, for the one that was asked for all."""
-        return snapshot(self._name, self._metrics.registry, self.backend.queues())
+        return snapshot(self._name, self._metrics.registry, self._queues())
 
     async def used_elsewhere(self, gateway: str, usage: Usage) -> None:
         """Another gateway says what its keys used."""

@@ -211,5 +211,8 @@ class EncoderEndpoint(Ingress):
         log_to_stderr()
         metrics = EndpointMetrics()
         metrics.watch_queue(self._service.queued_tokens)
-        api = create_api(self.router, self.settings, metrics, self.corpus, self.stopping, desk=self.desk())
+        desk, tracing = self.desk(), self.traced()
+        api = create_api(
+            self.router, self.settings, metrics, self.corpus, self.stopping, desk=desk, tracing=tracing
+        )
         return self.listening(api)

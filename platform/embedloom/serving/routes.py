@@ -20,6 +20,7 @@ from embedloom.config.serving import SearchMode
 from embedloom.retrieval.stored import shorten, unit_length
 from embedloom.serving.calls import Calls, Terms, alias_of, notes_of, pinned, terms_of
 from embedloom.serving.encodings import check_packable, encoded
+from embedloom.serving.front import facts_of
 from embedloom.serving.messages import EncodeResult, ModelInfo, Part, Vectors
 from embedloom.serving.metrics import CONTENT_TYPE
 from embedloom.serving.refusals import ApiError
@@ -158,9 +159,11 @@ class Routes:
 
     async def models(self, _: Request) -> Response:
         """The served model and its other names: contract hash, fingerprint, lineage, the gate's verdict."""
-        settings = self._calls.settings
-        cards = [await self._card(name) for name in (settings.served_name, *settings.models)]
-        return json_reply({"object": "list", "data": [card.model_dump() for card in cards]})
+        return json_reply({"object": "list", "data": [card.model_dump() for card in await self.cards()]})
+
+    async def cards(self) -> list[ModelCard]:
+        """One of the served model and one of each other name of it."""
+        return [await self._card(name) for name in self._calls.settings.names]
 
     async def model(self, http: Request) -> Response:
         """One model by name."""
@@ -176,17 +179,23 @@ class Routes:
 
     async def ready(self, _: Request) -> Response:
         """Ready: an encoder is up, or will be for the next request (``replicas`` 0)."""
+        return json_reply(await self.readiness(READY_TIMEOUT_SECONDS))
+
+    async def readiness(self, seconds: float) -> dict[str, Any]:
+        """A ``Readiness`` as plain values.
+
+        Raises:
+            ApiError: 503, no encoder answers within so many seconds.
+        """
         try:
-            found = await self._calls.ready(READY_TIMEOUT_SECONDS)
+            found = await self._calls.ready(seconds)
         except Exception as error:  # whatever is wrong with the encoder, the answer is "not ready"
             raise ApiError(503, "no encoder replica answers yet", code="not_ready") from error
         if found is None:
             raise ApiError(503, "no encoder replica is up", code="not_ready")
         info, replicas = found
         name = self._calls.settings.served_name
-        return json_reply(
-            {"status": "ready", "model": name, "contract_hash": info.contract_hash, "replicas": replicas}
-        )
+        return {"status": "ready", "model": name, "contract_hash": info.contract_hash, "replicas": replicas}
 
     async def metrics(self, _: Request) -> Response:
         """Prometheus text."""
@@ -417,6 +426,8 @@ class RankRoutes:
             )
         searched = time.perf_counter()
         calls.metrics.searched(searched - embedded)
+        if (trace := facts_of(http.scope).trace) is not None:
+            trace.step("search", searched - embedded)
         body = {
             "object": "list",
             "model": terms.model,

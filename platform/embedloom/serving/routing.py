@@ -78,12 +78,12 @@ class TokenBoard:
             return (left + later) / (one.rate or 1.0)
 
 
-_boards: dict[str, TokenBoard] = {}
+_boards: dict[tuple[str, str], TokenBoard] = {}
 
 
-def board_of(application: str) -> TokenBoard:
-    """The board of an application's encoders in this process, shared by whoever hears answers and whoever routes."""
-    return _boards.setdefault(application, TokenBoard())
+def board_of(application: str, deployment: str) -> TokenBoard:
+    """The board of one model's encoders in this process, shared by whoever hears answers and whoever routes."""
+    return _boards.setdefault((application, deployment), TokenBoard())
 
 
 class QueuedTokensRouter(FIFOMixin, LocalityMixin, MultiplexMixin, RequestRouter):
@@ -92,7 +92,7 @@ class QueuedTokensRouter(FIFOMixin, LocalityMixin, MultiplexMixin, RequestRouter
     def _board(self) -> Any:
         from embedloom.serving import routing
 
-        return routing.board_of(self._deployment_id.app_name)
+        return routing.board_of(self._deployment_id.app_name, self._deployment_id.name)
 
     async def choose_replicas(
         self, candidate_replicas: list[Any], pending_request: Any = None

@@ -33,7 +33,7 @@ from embedloom.retrieval.inputs import DOCUMENTS_FOLDER, SPLITS
 from embedloom.retrieval.ledger import VECTORS_FOLDER
 from embedloom.retrieval.vector_files import read_vectors
 from embedloom.serving.address import ask, remember
-from embedloom.serving.app import build_application, build_encoders, named_model
+from embedloom.serving.app import build_application, build_encoders, named, named_model
 from embedloom.serving.applications import (
     APPLICATION,
     GATEWAY,
@@ -236,15 +236,15 @@ def start_endpoint(
         "on_loopback": _on_loopback(config.host),
     }
     arguments = validate(ApplicationArgs, {**content, "serving": config, "scaling": scaling}, "serving")
-    encoders = None if arguments.single else version_name(arguments.fingerprint)
+    encoders = _encoder_names(arguments)
     build_application(arguments, encoders)  # checked before anything is opened
-    _fetch(model, scaling)
+    for one in (arguments, *arguments.further.values()):
+        _fetch(named(one), one.scaling)
     owns_serve = not _serve_is_running()
     listener = _opened(config, scaling, own_ray) if owns_serve else None
     if listener is not None:
         arguments = arguments.model_copy(update={"listener": listener.path})
-    host = "127.0.0.1" if config.host in ("0.0.0.0", "::") else config.host
-    url = f"http://{host}:{config.port}{config.route_prefix.rstrip('/')}"
+    url = _url(config)
     endpoint = Endpoint(url, served_name, owns_serve, scaling.drain_seconds, own_ray, listener)
     if warning := scaling.cut_off(config.request_timeout_seconds):
         note("serve", warning)
@@ -259,6 +259,20 @@ def start_endpoint(
         endpoint.stop()
         raise
     return endpoint
+
+
+def _url(config: ServingConfig) -> str:
+    """Where this machine's clients ask."""
+    host = "127.0.0.1" if config.host in ("0.0.0.0", "::") else config.host
+    return f"http://{host}:{config.port}{config.route_prefix.rstrip('/')}"
+
+
+def _encoder_names(arguments: ApplicationArgs) -> dict[str, str] | None:
+    """New names for the applications of encoders, by model; None where the endpoint's only process is one."""
+    if arguments.single:
+        return None
+    models = {arguments.served_name: arguments, **arguments.further}
+    return {name: version_name(one.fingerprint) for name, one in models.items()}
 
 
 def _fetch(model: Path | NodeModel, scaling: ServeScaling) -> None:
@@ -283,7 +297,7 @@ def _opened(config: ServingConfig, scaling: ServeScaling, own_ray: bool) -> List
 
 
 def _start(
-    arguments: ApplicationArgs, application: Application, encoders: str | None, endpoint: Endpoint
+    arguments: ApplicationArgs, application: Application, encoders: dict[str, str] | None, endpoint: Endpoint
 ) -> None:
     """Start Serve, the encoders where they are an application of their own, and what answers HTTP, until it does."""
     begun("serve", f"starting {endpoint.served_name}")
@@ -295,8 +309,9 @@ def _start(
         http_options={"host": serving.host, "port": serving.port},
         logging_config=QUIET,
     )
-    if encoders is not None:
-        run(build_encoders(arguments), encoders, None, arguments.scaling.start_budget)
+    models = {arguments.served_name: arguments, **arguments.further}
+    for name, applied in (encoders or {}).items():
+        run(build_encoders(models[name]), applied, None, models[name].scaling.start_budget)
     run(application, APPLICATION, serving.route_prefix, arguments.scaling.start_budget)
     _wait_until_ready(endpoint, arguments.scaling.start_budget)
     ended("serve", time.monotonic() - started, {}, "ready")

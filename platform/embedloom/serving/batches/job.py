@@ -7,7 +7,7 @@ models, dimensions, encodings and refusals are the endpoint's, and there is no s
 import asyncio
 import secrets
 import threading
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -17,8 +17,9 @@ from fastapi import FastAPI
 from pydantic_core import to_json
 
 from embedloom.compute.shards import Handling, Starts, elsewhere, run_sharded
-from embedloom.config.cluster import PoolConfig
-from embedloom.config.serving import BatchesConfig
+from embedloom.config.base import validate
+from embedloom.config.cluster import PoolConfig, ServeScaling
+from embedloom.config.serving import ApplicationArgs, BatchesConfig
 from embedloom.core.storage import Place
 from embedloom.encoder.registry import fetched_by_name
 from embedloom.serving.api import create_api
@@ -26,6 +27,7 @@ from embedloom.serving.batches.lines import (
     LINES_FOLDER,
     RESULTS_FOLDER,
     answer_line,
+    lines_read,
     refusal_line,
     request_name,
     requests_of,
@@ -45,28 +47,42 @@ _NO_LIMIT = 2**40
 
 
 @dataclass(frozen=True, slots=True)
+class BatchParts:
+    """The model that computes a batch, the settings that answer its lines, and what a replica of it reserves."""
+
+    spec: ModelSpec
+    settings: EndpointSettings
+    scaling: ServeScaling
+
+
+# Of an endpoint's arguments, the model of that name for that key; app.py hands it in.
+Resolve = Callable[[ApplicationArgs, str | None, str], BatchParts]
+
+
+@dataclass(frozen=True, slots=True)
 class BatchJob:
-    """What computes a batch: which model, and where."""
+    """What a batch is computed from."""
 
     batch: Batch
     place: Place  # of all files and batches
     limits: BatchesConfig
-    spec: ModelSpec
-    settings: EndpointSettings
-    pool: PoolConfig
+    resolve: Resolve
 
     def run(self) -> None:
         """Read the file, once, and compute what is missing.
 
         Raises:
             NotFound: the file is no more.
-            DataError: it has too many lines, or none; or the model is not there.
+            DataError: it has too many lines, or none; or the model is not there, or not for this key.
             StageError: actors had no place, or died over the same lines again and again.
         """
         batch = self.batch
         files = FileStore(self.place, self.limits)
         content = files.chunks(batch.owner, batch.request["input_file_id"])
         write_lines(requests_of(content, batch.request["endpoint"], self.limits.max_lines), batch.work)
+        _, model = lines_read(batch.work) or (0, None)
+        parts = self.resolve(validate(ApplicationArgs, batch.blueprint, batch.id), model, batch.owner)
+        spec, settings = unhurried(parts.spec, parts.settings)
         run_sharded(
             stage="batch",
             source=batch.work,
@@ -75,15 +91,22 @@ class BatchJob:
             done_folder=RESULTS_FOLDER,
             shard_rows=_NO_LIMIT,  # a file is a shard
             worker=BatchWorker,
-            worker_arguments={"batch": batch.id, "spec": self.spec, "settings": self.settings},
-            pool=self.pool,
+            worker_arguments={"batch": batch.id, "spec": spec, "settings": settings},
+            pool=self.limits.pool or _like_a_replica(parts.scaling),
             unit="requests",
             by_file=True,
             handling=Handling(
                 starts=Starts(batch.work.child("starts"), secrets.token_hex(4)),
-                weights=elsewhere(fetched_by_name(self.spec.folder)),
+                weights=elsewhere(fetched_by_name(spec.folder)),
             ),
         )
+
+
+def _like_a_replica(scaling: ServeScaling) -> PoolConfig:
+    """One actor that reserves what a replica does."""
+    return PoolConfig(
+        cpus=scaling.cpus, gpus=scaling.gpus, threads=scaling.threads, start_seconds=scaling.start_seconds
+    )
 
 
 def unhurried(spec: ModelSpec, settings: EndpointSettings) -> tuple[ModelSpec, EndpointSettings]:
@@ -96,6 +119,7 @@ def unhurried(spec: ModelSpec, settings: EndpointSettings) -> tuple[ModelSpec, E
             "keys": (),
             "hosts": (),
             "allowed_origins": (),
+            "allowed_keys": None,
             "request_log": "none",
             "max_requests": _AT_ONCE,
             "request_timeout_seconds": float(WINDOW_SECONDS),

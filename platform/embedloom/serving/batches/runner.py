@@ -14,17 +14,13 @@ from typing import Any, Protocol
 
 import ray
 
-from embedloom.config.base import validate
-from embedloom.config.cluster import PoolConfig
-from embedloom.config.serving import ApplicationArgs, BatchesConfig
+from embedloom.config.serving import BatchesConfig
 from embedloom.core.storage import Place
 from embedloom.errors import EmbedloomError, UserError, one_line
-from embedloom.serving.batches.job import BatchJob, unhurried
+from embedloom.serving.batches.job import BatchJob, Resolve
 from embedloom.serving.batches.lines import Counted, left_lines, lines_read, result_lines
 from embedloom.serving.batches.objects import ENDED
 from embedloom.serving.batches.store import Batch, BatchState, BatchStore, FileStore, NotFound
-from embedloom.serving.calls import EndpointSettings
-from embedloom.serving.replica import ModelSpec
 
 DEPLOYMENT = "batches"
 _LOOK_SECONDS = 1.0  # between two looks at a running batch
@@ -36,8 +32,6 @@ _EXPIRED = "batch_expired", "This request could not be executed before the compl
 _CANCELLED = "batch_cancelled", "The batch was cancelled before this request was executed."
 
 logger = logging.getLogger("embedloom.serving")
-# Of an endpoint's arguments, the model and the settings that answer; app.py hands it in.
-Resolve = Callable[[ApplicationArgs], tuple[ModelSpec, EndpointSettings]]
 
 
 class Job(Protocol):
@@ -237,7 +231,7 @@ class BatchRunner:
 
         Args:
             limits: where files and batches lie, and how many may be there.
-            resolve: of an endpoint's arguments, the model and the settings that answer.
+            resolve: finds the model of a batch.
             clock: Unix seconds.
         """
         self._place = Place(limits.folder)
@@ -275,13 +269,7 @@ class BatchRunner:
             self._woken.clear()
 
     def _started(self, batch: Batch) -> "RayJob":
-        args = validate(ApplicationArgs, batch.blueprint, batch.id)
-        spec, settings = unhurried(*self._resolve(args))
-        scaling = args.scaling
-        pool = self._limits.pool or PoolConfig(
-            cpus=scaling.cpus, gpus=scaling.gpus, threads=scaling.threads, start_seconds=scaling.start_seconds
-        )
-        return RayJob(BatchJob(batch, self._place, self._limits, spec, settings, pool))
+        return RayJob(BatchJob(batch, self._place, self._limits, self._resolve))
 
 
 class JobActor:

@@ -120,16 +120,18 @@ def deploy(request: DeployRequest) -> Outcome:
         ServeError: no endpoint, the new version did not start, or fails its golden vectors; the old one answers on.
     """
     ingress = ingress_handle()
-    blueprint, info, encoders = ingress.describe_endpoint.remote().result(timeout_s=_CALL_SECONDS)
+    blueprint, info, applications = ingress.describe_endpoint.remote().result(timeout_s=_CALL_SECONDS)
     live = validate(ApplicationArgs, blueprint, "the running endpoint")
-    if not live.single and encoders is None:
+    if not live.single and not applications:
         raise ConfigError(
             "this endpoint comes from a Serve config file, which would undo a deploy; change model_folder there"
         )
     new = successor(request, live, info)
-    build_application(new, encoders)  # gate, contract and corpus are checked before anything starts
+    build_application(
+        new, applications or None
+    )  # gate, contract and corpus are checked before anything starts
     for name in version_names():
-        if name != encoders:  # left by a deploy that was killed
+        if name not in applications.values():  # left by a deploy that was killed
             remove(name)
     name = version_name(new.fingerprint)
     begun("deploy", f"starting {request.model.path} beside the live version")
@@ -147,7 +149,7 @@ def deploy(request: DeployRequest) -> Outcome:
     if decision.action != "promote" or request.stay:
         _withdraw(name)
         return Outcome(False, decision.reason, window)
-    _promote(live, new, name, encoders)
+    _promote(live, new, name, applications)
     return Outcome(True, decision.reason, window)
 
 
@@ -212,7 +214,7 @@ def _withdraw(name: str) -> None:
     remove(name)
 
 
-def _promote(live: ApplicationArgs, new: ApplicationArgs, name: str, encoders: str | None) -> None:
+def _promote(live: ApplicationArgs, new: ApplicationArgs, name: str, applications: dict[str, str]) -> None:
     """Replace the endpoint's process by one of the new model; the old one drains when the new one answers.
 
     Raises:
@@ -222,16 +224,15 @@ def _promote(live: ApplicationArgs, new: ApplicationArgs, name: str, encoders: s
     prefix = live.serving.route_prefix
     try:
         run(
-            build_application(new, None if new.single else name),
+            build_application(new, None if new.single else {**applications, live.served_name: name}),
             APPLICATION,
             prefix,
             live.scaling.start_budget,
         )
     except ServeError:
-        run(build_application(live, encoders), APPLICATION, prefix, live.scaling.start_budget)
+        run(build_application(live, applications or None), APPLICATION, prefix, live.scaling.start_budget)
         remove(name)
         raise
-    if new.single:
-        remove(name)
-    elif encoders is not None:
-        remove(encoders)
+    replaced = name if new.single else applications.get(live.served_name)
+    if replaced is not None:
+        remove(replaced)
