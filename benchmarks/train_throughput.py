@@ -1,6 +1,6 @@
 """Training throughput beside sentence-transformers' trainer: same texts, model, optimizer, dtype, cores or GPU.
 
-    python benchmarks/train_throughput.py [--quick] [--json] [--pairs FOLDER] [--steps N] [--layers N] [--device cpu]
+    python benchmarks/train_throughput.py [--quick] [--json] [--pairs FOLDER] [--steps N] [--layers N] [--device cpu] [--busy N]
 
 Work: queries and positives of the Parquet files in FOLDER (columns ``query``, ``positive``) at their natural lengths, cut
 at 256 tokens, with other rows' positives as 1 and as 4 negatives; SmolLM2-135M cut to 12 layers, mean pooling, AdamW,
@@ -10,6 +10,9 @@ a process of its own, for its peak memory; the peer's batch size a forward is tr
 and the first two steps are left out. The headline is 1 negative; ``work.by_negatives`` holds both, with the share that
 the real tokens' matrix products alone would take at the best rate measured here, and our rate with one and two workers
 of a thread, or a GPU, each.
+
+With ``--busy N``, N processes that count keep cores busy beside every run, and ours runs with one thread, with all as Ray's
+workers have them, and with all as OpenMP lets them wait by default, turning round and round (``by_threads``).
 """
 
 import argparse
@@ -20,11 +23,15 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
+
+from embedloom.cluster.session import PROCESS_ENVIRONMENT
 
 PAIRS = Path(__file__).parents[1] / "../shared/data/train/pairs"
 WARM_STEPS = 2
@@ -199,20 +206,37 @@ def run_peer(folder: Path, negatives: int, steps: int, batch: int, micro_batch: 
     }  # fmt: skip
 
 
+@contextmanager
+def busy(processes: int) -> Iterator[None]:
+    """Processes beside the measured one that want a core each all the time."""
+    others = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(processes)]
+    try:
+        yield
+    finally:
+        for other in others:
+            other.kill()
+            other.wait()
+
+
 def in_process(
     side: str, folder: Path, negatives: int, steps: int, batch: int, micro_batch: int, workers: int = 1,
-    threads: int = 0,
+    threads: int = 0, waiting: bool = True,
 ) -> dict[str, Any]:  # fmt: skip
-    """One side in processes of its own: rate, peak memory of the first."""
+    """One side in processes of its own: rate, peak memory of the first; ours in the environment of Ray's workers."""
+    environment = PROCESS_ENVIRONMENT if side == "ours" and waiting else {}
     command = [sys.executable, __file__, "--side", side, "--work", str(folder)]
     command += ["--negatives", str(negatives), "--steps", str(steps)]
     command += ["--batch", str(batch), "--micro-batch", str(micro_batch)]
     command += ["--workers", str(workers), "--threads", str(threads)]
     others = [
-        subprocess.Popen([*command, "--rank", str(rank)], stdout=subprocess.DEVNULL)
+        subprocess.Popen(
+            [*command, "--rank", str(rank)], stdout=subprocess.DEVNULL, env={**os.environ, **environment}
+        )
         for rank in range(1, workers)
     ]
-    run = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    run = subprocess.run(
+        command, stdout=subprocess.PIPE, text=True, check=True, env={**os.environ, **environment}
+    )
     if any(other.wait() for other in others):
         raise SystemExit(f"{side}: one of {workers} workers failed")
     result = json.loads(run.stdout.splitlines()[-1])
@@ -242,6 +266,7 @@ def compare(pairs: Path, negatives: int, options: argparse.Namespace) -> dict[st
             ]
             for workers in ((1, 2) if device_count() != 1 else (1,))
         }
+        by_threads = threads_compared(folder, negatives, options) if options.busy else {}
     best = max(tried, key=lambda size: tried[size]["rate"])
     peer = tried[best]
     return {
@@ -251,8 +276,23 @@ def compare(pairs: Path, negatives: int, options: argparse.Namespace) -> dict[st
         "padding_share": round(ours["padding_share"], 4), "first_losses": [round(x, 4) for x in ours["loss"][:3]],
         "floor_share": round(ours["floor_seconds"] / ours["seconds"], 3),
         "rate_by_workers_of_one_thread": {workers: round(rate, 1) for workers, rate in scaling.items()},
-        "peer_rates": {size: round(found["rate"], 1) for size, found in tried.items()},
+        "peer_rates": {size: round(found["rate"], 1) for size, found in tried.items()}, "by_threads": by_threads,
     }  # fmt: skip
+
+
+def threads_compared(folder: Path, negatives: int, options: argparse.Namespace) -> dict[str, float]:
+    """Our rate with one thread and with one a core, those as Ray's workers have them and as OpenMP lets them wait."""
+    cores = len(os.sched_getaffinity(0))
+    ways = {"1": (1, True), f"{cores}": (cores, True), f"{cores}, spinning": (cores, False)}
+    return {
+        name: round(
+            in_process("ours", folder, negatives, options.steps, options.batch, 4096, 1, threads, waiting)[
+                "rate"
+            ],
+            1,
+        )
+        for name, (threads, waiting) in ways.items()
+    }
 
 
 def main() -> None:
@@ -265,6 +305,9 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=None, help="queries a step: 32, with --quick 8")
     parser.add_argument(
         "--device", choices=("auto", "cpu"), default="auto", help="auto: GPUs where there are any"
+    )
+    parser.add_argument(
+        "--busy", type=int, default=0, metavar="N", help="processes that keep cores busy beside each run"
     )
     for hidden in ("--side", "--work"):
         parser.add_argument(hidden, help=argparse.SUPPRESS)
@@ -284,11 +327,14 @@ def main() -> None:
         result["peak_mb"] = peak_mb()
         print(json.dumps(result))
         return
-    found = {count: compare(options.pairs, count, options) for count in ((1,) if options.quick else (1, 4))}
+    with busy(options.busy):
+        found = {
+            count: compare(options.pairs, count, options) for count in ((1,) if options.quick else (1, 4))
+        }
     keys = ("ours", "peer", "peer_name", "ratio", "floor_share", "peak_mb", "peer_peak_mb")
     result = {"name": "train_throughput", **{key: found[1][key] for key in keys}, "unit": "real tokens/s"}
     result["work"] = {"steps": options.steps, "global_batch": options.batch, "layers": options.layers}
-    result["work"]["gpus"] = device_count()
+    result["work"] |= {"gpus": device_count(), "busy": options.busy}
     result["work"]["by_negatives"] = found
     print(json.dumps(result) if options.json else json.dumps(result, indent=2))
 

@@ -26,7 +26,7 @@ _ENCODERS = {
     ),
 }
 _MULTILINGUAL = "multilingual-e5-small"
-_SMALL_GENERATORS = ("smollm2-135m",)
+_SMALL_GENERATORS = ("smollm2-135m", "qwen2.5-coder-0.5b")
 _READS_ENGLISH = ("minilm-l6", "all-mpnet-base-v2", "smollm2-135m")
 
 
