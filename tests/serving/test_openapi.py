@@ -28,7 +28,7 @@ from fakes_serving import FakeEncoder, api_of, client_of
 # What no schema can say: lengths in tokens, the vocabulary, the dimensions and instructions of the model.
 BEYOND_SCHEMA = {
     "context_length_exceeded", "dimensions_not_available", "invalid_token_id", "request_too_large", "contract_hash_twice",
-    "prompt_for_token_ids", "empty_file",
+    "prompt_for_token_ids", "empty_file", "rerank_not_available",
 }  # fmt: skip
 
 # `python tests/drills/serve_schema.py` asks many more times, each time others.

@@ -1203,6 +1203,14 @@ class Profile(FrozenConfig):
     serve: ServeScaling = Field(
         default=ServeScaling(), description="How many replicas the endpoint has, and what each reserves."
     )
+    serve_reranker: ServeScaling | None = Field(
+        default=None,
+        exclude_if=lambda value: value is None,
+        description=(
+            "The same of the endpoint's reranker, where one is served: its replicas are a pool of their own, scaled by their own "
+            "queue. Null: as serve."
+        ),
+    )
 
     @model_validator(mode="after")
     def _stages_fit_the_machines(self) -> "Profile":

@@ -304,6 +304,25 @@ class ServingConfig(FrozenConfig):
         exclude_if=lambda value: value == SearchConfig(),
         description="How the corpus is searched.",
     )
+    reranker: str | None = Field(
+        default=None,
+        exclude_if=lambda value: value is None,
+        description=(
+            "A cross-encoder with one label that answers /v1/rerank, and searches that ask for it, in replicas of its own: a "
+            "folder that every node sees, or a Hugging Face id. Null: the reranker of the run, where it has one that passed "
+            "its gate; else the embedding model's similarity answers."
+        ),
+    )
+    rerank_top: int = Field(
+        default=50,
+        ge=1,
+        le=1000,
+        exclude_if=lambda value: value == 50,
+        description=(
+            "How many of the best documents a search that asks for the reranker orders anew, at least; with top_k above it, "
+            "as many as top_k."
+        ),
+    )
 
     max_body_mib: float = Field(
         default=16.0, gt=0, description="Largest request body, in MiB, also after decompression."
@@ -515,6 +534,11 @@ class ApplicationArgs(FrozenConfig):
     )
     serving: ServingConfig = Field(default=ServingConfig(), description="As the section of a run config.")
     scaling: ServeScaling = Field(default=ServeScaling(), description="As `serve` of a cluster profile.")
+    reranker_scaling: ServeScaling | None = Field(
+        default=None,
+        exclude_if=lambda value: value is None,
+        description="As `serve_reranker` of a cluster profile. Null: as scaling.",
+    )
 
     @property
     def further(self) -> dict[str, "ApplicationArgs"]:
@@ -539,7 +563,9 @@ class ApplicationArgs(FrozenConfig):
             "model_keys": served.keys,
             "require_gate": gate,
             # The served model's own: its verdict, its default task, what is searched with it.
-            **dict.fromkeys(("verdict", "default_task", "corpus", "documents", "batches", "traces")),
+            **dict.fromkeys(
+                ("verdict", "default_task", "corpus", "documents", "batches", "traces", "reranker")
+            ),
         }
         return self.model_copy(
             update={

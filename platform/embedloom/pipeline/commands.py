@@ -9,13 +9,13 @@ from embedloom.config.reranker import GATE_NODE, MODEL_NODE, RERANKER
 from embedloom.config.run import Run, load_run, open_run, write_run_file
 from embedloom.config.serving import ServingConfig
 from embedloom.config.shipped import cluster_file, config_file
-from embedloom.core.artefacts import Artefact
+from embedloom.core.artefacts import MANIFEST_FILE, Artefact
 from embedloom.core.model_folder import ModelFolder
 from embedloom.core.progress import note
 from embedloom.core.storage import Place
 from embedloom.core.verdict import INT8_FILE, Verdict
 from embedloom.encoder.registry import NodeModel, check_model_name, local_folder, model_at
-from embedloom.errors import ConfigError
+from embedloom.errors import ConfigError, DataError
 from embedloom.pipeline.graph import build_missing, graph, missing
 from embedloom.pipeline.nodes import VERDICT_FILE
 from embedloom.pipeline.preflight import check_benchmark_names, check_port, looks_elsewhere, preflight
@@ -162,15 +162,37 @@ def _model_of(run: Run, name: str, where: str) -> tuple[Path | NodeModel, str]:
     return folder, name
 
 
+def with_reranker(run: Run, serving: ServingConfig) -> ServingConfig:
+    """A section ``serving`` of a run with the run's own reranker, where it has one and none is stated.
+
+    One that was not built or did not pass its gate is not served, and a line says so: the endpoint is no worse without.
+    """
+    if serving.reranker is not None or run.config.reranker is None:
+        return serving
+    place = run.place.child(MODEL_NODE)
+    if not place.exists(MANIFEST_FILE):
+        note("serve", f"{place.uri} is not built; /v1/rerank is answered by similarity")
+        return serving
+    folder = local_folder(model_at(place))
+    if serving.require_gate:
+        try:
+            ModelFolder(folder).check_gated()
+        except DataError as error:
+            note("serve", f"the reranker is not served, /v1/rerank is answered by similarity: {error}")
+            return serving
+    return serving.model_copy(update={"reranker": str(folder)})
+
+
 def serve_run(run: Run, questions: list[str], dry_run: bool, task: str | None = None) -> str:
     """Serve the run's model until interrupted, or just long enough to answer ``questions`` as a task of the model's."""
     model, model_id = served_model(run)
-    config = served_config(run)
+    config = with_reranker(run, served_config(run))
     place = model.name if isinstance(model, NodeModel) else str(model)
     url = f"http://{run.config.serving.host}:{run.config.serving.port}/v1"
     check_port(run.config.serving, run.profile)
     if dry_run:
-        return f"would serve {place} ({model_id}) at {url}\n{place}"
+        beside = "" if config.reranker is None else f", with the reranker {config.reranker},"
+        return f"would serve {place} ({model_id}){beside} at {url}\n{place}"
     from embedloom.cluster.session import ray_session
 
     if run.config.serving.compute_dtype == "int8" and run.config.serving.require_gate:
@@ -181,7 +203,7 @@ def serve_run(run: Run, questions: list[str], dry_run: bool, task: str | None = 
 
         endpoint = start_endpoint(
             config, model, model_id, run.config.serving.served_name or run.config.run.name,
-            run.profile.serve, run.config.serving.compute_dtype, own_ray,
+            run.profile.serve, run.config.serving.compute_dtype, own_ray, run.profile.serve_reranker,
         )  # fmt: skip
         try:
             if not questions:

@@ -251,7 +251,14 @@ def serve_model(config: ServingConfig, cluster: ClusterConfig, profile: str, dry
         from embedloom.serving.stage import start_endpoint
 
         with start_endpoint(
-            config, model.travels, model.id, name, machine.serve, config.compute_dtype, own_ray
+            config,
+            model.travels,
+            model.id,
+            name,
+            machine.serve,
+            config.compute_dtype,
+            own_ray,
+            machine.serve_reranker,
         ) as endpoint:
             endpoint.wait()
     return url

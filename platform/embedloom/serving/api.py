@@ -286,6 +286,7 @@ def create_api(
     desk: BatchDesk | None = None,
     further: Sequence[Member] = (),
     tracing: Tracing | None = None,
+    reranker: Backend | None = None,
 ) -> FastAPI:
     """The FastAPI application of one endpoint.
 
@@ -299,10 +300,11 @@ def create_api(
         desk: where batches are taken; None: no routes of theirs.
         further: other models behind the same paths, each asked by its names.
         tracing: where traces of requests go; None: there are none.
+        reranker: what orders documents for the first model, see ``reranking``; None: similarity does.
     """
     metrics = metrics or EndpointMetrics()
     calls = [
-        Calls(backend, settings, metrics),
+        Calls(backend, settings, metrics, reranker),
         *(Calls(one.backend, one.settings, metrics) for one in further),
     ]
     routes = _member_routes(calls, corpus)

@@ -15,7 +15,8 @@ from embedloom.config.cluster import GATEWAY_CPUS, SCALE_DOWN_SECONDS, TARGET_QU
 from embedloom.config.serving import ApplicationArgs, ServingConfig
 from embedloom.core.model_folder import ModelFolder
 from embedloom.core.trained_prompts import check_default
-from embedloom.encoder.registry import NodeModel, open_model
+from embedloom.encoder.pairs import check_reranker
+from embedloom.encoder.registry import NodeModel, local_folder, open_model
 from embedloom.errors import ConfigError, DataError
 from embedloom.serving.applications import GATEWAY, SINGLE
 from embedloom.serving.autoscaling import REPORT_SECONDS, WINDOW_SECONDS, QueueTimePolicy
@@ -32,11 +33,13 @@ from embedloom.serving.replica import (
     shares_weights,
     weights_actor,
 )
+from embedloom.serving.reranking import RerankerReplica
 from embedloom.serving.routing import QueuedTokensRouter
 from embedloom.serving.schemas import GateVerdict, Lineage
 from embedloom.serving.service import BatchSettings
 from embedloom.serving.tracing import check_installed
 
+RERANKERS = "reranker"  # the deployment
 RETRY_AFTER_SECONDS = 1  # of Serve's own 429, which is not the usual one
 
 
@@ -73,16 +76,19 @@ def build_application(args: ApplicationArgs, encoders: Mapping[str, str] | None 
     args, model = _checked(args.first)
     serving = args.serving.model_copy(update=args.scaling.limits)
     settings = _settings(args, serving, model)
+    if serving.reranker is not None:
+        identity = ModelFolder(local_folder(_reranker(serving.reranker))).fingerprint
+        settings = settings.model_copy(update={"reranker": identity, "rerank_top": serving.rerank_top})
     for own, _ in others.values():
         _check_keys(own, settings)
     _check_keys(args, settings)
     corpus = _corpus(serving, model)
-    batches = _batches(serving)
+    batches, reranker = _batches(serving), _bound_rerankers(args)
     ingress = _patience(serving) | _ingress_limits(settings.max_requests)
     if single:
         endpoint = serve.deployment(serve.ingress()(EncoderEndpoint), name=SINGLE, num_replicas=1)
         return endpoint.options(**ingress, **_computing(args)).bind(
-            _model(args, model), settings, corpus, blueprint, batches
+            _model(args, model), settings, corpus, blueprint, batches, reranker
         )
     gateway = serve.deployment(serve.ingress()(Gateway), name=GATEWAY, num_replicas=serving.gateways)
     bound = encoders or {
@@ -96,7 +102,7 @@ def build_application(args: ApplicationArgs, encoders: Mapping[str, str] | None 
         name: (bound[name], _settings(own, own.serving, found)) for name, (own, found) in others.items()
     }
     return gateway.options(**ingress, ray_actor_options={"num_cpus": GATEWAY_CPUS}).bind(
-        bound[args.served_name], settings, corpus, blueprint, batches, further
+        bound[args.served_name], settings, corpus, blueprint, batches, further, reranker
     )
 
 
@@ -168,6 +174,47 @@ def _settings(args: ApplicationArgs, serving: ServingConfig, model: ModelFolder)
         tasks=tuple(model.contract.tasks or ()),
         trust_remote_code=model.is_trusted,
     )
+
+
+def _reranker(name: str) -> Path | NodeModel:
+    """What every node opens the reranker by."""
+    path = Path(name).expanduser()
+    return path.absolute() if path.is_dir() else NodeModel.of(name)
+
+
+def _bound_rerankers(args: ApplicationArgs) -> Application | None:
+    """The rerankers, in replicas of their own with a queue of their own; None where none is served.
+
+    Raises:
+        DataError: no reranker in that folder.
+    """
+    if args.serving.reranker is None:
+        return None
+    folder = _reranker(args.serving.reranker)
+    check_reranker(local_folder(folder))
+    # int8 is judged for the embedding model alone.
+    exact = args.serving.model_copy(update={"compute_dtype": "auto", "engine": "torch"})
+    dtype = args.serving.compute_dtype
+    own = args.model_copy(
+        update={
+            "scaling": args.reranker_scaling or args.scaling,
+            "serving": exact if dtype == "int8" else exact.model_copy(update={"compute_dtype": dtype}),
+        }
+    )
+    scaling = own.scaling
+    spec = ModelSpec(
+        folder=folder,
+        fingerprint="",  # a pair is of no vectors that a pinned request could compare
+        batching=BatchSettings.of(args.serving),
+        threads=scaling.compute_threads,
+        dtype=own.compute_dtype,
+        gpus=scaling.gpus,
+        streams=scaling.compute_streams,
+    )
+    options = _patience(own.serving) | _computing(own) | _replicas(scaling)
+    options["request_router_config"] = RequestRouterConfig(request_router_class=QueuedTokensRouter)
+    rerankers = serve.deployment(RerankerReplica, name=RERANKERS)
+    return rerankers.options(**options, max_ongoing_requests=args.serving.max_ongoing_requests).bind(spec)
 
 
 def build_encoders(args: ApplicationArgs) -> Application:

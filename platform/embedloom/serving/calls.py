@@ -62,6 +62,8 @@ class EndpointSettings(FrozenConfig):
     gate: GateVerdict | None = None
     tasks: tuple[str, ...] = ()  # names of the model's own tasks
     trust_remote_code: bool = False  # whether code that lies beside the weights is run
+    reranker: str | None = None  # identity of what orders documents; None: similarity does
+    rerank_top: int = 50  # of a search
     allowed_keys: tuple[str, ...] | None = None  # names of those that may use the model; None: all
 
     @property
@@ -97,7 +99,14 @@ class Backend(Protocol):
 class Calls:
     """The encoder as routes see it; refusals come as ``ApiError``."""
 
-    def __init__(self, backend: Backend, settings: EndpointSettings, metrics: EndpointMetrics) -> None:
+    def __init__(
+        self,
+        backend: Backend,
+        settings: EndpointSettings,
+        metrics: EndpointMetrics,
+        reranker: Backend | None = None,
+    ) -> None:
+        self._reranker = reranker
         self.settings = settings
         self.metrics = metrics
         self._backend = backend
@@ -139,14 +148,28 @@ class Calls:
         value = http.scope[_VALUE_KEY] = read_json(body.removeprefix(codecs.BOM_UTF8))
         return value
 
+    @property
+    def reranks(self) -> bool:
+        """Whether a reranker orders documents, and not the similarity of their vectors."""
+        return self._reranker is not None
+
+    async def rerank(self, http: Request, job: EncodeJob) -> EncodeResult:
+        """Logits [documents, 1] of a query with each document, the job's two parts, under the conditions of ``encode``."""
+        if self._reranker is None:
+            raise RuntimeError("no reranker is served")
+        return await self._computed(http, job, self._reranker)
+
     async def encode(self, http: Request, job: EncodeJob) -> EncodeResult:
         """Vectors, unless the endpoint is full, the encoder refuses, time runs out or the client leaves."""
+        return await self._computed(http, job, self._backend)
+
+    async def _computed(self, http: Request, job: EncodeJob, backend: Backend) -> EncodeResult:
         facts = facts_of(http.scope)
         if self.settings.request_log == "texts":
             facts.texts = [text for part in job.parts for text in part.texts or ()]
         asked = time.time_ns()
         job = replace(job, deadline=asked / 1e9 + self.settings.request_timeout_seconds)
-        result = await self._admitted(http, self._backend.encode(job))
+        result = await self._admitted(http, backend.encode(job))
         if isinstance(result, Refusal):
             raise refused(result)
         if facts.client is not None:

@@ -347,7 +347,7 @@ class TeiRoutes:
         if isinstance(request, RerankRequest):
             # LiteLLM's infinity/ takes a document only as a string here, its hosted_vllm/ only as an object, and both ask alike.
             return await self._rank.ranked(http, request, with_documents=False)
-        terms = terms_of(request, self._calls.settings)
+        terms = self._rank.rank_terms(request)
         ranking = await self._rank.ranking(
             http, terms, request.query, request.texts, "texts", request.contract_hash
         )

@@ -200,6 +200,7 @@ class Ingress:
         blueprint: dict[str, Any],
         encoders: str | None = None,
         batches: DeploymentHandle | None = None,
+        reranker: DeploymentHandle | None = None,
     ) -> None:
         """Build one.
 
@@ -210,6 +211,7 @@ class Ingress:
             blueprint: the ``ApplicationArgs`` this endpoint was built from.
             encoders: the application that ``live`` runs in, where it is another one.
             batches: the deployment that has batches computed.
+            reranker: the deployment that orders documents; None: similarity does.
         """
         self.settings = settings
         self.stopping = Drain()
@@ -221,6 +223,7 @@ class Ingress:
         # The applications of encoders by the names of their models; none where they are bound into this one.
         self._applications = {settings.served_name: encoders} if encoders is not None else {}
         self._batches = batches
+        self.reranker = None if reranker is None else HandleBackend(reranker)
         self._tried: tuple[str, Backend] | None = (
             None  # application and its handle: one a trial, not one a call
         )
@@ -301,6 +304,7 @@ class Gateway(Ingress):
         blueprint: dict[str, Any],
         batches: DeploymentHandle | None = None,
         further: Mapping[str, FurtherModel] | None = None,
+        reranker: DeploymentHandle | None = None,
     ) -> None:
         """Build one.
 
@@ -311,10 +315,11 @@ class Gateway(Ingress):
             blueprint: the ``ApplicationArgs`` this endpoint was built from.
             batches: the deployment that has batches computed.
             further: by name, the encoders and settings of other models.
+            reranker: the deployment that orders documents; None: similarity does.
         """
         self.backend = encoders_of(encoders) if isinstance(encoders, str) else HandleBackend(encoders)
         application = encoders if isinstance(encoders, str) else None
-        super().__init__(self.backend, settings, corpus, blueprint, application, batches)
+        super().__init__(self.backend, settings, corpus, blueprint, application, batches, reranker)
         given = further or {}
         others = {
             name: encoders_of(found) if isinstance(found, str) else HandleBackend(found)
@@ -346,6 +351,7 @@ class Gateway(Ingress):
             self.desk(),
             self._further,
             self.traced(),
+            self.reranker,
         )
         return self.listening(api)
 

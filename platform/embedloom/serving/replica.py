@@ -198,9 +198,10 @@ class EncoderEndpoint(Ingress):
         corpus: CorpusSource | None,
         blueprint: dict[str, Any],
         batches: DeploymentHandle | None = None,
+        reranker: DeploymentHandle | None = None,
     ) -> None:
         self._service = load_service(spec)
-        super().__init__(self._service, settings, corpus, blueprint, batches=batches)
+        super().__init__(self._service, settings, corpus, blueprint, batches=batches, reranker=reranker)
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
         """Apply ``BatchSettings`` changed in the Serve config, without a restart."""
@@ -213,6 +214,13 @@ class EncoderEndpoint(Ingress):
         metrics.watch_queue(self._service.queued_tokens)
         desk, tracing = self.desk(), self.traced()
         api = create_api(
-            self.router, self.settings, metrics, self.corpus, self.stopping, desk=desk, tracing=tracing
+            self.router,
+            self.settings,
+            metrics,
+            self.corpus,
+            self.stopping,
+            desk=desk,
+            tracing=tracing,
+            reranker=self.reranker,
         )
         return self.listening(api)

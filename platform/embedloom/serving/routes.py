@@ -17,6 +17,7 @@ from fastapi import Request, Response
 from pydantic_core import to_json
 
 from embedloom.config.serving import SearchMode
+from embedloom.core.prompting import document_text
 from embedloom.retrieval.stored import shorten, unit_length
 from embedloom.serving.calls import Calls, Terms, alias_of, notes_of, pinned, terms_of
 from embedloom.serving.encodings import check_packable, encoded
@@ -30,6 +31,7 @@ from embedloom.serving.schemas import (
     ModelCard,
     ModelDefaults,
     RerankRequest,
+    ScoredBy,
     SearchHit,
     SearchRequest,
     SimilarityRequest,
@@ -104,6 +106,11 @@ def similarities(query: Vectors, documents: Vectors, normalize: bool) -> Vectors
     """
     products = np.einsum("nd,d->n", documents.astype(np.float64), query.astype(np.float64), optimize=False)
     return np.asarray(np.clip(products, -1, 1) if normalize else products, dtype=np.float32)
+
+
+def sigmoid(logits: Vectors) -> Vectors:
+    """Logits as scores from 0 to 1, float32; the order of any two different ones within 16 of 0 stays."""
+    return np.asarray(1 / (1 + np.exp(-np.clip(logits.astype(np.float64), -500, 500))), dtype=np.float32)
 
 
 READY_TIMEOUT_SECONDS = 5.0
@@ -226,6 +233,7 @@ class Routes:
             gate=settings.gate,
             corpus=self._corpus,
             trust_remote_code=settings.trust_remote_code,
+            reranker=settings.reranker,
         )
 
 
@@ -311,6 +319,8 @@ def searched_by(asked: SearchMode | None, card: CorpusCard) -> SearchMode:
 
 # The least that a cosine can be.
 _BLANK_SCORE = -1.0
+# What a hit has only where documents are to be returned.
+_TEXTS = ("title", "text", "source", "url", "chunk", "chunks")
 
 
 class Corpus(Protocol):
@@ -349,13 +359,13 @@ class RankRoutes:
         self._words_thread = ThreadPoolExecutor(1, thread_name_prefix="words")
 
     async def rerank(self, http: Request) -> Response:
-        """Order documents by their similarity to a query (Cohere's, Jina's and Voyage's shape; no cross-encoder)."""
+        """Order documents by the reranker, or else by their similarity to a query (Cohere's, Jina's and Voyage's shape)."""
         request = await self._calls.read(http, RerankRequest)
         return await self.ranked(http, request, request.return_documents)
 
     async def ranked(self, http: Request, request: RerankRequest, with_documents: bool) -> Response:
         """The answer to what was read."""
-        terms = terms_of(request, self._calls.settings)
+        terms = self.rank_terms(request)
         ranking = await self.ranking(
             http, terms, request.query, request.texts, "documents", request.contract_hash
         )
@@ -371,7 +381,7 @@ class RankRoutes:
             "id": uuid.uuid4().hex,
             "object": "list",
             "model": terms.model,
-            "scored_by": "embedding_similarity",
+            "scored_by": self._scored_by,
             "results": results,
             "meta": cohere_meta(version, {"search_units": 1}, ranking.result.truncated),
             "usage": usage(ranking.result.tokens, ranking.result.truncated),
@@ -379,6 +389,25 @@ class RankRoutes:
         if request.is_voyages:
             body["data"] = results
         return json_reply(body, headers=notes_of(ranking.result))
+
+    @property
+    def _scored_by(self) -> ScoredBy:
+        return "reranker" if self._calls.reranks else "embedding_similarity"
+
+    def rank_terms(self, request: TextOptions) -> Terms:
+        """The terms of a request to rank.
+
+        Raises:
+            ApiError: 400, an instruction for a reranker, which reads none.
+        """
+        if self._calls.reranks and getattr(request, "instruction", None) is not None:
+            raise ApiError(
+                400,
+                "instruction: the reranker of this endpoint reads query and documents bare; leave it out",
+                param="instruction",
+                code="instruction_not_read",
+            )
+        return terms_of(request, self._calls.settings)
 
     async def similarity(self, http: Request) -> Response:
         """How similar each document is to a query; send task "sts" for texts that play the same part."""
@@ -404,10 +433,12 @@ class RankRoutes:
         terms = terms_of(request, calls.settings)
         calls.check_sizes([request.query], "query", is_list=False)
         mode = searched_by(request.mode, corpus.card)
+        count, with_texts = self._wanted(corpus, request)
         result: EncodeResult | None = None
         started = embedded = time.perf_counter()
         if mode == "lexical":
-            hits = await calls.look_up(http, [request.query], self._by_words(corpus, request))
+            found = self._by_words(corpus, request.query, count, with_texts)
+            hits = await calls.look_up(http, [request.query], found)
         else:
             pin = pinned(http, request.contract_hash) or corpus.contract_hash
             query = terms.texts([request.query], "query", "query", is_list=False)
@@ -420,28 +451,76 @@ class RankRoutes:
             hits = await self._in_thread(
                 corpus.search,
                 result.vectors[0],
-                request.top_k,
-                request.return_documents,
+                count,
+                with_texts,
                 None if words is None else await words,
             )
         searched = time.perf_counter()
         calls.metrics.searched(searched - embedded)
         if (trace := facts_of(http.scope).trace) is not None:
             trace.step("search", searched - embedded)
+        timing = {"embed_seconds": embedded - started, "search_seconds": searched - embedded}
+        costs = [] if result is None else [result]
+        extra: dict[str, Any] = {}
+        if request.rerank:
+            hits, reranked = await self._reordered(http, terms, request, hits)
+            timing["rerank_seconds"] = time.perf_counter() - searched
+            costs += [] if reranked is None else [reranked]
+            extra = {"scored_by": self._scored_by}
         body = {
             "object": "list",
             "model": terms.model,
             "contract_hash": corpus.contract_hash if result is None else result.contract_hash,
             "mode": mode,
+            **extra,
             "results": [hit.model_dump() for hit in hits],
-            "timing": {"embed_seconds": embedded - started, "search_seconds": searched - embedded},
-            "usage": usage(0) if result is None else usage(result.tokens, result.truncated),
+            "timing": timing,
+            "usage": usage(sum(one.tokens for one in costs), sum(one.truncated for one in costs)),
         }
         return json_reply(body, headers=None if result is None else notes_of(result))
 
-    async def _by_words(self, corpus: Corpus, request: SearchRequest) -> list[SearchHit]:
-        words = await self._matches(corpus, request.query)
-        return await self._in_thread(corpus.search, None, request.top_k, request.return_documents, words)
+    def _wanted(self, corpus: Corpus, request: SearchRequest) -> tuple[int, bool]:
+        """How many documents a search looks for, and whether their texts are needed.
+
+        Raises:
+            ApiError: 400, it asks for a reranker that is not there, or that has no texts to read.
+        """
+        if not request.rerank:
+            return request.top_k, request.return_documents
+        problem = None
+        if not self._calls.reranks:
+            problem = "this endpoint serves no reranker (serving.reranker)"
+        elif not corpus.card.texts:
+            problem = "the texts of this corpus are not at hand (serving.documents)"
+        if problem is not None:
+            raise ApiError(
+                400, f"rerank: {problem}; allowed: false", param="rerank", code="rerank_not_available"
+            )
+        return max(request.top_k, self._calls.settings.rerank_top), True
+
+    async def _reordered(
+        self, http: Request, terms: Terms, request: SearchRequest, hits: list[SearchHit]
+    ) -> tuple[list[SearchHit], EncodeResult | None]:
+        """The best of the hits by the reranker, with its scores, and what it cost; one whose text is gone comes last."""
+        read = [hit for hit in hits if not is_blank(hit.text or "")]
+        result, scores = None, np.zeros(0, dtype=np.float32)
+        if read:
+            texts = [document_text(hit.title, hit.text or "") for hit in read]
+            parts = (Part("query", [request.query], name="query", is_list=False), Part("document", texts))
+            # Documents of the corpus were cut when they were embedded, too: no client can shorten them.
+            result = await self._calls.rerank(http, replace(terms.job(*parts), truncate="end"))
+            scores = sigmoid(result.vectors[:, 0])
+        order = np.argsort(-scores, kind="stable").tolist()
+        best = [(read[at], float(scores[at])) for at in order]
+        best += [(hit, 0.0) for hit in hits if is_blank(hit.text or "")]
+        hidden = {} if request.return_documents else dict.fromkeys(_TEXTS)
+        return [
+            hit.model_copy(update={"score": score, **hidden}) for hit, score in best[: request.top_k]
+        ], result
+
+    async def _by_words(self, corpus: Corpus, query: str, count: int, with_texts: bool) -> list[SearchHit]:
+        words = await self._matches(corpus, query)
+        return await self._in_thread(corpus.search, None, count, with_texts, words)
 
     def _matches(self, corpus: Corpus, query: str) -> "asyncio.Future[Vectors]":
         return asyncio.get_running_loop().run_in_executor(self._words_thread, corpus.match_words, query)
@@ -464,15 +543,39 @@ class RankRoutes:
         """
         self._calls.check_sizes(texts, field)
         places = [index for index, text in enumerate(texts) if not is_blank(text)]
-        own, result = await self._scores(
-            http, terms, query, [texts[index] for index in places], field, pin, places
-        )
-        scores = np.full(len(texts), min([_BLANK_SCORE, *own.tolist()]), dtype=np.float32)
+        score = self._relevances if self._calls.reranks and places else self._scores
+        own, result = await score(http, terms, query, [texts[index] for index in places], field, pin, places)
+        least = 0.0 if self._calls.reranks else _BLANK_SCORE
+        scores = np.full(len(texts), min([least, *own.tolist()]), dtype=np.float32)
         scores[places] = own
         # Stable, so equal scores keep the order of the request; a blank one comes after any that scores as little.
         blank = np.ones(len(texts), dtype=bool)
         blank[places] = False
         return Ranking(np.lexsort((-scores, blank)).tolist(), scores, result)
+
+    async def _relevances(
+        self,
+        http: Request,
+        terms: Terms,
+        query: str,
+        texts: list[str],
+        field: str,
+        pin: str | None,
+        places: list[int] | None = None,
+    ) -> tuple[Vectors, EncodeResult]:
+        """What the reranker says of each text, float32 [texts] from 0 to 1, and what it cost."""
+        calls = self._calls
+        calls.check_sizes([query], "query", is_list=False)
+        calls.check_sizes(texts, field)
+        asked = Part("query", [query], name="query", is_list=False)
+        # Once each, so that equal documents have equal scores, whatever company their pairs are computed in.
+        first = {text: at for at, text in reversed(list(enumerate(texts)))}
+        distinct = sorted(first.values())
+        standing = [at if places is None else places[at] for at in distinct]
+        documents = Part("document", [texts[at] for at in distinct], name=field, places=standing)
+        result = await calls.rerank(http, terms.job(asked, documents, contract_hash=pinned(http, pin)))
+        scores = dict(zip(documents.texts or (), sigmoid(result.vectors[:, 0]), strict=True))
+        return np.array([scores[text] for text in texts], dtype=np.float32), result
 
     async def _scores(
         self,

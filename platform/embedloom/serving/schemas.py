@@ -457,7 +457,8 @@ class EmbeddingsRequest(_Input):
 
 
 class RerankRequest(TextOptions):
-    """``POST /v1/rerank``, as Cohere, Jina and Voyage have it; scored by the embedding model's similarity.
+    """``POST /v1/rerank``, as Cohere, Jina and Voyage have it; scored by the endpoint's reranker where one is served (0 to 1, its
+    logit's sigmoid), else by the embedding model's similarity. The reranker reads bare texts: an instruction is refused.
 
     A document of nothing but white space ranks last, with the score -1, or the lowest of the others where that is lower.
     """
@@ -544,6 +545,13 @@ class SearchRequest(TextOptions):
     return_documents: bool = Field(
         default=True, description="Whether titles, texts and where they come from come along."
     )
+    rerank: bool = Field(
+        default=False,
+        description=(
+            "Whether the endpoint's reranker orders the best documents anew; refused where none is served, or the corpus has no "
+            "texts. Scores are then its own."
+        ),
+    )
     user: str | None = Field(default=None, description=_USER)
 
 
@@ -585,6 +593,9 @@ class EmbeddingsResponse(Reply):
     usage: Usage
 
 
+ScoredBy = Literal["reranker", "embedding_similarity"]
+
+
 class RerankDocument(BaseModel):
     """A document as the request has it, where ``return_documents`` asks for it; a string is its ``text``."""
 
@@ -621,7 +632,7 @@ class RerankResponse(Reply):
     id: str
     object: Literal["list"] = "list"
     model: str
-    scored_by: Literal["embedding_similarity"] = "embedding_similarity"
+    scored_by: ScoredBy = Field(description="Who answered: a reranker, where one is served, or the vectors.")
     results: list[RerankResult]
     data: list[RerankResult] | None = Field(
         default=None, description="The results under Voyage's name, where top_k or truncation is given."
@@ -681,6 +692,9 @@ class SearchTiming(Reply):
     search_seconds: float = Field(
         description="After the query was embedded; its words are looked up meanwhile."
     )
+    rerank_seconds: float | None = Field(
+        default=None, description="Only of a search that asks for the reranker."
+    )
 
 
 class SearchResponse(Reply):
@@ -690,6 +704,9 @@ class SearchResponse(Reply):
     model: str
     contract_hash: str
     mode: SearchMode = Field(description="Which mode answered.")
+    scored_by: ScoredBy | None = Field(
+        default=None, description="Only of a search that asks for the reranker."
+    )
     results: list[SearchHit]
     timing: SearchTiming
     usage: Usage
@@ -795,6 +812,9 @@ class ModelCard(Reply):
     lineage: Lineage | None
     gate: GateVerdict | None
     corpus: CorpusCard | None
+    reranker: str | None = Field(
+        default=None, description="Identity of what answers /v1/rerank; null: similarity does."
+    )
     alias_of: str | None = Field(
         default=None, description="The served name, where this is another name of it."
     )

@@ -491,7 +491,7 @@ class EncoderService:
             scheduler.release(place)
         return EncodeResult(
             vectors=vectors,
-            side_tokens=_side_tokens(job, ids),
+            side_tokens=self._side_tokens(job, ids),
             lane=place.lane,
             contract_hash=self._contract_hash,
             tokenize_seconds=tokenized - started,
@@ -567,6 +567,16 @@ class EncoderService:
             lengths += [1 + int(len(text) * self._tokens_per_character) for text in part.texts or []]
             total += sum(min(length, limit) for length in lengths)
         return min(total, self._settings.max_request_tokens)
+
+    def _side_tokens(self, job: EncodeJob, ids: Sequence[Sequence[int]]) -> dict[str, int]:
+        """Tokens of queries and of documents."""
+        counts: dict[str, int] = {}
+        first = 0
+        for part in job.parts:
+            own = sum(map(len, ids[first : first + len(part)]))
+            counts[part.side] = counts.get(part.side, 0) + own
+            first += len(part)
+        return counts
 
     def _learn(self, characters: int, tokens: int) -> None:
         self._tokens_per_character += _SMOOTHING * (tokens / max(1, characters) - self._tokens_per_character)
@@ -646,13 +656,3 @@ def _is_short(part: Part, rows: slice) -> bool:
     """Whether these rows are one text that costs next to nothing to tokenise."""
     texts = (part.texts or [])[rows]
     return len(texts) == 1 and len(texts[0]) + len(part.instruction or "") <= _HERE_CHARACTERS
-
-
-def _side_tokens(job: EncodeJob, ids: list[list[int]]) -> dict[str, int]:
-    counts: dict[str, int] = {}
-    first = 0
-    for part in job.parts:
-        own = sum(map(len, ids[first : first + len(part)]))
-        counts[part.side] = counts.get(part.side, 0) + own
-        first += len(part)
-    return counts

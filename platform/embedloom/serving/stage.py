@@ -207,6 +207,7 @@ def start_endpoint(
     scaling: ServeScaling,
     dtype: DTypeName | None = None,
     own_ray: bool = False,
+    reranker_scaling: ServeScaling | None = None,
 ) -> Endpoint:
     """Serve a model folder over HTTP from the Ray this process is connected to.
 
@@ -218,6 +219,7 @@ def start_endpoint(
         scaling: replicas and what each reserves.
         dtype: compute type; None: the section's own.
         own_ray: whether this process ends its Ray when the endpoint is stopped.
+        reranker_scaling: the same of the reranker, if one is served; None: as ``scaling``.
 
     Returns:
         The endpoint, ready to answer.
@@ -229,13 +231,8 @@ def start_endpoint(
     """
     if dtype is not None:
         config = config.model_copy(update={"compute_dtype": dtype})
-    content: dict[str, Any] = {
-        **named_model(model),
-        "model_id": model_id,
-        "served_name": served_name,
-        "on_loopback": _on_loopback(config.host),
-    }
-    arguments = validate(ApplicationArgs, {**content, "serving": config, "scaling": scaling}, "serving")
+    asked = {"serving": config, "scaling": scaling, "reranker_scaling": reranker_scaling}
+    arguments = _arguments(model, model_id, served_name, asked)
     encoders = _encoder_names(arguments)
     build_application(arguments, encoders)  # checked before anything is opened
     for one in (arguments, *arguments.further.values()):
@@ -273,6 +270,19 @@ def _encoder_names(arguments: ApplicationArgs) -> dict[str, str] | None:
         return None
     models = {arguments.served_name: arguments, **arguments.further}
     return {name: version_name(one.fingerprint) for name, one in models.items()}
+
+
+def _arguments(
+    model: Path | NodeModel, model_id: str, served_name: str, asked: dict[str, Any]
+) -> ApplicationArgs:
+    """What the application is built from; ``asked`` are its sections."""
+    content: dict[str, Any] = {
+        **named_model(model),
+        "model_id": model_id,
+        "served_name": served_name,
+        "on_loopback": _on_loopback(asked["serving"].host),
+    }
+    return validate(ApplicationArgs, {**content, **asked}, "serving")
 
 
 def _fetch(model: Path | NodeModel, scaling: ServeScaling) -> None:
