@@ -230,7 +230,8 @@ def test_verdict_is_stored_beside_the_weights_and_bound_to_them(tiny_model, tmp_
         "items/baselines/teacher/docs/default.parquet", pa.Table.from_pylist(weak, schema=SCHEMA)
     )
     table = {"models": {name: {"docs": float(found.mean())} for name, found in values.items()},
-             "baselines": {"teacher": {"docs": float(base.mean() / 2)}}, "teacher": "small",
+             # Hybrid search has the model in it, and is compared with nothing.
+             "baselines": {"teacher": {"docs": float(base.mean() / 2)}, "hybrid": {"docs": 0.99}}, "teacher": "small",
              "types": {"docs": "Retrieval"}}  # fmt: skip
     place.write_json("scores.json", table)
     new, old = (Contender(folder.name, folder) for folder in folders)

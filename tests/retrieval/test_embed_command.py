@@ -56,7 +56,7 @@ def test_words_are_indexed_beside_vectors_that_are_kept(ray_local, tiny_model, t
     assert (done.counts["embedded"], done.counts["reused"]) == (0, 50)
     index = load_lexical(done.place)
     assert done.manifest["details"]["lexical"] == index.facts == {
-        "rows": 50, "terms": 44, "words": 250, "postings": 250, "language": None, "k1": 1.5, "b": 0.75,
+        "rows": 50, "terms": 45, "words": 300, "postings": 300, "language": None, "k1": 1.5, "b": 0.75,
     }  # fmt: skip
     assert index.search("number 7", 3)[0].tolist()[:2] == [7, 47]
     np.testing.assert_array_equal(

@@ -90,9 +90,12 @@ class EvaluationConfig(FrozenConfig):
             "held-out test split."
         ),
     )
-    baselines: tuple[Literal["bm25", "teacher"], ...] = Field(
+    baselines: tuple[Literal["bm25", "teacher", "hybrid"], ...] = Field(
         default=("bm25", "teacher"),
-        description="What they are shown beside: bm25 (word matching), teacher (the first mining teacher).",
+        description=(
+            "What they are shown beside: bm25 (word matching), teacher (the first mining teacher), hybrid (what hybrid searches "
+            "with the merged model find; no gate compares with it)."
+        ),
     )
     shard_texts: int = Field(
         default=4096,

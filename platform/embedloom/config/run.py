@@ -138,9 +138,14 @@ class RunConfig(FrozenConfig):
             raise ValueError(
                 f"training.stages use up to {most} negatives, but mining.selection.negatives keeps {self.mining.selection.negatives}"
             )
-        if self.gate.require_over_baseline is not None and not self.evaluation.baselines:
+        if self.gate.require_over_baseline is not None and not {*self.evaluation.baselines} - {"hybrid"}:
+            seen = (
+                "names hybrid alone, which the model is a part of"
+                if self.evaluation.baselines
+                else "is empty"
+            )
             raise ValueError(
-                f"gate.require_over_baseline is {self.gate.require_over_baseline!r}, but evaluation.baselines is empty; "
+                f"gate.require_over_baseline is {self.gate.require_over_baseline!r}, but evaluation.baselines {seen}; "
                 "allowed: null, or baselines among bm25 and teacher"
             )
         models = ["merged", "base", *(run.name for run in self.training.runs)]

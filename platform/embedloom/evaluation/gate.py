@@ -25,7 +25,7 @@ from embedloom.evaluation.evaluator import Evaluator
 from embedloom.evaluation.jobs import Scorer, Unit
 from embedloom.evaluation.leaderboard import OWN, Standing, load_pool, ranked_among, read_strata
 from embedloom.evaluation.results import SCORES_FILE
-from embedloom.evaluation.scorers import make_scorers
+from embedloom.evaluation.scorers import HYBRID, make_scorers
 from embedloom.evaluation.specs import TaskSpec
 from embedloom.evaluation.statistics import Floats, Stratum, holm, interval, one_sided_p, resampled
 from embedloom.evaluation.texts import TASK_TYPES
@@ -510,6 +510,7 @@ def _baselines(place: Place, table: ScoreTable) -> list[Baseline]:
             },
         )
         for name, scores in table["baselines"].items()
+        if name != HYBRID  # it has the model itself in it
     ]
 
 

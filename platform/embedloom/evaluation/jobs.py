@@ -183,7 +183,7 @@ WHOLE = "all"  # names the file of a task that is scored in one go
 
 @dataclass(frozen=True, slots=True)
 class Scorer:
-    """What gets scored: a model folder, or BM25 where ``folder`` is None."""
+    """What gets scored: a model folder, alone or fused with BM25, or BM25 where ``folder`` is None."""
 
     name: str  # in scores.json
     group: Group
@@ -193,6 +193,12 @@ class Scorer:
     contract_hash: str = ""
     reranker: Path | NodeModel | None = None  # folder of what orders its first documents anew
     top: int = 0  # how many
+    fused: bool = False  # with BM25, as hybrid searches are
+
+    @property
+    def only_ranks(self) -> bool:
+        """Whether there is nothing for it in tasks that rank no documents."""
+        return self.folder is None or self.fused
 
     @property
     def result_folder(self) -> str:

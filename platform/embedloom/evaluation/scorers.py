@@ -1,7 +1,8 @@
-"""What is scored: model folders, the teacher and BM25, each with the identity its results are kept under."""
+"""What is scored: model folders, the teacher, BM25 and hybrid search, each with the identity its results are kept under."""
 
 import importlib.util
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from embedloom.evaluation.jobs import Group, Scorer
 # The BM25 baseline: mteb's own, so that its score compares with the one on mteb's leaderboard.
 
 
+HYBRID = "hybrid"
 BM25_NAME = "mteb/baseline-bm25s"
 _PACKAGES = {"bm25s": "bm25s", "Stemmer": "PyStemmer"}  # import name -> distribution
 
@@ -46,7 +48,7 @@ def make_scorers(
 
     Args:
         models: name -> model folder, or a model by name.
-        baselines: ``bm25``, ``teacher``.
+        baselines: ``bm25``, ``teacher``, ``hybrid`` (the last of the models, fused with BM25).
         teacher: name of the mining teacher, and its folder or what every node finds it by.
 
     Raises:
@@ -61,9 +63,13 @@ def make_scorers(
         if baseline == "bm25":
             check_bm25()
             scorers.append(Scorer("bm25", "baselines", BM25_NAME, bm25_revision()))
+        elif baseline == HYBRID:
+            folder = list(models.values())[-1]
+            fused = _scorer(HYBRID, "baselines", f"embedloom/{HYBRID}", folder, contracts)
+            scorers.append(replace(fused, fused=True))
         elif teacher is None:
             raise ConfigError(
-                "evaluation.baselines: names 'teacher', but no teacher was given; allowed here: bm25"
+                "evaluation.baselines: names 'teacher', but no teacher was given; allowed here: bm25, hybrid"
             )
         else:
             name, folder = teacher

@@ -40,6 +40,7 @@ from embedloom.encoder.model import DEFAULT_BATCH_TOKENS, Encoder, Vectors
 from embedloom.encoder.pairs import PairEncoder
 from embedloom.encoder.registry import local_folder, open_model
 from embedloom.errors import StageError
+from embedloom.evaluation.hybrid import HybridSearch
 from embedloom.evaluation.jobs import (
     EmbedJob,
     Job,
@@ -360,7 +361,8 @@ class EvaluationActor:
             embedding.known = VectorStore(Place(job.store)).read(job.shards) if job.store else None
             embedding.instructed = job.unit.task.instructed
         try:
-            files, items = score_subset(model, task, job.unit.subset)
+            searched = HybridSearch(model) if job.unit.scorer.fused else model
+            files, items = score_subset(searched, task, job.unit.subset)
         finally:
             if embedding is not None:
                 embedding.known = None

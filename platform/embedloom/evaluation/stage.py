@@ -72,7 +72,7 @@ def score_models(
     scorers, contracts = make_scorers(models, config.baselines, teacher)
     check_pool(config.pool, [task.name for task in tasks], [scorer.name for scorer in scorers])
     units = [
-        Unit(scorer, task) for scorer in scorers for task in tasks if scorer.folder is not None or ranks[task]
+        Unit(scorer, task) for scorer in scorers for task in tasks if ranks[task] or not scorer.only_ranks
     ]
     with Evaluator(tasks, corpus, pool, place, vectors, dtype, config.shard_texts) as evaluator:
         failures = evaluator.score(units, contracts)
