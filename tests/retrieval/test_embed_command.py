@@ -52,7 +52,7 @@ def contents(folder):
 def test_words_are_indexed_beside_vectors_that_are_kept(ray_local, tiny_model, tmp_path):
     source = write_lines(tmp_path / "in.jsonl", TEXTS)
     embed(source, tmp_path / "out", tiny_model)
-    done = embed(source, tmp_path / "out", tiny_model, lexical={})
+    done = embed(source, tmp_path / "out", tiny_model, lexical={"language": None})
     assert (done.counts["embedded"], done.counts["reused"]) == (0, 50)
     index = load_lexical(done.place)
     assert done.manifest["details"]["lexical"] == index.facts == {
@@ -60,7 +60,7 @@ def test_words_are_indexed_beside_vectors_that_are_kept(ray_local, tiny_model, t
     }  # fmt: skip
     assert index.search("number 7", 3)[0].tolist()[:2] == [7, 47]
     np.testing.assert_array_equal(
-        index.scores("corpus 12"), index_texts(TEXTS, LexicalConfig()).scores("corpus 12")
+        index.scores("corpus 12"), index_texts(TEXTS, LexicalConfig(language=None)).scores("corpus 12")
     )
     with pytest.raises(ConfigError, match=r"embedding\.lexical\.language: 'zho'"):
         embed(source, tmp_path / "other", tiny_model, lexical={"language": "zho"})

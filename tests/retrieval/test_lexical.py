@@ -37,7 +37,7 @@ TEXTS = [
     "नमस्ते दुनिया",
     "returns a sample of the samples",
 ]
-PLAIN = LexicalConfig()
+PLAIN = LexicalConfig(language=None)
 QUERIES = [
     "the cat",
     "cat cat mat",
@@ -79,7 +79,7 @@ def bm25s_scores(texts, queries, config=PLAIN):
 
 @pytest.mark.parametrize("shard_rows", [1, 5, 100])
 @pytest.mark.parametrize(
-    "config", [LexicalConfig(), LexicalConfig(language="eng"), LexicalConfig(k1=0.9, b=0.4)]
+    "config", [PLAIN, LexicalConfig(language="eng"), LexicalConfig(language=None, k1=0.9, b=0.4)]
 )
 def test_scores_are_those_of_bm25s_to_the_bit(tmp_path, shard_rows, config):
     out, facts = built(tmp_path, shard_rows=shard_rows, config=config)
@@ -120,8 +120,18 @@ def test_a_language_finds_inflections():
     assert english.search("running", 9)[0].tolist() == [1]
 
 
+def test_the_language_of_most_texts_is_found(tmp_path):
+    german = [f"Die Katzen schlafen im Haus der Nachbarn, sagt Nummer {n}." for n in range(20)]
+    _, facts = built(tmp_path / "a", german, config=LexicalConfig())
+    assert facts["language"] == index_texts(german, LexicalConfig()).facts["language"] == "deu"
+    mixed = [*german[:5], *(f"The cats are sleeping in the house of number {n}." for n in range(5)), *TEXTS]
+    assert built(tmp_path / "b", mixed, config=LexicalConfig())[1]["language"] is None
+    japanese = ["東京都に住む猫は魚を食べるのが大好きで、毎日市場へ行く。"] * 4
+    assert index_texts(japanese, LexicalConfig()).facts["language"] is None  # Snowball has no stems for it
+
+
 def test_lucenes_formula_by_hand():
-    index = index_texts(["a a b", "b c", "c c c c"], LexicalConfig())
+    index = index_texts(["a a b", "b c", "c c c c"], PLAIN)
     # Three texts of 3, 2 and 4 words, 3 on average; "a" stands in one of them, twice.
     weight = np.log(1 + (3 - 1 + 0.5) / (1 + 0.5))
     by_hand = weight * 2 / (2 + 1.5 * (1 - 0.75 + 0.75 * 3 / 3))
@@ -149,9 +159,7 @@ def test_a_killed_build_counts_no_shard_twice(tmp_path):
     other.write_table("postings/part-000000.parquet", postings([["taken"]] * 5))
     source = open_input(str(place.local / "in.parquet"), EmbeddingConfig(), other)
     ledger = open_ledger(source, other, 5, None)
-    build_lexical(
-        "embed", LexicalConfig(), source, ledger.parts, ledger.rows, other, PoolConfig(), tasks=run_here
-    )
+    build_lexical("embed", PLAIN, source, ledger.parts, ledger.rows, other, PoolConfig(), tasks=run_here)
     assert load_lexical(other).search("taken", 9)[0].tolist() == [0, 1, 2, 3, 4]
     assert not other.exists("postings") and whole["vocab.index.json"] != other.read_bytes(
         "lexical/vocab.index.json"
@@ -186,10 +194,12 @@ def test_no_index_is_none_and_a_broken_one_is_named(tmp_path):
 
 
 def test_what_has_no_stemmer_or_no_words_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match=r"embedding\.lexical\.language: 'jpn'.*allowed: null.*english"):
+    with pytest.raises(
+        ConfigError, match=r"embedding\.lexical\.language: 'jpn'.*allowed: auto, null.*english"
+    ):
         Analyzer.of("jpn")
     with pytest.raises(DataError, match="no text has a word"):
         built(tmp_path, texts=["—", "?!"])
     assert json.loads(EmbeddingConfig(lexical={}).model_dump_json())["lexical"] == {
-        "language": None, "k1": 1.5, "b": 0.75,
+        "language": "auto", "k1": 1.5, "b": 0.75,
     }  # fmt: skip

@@ -31,7 +31,14 @@ def place_with_words(folder, index=None) -> Place:
     source = open_input(str(folder / "in.parquet"), EmbeddingConfig(), place)
     ledger = open_ledger(source, place, 8, None)
     build_lexical(
-        "embed", LexicalConfig(), source, ledger.parts, ledger.rows, place, PoolConfig(), tasks=run_here
+        "embed",
+        LexicalConfig(language=None),
+        source,
+        ledger.parts,
+        ledger.rows,
+        place,
+        PoolConfig(),
+        tasks=run_here,
     )
     return place
 

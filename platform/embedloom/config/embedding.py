@@ -61,11 +61,11 @@ class LexicalConfig(FrozenConfig):
     """A BM25 index of the texts' words beside their vectors, for searches by words and for hybrid ones."""
 
     language: str | None = Field(
-        default=None,
-        pattern=r"^[a-z]{3}$",
+        default="auto",
+        pattern=r"^(auto|[a-z]{3})$",
         description=(
-            "Language of the texts, an ISO 639-3 code: its words are found in all their inflections (Snowball stems). "
-            "Null: words are found as they stand, in any language."
+            "Language of the texts, an ISO 639-3 code: its words are found in all their inflections (Snowball stems). auto: the "
+            "one that two thirds of a sample are in. Null: words are found as they stand."
         ),
     )
     k1: float = Field(

@@ -20,7 +20,7 @@ DEPTH = SearchConfig().depth
 class HybridSearch:
     """mteb's search protocol around a model: its cosines and BM25, fused by the endpoint's defaults.
 
-    Words are cut as the endpoint cuts them, of any language alike, not as mteb's own BM25 does by the task's language. Where a
+    Words are cut as the endpoint cuts them, in the language that most of the corpus is in, not as mteb's own BM25 does. Where a
     task names each query's candidates, these are ranked, all of them.
     """
 

@@ -11,9 +11,9 @@ import yaml
 
 from embedloom.config.base import validate
 from embedloom.config.run import RunConfig
+from embedloom.core.language import language_of
 from embedloom.corpus.inspection import Inspected
 from embedloom.errors import DataError
-from embedloom.synthesis.checks import language_of
 
 FEWEST_ROWS = 20  # of fewer, a held-out split and negatives beside the positives cannot be drawn
 _CHARACTERS_PER_TOKEN = 4  # of English; fewer elsewhere, and then texts are cut a little earlier

@@ -49,7 +49,7 @@ from embedloom.retrieval.ledger import (
     origin_column,
     text_digest,
 )
-from embedloom.retrieval.lexical import Analyzer, build_lexical, texts_at
+from embedloom.retrieval.lexical import AUTO, Analyzer, build_lexical, texts_at
 from embedloom.retrieval.search import check_vectors
 from embedloom.retrieval.stored import (
     SCALE_COLUMN,
@@ -457,7 +457,7 @@ def _check(config: EmbeddingConfig, contract: PromptContract) -> None:
     check_instruction(config.model_copy(update={"task_type": kind}), contract.symmetric_task_types)
     if config.index is not None:
         require_faiss()
-    if config.lexical is not None:
+    if config.lexical is not None and config.lexical.language != AUTO:
         Analyzer.of(config.lexical.language)
     trained = contract.matryoshka_dimensions
     if config.dimensions is None or config.allow_truncation or config.dimensions in (trained or ()):

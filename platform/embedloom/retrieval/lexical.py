@@ -20,6 +20,8 @@ import Stemmer
 from embedloom.compute.shards import Tasks, run_tasks
 from embedloom.config.cluster import PoolConfig
 from embedloom.config.embedding import LexicalConfig
+from embedloom.core.language import language_of
+from embedloom.core.progress import note
 from embedloom.core.storage import Place
 from embedloom.core.text import language_name, search_terms
 from embedloom.errors import ConfigError, DataError
@@ -48,7 +50,7 @@ class Analyzer:
         name = language_name(language).lower()
         if name not in Stemmer.algorithms():
             raise ConfigError(
-                f"embedding.lexical.language: {language!r} ({name}) has no stemmer; allowed: null, which finds words of any "
+                f"embedding.lexical.language: {language!r} ({name}) has no stemmer; allowed: auto, null, which finds words of any "
                 f"language as they stand, or the code of one of: {', '.join(Stemmer.algorithms())}"
             )
         return cls(name)
@@ -59,6 +61,26 @@ class Analyzer:
         for text in texts:
             found = search_terms(text)
             yield found if stem is None else stem.stemWords(found)
+
+
+AUTO = "auto"
+_SAMPLE_SHARDS, _SAMPLE_ROWS = 8, 64  # whose language is looked at
+
+
+def language_found(texts: Sequence[str]) -> str | None:
+    """The language of most of these texts, if Snowball knows it."""
+    found = language_of(texts)
+    return found if found and language_name(found).lower() in Stemmer.algorithms() else None
+
+
+def _sampled_language(parts: Sequence[str], source: TextSource, out: Place) -> str | None:
+    """The language of an artefact's texts, by some of each of some shards, far apart; runs in a task."""
+    step = max(1, len(parts) // _SAMPLE_SHARDS)
+    sample: list[str] = []
+    for part in parts[::step][:_SAMPLE_SHARDS]:
+        rows = out.read_table(f"{ROWS_FOLDER}/{part}", ["file", "row"]).slice(0, _SAMPLE_ROWS)
+        sample += texts_at(source, np.asarray(rows.column("file")), np.asarray(rows.column("row")))
+    return language_found(sample)
 
 
 # Counting: which words stand in which rows of a shard, and how often.
@@ -234,6 +256,13 @@ def build_lexical(
         ConfigError: a language without a stemmer.
         DataError: no text has a word.
     """
+    if config.language == AUTO:
+        [language] = tasks(stage, _sampled_language, [list(parts)], source, out, pool=pool)
+        config = config.model_copy(update={"language": language})
+        note(
+            stage,
+            f"words are indexed as of {'any language' if language is None else language_name(language)}",
+        )
     for _ in tasks(stage, _count_shard, parts, source, out, Analyzer.of(config.language), pool=pool):
         pass
     facts: dict[str, Any]
@@ -309,6 +338,9 @@ def load_lexical(place: Place) -> LexicalIndex | None:
 
 def index_texts(texts: Sequence[str], config: LexicalConfig) -> LexicalIndex:
     """An index of texts in memory, by bm25s itself."""
+    if config.language == AUTO:
+        step = max(1, len(texts) // (_SAMPLE_SHARDS * _SAMPLE_ROWS))
+        config = config.model_copy(update={"language": language_found(texts[::step])})
     analyzer = Analyzer.of(config.language)
     index = bm25s.BM25(k1=config.k1, b=config.b, method="lucene")
     index.index(list(analyzer.words(texts)), show_progress=False)

@@ -1,25 +1,22 @@
 """The checks that look at one row alone: lengths, copies, language, text shared with an evaluation set."""
 
 import io
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from py3langid.langid import MODEL_FILE, LanguageIdentifier
 
 from embedloom.compute.shards import run_tasks
 from embedloom.config.synthesis import ContaminationCheck, LanguageCheck, QualityConfig
+from embedloom.core.language import language_model
 from embedloom.core.prompting import document_text
 from embedloom.core.storage import JSONL_ENDINGS, PARQUET_ENDINGS, Place, files_at, records_of
 from embedloom.core.text import (
     Hashes,
     hash64,
     letters_in,
-    long_code,
     ngram_hashes,
     short_code,
     stands_alone,
@@ -31,8 +28,7 @@ from embedloom.synthesis.families.base import Attempt, Reject, Row, reject
 
 # Whether a text is in the language that was asked for.
 #
-# py3langid, because its model lies inside the wheel (4.6 MB, 140 languages, no download), its import is light and a
-# call takes 50 microseconds; fastText's and lingua's models are downloads or a hundred megabytes. Its weakness is
+# py3langid, because it needs no download (core/language.py), its import is light and a call takes 50 microseconds; fastText's and lingua's models are downloads or a hundred megabytes. Its weakness is
 # short text and close relatives, so only a confident verdict for another, unrelated language refuses a text. Of 7,025
 # queries of tldr pages (38 languages) and Natural Questions it refused none; with a wrong language it refused 64 % of
 # the tldr queries, which are half a dozen words long.
@@ -70,7 +66,6 @@ _CLOSE = (
     {"mk", "bg"},
 )
 _NO_LANGUAGE = "zxx"
-_JUDGED_CHARACTERS = 1000  # more tell nothing new
 
 
 def language_problem(text: str, language: str, check: LanguageCheck) -> Reject | None:
@@ -82,7 +77,7 @@ def language_problem(text: str, language: str, check: LanguageCheck) -> Reject |
         check: letters below which nothing is judged, and the probability of another language that refuses.
     """
     expected = short_code(language)
-    model, known = _model()
+    model, known = language_model()
     if expected not in known or sum(character.isalpha() for character in text) < check.min_letters:
         return None
     ranked = [(str(label), float(probability)) for label, probability in model.rank(text)]
@@ -96,29 +91,8 @@ def language_problem(text: str, language: str, check: LanguageCheck) -> Reject |
     return reject("language", f"{found} with {probability:.2f}, not {expected}: {text}")
 
 
-def language_of(texts: Sequence[str]) -> str | None:
-    """ISO 639-3 code of the language that most of the texts are in; None where fewer than two thirds agree.
-
-    Texts with fewer letters than the default check judges are passed over.
-    """
-    model, _ = _model()
-    judged = [text for text in texts if sum(map(str.isalpha, text)) >= LanguageCheck().min_letters]
-    found = Counter(str(model.classify(text[:_JUDGED_CHARACTERS])[0]) for text in judged)
-    if not found:
-        return None
-    label, count = found.most_common(1)[0]
-    return long_code(label) if 3 * count >= 2 * len(judged) else None
-
-
 def _close(found: str, expected: str) -> bool:
     return found == expected or any(found in group and expected in group for group in _CLOSE)
-
-
-@lru_cache(maxsize=1)
-def _model() -> tuple[LanguageIdentifier, frozenset[str]]:
-    """Loaded once a process; takes about a second."""
-    model = LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
-    return model, frozenset(str(label) for label in model.nb_classes)
 
 
 # Rows that share text with an evaluation set.
