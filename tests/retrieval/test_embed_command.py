@@ -13,6 +13,7 @@ from embedloom.config.cluster import PoolConfig, load_cluster
 from embedloom.config.embedding import EmbeddingConfig, LexicalConfig
 from embedloom.core.artefacts import Artefact, ArtefactWriter
 from embedloom.core.prompting import PromptContract
+from embedloom.core.schemas import table_from_rows
 from embedloom.core.storage import Place
 from embedloom.encoder.model import Encoder
 from embedloom.encoder.registry import open_model
@@ -22,6 +23,7 @@ from embedloom.pipeline.model_commands import embed_texts
 from embedloom.retrieval.corpora import embed_artefact
 from embedloom.retrieval.lexical import index_texts, load_lexical
 from embedloom.retrieval.vector_files import read_vectors
+from fakes_evaluation import document, pair
 from fakes_foreign import OLD, make_transformer, write_old_layout
 
 CLUSTER = Path(__file__).parents[2] / "cluster" / "cluster.yaml"
@@ -235,3 +237,20 @@ def test_the_prompt_of_a_model_whose_transformer_lies_in_a_folder_of_its_own_is_
         InstructionTooLong, match=r"the instruction takes 37 tokens .* leaves 3 of the limit of 40"
     ):
         embed_artefact(config, "nowhere", open_model(folder), PoolConfig(), out)
+
+
+@pytest.mark.ray
+def test_a_runs_dev_queries_tune_the_weight_of_hybrid_searches(ray_local, tiny_model, tmp_path):
+    texts = [f"text number {n} of shelf {n % 5}" for n in range(30)]
+    place = Place(str(tmp_path / "corpus"))
+    documents = [document(f"d{n}", text) for n, text in enumerate(texts)]
+    pairs = [pair(f"p{n}", f"number {n}", f"doc-d{n}") for n in range(25)]
+    place.write_table("documents/train/part-000000.parquet", table_from_rows("documents", documents))
+    place.write_table("pairs/dev/part-000000.parquet", table_from_rows("pairs", pairs))
+    ArtefactWriter(place, "corpus", "c", {}, "local").commit({"rows": 30})
+    done = embed(place.uri, tmp_path / "out", tiny_model, lexical={})
+    facts = load_lexical(done.place).facts
+    assert done.manifest["details"]["lexical"] == facts and facts["tuned_on"]["queries"] == 25
+    # A word that one text alone has finds it; a tiny model of random weights finds nothing.
+    assert facts["tuned_on"]["lexical"] == facts["tuned_on"]["ndcg_at_10"] == 1.0 > facts["tuned_on"]["dense"]
+    assert facts["weight"] < 1

@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from embedloom.compute.shards import Handling, parquet_rows, run_tasks, stream
 from embedloom.config.cluster import PoolConfig
-from embedloom.config.embedding import EmbeddingConfig, IndexConfig
+from embedloom.config.embedding import EmbeddingConfig, IndexConfig, LexicalConfig
 from embedloom.core.artefacts import MANIFEST_FILE, Artefact, ArtefactWriter
 from embedloom.core.model_folder import ModelFolder
 from embedloom.core.progress import Progress, note
@@ -60,6 +60,7 @@ from embedloom.retrieval.stored import (
     shorten,
     vector_columns,
 )
+from embedloom.retrieval.tuning import LEAST_QUERIES, judged_queries, tune
 from embedloom.retrieval.vector_files import (
     CONTRACT_KEY,
     CUT_KEYS,
@@ -390,8 +391,7 @@ def embed_artefact(
     if config.index is not None:
         details["index"] = _indexed(config.index, out.place, contract.hash, pool)
     if config.lexical is not None:
-        parts, rows = ledger.parts, ledger.rows
-        details["lexical"] = build_lexical("embed", config.lexical, source, parts, rows, out.place, pool)
+        details["lexical"] = _worded(config.lexical, config, corpus, source, ledger, model, pool, out.place)
     for folder in (OWN_FOLDER, REGROUPED_FOLDER):
         out.place.child(folder).remove()
     done = out.commit({**ledger.counts, **cost}, details)
@@ -410,6 +410,42 @@ def _regrouped(source: TextSource, out: Place) -> TextSource:
         for _ in run_tasks("embed", regroup, missing, source, out, cpus=1.0):
             pass
     return replace(source, copies=frozenset(large), copied_to=out)
+
+
+def _worded(
+    lexical: LexicalConfig,
+    config: EmbeddingConfig,
+    corpus: str,
+    source: TextSource,
+    ledger: Ledger,
+    model: ModelFolder,
+    pool: PoolConfig,
+    out: Place,
+) -> dict[str, Any]:
+    """Build the index of words; its facts have a weight of hybrid searches where the corpus has judged queries for it."""
+    facts = build_lexical("embed", lexical, source, ledger.parts, ledger.rows, out, pool)
+    place = Place(corpus)
+    if not place.exists(MANIFEST_FILE) or not out.is_local:
+        return facts
+    judged = judged_queries(place)
+    if len(judged.queries) >= LEAST_QUERIES:
+        encoder = EncoderSource(model.id, model.travels, dtype=config.compute_dtype)
+        [facts] = run_tasks(
+            "embed", tune, [judged], out, encoder, config, model.contract.normalize, pool=pool
+        )
+    if "weight" not in facts:
+        note(
+            "embed",
+            f"hybrid searches get their usual weight: {len(judged.queries)} dev queries are too few to tune it",
+        )
+        return facts
+    told, weight = facts["tuned_on"], facts["weight"]
+    note(
+        "embed",
+        f"hybrid searches weigh vectors {weight:g}, words {1 - weight:g}: nDCG@10 {told['ndcg_at_10']:.3f} on {told['queries']} dev "
+        f"queries, of vectors alone {told['dense']:.3f}, of words alone {told['lexical']:.3f}",
+    )
+    return facts
 
 
 def _indexed(config: IndexConfig, out: Place, contract_hash: str, pool: PoolConfig) -> dict[str, Any]:
