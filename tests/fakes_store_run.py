@@ -1,7 +1,8 @@
 """A run on two Ray nodes that share nothing but an S3 server: run as a program, in an environment of its own.
 
 The first node has the driver and no CPU, so all work is the second's, which has a HOME and a cache of its own and sees nothing of
-the first's. The driver is killed once training has a checkpoint, and the command is given again.
+the first's. The driver is killed once training has a checkpoint, and the command is given again; then the first node serves what
+the second has made.
 """
 
 import json
@@ -101,12 +102,14 @@ def two_nodes(folder: Path) -> Any:
     return cluster
 
 
-def command(verb: str, config: Path, *words: str) -> subprocess.Popen[str]:
-    """A command as a user gives it, on the first node."""
+def command(verb: str, config: Path, *words: str, own_ray: bool = False) -> subprocess.Popen[str]:
+    """A command as a user gives it, on the first node; in the cluster, or in a Ray of its own."""
+    environment = {key: value for key, value in os.environ.items() if not own_ray or key != "RAY_ADDRESS"}
     arguments = [sys.executable, "-m", "embedloom", verb, config.name, "--profile", "single", *words]
     return subprocess.Popen(
         arguments,
         cwd=config.parent,
+        env=environment,
         stdout=subprocess.PIPE,
         stderr=sys.stderr,
         text=True,
@@ -143,7 +146,7 @@ def results(client: Any, config: Path) -> dict[str, Any]:
         again = command("run", config)
         output, _ = again.communicate(timeout=1200)
         codes.append(again.returncode)
-    served = command("serve", config, "--ask", QUESTION)
+    served = command("serve", config, "--ask", QUESTION, own_ray=True)
     answer, _ = served.communicate(timeout=900)
     after = keys(client, "")
     return {

@@ -6,11 +6,10 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from embedloom.core.prompting import document_text
 from embedloom.core.schemas import table_from_rows
 from embedloom.core.storage import Place
 from embedloom.errors import DataError
-from embedloom.synthesis.attempts import RowSource, chosen_rows, fill_positives, hash_ranks, ordered_ranks
+from embedloom.synthesis.attempts import PositiveTexts, RowSource, chosen_rows, hash_ranks, ordered_ranks
 
 
 def documents(place: Place, langs: list[str | None]) -> RowSource:
@@ -97,12 +96,32 @@ def test_a_corpus_without_the_needed_columns_is_named(tmp_path: Path):
         ordered_ranks(source, ["eng"], "1", "f")
 
 
-def test_positives_come_from_the_corpus_where_a_pair_has_none(mixed: RowSource):
+def test_positives_come_from_the_corpus_where_a_pair_has_none(mixed: RowSource, tmp_path: Path):
     rows = [
         {"id": "a", "document_id": "d3", "positive": None},
         {"id": "b", "document_id": "elsewhere", "positive": "own"},
+        {"id": "c", "document_id": "d99", "positive": None},
+        {"id": "d", "document_id": "d5", "positive": None},
     ]
-    fill_positives(rows, mixed, document_text)
-    assert [row["positive"] for row in rows] == ["title 3 text 3", "own"]
+    place = Place(str(tmp_path / "pairs"))
+    columns = {"query": ["q"] * 4, "lang": ["deu"] * 4}
+    place.write_table("pairs.parquet", pa.Table.from_pylist(rows).append_column("lang", [columns["lang"]]))
+    pairs = RowSource("pairs", ((place, "pairs.parquet"),), same_language=False)
+    orders = ordered_ranks(pairs, ["eng"], "1", "f")
+    every = {"eng": np.arange(4)}
+    reads: list[int] = []
+    with pytest.MonkeyPatch.context() as patch:
+        real = RowSource.tables
+        patch.setattr(
+            RowSource,
+            "tables",
+            lambda self, columns=None: (reads.append(1) if self is mixed else None, real(self, columns))[1],
+        )
+        texts = PositiveTexts(pairs, orders, every, "1", mixed)
+    texts.fill(rows[:2])
+    texts.fill(rows[3:])
+    assert [rows[n]["positive"] for n in (0, 1, 3)] == ["title 3 text 3", "own", "title 5 text 5"]
+    assert len(reads) == 1  # one pass over the corpus, however many pairs
     with pytest.raises(DataError, match="pair 'c': its document 'd99' is not in the train split"):
-        fill_positives([{"id": "c", "document_id": "d99", "positive": None}], mixed, document_text)
+        texts.fill(rows[2:3])
+    texts.close()

@@ -9,8 +9,9 @@ import pytest
 from embedloom.config.training import TrainingSource, check_sources
 from embedloom.core.schemas import table_from_rows
 from embedloom.core.storage import Place
+from embedloom.core.text_table import TextTable
 from embedloom.errors import DataError
-from embedloom.training.sources import TextTable, read_source, source_state
+from embedloom.training.sources import read_source, source_state
 
 
 def read(tmp_path, mined=None, **settings):

@@ -20,6 +20,7 @@ from typing import IO, Any, cast
 
 import fsspec
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from embedloom.core.schemas import check_table
@@ -283,14 +284,16 @@ class Place:
         finally:
             temporary.unlink(missing_ok=True)
 
-    def read_table(self, name: str, columns: list[str] | None = None) -> pa.Table:
-        """Read one Parquet file.
+    def read_table(
+        self, name: str, columns: list[str] | None = None, where: pc.Expression | None = None
+    ) -> pa.Table:
+        """Read one Parquet file; with ``where`` only such rows, out of the row groups that may have some.
 
         Raises:
             DataError: missing or not readable as Parquet.
         """
         with self._parquet(name) as stream:
-            return pq.read_table(stream, columns=columns)
+            return pq.read_table(stream, columns=columns, filters=where)
 
     @contextmanager
     def _parquet(self, name: str) -> Iterator[IO[bytes]]:

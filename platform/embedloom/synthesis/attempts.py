@@ -2,8 +2,10 @@
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +16,7 @@ from embedloom.core.prompting import document_text
 from embedloom.core.schemas import check_table, content_id
 from embedloom.core.storage import Place
 from embedloom.core.text import hash64, hashes64
+from embedloom.core.text_table import TextTable
 from embedloom.errors import DataError, StageError
 from embedloom.synthesis.families.base import Attempt, SeedDocument
 from embedloom.synthesis.families.registry import FAMILIES
@@ -210,7 +213,11 @@ def ordered_ranks(source: RowSource, labels: Sequence[str], seed: str, where: st
 
 
 def chosen_rows(
-    source: RowSource, orders: dict[str, Any], wanted: dict[str, Numbers], seed: str
+    source: RowSource,
+    orders: dict[str, Any],
+    wanted: dict[str, Numbers],
+    seed: str,
+    columns: Sequence[str] | None = None,
 ) -> Iterator[tuple[str, int, dict[str, Any]]]:
     """Every wanted row as (label, index into ``wanted[label]``, row), in the order of the files.
 
@@ -219,12 +226,13 @@ def chosen_rows(
         orders: of ``ordered_ranks``.
         wanted: per label, places in its order, each below the number of its rows; a place may stand several times.
         seed: as for ``ordered_ranks``.
+        columns: of the rows; None: all, checked.
     """
     by_place = {label: np.argsort(places, kind="stable") for label, places in wanted.items()}
-    for table in source.tables():
+    for table in source.tables(columns):
         rows: list[dict[str, Any]] | None = None
         ranks = hash_ranks(seed, table.column("id").to_pylist())
-        langs = table.column("lang").to_pylist()
+        langs = table.column("lang").to_pylist() if "lang" in table.column_names else [None] * table.num_rows
         for label, order in orders.items():
             fits = np.array([source.serves(lang, label) for lang in langs], dtype=bool)
             places = np.searchsorted(order, ranks)
@@ -237,29 +245,58 @@ def chosen_rows(
                     yield label, int(index), rows[number]
 
 
-def fill_positives(
-    rows: Sequence[dict[str, Any]], documents: RowSource, text: Callable[[str | None, str], str]
-) -> None:
-    """Give pairs without a positive the text of their document, in place.
+class PositiveTexts:
+    """The texts of the documents that chosen pairs name and do not bring, out of one pass over the corpus, on this machine's disk."""
 
-    Raises:
-        DataError: a pair whose document the corpus lacks.
-    """
-    needed = {row["document_id"] for row in rows if row["positive"] is None}
-    if not needed:
-        return
-    found: dict[str, str] = {}
-    for table in documents.tables():
-        for document in table.to_pylist():
-            if document["id"] in needed:
-                found[document["id"]] = text(document["title"], document["text"])
-    for row in rows:
-        if row["positive"] is None:
-            if row["document_id"] not in found:
+    def __init__(
+        self,
+        pairs: RowSource,
+        orders: dict[str, Any],
+        wanted: dict[str, Numbers],
+        seed: str,
+        documents: RowSource,
+    ) -> None:
+        """Find them; eight bytes a pair in memory.
+
+        Args:
+            pairs: where pairs come from.
+            orders: of ``ordered_ranks``.
+            wanted: see ``chosen_rows``.
+            seed: as for ``ordered_ranks``.
+            documents: of the corpus.
+        """
+        columns = ["id", "lang", "document_id", "positive"]
+        chosen = chosen_rows(pairs, orders, wanted, seed, columns)
+        needed = np.unique(hashes64(row["document_id"] for _, _, row in chosen if row["positive"] is None))
+        self._folder = tempfile.TemporaryDirectory(prefix="embedloom-positives-")
+        found = _texts_of(documents, needed) if len(needed) else ()
+        self._texts = TextTable.build(Path(self._folder.name), found)
+
+    def fill(self, rows: Sequence[dict[str, Any]]) -> None:
+        """Give pairs without a positive the text of their document, in place.
+
+        Raises:
+            DataError: a pair whose document the corpus lacks.
+        """
+        for row in rows:
+            if row["positive"] is None:
+                row["positive"] = self._texts.get(row["document_id"])
+            if row["positive"] is None:
                 raise DataError(
                     f"pair {row['id']!r}: its document {row['document_id']!r} is not in the train split, and it has no positive"
                 )
-            row["positive"] = found[row["document_id"]]
+
+    def close(self) -> None:
+        """Delete them."""
+        self._folder.cleanup()
+
+
+def _texts_of(documents: RowSource, needed: Any) -> Iterator[tuple[str, str]]:
+    """(id, text) of the documents with one of these digests of their ids, which ascend."""
+    for table in documents.tables():
+        hits = np.isin(hashes64(table.column("id").to_pylist()), needed)
+        for row in table.filter(pa.array(hits)).to_pylist():
+            yield row["id"], document_text(row["title"], row["text"])
 
 
 # Which brainstormed task an attempt is written for: another generator's, for the stated share of the rows.
@@ -515,21 +552,12 @@ def _sourced(
             places = places[places < len(order)]
         wanted[label] = places % len(order)
     kind = "document" if rows.kind == "documents" else "pair"
-    for chunk in _chunks(chosen_rows(rows, orders, wanted, seed)):
-        if kind == "pair":
-            fill_positives([row for _, _, row in chunk], work.documents, document_text)
-        for label, index, row in chunk:
-            cell, ordinal, other = asked.attempt(label, index)
-            writer.add(_row(work, cell, ordinal, other, **{kind: row}))
+    texts = PositiveTexts(rows, orders, wanted, seed, work.documents) if kind == "pair" else None
+    for label, index, row in chosen_rows(rows, orders, wanted, seed):
+        if texts is not None:
+            texts.fill([row])
+        cell, ordinal, other = asked.attempt(label, index)
+        writer.add(_row(work, cell, ordinal, other, **{kind: row}))
+    if texts is not None:
+        texts.close()
     return complete
-
-
-def _chunks(found: Iterator[Any]) -> Iterator[list[Any]]:
-    chunk: list[Any] = []
-    for one in found:
-        chunk.append(one)
-        if len(chunk) == _ROWS_PER_FILE:
-            yield chunk
-            chunk = []
-    if chunk:
-        yield chunk

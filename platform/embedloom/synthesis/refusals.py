@@ -1,7 +1,8 @@
 """Rows that other rows, the teacher or the judge refuse: small tables beside a round's rows, merged when read.
 
 A pass over a round writes any number of files of REFUSAL_SCHEMA into a folder of its own. Rows are never
-rewritten: a row survives if no file names it.
+rewritten: a row survives if no file names it. When a pass is done its refusals are sorted by part, some files together, so
+that whoever works on some parts reads theirs: each file by each would grow with the square of the parts.
 """
 
 from collections.abc import Iterable, Sequence
@@ -11,6 +12,7 @@ from pathlib import PurePosixPath
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from embedloom.compute.shards import run_tasks
 from embedloom.core.storage import Place
 from embedloom.synthesis.quotas import Cell, Tally, stamped
 
@@ -20,6 +22,7 @@ REFUSAL_SCHEMA = pa.schema(
     [("part", pa.string()), ("id", pa.string()), ("reason", pa.string()), ("detail", pa.string())]
 )
 _ROWS_PER_TASK = 16_384
+_SORTED, _INDEX = "-by-part", "-by-part.json"  # behind the name of a pass's folder
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,15 +60,50 @@ def refusal_table(rows: Iterable[dict[str, object]]) -> pa.Table:
     return pa.Table.from_pylist(list(rows), schema=REFUSAL_SCHEMA)
 
 
+_TOGETHER = (
+    64  # files of a pass that are sorted into one; at most eight of duplicates, which may be of any part
+)
+
+
+def sort_refusals(stage: str, place: Place, one: Round, folder: str) -> None:
+    """Sort the refusals of a finished pass by part, in tasks, and say in an index which file has which parts."""
+    index = f"{one.folder}/{folder}{_INDEX}"
+    names = place.names(f"{one.folder}/{folder}", ".parquet")
+    if place.exists(index) or not names:
+        return
+    chunks = [tuple(names[start : start + _TOGETHER]) for start in range(0, len(names), _TOGETHER)]
+    found = run_tasks(stage, _sort_chunk, list(enumerate(chunks)), f"{one.folder}/{folder}{_SORTED}", place)
+    place.write_json(index, {"files": [file for file in found if file]})
+
+
+def _sort_chunk(item: tuple[int, tuple[str, ...]], folder: str, place: Place) -> list[str]:
+    """Write the refusals of some files by part; (name, first part, last part), nothing where there are none."""
+    number, names = item
+    table = pa.concat_tables([place.read_table(name) for name in names]).sort_by("part")
+    if not table.num_rows:
+        return []
+    name = f"{folder}/{number:06d}.parquet"
+    place.write_table(name, table)
+    return [name, table.column("part")[0].as_py(), table.column("part")[-1].as_py()]
+
+
+def _files_with(place: Place, one: Round, folder: str, parts: Sequence[str]) -> list[str]:
+    """Files of a pass that may name rows of some parts; all, where they have not been sorted."""
+    index = f"{one.folder}/{folder}{_INDEX}"
+    if not place.exists(index):
+        return place.names(f"{one.folder}/{folder}", ".parquet")
+    first, last = min(parts), max(parts)
+    return [name for name, low, high in place.read_json(index)["files"] if low <= last and first <= high]
+
+
 def refusals_of(place: Place, one: Round, parts: Sequence[str]) -> dict[str, dict[str, tuple[str, str]]]:
     """Part -> row id -> (reason, detail): of several passes the first, within it the smallest."""
     found: dict[str, dict[str, tuple[str, str]]] = {part: {} for part in parts}
-    wanted = pa.array(parts, pa.string())
+    wanted = pc.field("part").isin(list(parts))
     for folder in one.passes:
         here: dict[str, dict[str, tuple[str, str]]] = {part: {} for part in parts}
-        for name in place.names(f"{one.folder}/{folder}", ".parquet"):
-            table = place.read_table(name)
-            for row in table.filter(pc.is_in(table.column("part"), value_set=wanted)).to_pylist():
+        for name in _files_with(place, one, folder, parts) if parts else ():
+            for row in place.read_table(name, where=wanted).to_pylist():
                 verdict = (row["reason"], row["detail"])
                 known = here[row["part"]].get(row["id"], verdict)
                 here[row["part"]][row["id"]] = min(known, verdict)

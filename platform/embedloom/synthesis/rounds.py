@@ -44,7 +44,7 @@ from embedloom.synthesis.judge import JUDGE_FOLDER, Judge, Served, refuse_ungrad
 from embedloom.synthesis.prices import Placed, judge_pool, waves
 from embedloom.synthesis.prompts_used import UsedPrompts, languages_of, task_families, writers
 from embedloom.synthesis.quotas import Cell, Standing, Tally, check_limits, next_attempts, quotas, stamped
-from embedloom.synthesis.refusals import ROWS_FOLDER, Round, count_parts, parts_together
+from embedloom.synthesis.refusals import ROWS_FOLDER, Round, count_parts, parts_together, sort_refusals
 from embedloom.synthesis.round_trip import DOCUMENTS_FOLDER, ROUND_TRIP_FOLDER, RoundTrip, refuse_unfound
 from embedloom.synthesis.rows import RowMaker, TaskMaker
 
@@ -166,8 +166,9 @@ class Rounds:
         written = self._attempts(one, stretches)
         self._answer(one, written["attempts"])
         earlier = tuple(known.folder for known in self.rounds)
-        for _, compare in self._phase.compare:
+        for name, compare in self._phase.compare:
             compare(one, (*earlier, one.folder))
+            sort_refusals(STAGE, self._place, one, name)
         tally = Tally()
         for part in run_tasks(STAGE, count_parts, one.groups(self._place), one, self._place):
             tally.merge(part)
