@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from embedloom.compute.shards import Handling, parquet_rows, run_tasks, stream
+from embedloom.compute.shards import PART_PATTERN, Handling, parquet_rows, run_here, run_tasks, stream
 from embedloom.config.cluster import PoolConfig
 from embedloom.config.embedding import EmbeddingConfig, IndexConfig, LexicalConfig
 from embedloom.core.artefacts import MANIFEST_FILE, Artefact, ArtefactWriter
@@ -80,9 +80,10 @@ _CACHED_PARTS = 64  # vector files kept in memory
 class _Finished:
     """Vector columns of finished rows by number: of this build, or below zero of the earlier artefact."""
 
-    def __init__(self, ledger: Ledger, out: Place, previous: Place | None) -> None:
+    def __init__(
+        self, ledger: Ledger, out: Place, previous: Place | None, files: Sequence[tuple[str, int]]
+    ) -> None:
         self._ledger, self._out, self._previous = ledger, out, previous
-        files = parquet_rows(previous, VECTORS_FOLDER) if previous else []
         self._before = [name for name, _ in files]
         self._ends = np.cumsum([rows for _, rows in files], dtype=np.int64)
         self._table = lru_cache(maxsize=_CACHED_PARTS)(self._read)
@@ -118,12 +119,15 @@ class _Finished:
         if file < 0:
             assert self._previous is not None  # noqa: S101 - the ledger was opened with the same artefact
             table = self._previous.read_table(self._before[-1 - file])
-        elif self._out.exists(f"{OWN_FOLDER}/{self._ledger.parts[file]}"):
-            table = self._out.read_table(f"{OWN_FOLDER}/{self._ledger.parts[file]}")
+        elif self._out.exists(f"{OWN_FOLDER}/{PART_PATTERN.format(file)}"):
+            table = self._out.read_table(f"{OWN_FOLDER}/{PART_PATTERN.format(file)}")
             offsets = np.asarray(table.column("offset"))
         else:
-            table = self._out.read_table(f"{VECTORS_FOLDER}/{self._ledger.parts[file]}")
+            table = self._out.read_table(f"{VECTORS_FOLDER}/{PART_PATTERN.format(file)}")
         return table.select([n for n in ("vector", SCALE_COLUMN) if n in table.column_names]), offsets
+
+
+_FILLED_TOGETHER = 16  # shards of a task, which read the files of earlier ones they take vectors from once
 
 
 def fill_in(stage: str, ledger: Ledger, out: Place, previous: Place | None) -> None:
@@ -132,10 +136,24 @@ def fill_in(stage: str, ledger: Ledger, out: Place, previous: Place | None) -> N
     missing = [n for n, part in enumerate(ledger.parts) if f"{VECTORS_FOLDER}/{part}" not in done]
     if not missing:
         return
-    note(stage, f"filling in shared vectors of {len(missing)} of {len(ledger.parts)} shards")
-    finished = _Finished(ledger, out, previous)
-    for shard in missing:
-        part = ledger.parts[shard]
+    note(stage, f"filling in shared vectors of {len(missing)} of {len(ledger.rows)} shards")
+    files = parquet_rows(previous, VECTORS_FOLDER) if previous else []
+    chunks = [missing[start : start + _FILLED_TOGETHER] for start in range(0, len(missing), _FILLED_TOGETHER)]
+    tasks = run_tasks if len(chunks) > 1 else run_here
+    for _ in tasks(stage, _fill_shards, chunks, ledger, out, previous, files, cpus=1.0):
+        pass
+
+
+def _fill_shards(
+    shards: Sequence[int],
+    ledger: Ledger,
+    out: Place,
+    previous: Place | None,
+    files: Sequence[tuple[str, int]],
+) -> None:
+    finished = _Finished(ledger, out, previous, files)
+    for shard in shards:
+        part = PART_PATTERN.format(shard)
         rows = out.read_table(f"{ROWS_FOLDER}/{part}")
         table = finished.take(origin_column(rows))
         cost = (TOKENS_KEY, *CUT_KEYS)
