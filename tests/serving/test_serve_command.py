@@ -148,6 +148,39 @@ def test_a_task_is_asked_for_only_beside_a_question():
         assert result.exit_code != 0 and "--ask" in str(result.exception)
 
 
+def test_a_mode_is_asked_for_only_beside_a_question_and_is_one_of_three():
+    for arguments in (["serve", QUICKSTART, "--mode", "hybrid"], ["serve", "minilm-l6", "--mode", "hybrid"]):
+        result = CliRunner().invoke(app, arguments)
+        assert result.exit_code != 0 and "--ask" in str(result.exception)
+    result = CliRunner().invoke(app, ["serve", QUICKSTART, "--ask", "Why?", "--mode", "bm25"])
+    assert "--mode: 'bm25'; allowed: dense, lexical, hybrid" in str(result.exception)
+
+
+def test_a_question_by_mode_is_the_endpoints_own_search(monkeypatch):
+    sent = []
+
+    def ask(url, seconds, body):
+        sent.append((url, body))
+        hits = [
+            {"id": "d1", "score": 7.25, "source": None, "text": "one\n  text"},
+            {"id": "d2", "score": 1.5, "source": "guide.md", "text": None},
+        ]
+        return {"mode": "lexical", "results": hits}
+
+    monkeypatch.setattr(stage, "ask", ask)
+    found = stage.searched_documents("http://here/v1", "Why?", "lexical", count=2, task="faq")
+    assert sent == [
+        ("http://here/v1/search", {"query": "Why?", "mode": "lexical", "top_k": 2, "task": "faq"})
+    ]
+    assert found.splitlines() == [
+        "? Why?  (lexical)",
+        "  7.250  d1",
+        "         one text",
+        "  1.500  guide.md",
+        "         ",
+    ]
+
+
 @pytest.mark.parametrize(("task", "expected"), [(None, {}), ("faq", {"task": "faq"})])
 def test_a_question_is_sent_as_the_readmes_call_and_its_task_only_where_stated(monkeypatch, task, expected):
     sent = {}

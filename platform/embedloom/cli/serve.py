@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from embedloom.cli.options import ClusterFile, ProfileName, Verbose, option
+from embedloom.config.serving import SEARCH_MODES, SearchMode
 from embedloom.config.shipped import names_config
 from embedloom.errors import ConfigError
 
@@ -38,6 +39,10 @@ Task = Annotated[
     str | None,
     option("task", "With --ask: task type, or a task of the model by name; default: the model's own."),
 ]
+Mode = Annotated[
+    str | None,
+    option("mode", "With --ask: search by dense, lexical or hybrid; default: the nearest vectors."),
+]
 Overrides = Annotated[
     list[str] | None,
     option(
@@ -66,6 +71,7 @@ def serve(
     port: Port = None,
     ask: Ask = None,
     task: Task = None,
+    mode: Mode = None,
     profile: ProfileName = "local",
     cluster: ClusterFile = None,
     overrides: Overrides = None,
@@ -99,14 +105,15 @@ def serve(
                 )
         if task is not None and not ask:
             raise ConfigError("--task goes with --ask; what every request gets is serving.default_task")
+        searched = _searched_by(mode, ask)
         from embedloom.pipeline.commands import load, serve_run
 
         run = load(source, profile, cluster, overrides or [])
         with command_output(run.place, verbose or dry_run, resumes=False):
-            result = serve_run(run, ask or [], dry_run, task)
+            result = serve_run(run, ask or [], dry_run, task, searched)
         print(result)
         return
-    if ask or task is not None:
+    if ask or task is not None or mode is not None:
         raise ConfigError("--ask goes with a CONFIG, whose run has documents to rank")
     from embedloom.core.storage import Place
     from embedloom.pipeline.model_commands import load_machine, serve_model, serving_config
@@ -115,6 +122,18 @@ def serve(
     with command_output(Place("runs/serve"), verbose or dry_run, resumes=False):
         result = serve_model(config, load_machine(cluster), profile, dry_run)
     print(result)
+
+
+def _searched_by(mode: str | None, ask: list[str] | None) -> SearchMode | None:
+    """The stated mode, checked."""
+    if mode is None:
+        return None
+    if not ask:
+        raise ConfigError("--mode goes with --ask; what requests get that state none is serving.search.mode")
+    for known in SEARCH_MODES:
+        if mode == known:
+            return known
+    raise ConfigError(f"--mode: {mode!r}; allowed: {', '.join(SEARCH_MODES)}")
 
 
 def _stop(name: str, source: str | None, cluster: Path | None, profile: str, dry_run: bool) -> None:

@@ -7,7 +7,7 @@ from embedloom.config.cluster import check_actor_gpus, load_cluster, machines
 from embedloom.config.rates import RATES_FILE, RatesConfig, load_rates
 from embedloom.config.reranker import GATE_NODE, MODEL_NODE, RERANKER
 from embedloom.config.run import Run, load_run, open_run, write_run_file
-from embedloom.config.serving import ServingConfig
+from embedloom.config.serving import SearchMode, ServingConfig
 from embedloom.config.shipped import cluster_file, config_file
 from embedloom.core.artefacts import MANIFEST_FILE, Artefact
 from embedloom.core.model_folder import ModelFolder
@@ -183,10 +183,31 @@ def with_reranker(run: Run, serving: ServingConfig) -> ServingConfig:
     return serving.model_copy(update={"reranker": str(folder)})
 
 
-def serve_run(run: Run, questions: list[str], dry_run: bool, task: str | None = None) -> str:
-    """Serve the run's model until interrupted, or just long enough to answer ``questions`` as a task of the model's."""
+def serve_run(
+    run: Run,
+    questions: list[str],
+    dry_run: bool,
+    task: str | None = None,
+    mode: SearchMode | None = None,
+) -> str:
+    """Serve the run's model until interrupted, or just long enough to answer ``questions``.
+
+    Args:
+        run: the run.
+        questions: none: until interrupted.
+        dry_run: say what would be served.
+        task: what the questions are asked as; None: the model's default.
+        mode: how the corpus is searched for them, at ``/v1/search``; None: by the vectors of the run's own documents.
+
+    Raises:
+        ConfigError: settings that cannot be served, or a mode that the vectors have no index for.
+    """
     model, model_id = served_model(run)
     config = with_reranker(run, served_config(run))
+    if mode is not None:
+        searched = config.search.model_copy(update={"mode": mode})
+        own = config.corpus or run.place.child("vectors").uri
+        config = config.model_copy(update={"corpus": own, "search": searched})
     place = model.name if isinstance(model, NodeModel) else str(model)
     url = f"http://{run.config.serving.host}:{run.config.serving.port}/v1"
     check_port(run.config.serving, run.profile)
@@ -209,7 +230,7 @@ def serve_run(run: Run, questions: list[str], dry_run: bool, task: str | None = 
             if not questions:
                 endpoint.wait()
                 return url
-            return f"{_answers(run, url, questions, task)}\n{url}"
+            return f"{_answers(run, url, questions, task, mode)}\n{url}"
         finally:
             endpoint.stop()
 
@@ -229,9 +250,11 @@ def _judge_int8(run: Run, model: Path | NodeModel) -> None:
     note("serve", f"compute_dtype int8 loses {verdict['lost']:.4f} nDCG@10 on {verdict['queries']} queries")
 
 
-def _answers(run: Run, url: str, questions: list[str], task: str | None) -> str:
-    from embedloom.serving.stage import nearest_documents
+def _answers(run: Run, url: str, questions: list[str], task: str | None, mode: SearchMode | None) -> str:
+    from embedloom.serving.stage import nearest_documents, searched_documents
 
+    if mode is not None:
+        return "\n\n".join(searched_documents(url, question, mode, task=task) for question in questions)
     corpus = Artefact.open(run.place.child("corpus"), "corpus")
     vectors = Artefact.open(run.place.child("vectors"), "vectors")
     name = run.config.serving.served_name or run.config.run.name

@@ -21,7 +21,7 @@ from ray.serve.exceptions import RayServeException
 from embedloom.compute.shards import elsewhere, fetch_weights
 from embedloom.config.base import validate
 from embedloom.config.cluster import PoolConfig, ServeScaling
-from embedloom.config.serving import ApplicationArgs, ServingConfig
+from embedloom.config.serving import ApplicationArgs, SearchMode, ServingConfig
 from embedloom.core.artefacts import Artefact
 from embedloom.core.command_output import WORKERS_LOG, current_logs
 from embedloom.core.progress import begun, ended, note
@@ -90,6 +90,36 @@ def nearest_documents(
         document = _document(corpus, ids[position])
         text = " ".join(str(document["text"]).split())[:_SHOWN_CHARACTERS]
         lines.append(f"  {scores[position]:.3f}  {document['source']}\n         {text}")
+    return "\n".join(lines)
+
+
+def searched_documents(
+    url: str,
+    question: str,
+    mode: SearchMode,
+    count: int = 3,
+    timeout_seconds: float = 60,
+    task: str | None = None,
+) -> str:
+    """What the endpoint's own search finds, listed.
+
+    Args:
+        url: the endpoint's ``…/v1``.
+        question: the query.
+        mode: by vectors, words or both.
+        count: documents listed.
+        timeout_seconds: of the request.
+        task: a task type, or a task of the model by name; None: the model's default.
+
+    Raises:
+        ServeError: the endpoint refused or did not answer.
+    """
+    asked = {"query": question, "mode": mode, "top_k": count} | ({} if task is None else {"task": task})
+    reply = ask(f"{url}/search", timeout_seconds, asked)
+    lines = [f"? {question}  ({reply['mode']})"]
+    for hit in reply["results"]:
+        text = " ".join(str(hit["text"] or "").split())[:_SHOWN_CHARACTERS]
+        lines.append(f"  {hit['score']:.3f}  {hit['source'] or hit['id']}\n         {text}")
     return "\n".join(lines)
 
 
