@@ -10,6 +10,7 @@ import socket
 import threading
 import time
 
+import fsspec
 import httpx
 import numpy as np
 import openai
@@ -35,6 +36,7 @@ from embedloom.serving.batches.store import BatchStore, FileStore, NotFound, new
 from embedloom.serving.front import ApiKey
 from embedloom.serving.metrics import EndpointMetrics
 from fakes_serving import FakeEncoder, refused, service_of, settings_of
+from fakes_store import s3_server
 
 MODELS = {"tiny-query": ModelAlias(side="query", instruction="Find")}
 ENDPOINT = "/v1/embeddings"
@@ -522,6 +524,27 @@ def test_a_file_that_was_deleted_and_actors_that_never_live_fail_the_batch(tmp_p
         hopeless = client.batches.retrieve(hopeless.id)
         assert hopeless.status == "failed" and hopeless.errors.data[0].code == "server_error"
         assert "secret" not in hopeless.errors.data[0].message
+
+
+def test_a_batch_lives_in_an_object_store(monkeypatch):
+    monkeypatch.setattr(cutting, "_SHARD_LINES", 2)
+    with s3_server():
+        fsspec.filesystem("s3").mkdir("batches-of-tests")
+        site = Site("s3://batches-of-tests/below")
+        site.dies = [Dies(2, StageError("gone"))]
+        with site.served() as url:
+            client = official(url)
+            batch = sent(client, [*(line(f"text {n}") for n in range(5)), b"{"])
+            site.run()
+            batch = client.batches.retrieve(batch.id)
+            assert batch.request_counts.to_dict() == {"total": 6, "completed": 5, "failed": 1}
+            assert [one["custom_id"] for one in read(client, batch.output_file_id)] == [
+                f"text {n}" for n in range(5)
+            ]
+            assert client.batches.list().data[0].id == batch.id and len(client.files.list().data) == 3
+            assert client.files.delete(batch.output_file_id).deleted and len(client.files.list().data) == 2
+            assert site.work.files.sweep() == 0 and site.work.batches.open() == []
+    assert [len(job.computed) for job in site.jobs] == [2, 1]
 
 
 def test_keys_take_turns(tmp_path):

@@ -265,7 +265,7 @@ def args(tiny_model, tmp_path, monkeypatch):
 def test_each_model_has_a_deployment_with_its_own_scaling(args):
     gateway = build_application(args())._bound_deployment
     assert gateway.name == "gateway"
-    encoders, settings, _, blueprint, _, further = gateway.init_args
+    encoders, settings, _, blueprint, _, further = gateway.init_args[:6]
     first = encoders._bound_deployment
     second, own = further["b"][0]._bound_deployment, further["b"][1]
     assert (first.name, second.name) == ("encoder", "encoder-2")

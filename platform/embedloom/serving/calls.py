@@ -177,7 +177,7 @@ class Calls:
         facts.values |= {"items": len(result.vectors), "tokens": result.tokens, "lane": result.lane}
         if facts.trace is not None:
             facts.trace.encoded(result, asked)
-        self.metrics.embedded(result)
+        self.metrics.embedded(result, self.settings.served_name)
         return result
 
     async def tokenize(self, http: Request, job: EncodeJob) -> TokenizeResult:

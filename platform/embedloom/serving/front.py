@@ -450,7 +450,7 @@ class Front:
         self._metrics.ongoing.inc()
         task = self._drain.enter()
         try:
-            exchange.codings = self._check(scope, headers, facts)
+            exchange.codings = self._check(scope, headers, facts, most)
             if scope["method"] == "OPTIONS":
                 await self._say_what_is_allowed(scope, exchange)
             else:
@@ -489,7 +489,7 @@ class Front:
                 seconds,
             )  # fmt: skip
 
-    def _check(self, scope: Scope, headers: dict[bytes, bytes], facts: Facts) -> list[str]:
+    def _check(self, scope: Scope, headers: dict[bytes, bytes], facts: Facts, most: int) -> list[str]:
         """Refuse who has no key and what is too large, before a byte of the body is read; the body's codings."""
         path = self._path(scope)
         if self._drain.begun and (path not in HEALTH_PATHS or path == "/ready"):
@@ -514,7 +514,6 @@ class Front:
             facts.client.begin()
         declared = headers.get(b"content-length", b"0")
         # Python refuses to read a number of thousands of digits; one of twenty is too large already.
-        most = self._body_limit(scope)
         if declared.isdigit() and int(declared[:20]) > most:
             raise _too_large(most)
         if b"content-encoding" not in headers:

@@ -47,6 +47,12 @@ class EndpointMetrics:
             ("side",),
             registry=self.registry,
         )
+        self.model_tokens = Counter(
+            "embedloom_model_tokens",
+            "The same, by the model that embedded them.",
+            ("model",),
+            registry=self.registry,
+        )
         self.truncated = Counter(
             "embedloom_truncated_items", "Inputs cut to the model's limit.", registry=self.registry
         )
@@ -77,8 +83,9 @@ class EndpointMetrics:
         self.requests.labels(path, str(status)).inc()
         self.request_seconds.labels(path).observe(seconds)
 
-    def embedded(self, result: EncodeResult) -> None:
-        """Count one embedded request and the batches it reports."""
+    def embedded(self, result: EncodeResult, model: str) -> None:
+        """Count one request that a model embedded and the batches it reports."""
+        self.model_tokens.labels(model).inc(result.tokens)
         self.items.observe(len(result.vectors))
         self.truncated.inc(result.truncated)
         for side, tokens in result.side_tokens.items():

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 import ray
+from ray.util.metrics import Counter, Gauge
 
 from embedloom.config.serving import BatchesConfig
 from embedloom.core.storage import Place
@@ -238,6 +239,10 @@ class BatchRunner:
         self._limits = limits
         self._resolve = resolve
         self._work = Work(self._place, limits, self._started, clock)
+        # Through Ray's exporter: this process answers no HTTP.
+        self._open = Gauge("embedloom_batches_open", "Batches that wait or are computed.")
+        self._ended = Counter("embedloom_batches_ended", "Batches that ended.", ("status",))
+        self._answered = Counter("embedloom_batch_requests", "Requests of ended batches.", ("outcome",))
         self._woken = asyncio.Event()
         self._running = asyncio.get_running_loop().create_task(self._run())
 
@@ -258,15 +263,24 @@ class BatchRunner:
                 if loop.time() - swept >= _SWEEP_SECONDS:
                     await asyncio.to_thread(self._work.files.sweep)
                     swept = loop.time()
+                self._open.set(len(await asyncio.to_thread(self._work.batches.open)))
                 batch = await asyncio.to_thread(self._work.next)
                 if batch is not None:
                     await self._work.bring_to_end(batch)
+                    self._count(batch)
                     continue
             except Exception:  # the storage, most likely; it is asked again
                 logger.exception("batches")
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._woken.wait(), _POLL_SECONDS)
             self._woken.clear()
+
+    def _count(self, batch: Batch) -> None:
+        state = self._work.batches.state(batch)
+        self._ended.inc(tags={"status": state.status})
+        for outcome in ("completed", "failed"):
+            if found := state.counts.get(outcome):
+                self._answered.inc(found, tags={"outcome": outcome})
 
     def _started(self, batch: Batch) -> "RayJob":
         return RayJob(BatchJob(batch, self._place, self._limits, self._resolve))
