@@ -1,7 +1,10 @@
 """Rerankers: pairs as the tokenizer makes them, logits as sentence-transformers' CrossEncoder has them, and the saved folder."""
 
 import json
+import os
 import random
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -18,9 +21,12 @@ from transformers import (
     XLMRobertaForSequenceClassification,
 )
 
+from embedloom.encoder.model import Encoder
 from embedloom.encoder.pair_parity import check_reranker_export, golden_logits, save_golden_logits
 from embedloom.encoder.pairs import PairEncoder, PairTemplate, prepare_reranker, save_reranker, types_of
+from embedloom.encoder.registry import resolve_model
 from embedloom.encoder.tokenizer import load_tokenizer
+from embedloom.encoder.vllm_reader import ENVIRONMENT as VLLM_ENVIRONMENT
 from embedloom.errors import ConfigError, DataError, StageError
 from fakes_mining import make_tiny_cross_encoder
 
@@ -207,9 +213,43 @@ def test_other_folders_are_refused_by_name(tiny_model, tmp_path, bert):
         match=r"reranker\.max_tokens: 512 is above the 128 positions of 'model'; allowed: 16 to 128",
     ):
         prepare_reranker(bert, 512, 0, tmp_path)
+    with pytest.raises(DataError, match="it is a cross-encoder, which gives scores of pairs and no vectors"):
+        Encoder.load(bert)
     broken = tmp_path / "broken"
     broken.mkdir()
     prepare_reranker(bert, 64, 0, broken)
     (broken / "reranker.json").write_text('{"version": 9, "max_tokens": 4}')
     with pytest.raises(DataError, match=r"reranker\.json: version 9, this version reads 1"):
         PairEncoder.open(broken)
+
+
+VLLM = """
+import json, sys
+import torch
+from vllm import LLM
+
+torch.set_num_threads(1)
+folder, pairs = sys.argv[1], json.loads(sys.argv[2])
+llm = LLM(model=folder, runner="pooling", dtype="float32", enforce_eager=True, max_num_seqs=8, enable_chunked_prefill=False)
+found = [llm.score([query], [document], use_tqdm=False)[0].outputs.score for query, document in pairs]
+print(json.dumps([float(score) for score in found]))
+"""
+
+
+@pytest.mark.slow
+def test_vllms_score_api_gives_the_sigmoids(tmp_path):
+    prepare_reranker(resolve_model("minilm-l6"), 64, 0, tmp_path)
+    (tmp_path / "contract.json").unlink()  # a trained one has none
+    pairs = [
+        ("sort a list", "sorted() gives a new list"),
+        ("größer", "Paris is the capital of France"),
+        ("a", "b"),
+    ]
+    logits = PairEncoder.open(tmp_path, dtype="float32", device="cpu").score(*zip(*pairs, strict=True))
+    run = subprocess.run(
+        [sys.executable, "-c", VLLM, str(tmp_path), json.dumps(pairs)],
+        env={**os.environ, **VLLM_ENVIRONMENT}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr[-2000:]
+    scores = json.loads(run.stdout.strip().splitlines()[-1])
+    np.testing.assert_allclose(scores, 1 / (1 + np.exp(-logits)), atol=1e-4)

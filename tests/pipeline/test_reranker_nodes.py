@@ -1,6 +1,7 @@
 """A run's reranker: which artefacts it adds and what makes them stale, refusals at start, and the run itself."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -8,9 +9,11 @@ import yaml
 from typer.testing import CliRunner
 
 from embedloom.cli.root import app
+from embedloom.core.artefacts import ArtefactWriter
+from embedloom.core.model_folder import ModelFolder
 from embedloom.encoder.pairs import PairEncoder
 from embedloom.errors import ConfigError, DataError
-from embedloom.pipeline.commands import execute, load
+from embedloom.pipeline.commands import execute, load, with_reranker
 from embedloom.pipeline.graph import build_missing, fingerprints, graph
 from embedloom.pipeline.plan import plan_table
 from embedloom.pipeline.preflight import problems
@@ -106,6 +109,28 @@ def test_the_plan_has_its_lines_and_a_run_without_one_no_such_command(tiny_llama
     with pytest.raises(ConfigError, match="reranker: this run has no such stage"):
         execute(type(run)(plain, run.cluster, run.profile_name), "reranker", dry_run=True)
     assert CliRunner().invoke(app, ["reranker", "--help"]).exit_code == 0
+
+
+def test_the_runs_own_reranker_is_served_where_it_passed_its_gate(
+    tiny_llama, tiny_model, base, tmp_path, capsys
+):
+    run = load(config_of(tmp_path, tiny_llama, tiny_model, base), "single", CLUSTER, [])
+    serving = run.config.serving
+    assert with_reranker(run, serving).reranker is None
+    assert "reranker/model is not built; /v1/rerank is answered by similarity" in capsys.readouterr().err
+    place = run.place.child("reranker/model")
+    ArtefactWriter(place, "reranker", "c", {}, "local").commit({})
+    shutil.copytree(base, place.local, dirs_exist_ok=True)
+    verdict = {"verdict": "refused", "reasons": ["worse"], "weights": ModelFolder(place.local).weights}
+    place.write_json("gate.json", verdict)
+    assert with_reranker(run, serving).reranker is None
+    assert "the reranker is not served" in capsys.readouterr().err
+    ungated = serving.model_copy(update={"require_gate": False})
+    assert with_reranker(run, ungated).reranker == str(place.local)
+    place.write_json("gate.json", {**verdict, "verdict": "passed"})
+    assert with_reranker(run, serving).reranker == str(place.local)
+    stated = serving.model_copy(update={"reranker": "other"})
+    assert with_reranker(run, stated).reranker == "other"
 
 
 @pytest.mark.ray

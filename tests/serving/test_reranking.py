@@ -9,10 +9,12 @@ from ray import serve
 from starlette.testclient import TestClient
 
 from embedloom.config.cluster import ServeScaling
-from embedloom.config.serving import ServingConfig
+from embedloom.config.serving import ApplicationArgs, ServingConfig
+from embedloom.core.model_folder import ModelFolder
 from embedloom.encoder.pairs import PairEncoder
 from embedloom.errors import DataError
 from embedloom.serving.api import create_api
+from embedloom.serving.app import build_application
 from embedloom.serving.reranking import RerankerService
 from embedloom.serving.schemas import CorpusCard, RerankResponse, SearchHit, SearchResponse
 from embedloom.serving.service import BatchSettings
@@ -178,6 +180,26 @@ def test_a_corpus_without_texts_cannot_be_reranked(folder):
 
 def test_models_names_the_reranker(client):
     assert client.get("/v1/models/tiny").json()["reranker"] == "c0ffee"
+
+
+@pytest.mark.parametrize("most", [1, 2])
+def test_it_is_bound_beside_the_encoders_with_its_own_replicas(tiny_model, folder, most):
+    args = ApplicationArgs(
+        model_folder=str(tiny_model),
+        served_name="tiny",
+        serving=ServingConfig(require_gate=False, reranker=str(folder), compute_dtype="float32"),
+        scaling=ServeScaling(max_replicas=most),
+        reranker_scaling=ServeScaling(min_replicas=0, max_replicas=5),
+    )
+    bound = build_application(args)._bound_deployment
+    settings, reranker = bound.init_args[1], bound.init_args[-1]._bound_deployment
+    assert settings.reranker == ModelFolder(folder).fingerprint
+    assert reranker.name == "reranker" and reranker.init_args[0].dtype == "float32"
+    config = reranker._deployment_config.autoscaling_config
+    assert (config.min_replicas, config.max_replicas) == (0, 5)
+    plain = args.model_copy(update={"serving": ServingConfig(require_gate=False)})
+    without = build_application(plain)._bound_deployment.init_args
+    assert without[-1] is None and without[1].reranker is None
 
 
 def free_port():

@@ -335,8 +335,11 @@ def read_layout(folder: Path) -> Layout:
 
 def _without_modules(folder: Path) -> Layout:
     """No files of the library: known only where the model's own config says how to pool, as NVIDIA's recipe writes it."""
-    if read_config(folder).to_dict().get("pooling") == "avg":
+    config = read_config(folder).to_dict()
+    if config.get("pooling") == "avg":
         return Layout(folder)
+    if any(name.endswith("ForSequenceClassification") for name in config.get("architectures") or ()):
+        return Layout(folder, beyond="it is a cross-encoder, which gives scores of pairs and no vectors")
     return Layout(folder, beyond="it has no modules.json, so how to pool is unknown")
 
 

@@ -17,7 +17,7 @@ from embedloom.errors import StageError, last_line
 
 _PACKAGE_ROOT = Path(__file__).parents[2]
 _TIMEOUT_SECONDS = 1800  # loading 16 GB from a cold disk included
-_ENVIRONMENT = {
+ENVIRONMENT = {
     "VLLM_LOGGING_LEVEL": "ERROR",
     "VLLM_NO_USAGE_STATS": "1",
     "HF_HUB_OFFLINE": "1",
@@ -49,7 +49,7 @@ def read_with_vllm(folder: Path, texts: Sequence[str], max_tokens: Sequence[int]
         command = [sys.executable, "-m", "embedloom.encoder.vllm_reader", str(request), str(answer)]
         try:
             process = subprocess.run(
-                command, env={**os.environ, **_ENVIRONMENT, "PYTHONPATH": path}, capture_output=True, text=True,
+                command, env={**os.environ, **ENVIRONMENT, "PYTHONPATH": path}, capture_output=True, text=True,
                 timeout=_TIMEOUT_SECONDS, check=False,
             )  # fmt: skip
         except subprocess.TimeoutExpired as error:

@@ -173,14 +173,15 @@ def with_reranker(run: Run, serving: ServingConfig) -> ServingConfig:
     if not place.exists(MANIFEST_FILE):
         note("serve", f"{place.uri} is not built; /v1/rerank is answered by similarity")
         return serving
-    folder = local_folder(model_at(place))
+    opened = model_at(place)
     if serving.require_gate:
         try:
-            ModelFolder(folder).check_gated()
+            ModelFolder(local_folder(opened)).check_gated()
         except DataError as error:
             note("serve", f"the reranker is not served, /v1/rerank is answered by similarity: {error}")
             return serving
-    return serving.model_copy(update={"reranker": str(folder)})
+    name = opened.name if isinstance(opened, NodeModel) else str(opened)
+    return serving.model_copy(update={"reranker": name})
 
 
 def serve_run(
