@@ -547,6 +547,24 @@ def test_a_batch_lives_in_an_object_store(monkeypatch):
     assert [len(job.computed) for job in site.jobs] == [2, 1]
 
 
+def test_batches_that_ended_are_forgotten_with_their_files(tmp_path):
+    clock = Clock()
+    site = Site(tmp_path, clock, file_days=2)
+    file = site.desk.files.add("me", "f", [content_of([line("a")])]).id
+    asked = {"endpoint": ENDPOINT, "completion_window": "24h", "input_file_id": file}
+    old = site.desk.batches.add("me", asked, {}, 10 * 86400)
+    site.run()
+    waits = site.desk.batches.add("me", asked, {}, 10 * 86400)
+    clock.now += 2 * 86400 - 60
+    young = site.desk.batches.add("me", asked, {}, 10 * 86400)
+    assert site.work.batches.sweep(2) == 0
+    clock.now += 120
+    assert site.work.batches.sweep(2) == 1
+    with pytest.raises(NotFound):
+        site.desk.batches.get("me", old.id)
+    assert [one.id for one in site.desk.batches.listed("me", 9)[0]] == [young.id, waits.id]
+
+
 def test_keys_take_turns(tmp_path):
     site = Site(tmp_path)
     file = {owner: site.desk.files.add(owner, "f", [content_of([line("a")])]).id for owner in ("one", "two")}

@@ -262,6 +262,7 @@ class BatchRunner:
             try:
                 if loop.time() - swept >= _SWEEP_SECONDS:
                     await asyncio.to_thread(self._work.files.sweep)
+                    await asyncio.to_thread(self._work.batches.sweep, self._limits.file_days)
                     swept = loop.time()
                 self._open.set(len(await asyncio.to_thread(self._work.batches.open)))
                 batch = await asyncio.to_thread(self._work.next)

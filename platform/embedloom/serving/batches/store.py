@@ -274,6 +274,19 @@ class BatchStore:
                 found.append(self.get(theirs, name.rpartition("/")[2]))
         return found
 
+    def sweep(self, days: float) -> int:
+        """Forget batches that ended, and are older than their files may be; returns how many."""
+        count = 0
+        for owner in owners(self._place):
+            for identifier in _folders(self._place, f"{owner}/batches"):
+                if _age_seconds(identifier, self.clock()) < days * DAY_SECONDS:
+                    break  # names in order are ages in order
+                batch = self.get(owner, identifier)
+                if self.state(batch).status in ENDED:
+                    batch.place.remove()
+                    count += 1
+        return count
+
     def cancel(self, batch: Batch) -> None:
         """Have a batch end; whether it has, ``state`` says."""
         if not batch.place.exists("cancel.json"):
@@ -344,7 +357,7 @@ def _checked(identifier: str, prefix: str) -> str:
 
 
 def _age_seconds(identifier: str, now: float) -> float:
-    return now - int(identifier[5:17], 16) / 1000 if _ID.fullmatch(identifier) else 0.0
+    return now - int(identifier[-28:-16], 16) / 1000 if _ID.fullmatch(identifier) else 0.0
 
 
 def _behind(identifiers: list[str], prefix: str, after: str | None, oldest_first: bool = False) -> list[str]:
