@@ -1,11 +1,12 @@
-"""Whether the corpus stage is linear and its driver flat: CPU a document, peak memory of driver and worker, files, by size.
+"""Whether data stages are linear and their driver flat: CPU a row, peak memory of driver and worker, files, by size.
 
-    python benchmarks/scale.py [--rows 50000,200000,800000] [--large] [--chunk MODEL] [--json]
+    python benchmarks/scale.py [--stages corpus,gather,...] [--rows 50000,200000,800000] [--large] [--chunk MODEL] [--json]
 
-Made-up documents of about 600 characters, words drawn by Zipf's law, 2 % exact and 5 % near copies, in Parquet files of
-50,000. The driver hands its tasks to one worker process (``concurrent.futures`` in place of Ray, same contract), so the CPU
-time of both, imports left out, and the peak of each are exact. Every size runs in a process of
-its own. The last lines say whether CPU a document stays within 15 % and the driver within 100 MB. --large adds 5 million.
+corpus: made-up documents of about 600 characters, words drawn by Zipf's law, 2 % exact and 5 % near copies, in Parquet files of
+50,000. The others, with made-up teachers, generators and models, are in ``scale_stages.py``. The driver hands its tasks to one
+worker process (``concurrent.futures`` in place of Ray, same contract), so the CPU time of both, imports left out, and the peak
+of each are exact. Every size runs in a process of its own. The last lines say whether CPU a row stays within 15 % and the driver
+within 100 MB. --large adds 5 million.
 """
 
 import argparse
@@ -20,9 +21,11 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import cloudpickle
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import scale_stages
 
 SIZES = (50_000, 200_000, 800_000)
 LARGE = 5_000_000
@@ -61,11 +64,33 @@ def peak_bytes() -> float:
     return float(line.split()[1]) * 1024
 
 
-def _imported() -> float:
-    import embedloom.corpus.stage  # noqa: F401
-
+def cpu_seconds() -> float:
+    """That this process has used."""
     used = resource.getrusage(resource.RUSAGE_SELF)
     return used.ru_utime + used.ru_stime
+
+
+def _imported() -> float:
+    # Everything that a task may import, so that what is measured is work.
+    import embedloom.corpus.stage
+    import embedloom.mining.stage
+    import embedloom.retrieval.corpora
+    import embedloom.synthesis.stage
+    import embedloom.training.data  # noqa: F401
+
+    return cpu_seconds()
+
+
+_CONTENT: dict[int, Any] = {}  # of the worker's process: what tasks of one step share, opened once
+
+
+def _called(content: bytes, item: bytes) -> Any:
+    key = hash(content)
+    if key not in _CONTENT:
+        _CONTENT.clear()
+        _CONTENT[key] = cloudpickle.loads(content)
+    function, shared = _CONTENT[key]
+    return function(cloudpickle.loads(item), *shared)
 
 
 class Worker:
@@ -78,23 +103,33 @@ class Worker:
         self, stage: str, function: Callable[..., Any], items: Sequence[Any], *shared: Any, **_: Any
     ) -> Iterator[Any]:
         """Results in order; one task waits at a time, so that the driver holds no more."""
-        return (self._pool.submit(function, item, *shared).result() for item in items)
+        # By value, as Ray has it: stages hand closures, and functions of this program.
+        content = cloudpickle.dumps((function, shared))
+        return (self._pool.submit(_called, content, cloudpickle.dumps(item)).result() for item in items)
+
+    def replace_ray(self) -> None:
+        """Have the stages that were imported use this process."""
+        scale_stages.replace_ray(self)
 
     def start(self) -> float:
         """Have it import what tasks need; the CPU seconds that this took, the same at any size."""
         return self._pool.submit(_imported).result()
+
+    def used(self) -> float:
+        """CPU seconds of the process so far; its end, a second with torch in it, is not counted."""
+        return self._pool.submit(cpu_seconds).result()
 
     def peak(self) -> float:
         """The most memory that the process has held, in bytes."""
         return self._pool.submit(peak_bytes).result()
 
     def close(self) -> None:
-        """End the process, which makes its use of the machine known."""
+        """End the process."""
         self._pool.shutdown()
 
 
-def measure(folder: Path, rows: int, model: str | None) -> dict[str, float]:
-    """Build one corpus; CPU seconds and peaks of this process and its worker."""
+def run_corpus(folder: Path, rows: int, worker: "Worker", model: str | None) -> dict[str, float]:
+    """Build a corpus; what it found."""
     from embedloom.config.corpus import CorpusConfig
     from embedloom.core.artefacts import ArtefactWriter
     from embedloom.core.storage import Place
@@ -108,33 +143,57 @@ def measure(folder: Path, rows: int, model: str | None) -> dict[str, float]:
             "chunk_tokens": 512 if model else None,
         }
     )
+    out = ArtefactWriter(Place(str(folder / "out")), "corpus", "scale", {}, "local")
+    counts = stage.build_corpus(config, 0, NodeModel(model or "none"), out, worker).counts
+    return {
+        "exact": counts["rejects"].get("duplicate", 0),
+        "near": counts["rejects"].get("near_duplicate", 0),
+    }
+
+
+def measure(stage: str, folder: Path, rows: int, model: str | None) -> dict[str, Any]:
+    """Run one stage; CPU seconds and peaks of this process and its worker."""
     worker = Worker()
     started = worker.start()
-    before = resource.getrusage(resource.RUSAGE_SELF)
-    out = ArtefactWriter(Place(str(folder / "out")), "corpus", "scale", {}, "local")
-    artefact = stage.build_corpus(config, 0, NodeModel(model or "none"), out, worker)
-    worker_peak = worker.peak()
+    _imported()
+    there = {path for path in folder.rglob("*") if path.is_file()}
+    before = cpu_seconds()
+    found: dict[str, float] = {}
+    if stage == "corpus":
+        found = run_corpus(folder, rows, worker, model)
+    else:
+        scale_stages.STAGES[stage][1](folder, rows, worker)
+    worker_peak, worked = worker.peak(), worker.used() - started
     worker.close()
-    own, child = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    driver = own.ru_utime + own.ru_stime - before.ru_utime - before.ru_stime
-    counts = artefact.counts
+    driver = cpu_seconds() - before
     return {
-        "rows": rows, "us_a_document": (driver + child.ru_utime + child.ru_stime - started) / rows * 1e6,
-        "driver_us_a_document": driver / rows * 1e6, "driver_peak_mb": peak_bytes() / 1e6,
-        "worker_peak_mb": worker_peak / 1e6, "files": len(artefact.place.files()),
-        "exact": counts["rejects"].get("duplicate", 0), "near": counts["rejects"].get("near_duplicate", 0),
+        "stage": stage, "rows": rows, "us_a_row": (driver + worked) / rows * 1e6,
+        "driver_us_a_row": driver / rows * 1e6, "driver_peak_mb": peak_bytes() / 1e6, "worker_peak_mb": worker_peak / 1e6,
+        "files": len({path for path in folder.rglob("*") if path.is_file()} - there), **found,
     }  # fmt: skip
 
 
-def run_size(rows: int, model: str | None) -> dict[str, float]:
-    """Make and build one size, in processes of its own."""
+def run_size(stage: str, rows: int, model: str | None) -> dict[str, Any]:
+    """Make and run one size, in processes of its own."""
     with tempfile.TemporaryDirectory(prefix="scale-") as folder:
-        make_documents(Path(folder) / "in", rows)
-        command = [sys.executable, __file__, "--one", folder, "--rows", str(rows)]
+        if stage == "corpus":
+            make_documents(Path(folder) / "in", rows)
+        else:
+            scale_stages.STAGES[stage][0](Path(folder), rows)
+        command = [sys.executable, __file__, "--one", folder, "--stages", stage, "--rows", str(rows)]
         found = subprocess.run(
             [*command, *(["--chunk", model] if model else [])], check=True, stdout=subprocess.PIPE
         )
         return dict(json.loads(found.stdout.splitlines()[-1]))
+
+
+def verdict(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Whether a stage is linear and its driver flat."""
+    costs, peaks = ([one[name] for one in results] for name in ("us_a_row", "driver_peak_mb"))
+    return {
+        "cpu_spread": round(max(costs) / min(costs) - 1, 3), "driver_spread_mb": round(max(peaks) - min(peaks), 1),
+        "linear": max(costs) <= (1 + CPU_SPREAD) * min(costs), "flat": (max(peaks) - min(peaks)) * 1e6 <= DRIVER_SPREAD,
+    }  # fmt: skip
 
 
 def main() -> None:
@@ -142,38 +201,39 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    known = ["corpus", *scale_stages.STAGES]
+    parser.add_argument("--stages", default=",".join(known), help=f"between commas: {', '.join(known)}")
     parser.add_argument("--rows", default=",".join(map(str, SIZES)), help="sizes, between commas")
     parser.add_argument("--large", action="store_true", help=f"also {LARGE:,}")
-    parser.add_argument("--chunk", help="model whose tokenizer cuts; without it documents stay whole")
+    parser.add_argument(
+        "--chunk", help="model whose tokenizer cuts the corpus; without it documents stay whole"
+    )
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     sizes = [int(size) for size in arguments.rows.split(",")] + [LARGE] * arguments.large
+    stages = arguments.stages.split(",")
     if arguments.one:
-        print(json.dumps(measure(Path(arguments.one), sizes[0], arguments.chunk)))
+        print(json.dumps(measure(stages[0], Path(arguments.one), sizes[0], arguments.chunk)))
         return
-    results = []
-    for size in sizes:
-        results.append(run_size(size, arguments.chunk))
-        print(json.dumps(results[-1]), file=sys.stderr, flush=True)
-    costs, peaks = ([one[name] for one in results] for name in ("us_a_document", "driver_peak_mb"))
-    verdict = {
-        "cpu_spread": round(max(costs) / min(costs) - 1, 3), "driver_spread_mb": round(max(peaks) - min(peaks), 1),
-        "linear": max(costs) <= (1 + CPU_SPREAD) * min(costs), "flat": (max(peaks) - min(peaks)) * 1e6 <= DRIVER_SPREAD,
-    }  # fmt: skip
+    results: dict[str, list[dict[str, Any]]] = {stage: [] for stage in stages}
+    for stage in stages:
+        for size in sizes:
+            results[stage].append(run_size(stage, size, arguments.chunk))
+            print(json.dumps(results[stage][-1]), file=sys.stderr, flush=True)
+    verdicts = {stage: verdict(own) for stage, own in results.items()}
     if arguments.json:
-        print(json.dumps({"sizes": results, **verdict}))
+        print(json.dumps({"sizes": results, "verdicts": verdicts}))
         return
     print(
-        "| documents | CPU a document | of it the driver | driver's peak | worker's peak | files | exact | near |"
+        "| stage | rows | CPU a row | of it the driver | driver's peak | worker's peak | files |\n|---|---|---|---|---|---|---|"
     )
-    print("|---|---|---|---|---|---|---|---|")
-    for one in results:
+    for one in (one for own in results.values() for one in own):
         print(
-            f"| {one['rows']:,} | {one['us_a_document']:.0f} us | {one['driver_us_a_document']:.1f} us | "
-            f"{one['driver_peak_mb']:.0f} MB | {one['worker_peak_mb']:.0f} MB | {one['files']} | {one['exact']:,} | {one['near']:,} |"
+            f"| {one['stage']} | {one['rows']:,} | {one['us_a_row']:.1f} us | {one['driver_us_a_row']:.2f} us | "
+            f"{one['driver_peak_mb']:.0f} MB | {one['worker_peak_mb']:.0f} MB | {one['files']} |"
         )
-    print(verdict)
+    print(json.dumps(verdicts))
 
 
 if __name__ == "__main__":

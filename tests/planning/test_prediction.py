@@ -194,3 +194,20 @@ def test_sums_critical_path_and_idle_gpus():
     assert plan.held_gpu_hours == plan.gpu_hours + sum(plan.idle_gpu_hours().values())
     assert plan.total_cost == 2.0 * (8 + 2 * 2 + 20)  # b's two cores are priced as devices too
     assert plan.unknown == ["d"]
+
+
+def test_data_stages_of_100_million_documents_by_hand():
+    """Cores of eight nodes share the corpus; one task gathers the pairs before 64 GPUs mine them."""
+    limit = "corpus.sources.0.limit=100000000"
+    runs = [
+        load(NEMOTRON, "a100x64", CLUSTER, [limit, f"corpus.chunk_tokens={tokens}"])
+        for tokens in (512, "null")
+    ]
+    cut, whole = (make_plan(run, graph(run), run.rates, Known()) for run in runs)
+    cores = cut.estimates["corpus"].workers.cores
+    assert cores > 100 and cut.estimates["corpus"].workers.gpus == 0
+    assert cut.estimates["corpus"].seconds == pytest.approx(1e8 / 1110 / cores)
+    assert whole.estimates["corpus"].seconds == pytest.approx(1e8 / 4250 / cores)
+    mining = cut.estimates["mining"]
+    (gathering,) = (part for part in mining.parts if part.name == "gathering pairs")
+    assert gathering.seconds == pytest.approx(mining.work.rows / 20_000)

@@ -10,6 +10,8 @@ from embedloom.config.base import FrozenConfig, read_yaml, validate
 RATES_FILE = "rates.yaml"
 WorkKind = Literal[
     "corpus",
+    "corpus_whole",
+    "gather",
     "encoder",
     "synthesize",
     "embed",

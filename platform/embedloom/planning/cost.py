@@ -99,7 +99,16 @@ def _beside(run: Run, one: Estimate, rates: RatesConfig) -> list[Part]:
         "mining": [teacher.model for teacher in run.config.mining.teachers if teacher.engine != "openai"],
         "rescoring": [run.config.mining.rescoring.model] if run.config.mining.rescoring else [],
     }.get(work.name, [])
-    return _fetching(models, rates)
+    return [*_fetching(models, rates), *(_gathering(work, rates) if work.name == "mining" else [])]
+
+
+def _gathering(work: Work, rates: RatesConfig) -> list[Part]:
+    """One task puts the pairs into one table before a teacher is opened."""
+    device = rates.device_of(None)
+    rate = None if device is None else rates.rate_of("gather", device, None)
+    if rate is None or not rate.per_second or work.rows is None:
+        return []
+    return [Part("gathering pairs", work.rows / rate.per_second, rate.basis, rate.source)]
 
 
 def _fetching(models: Sequence[str], rates: RatesConfig) -> list[Part]:
@@ -231,6 +240,11 @@ def workers_of(run: Run, node: Node) -> Workers:
     if verb == "train":
         return _group(stages.training)
     pool = pools.get(verb)
+    if (
+        node.name == "corpus" and run.profile.pools
+    ):  # tasks on every core; on one machine the small ones are most
+        cores = float(preparation_cores(run.profile))
+        return Workers(f"{cores:g} cores", 0.0, cores)
     if pool is None:
         return Workers("driver", 0.0, 1.0)
     actors = pool.max_actors

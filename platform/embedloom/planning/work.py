@@ -299,9 +299,13 @@ def work_of(run: Run, nodes: dict[str, Node], node: Node, rates: RatesConfig, kn
     if first == "corpus":
         size = documents(run.config, nodes, known)
         read = known.counts(node).get("read", size.rows)
+        # Cutting takes most of the time; a rates file of an earlier version knows one kind.
+        whole = run.config.corpus.chunk_tokens is None and any(
+            one.work == "corpus_whole" for one in rates.rates
+        )
         return Work(
             node.name,
-            "corpus",
+            "corpus_whole" if whole else "corpus",
             rows=read if isinstance(read, int) else None,
             basis=size.basis,
             is_bound=size.is_bound,
