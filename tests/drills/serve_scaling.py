@@ -22,7 +22,8 @@ SCALING = {
     "target_ongoing_requests": None,
     "target_queue_seconds": 0.5,
     "scale_down_seconds": 15,
-    "idle_to_zero_seconds": 20,
+    # Well behind the way down to one, or that is over before a look at the processes sees it.
+    "idle_to_zero_seconds": 45,
 }
 
 
@@ -50,7 +51,7 @@ def drill(options: argparse.Namespace, folder: Path) -> tuple[dict[str, Any], li
             f"{running.url}/v1/embeddings",
             json={"model": NAME, "input": "wake up"},
             trust_env=False,
-            timeout=60,
+            timeout=120,  # the endpoint's own answer, 504, comes after 60
         )
         seen |= {"woken": one.status_code, "wake_seconds": round(time.monotonic() - started, 2)}
         with Load(running.url, lambda number: {"model": NAME, "input": [TEXT] * 32}, options.clients) as load:
