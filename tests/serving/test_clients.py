@@ -553,6 +553,14 @@ def test_other_paths_are_answered_with_a_hint(client, path, meant):
     assert ("ends with /v1 once" in message) == ("/v1/v1" in path)
 
 
+@pytest.mark.parametrize(
+    ("path", "key"),
+    [("/v1/search", "serving.corpus"), ("/v1/files", "batches.folder"), ("/v1/batches", "batches.folder")],
+)
+def test_what_was_not_set_up_says_what_sets_it_up(client, path, key):
+    assert key in refused(client.post(path, json={}), 404)["message"]
+
+
 def test_a_path_that_is_like_none_gets_no_hint(client):
     for path in ("/v1/chat/completions", "/nothing", "/v3/", "/etc/passwd"):
         assert "did you mean" not in refused(client.post(path, json={}), 404)["message"]

@@ -489,7 +489,7 @@ def _http_errors(known: Sequence[str]) -> Callable[[Request, Exception], Respons
         path = request.url.path
         meant = hint(path, known) if error.status_code == 404 else ""
         for ending, reason in NOT_OFFERED.items():
-            if path.endswith(ending):
+            if path.endswith(ending) and not any(one.endswith(ending) for one in known):
                 meant = f"; {reason}"
         refusal = ApiError(error.status_code, f"{request.method} {path:.200}: {error.detail}{meant}")
         headers: dict[str, Any] = dict(error.headers or {})

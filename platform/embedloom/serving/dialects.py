@@ -138,7 +138,11 @@ class CohereRoutes:
 
 
 # Routes of TEI that this endpoint does not have, and what it says to who asks for them.
+# Why a path is not there, by its end; one that this endpoint has is asked for as it is spelt.
 NOT_OFFERED = {
+    "/search": "this endpoint serves no corpus; serving.corpus, or embedloom serve --corpus VECTORS, names one",
+    "/files": "this endpoint takes no batches; serving.batches.folder says where they lie",
+    "/batches": "this endpoint takes no batches; serving.batches.folder says where they lie",
     "/embed_all": "one vector a text is all there is; ask /embed",
     "/embed_sparse": "vectors are dense; ask /embed",
     "/predict": "the model is no classifier; /rerank and /similarity compare texts",
