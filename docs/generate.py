@@ -122,7 +122,7 @@ def _document() -> dict[str, Any]:
         request_timeout_seconds=1.0,
     )
     desk = BatchDesk(BatchesConfig(folder="batches"), {}, lambda: None)
-    corpus = SimpleNamespace(card=SimpleNamespace(modes=SEARCH_MODES))
+    corpus = SimpleNamespace(contract_hash="", card=SimpleNamespace(modes=SEARCH_MODES))
     api = create_api(None, settings, corpus=corpus, desk=desk)  # type: ignore[arg-type]
     document: dict[str, Any] = TestClient(api).get("/openapi.json").json()
     return document

@@ -3,13 +3,16 @@
 import numpy as np
 import pyarrow as pa
 
-from embedloom.config.embedding import EmbeddingConfig, IndexConfig
+from embedloom.compute.shards import run_here
+from embedloom.config.cluster import PoolConfig
+from embedloom.config.embedding import EmbeddingConfig, IndexConfig, LexicalConfig
 from embedloom.core.artefacts import ArtefactWriter
 from embedloom.core.storage import Place
 from embedloom.retrieval.embed import vector_table
 from embedloom.retrieval.index import build_index
 from embedloom.retrieval.inputs import open_input
 from embedloom.retrieval.ledger import open_ledger
+from embedloom.retrieval.lexical import build_lexical
 from fakes_serving import FakeEncoder
 
 ENCODER = FakeEncoder(limit=128)
@@ -39,4 +42,14 @@ def artefact(folder, texts, *, index=None, model="f00d", side="document", dimens
         build_index(IndexConfig(kind=index, sample=10), place, HASH)
     recipe = {"side": side, "dimensions": dimensions}
     writer.commit({"rows": len(ids)}, {"contract_hash": HASH, "model_id": model, "recipe": recipe})
+    return place
+
+
+def with_words(folder, texts, index=None) -> Place:
+    """The same as `embedloom embed --lexical` leaves it."""
+    place = artefact(folder, texts, index=index)
+    source = open_input(str(folder / "in.parquet"), EmbeddingConfig(), place)
+    ledger = open_ledger(source, place, 8, None)
+    words, pool = LexicalConfig(language=None), PoolConfig()
+    build_lexical("embed", words, source, ledger.parts, ledger.rows, place, pool, tasks=run_here)
     return place

@@ -192,7 +192,7 @@ def test_it_is_bound_beside_the_encoders_with_its_own_replicas(tiny_model, folde
         reranker_scaling=ServeScaling(min_replicas=0, max_replicas=5),
     )
     bound = build_application(args)._bound_deployment
-    settings, reranker = bound.init_args[1], bound.init_args[-1]._bound_deployment
+    settings, reranker = bound.init_args[1], bound.init_args[-2]._bound_deployment
     assert settings.reranker == ModelFolder(folder).fingerprint
     assert reranker.name == "reranker" and reranker.init_args[0].dtype == "float32"
     config = reranker._deployment_config.autoscaling_config

@@ -4,19 +4,13 @@ import bm25s
 import numpy as np
 import pytest
 
-from embedloom.compute.shards import run_here
-from embedloom.config.cluster import PoolConfig
-from embedloom.config.embedding import EmbeddingConfig, LexicalConfig
 from embedloom.config.serving import SearchConfig, ServingConfig
 from embedloom.core.storage import Place
 from embedloom.core.text import search_terms
 from embedloom.errors import ConfigError, DataError
-from embedloom.retrieval.inputs import open_input
-from embedloom.retrieval.ledger import open_ledger
-from embedloom.retrieval.lexical import build_lexical
 from embedloom.serving.corpus import load_corpus
 from embedloom.serving.schemas import ModelCard, SearchResponse
-from fakes_search import ENCODER, HASH, artefact
+from fakes_search import ENCODER, HASH, artefact, with_words
 from fakes_serving import client_of, refused
 
 TEXTS = [
@@ -26,21 +20,7 @@ TEXTS = [
 
 
 def place_with_words(folder, index=None) -> Place:
-    """A vectors artefact as `embedloom embed --lexical` leaves it."""
-    place = artefact(folder, TEXTS, index=index)
-    source = open_input(str(folder / "in.parquet"), EmbeddingConfig(), place)
-    ledger = open_ledger(source, place, 8, None)
-    build_lexical(
-        "embed",
-        LexicalConfig(language=None),
-        source,
-        ledger.parts,
-        ledger.rows,
-        place,
-        PoolConfig(),
-        tasks=run_here,
-    )
-    return place
+    return with_words(folder, TEXTS, index)
 
 
 def load(place, documents=None, **search):

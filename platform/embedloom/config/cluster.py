@@ -1211,6 +1211,24 @@ class Profile(FrozenConfig):
             "queue. Null: as serve."
         ),
     )
+    serve_search: ServeScaling | None = Field(
+        default=None,
+        exclude_if=lambda value: value is None,
+        description=(
+            "Replicas that search the served corpus (serving.corpus), a pool of their own on CPUs, scaled towards 2 searches a "
+            "replica unless target_ongoing_requests says otherwise; those of a node share its vectors. Null: the processes that "
+            "answer HTTP search it."
+        ),
+    )
+
+    @field_validator("serve_search")
+    @classmethod
+    def _searches_take_no_gpu(cls, value: ServeScaling | None) -> ServeScaling | None:
+        if value is not None and (value.gpus or value.min_replicas == 0):
+            raise ValueError(
+                f"serve_search: gpus {value.gpus:g} and min_replicas {value.min_replicas}; allowed: gpus 0 and at least 1 replica"
+            )
+        return value
 
     @model_validator(mode="after")
     def _stages_fit_the_machines(self) -> "Profile":

@@ -539,6 +539,11 @@ class ApplicationArgs(FrozenConfig):
         exclude_if=lambda value: value is None,
         description="As `serve_reranker` of a cluster profile. Null: as scaling.",
     )
+    search_scaling: ServeScaling | None = Field(
+        default=None,
+        exclude_if=lambda value: value is None,
+        description="As `serve_search` of a cluster profile. Null: the corpus is searched by what answers HTTP.",
+    )
 
     @property
     def further(self) -> dict[str, "ApplicationArgs"]:

@@ -226,6 +226,7 @@ def serve_run(
         endpoint = start_endpoint(
             config, model, model_id, run.config.serving.served_name or run.config.run.name,
             run.profile.serve, run.config.serving.compute_dtype, own_ray, run.profile.serve_reranker,
+            run.profile.serve_search,
         )  # fmt: skip
         try:
             if not questions:

@@ -259,6 +259,7 @@ def serve_model(config: ServingConfig, cluster: ClusterConfig, profile: str, dry
             config.compute_dtype,
             own_ray,
             machine.serve_reranker,
+            machine.serve_search,
         ) as endpoint:
             endpoint.wait()
     return url

@@ -117,12 +117,13 @@ def build_index(config: IndexConfig, place: Place, contract_hash: str) -> dict[s
     return facts
 
 
-def load_index(place: Place, contract_hash: str) -> VectorIndex:
+def load_index(place: Place, contract_hash: str, mapped: bool = False) -> VectorIndex:
     """The index of a vectors artefact, checked against what the queries are embedded under.
 
     Args:
         place: folder with ``index.faiss``, ``index_ids.parquet`` and ``index.json``; local.
         contract_hash: of the queries.
+        mapped: whether what can be is mapped from the file, which processes of a node then hold once.
 
     Raises:
         MissingDependency: FAISS is not installed.
@@ -139,7 +140,8 @@ def load_index(place: Place, contract_hash: str) -> VectorIndex:
         ("the queries", contract_hash), (f"{place.uri}/{INDEX_FILE}", str(facts.get("contract_hash")))
     )
     try:
-        index = faiss.read_index(str(place.local / INDEX_FILE))
+        flags = faiss.IO_FLAG_MMAP_IFC if mapped else 0
+        index = faiss.read_index(str(place.local / INDEX_FILE), flags)
     except RuntimeError as error:
         raise DataError(f"{place.uri}/{INDEX_FILE}: not readable as a FAISS index") from error
     ids = place.read_table(IDS_FILE, ["id"]).column("id")

@@ -50,7 +50,7 @@ from embedloom.serving.front import Drain, Front, FrontSettings, KeyRing, TidyPa
 from embedloom.serving.members import Member, MemberRoutes, Members
 from embedloom.serving.metrics import EndpointMetrics
 from embedloom.serving.refusals import ApiError
-from embedloom.serving.routes import Corpus, RankRoutes, Routes, json_reply
+from embedloom.serving.routes import RankRoutes, Routes, json_reply
 from embedloom.serving.schemas import (
     HASH_PATTERN,
     EmbeddingsRequest,
@@ -69,6 +69,7 @@ from embedloom.serving.schemas import (
     TokenizeRequest,
     TokenizeResponse,
 )
+from embedloom.serving.searching import Corpus, InThreads, Lookup
 from embedloom.serving.tracing import Tracing
 
 # The OpenAPI document, made from the same types that read requests and from the endpoint's own limits.
@@ -280,7 +281,7 @@ def create_api(
     backend: Backend,
     settings: EndpointSettings,
     metrics: EndpointMetrics | None = None,
-    corpus: Corpus | None = None,
+    corpus: Corpus | Lookup | None = None,
     drain: Drain | None = None,
     keys: KeyRing | None = None,
     desk: BatchDesk | None = None,
@@ -307,7 +308,7 @@ def create_api(
         Calls(backend, settings, metrics, reranker),
         *(Calls(one.backend, one.settings, metrics) for one in further),
     ]
-    routes = _member_routes(calls, corpus)
+    routes = _member_routes(calls, InThreads.of(corpus))
     if desk is not None:
         routes += _batch_routes(calls[0], desk)
     # FastAPI's own document and pages are off: the pages load scripts from elsewhere, api.py says why.
@@ -396,7 +397,7 @@ def _of_all(calls: Sequence[Calls]) -> EndpointSettings:
     return first.model_copy(update={"models": {**first.models, **names}, "tasks": tuple(tasks)})
 
 
-def _member_routes(calls: Sequence[Calls], corpus: Corpus | None) -> list[Route]:
+def _member_routes(calls: Sequence[Calls], corpus: Lookup | None) -> list[Route]:
     """The routes of all models: those with a body hand a request to the model that it names."""
     plain = [Routes(one, corpus.card if corpus is not None and one is calls[0] else None) for one in calls]
     first, *others = (
@@ -421,7 +422,7 @@ def _member_routes(calls: Sequence[Calls], corpus: Corpus | None) -> list[Route]
     ]
 
 
-def _routes(calls: Calls, plain: Routes, corpus: Corpus | None) -> list[Route]:
+def _routes(calls: Calls, plain: Routes, corpus: Lookup | None) -> list[Route]:
     rank, cohere = RankRoutes(calls, corpus), CohereRoutes(calls)
     tei = TeiRoutes(calls, plain, rank, cohere)
     reranks = (RerankResponse, TeiRanking), (RerankRequest, TeiRerankRequest)

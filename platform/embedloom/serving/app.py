@@ -25,7 +25,7 @@ from embedloom.serving.batches.runner import DEPLOYMENT as BATCHES
 from embedloom.serving.batches.runner import BatchRunner
 from embedloom.serving.calls import EndpointSettings, check_aliases
 from embedloom.serving.front import read_keys
-from embedloom.serving.gateway import ENCODERS, CorpusSource, Gateway
+from embedloom.serving.gateway import ENCODERS, Gateway
 from embedloom.serving.replica import (
     EncoderEndpoint,
     EncoderReplica,
@@ -36,10 +36,12 @@ from embedloom.serving.replica import (
 from embedloom.serving.reranking import RerankerReplica
 from embedloom.serving.routing import QueuedTokensRouter
 from embedloom.serving.schemas import GateVerdict, Lineage
+from embedloom.serving.searching import SEARCHERS, CorpusSource, SearchReplica
 from embedloom.serving.service import BatchSettings
 from embedloom.serving.tracing import check_installed
 
 RERANKERS = "reranker"  # the deployment
+SEARCHES_A_REPLICA = 2.0  # that Serve scales towards: one is searched, one waits for its texts or its turn
 RETRY_AFTER_SECONDS = 1  # of Serve's own 429, which is not the usual one
 
 
@@ -84,11 +86,12 @@ def build_application(args: ApplicationArgs, encoders: Mapping[str, str] | None 
     _check_keys(args, settings)
     corpus = _corpus(serving, model)
     batches, reranker = _batches(serving), _bound_rerankers(args)
+    searchers = _bound_searchers(args, corpus)
     ingress = _patience(serving) | _ingress_limits(settings.max_requests)
     if single:
         endpoint = serve.deployment(serve.ingress()(EncoderEndpoint), name=SINGLE, num_replicas=1)
         return endpoint.options(**ingress, **_computing(args)).bind(
-            _model(args, model), settings, corpus, blueprint, batches, reranker
+            _model(args, model), settings, corpus, blueprint, batches, reranker, searchers
         )
     gateway = serve.deployment(serve.ingress()(Gateway), name=GATEWAY, num_replicas=serving.gateways)
     bound = encoders or {
@@ -102,7 +105,7 @@ def build_application(args: ApplicationArgs, encoders: Mapping[str, str] | None 
         name: (bound[name], _settings(own, own.serving, found)) for name, (own, found) in others.items()
     }
     return gateway.options(**ingress, ray_actor_options={"num_cpus": GATEWAY_CPUS}).bind(
-        bound[args.served_name], settings, corpus, blueprint, batches, further, reranker
+        bound[args.served_name], settings, corpus, blueprint, batches, further, reranker, searchers
     )
 
 
@@ -215,6 +218,23 @@ def _bound_rerankers(args: ApplicationArgs) -> Application | None:
     options["request_router_config"] = RequestRouterConfig(request_router_class=QueuedTokensRouter)
     rerankers = serve.deployment(RerankerReplica, name=RERANKERS)
     return rerankers.options(**options, max_ongoing_requests=args.serving.max_ongoing_requests).bind(spec)
+
+
+def _bound_searchers(args: ApplicationArgs, corpus: CorpusSource | None) -> Application | None:
+    """The replicas that search the corpus; None where there is none, or the processes that answer HTTP search it."""
+    scaling = args.search_scaling
+    if corpus is None or scaling is None:
+        return None
+    # Searches have no tokens to be queued by.
+    target = scaling.target_ongoing_requests or SEARCHES_A_REPLICA
+    scaled = scaling.model_copy(update={"target_ongoing_requests": target})
+    options = _patience(args.serving) | _replicas(scaled)
+    searchers = serve.deployment(SearchReplica, name=SEARCHERS)
+    return searchers.options(
+        **options,
+        max_ongoing_requests=args.serving.max_ongoing_requests,
+        ray_actor_options={"num_cpus": scaling.cpus},
+    ).bind(corpus, scaling.compute_threads)
 
 
 def build_encoders(args: ApplicationArgs) -> Application:

@@ -196,7 +196,7 @@ class Calls:
     async def info(self) -> ModelInfo:
         """The loaded model, asked for once."""
         if self._known is None:
-            self._known = await self._within_time(self._backend.describe())
+            self._known = await self.within_time(self._backend.describe())
         return self._known
 
     async def ready(self, seconds: float) -> tuple[ModelInfo, int] | None:
@@ -243,11 +243,12 @@ class Calls:
             )
         self._running += 1
         try:
-            return await self._within_time(_while_connected(http, work))
+            return await self.within_time(_while_connected(http, work))
         finally:
             self._running -= 1
 
-    async def _within_time(self, work: Coroutine[Any, Any, Answer]) -> Answer:
+    async def within_time(self, work: Coroutine[Any, Any, Answer]) -> Answer:
+        """The answer, or 504 where it takes longer than a request may."""
         limit = self.settings.request_timeout_seconds
         try:
             async with asyncio.timeout(limit):

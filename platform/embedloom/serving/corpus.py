@@ -1,5 +1,6 @@
 """An embedded corpus to search: its FAISS index, or exact search over its vectors, and the texts behind the rows."""
 
+import json
 import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ import pyarrow.compute as pc
 from embedloom.config.embedding import EmbeddingConfig
 from embedloom.config.serving import SearchConfig, SearchMode
 from embedloom.core.artefacts import MANIFEST_FILE, Artefact, fingerprint
+from embedloom.core.contents import cache_folder, made_once
 from embedloom.core.progress import note
 from embedloom.core.storage import Place
 from embedloom.errors import ConfigError, DataError
@@ -22,6 +24,7 @@ from embedloom.retrieval.inputs import DOCUMENTS_FOLDER, TextSource, open_input
 from embedloom.retrieval.ledger import ROWS_FOLDER, VECTORS_FOLDER, text_digest, texts_of
 from embedloom.retrieval.lexical import LEXICAL_FACTS, LexicalIndex, best_rows, load_lexical
 from embedloom.retrieval.search import DocumentBlock, pair_scores
+from embedloom.retrieval.stored import stored_vectors
 from embedloom.retrieval.vector_files import check_same_contract, read_vectors
 from embedloom.serving.messages import Vectors
 from embedloom.serving.schemas import CorpusCard, SearchHit
@@ -293,15 +296,7 @@ class SearchCorpus:
         search: SearchConfig = DENSE,
     ) -> None:
         self.contract_hash = contract_hash
-        modes: list[SearchMode] = ["dense"] if lexical is None else ["dense", "lexical", "hybrid"]
-        self.card = CorpusCard(
-            documents=len(ids),
-            dimension=dimension,
-            index=searcher.kind,
-            texts=texts is not None,
-            modes=modes,
-            mode=search.mode,
-        )
+        self.card = _card(len(ids), dimension, searcher.kind, texts is not None, lexical is not None, search)
         self._ids = ids
         self._searcher = searcher
         self._dimension = dimension
@@ -362,6 +357,28 @@ class SearchCorpus:
         return fused.rows[:count], fused.scores[:count]
 
 
+def _card(
+    documents: int, dimension: int, kind: str, texts: bool, lexical: bool, search: SearchConfig
+) -> CorpusCard:
+    modes: list[SearchMode] = ["dense", "lexical", "hybrid"] if lexical else ["dense"]
+    return CorpusCard(
+        documents=documents, dimension=dimension, index=kind, texts=texts, modes=modes, mode=search.mode
+    )
+
+
+def card_of(vectors: Artefact, documents: str | None, search: SearchConfig) -> CorpusCard:
+    """What ``load_corpus`` would say of an artefact, by its manifest and the heads of its files."""
+    place = vectors.place
+    names = place.names(VECTORS_FOLDER, ".parquet")
+    texts, lexical = _source(vectors, documents) is not None, place.exists(LEXICAL_FACTS)
+    if place.exists(FACTS_FILE):
+        facts = place.read_json(FACTS_FILE)
+        return _card(facts["rows"], facts["dimension"], facts["kind"], texts, lexical, search)
+    rows = sum(place.parquet_footer(name)[1] for name in names)
+    first = stored_vectors(place.read_rows(names[0], 0, 1), names[0])
+    return _card(rows, int(first.shape[1]), "exact", texts, lexical, search)
+
+
 def _unknown(rows: Rows) -> list[CorpusText]:
     return [CorpusText()] * len(rows)
 
@@ -373,6 +390,7 @@ def load_corpus(
     model: str,
     normalize: bool,
     search: SearchConfig = DENSE,
+    mapped: bool = False,
 ) -> SearchCorpus:
     """Open a vectors artefact for search, checked against the model that will embed the queries.
 
@@ -383,6 +401,8 @@ def load_corpus(
         model: what ``ModelFolder.id`` says of the served model.
         normalize: whether its vectors have unit length.
         search: how it is searched where requests do not say it.
+        mapped: whether vectors and index are mapped from files, so that several processes of a node share their memory;
+            vectors are written out once a node, in float32, into its cache.
 
     Raises:
         ConfigError: searches by words are the rule, and it was embedded without an index of them.
@@ -391,11 +411,12 @@ def load_corpus(
     """
     artefact = check_corpus(place, contract_hash, model, search)
     if place.exists(FACTS_FILE):
-        index = load_index(place, contract_hash)
+        index = load_index(place, contract_hash, mapped)
         ids, dimension = index.ids.combine_chunks(), index.dimension
         searcher: _Searcher = _Faiss(index.faiss_index, str(place.read_json(FACTS_FILE)["kind"]))
     else:
-        names, vectors = read_vectors(place, VECTORS_FOLDER, contract_hash)
+        read = _mapped_vectors if mapped else read_vectors
+        names, vectors = read(place, VECTORS_FOLDER, contract_hash)
         ids, dimension = pa.array(names, pa.string()), int(vectors.shape[1])
         searcher = _Exact(ids, vectors)
     if isinstance(ids, pa.ChunkedArray):
@@ -407,6 +428,22 @@ def load_corpus(
             f"{place.uri}: {len(ids)} vectors, its index of words has {len(lexical)} rows; embed again"
         )
     return SearchCorpus(ids, searcher, dimension, normalize, contract_hash, texts, lexical, search)
+
+
+def _mapped_vectors(place: Place, folder: str, contract_hash: str) -> tuple[list[str], Vectors]:
+    """As ``read_vectors``, the vectors in a file of this node's cache that all its processes map."""
+    states = {name: [str(part) for part in state] for name, state in place.child(folder).states().items()}
+    key = fingerprint(place.uri, contract_hash, states)
+
+    def write(out: Path) -> None:
+        ids, vectors = read_vectors(place, folder, contract_hash)
+        np.save(out / "vectors.npy", vectors)
+        (out / "ids.json").write_text(json.dumps(ids))
+
+    # Of corpora that were embedded again, the copies of before stay: who else reads them is unknown.
+    made = made_once(cache_folder() / "corpora" / key, write)
+    vectors = np.load(made / "vectors.npy", mmap_mode="r")
+    return json.loads((made / "ids.json").read_text()), vectors
 
 
 def check_corpus(place: Place, contract_hash: str, model: str, search: SearchConfig = DENSE) -> Artefact:

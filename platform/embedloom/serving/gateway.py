@@ -3,11 +3,11 @@ torch, which a gateway without a corpus never needs.
 """
 
 import asyncio
+import functools
 import math
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fastapi import FastAPI
 from prometheus_client import CollectorRegistry
@@ -17,9 +17,7 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
 from embedloom.config.base import validate
-from embedloom.config.serving import ApplicationArgs, SearchConfig, ServingConfig
-from embedloom.core.model_folder import ModelFolder
-from embedloom.core.storage import Place, absolute
+from embedloom.config.serving import ApplicationArgs
 from embedloom.serving.api import create_api
 from embedloom.serving.applications import running_replicas
 from embedloom.serving.batches.routes import BatchDesk
@@ -45,47 +43,8 @@ from embedloom.serving.rollout.router import TrialOrders, VersionRouter
 from embedloom.serving.rollout.trial import Window
 from embedloom.serving.routing import board_of
 from embedloom.serving.scheduling import LANES
+from embedloom.serving.searching import CorpusSource, InThreads, Lookup, RemoteCorpus
 from embedloom.serving.tracing import Tracing
-
-if TYPE_CHECKING:
-    from embedloom.serving.corpus import SearchCorpus
-
-
-# Which corpus is searched, in a form that is cheap to send: a gateway without one must not import torch.
-
-
-@dataclass(frozen=True, slots=True)
-class CorpusSource:
-    """A vectors artefact, and the model that must have made it."""
-
-    uri: str
-    documents: str | None
-    contract_hash: str
-    model_id: str
-    normalize: bool
-    search: SearchConfig
-
-    @classmethod
-    def of(cls, corpus: str, serving: ServingConfig, model: ModelFolder) -> "CorpusSource":
-        """The source of a config's paths, absolute for replicas that run in other folders."""
-        texts = None if serving.documents is None else absolute(serving.documents)
-        contract = model.contract
-        return cls(absolute(corpus), texts, contract.hash, model.id, contract.normalize, serving.search)
-
-    def check(self) -> None:
-        """Raise DataError or ConfigError if another model made it; reads the manifest only."""
-        from embedloom.serving.corpus import check_corpus
-
-        check_corpus(Place(self.uri), self.contract_hash, self.model_id, self.search)
-
-    def open(self) -> "SearchCorpus":
-        """The corpus, loaded."""
-        from embedloom.serving.corpus import load_corpus
-
-        return load_corpus(
-            Place(self.uri), self.documents, self.contract_hash, self.model_id, self.normalize, self.search
-        )
-
 
 # Encoder replicas behind a Serve handle, as a backend of the HTTP side.
 
@@ -164,26 +123,47 @@ class HandleBackend:
         return self._replicas
 
     async def _call(self, method: str, *arguments: Any) -> Any:
-        cause: Exception | None = None
-        for _ in range(_ATTEMPTS):
-            answer = getattr(self._handle, method).remote(*arguments)
-            try:
-                return await answer
-            except asyncio.CancelledError:
-                answer.cancel()  # the client left or time is up: the replica need not go on
-                raise
-            except RayActorError as error:
-                cause = error
-            except (BackPressureError, DeploymentUnavailableError) as error:
-                raise ApiError(503, "no encoder replica is available", code="unavailable") from error
-        raise ApiError(
-            503, f"{_ATTEMPTS} encoder replicas died over this request", code="unavailable"
-        ) from cause
+        return await call_replica(self._handle, "encoder", method, *arguments)
+
+
+async def call_replica(handle: DeploymentHandle, kind: str, method: str, *arguments: Any) -> Any:
+    """What a method of one of the replicas answers; another one is asked where one died over it.
+
+    Args:
+        handle: of the deployment.
+        kind: what they are, for people.
+        method: one that changes nothing, so that it may run again.
+        arguments: its arguments.
+
+    Raises:
+        ApiError: 503, no replica lives long enough to answer.
+    """
+    cause: Exception | None = None
+    for _ in range(_ATTEMPTS):
+        answer = getattr(handle, method).remote(*arguments)
+        try:
+            return await answer
+        except asyncio.CancelledError:
+            answer.cancel()  # the client left or time is up: the replica need not go on
+            raise
+        except RayActorError as error:
+            cause = error
+        except (BackPressureError, DeploymentUnavailableError) as error:
+            raise ApiError(503, f"no {kind} replica is available", code="unavailable") from error
+    raise ApiError(503, f"{_ATTEMPTS} {kind} replicas died over this request", code="unavailable") from cause
 
 
 def encoders_of(application: str) -> HandleBackend:
     """The encoders of a running application."""
     return HandleBackend(serve.get_deployment_handle(ENCODERS, application))
+
+
+def _opened(corpus: CorpusSource, searchers: DeploymentHandle | None, gateways: int) -> Lookup:
+    """The corpus as the routes ask it."""
+    if searchers is None:
+        return InThreads(corpus.open(mapped=gateways > 1))
+    call = functools.partial(call_replica, searchers, "search")
+    return RemoteCorpus(call, corpus.identity, corpus.card(), corpus.contract_hash)
 
 
 # What both HTTP deployments share: the router over versions, and the calls by which `embedloom deploy` steers it.
@@ -201,6 +181,7 @@ class Ingress:
         encoders: str | None = None,
         batches: DeploymentHandle | None = None,
         reranker: DeploymentHandle | None = None,
+        searchers: DeploymentHandle | None = None,
     ) -> None:
         """Build one.
 
@@ -212,13 +193,15 @@ class Ingress:
             encoders: the application that ``live`` runs in, where it is another one.
             batches: the deployment that has batches computed.
             reranker: the deployment that orders documents; None: similarity does.
+            searchers: the deployment that searches the corpus; None: this process does.
         """
         self.settings = settings
         self.stopping = Drain()
         self._server: ReplicaServer | None = None
         self._tracing: Tracing | None = None
         self.router = VersionRouter(live, settings.request_timeout_seconds)
-        self.corpus = corpus.open() if corpus is not None else None
+        gateways = validate(ApplicationArgs, blueprint, "endpoint").serving.gateways
+        self.corpus = None if corpus is None else _opened(corpus, searchers, gateways)
         self._blueprint = blueprint
         # The applications of encoders by the names of their models; none where they are bound into this one.
         self._applications = {settings.served_name: encoders} if encoders is not None else {}
@@ -305,6 +288,7 @@ class Gateway(Ingress):
         batches: DeploymentHandle | None = None,
         further: Mapping[str, FurtherModel] | None = None,
         reranker: DeploymentHandle | None = None,
+        searchers: DeploymentHandle | None = None,
     ) -> None:
         """Build one.
 
@@ -316,10 +300,11 @@ class Gateway(Ingress):
             batches: the deployment that has batches computed.
             further: by name, the encoders and settings of other models.
             reranker: the deployment that orders documents; None: similarity does.
+            searchers: the deployment that searches the corpus; None: this process does.
         """
         self.backend = encoders_of(encoders) if isinstance(encoders, str) else HandleBackend(encoders)
         application = encoders if isinstance(encoders, str) else None
-        super().__init__(self.backend, settings, corpus, blueprint, application, batches, reranker)
+        super().__init__(self.backend, settings, corpus, blueprint, application, batches, reranker, searchers)
         given = further or {}
         others = {
             name: encoders_of(found) if isinstance(found, str) else HandleBackend(found)

@@ -21,10 +21,11 @@ from embedloom.retrieval.embedder import read_stored
 from embedloom.serving.api import create_api
 from embedloom.serving.calls import EndpointSettings
 from embedloom.serving.front import log_to_stderr
-from embedloom.serving.gateway import CorpusSource, Ingress
+from embedloom.serving.gateway import Ingress
 from embedloom.serving.messages import EncodeJob, EncodeResult, ModelInfo, Refusal, TokenizeResult
 from embedloom.serving.metrics import EndpointMetrics
 from embedloom.serving.scheduling import ComputeStreams
+from embedloom.serving.searching import CorpusSource
 from embedloom.serving.service import BatchSettings, EncoderService, ServingEncoder, limit_compiled_products
 
 # One copy of a model's weights per node for all its replicas: they lie in Ray's object store, and replicas map them.
@@ -199,9 +200,18 @@ class EncoderEndpoint(Ingress):
         blueprint: dict[str, Any],
         batches: DeploymentHandle | None = None,
         reranker: DeploymentHandle | None = None,
+        searchers: DeploymentHandle | None = None,
     ) -> None:
         self._service = load_service(spec)
-        super().__init__(self._service, settings, corpus, blueprint, batches=batches, reranker=reranker)
+        super().__init__(
+            self._service,
+            settings,
+            corpus,
+            blueprint,
+            batches=batches,
+            reranker=reranker,
+            searchers=searchers,
+        )
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
         """Apply ``BatchSettings`` changed in the Serve config, without a restart."""

@@ -1,16 +1,13 @@
 """The handlers: embeddings, tokenize, rerank, similarity, search, and what operators ask (models, health, metrics, the page)."""
 
-import asyncio
 import base64
 import hashlib
 import re
 import time
 import uuid
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from fastapi import Request, Response
@@ -43,6 +40,7 @@ from embedloom.serving.schemas import (
     reply_body,
     usage,
 )
+from embedloom.serving.searching import Lookup
 
 # The page at ``/``: one file without outside assets, sent with a policy that lets nothing else run or load.
 
@@ -323,23 +321,6 @@ _BLANK_SCORE = -1.0
 _TEXTS = ("title", "text", "source", "url", "chunk", "chunks")
 
 
-class Corpus(Protocol):
-    """Embedded documents that can be searched."""
-
-    card: CorpusCard
-    contract_hash: str
-
-    def match_words(self, text: str) -> Vectors:
-        """How well the words of every document match: [documents]; where ``card.modes`` has lexical."""
-        ...
-
-    def search(
-        self, query: Vectors | None, count: int, with_texts: bool, words: Vectors | None = None
-    ) -> list[SearchHit]:
-        """The best documents, best first: by a query vector [dimension], by matches of words, or by both."""
-        ...
-
-
 @dataclass(frozen=True, slots=True)
 class Ranking:
     """Documents best first, the score of each in the order of the request, and what it cost."""
@@ -352,11 +333,9 @@ class Ranking:
 class RankRoutes:
     """The handlers of one endpoint that rank documents."""
 
-    def __init__(self, calls: Calls, corpus: Corpus | None = None) -> None:
+    def __init__(self, calls: Calls, corpus: Lookup | None = None) -> None:
         self._calls = calls
         self._corpus = corpus
-        self._search_thread = ThreadPoolExecutor(1, thread_name_prefix="search")
-        self._words_thread = ThreadPoolExecutor(1, thread_name_prefix="words")
 
     async def rerank(self, http: Request) -> Response:
         """Order documents by the reranker, or else by their similarity to a query (Cohere's, Jina's and Voyage's shape)."""
@@ -437,24 +416,17 @@ class RankRoutes:
         result: EncodeResult | None = None
         started = embedded = time.perf_counter()
         if mode == "lexical":
-            found = self._by_words(corpus, request.query, count, with_texts)
+            found = corpus.search(None, count, with_texts, corpus.words(request.query))
             hits = await calls.look_up(http, [request.query], found)
         else:
             pin = pinned(http, request.contract_hash) or corpus.contract_hash
             query = terms.texts([request.query], "query", "query", is_list=False)
             # The fingerprint too: in a redeploy, the new model's vectors must not meet the old model's index.
             job = terms.job(query, contract_hash=pin, fingerprint=calls.settings.fingerprint)
-            # Looked up while the query is embedded: a hybrid search takes hardly longer than a dense one.
-            words = self._matches(corpus, request.query) if mode == "hybrid" else None
+            words = corpus.words(request.query) if mode == "hybrid" else None
             result = await calls.encode(http, job)
             embedded = time.perf_counter()
-            hits = await self._in_thread(
-                corpus.search,
-                result.vectors[0],
-                count,
-                with_texts,
-                None if words is None else await words,
-            )
+            hits = await calls.within_time(corpus.search(result.vectors[0], count, with_texts, words))
         searched = time.perf_counter()
         calls.metrics.searched(searched - embedded)
         if (trace := facts_of(http.scope).trace) is not None:
@@ -479,7 +451,7 @@ class RankRoutes:
         }
         return json_reply(body, headers=None if result is None else notes_of(result))
 
-    def _wanted(self, corpus: Corpus, request: SearchRequest) -> tuple[int, bool]:
+    def _wanted(self, corpus: Lookup, request: SearchRequest) -> tuple[int, bool]:
         """How many documents a search looks for, and whether their texts are needed.
 
         Raises:
@@ -517,16 +489,6 @@ class RankRoutes:
         return [
             hit.model_copy(update={"score": score, **hidden}) for hit, score in best[: request.top_k]
         ], result
-
-    async def _by_words(self, corpus: Corpus, query: str, count: int, with_texts: bool) -> list[SearchHit]:
-        words = await self._matches(corpus, query)
-        return await self._in_thread(corpus.search, None, count, with_texts, words)
-
-    def _matches(self, corpus: Corpus, query: str) -> "asyncio.Future[Vectors]":
-        return asyncio.get_running_loop().run_in_executor(self._words_thread, corpus.match_words, query)
-
-    async def _in_thread(self, work: Callable[..., list[SearchHit]], *arguments: Any) -> list[SearchHit]:
-        return await asyncio.get_running_loop().run_in_executor(self._search_thread, work, *arguments)
 
     async def ranking(
         self, http: Request, terms: Terms, query: str, texts: list[str], field: str, pin: str | None = None

@@ -238,6 +238,7 @@ def start_endpoint(
     dtype: DTypeName | None = None,
     own_ray: bool = False,
     reranker_scaling: ServeScaling | None = None,
+    search_scaling: ServeScaling | None = None,
 ) -> Endpoint:
     """Serve a model folder over HTTP from the Ray this process is connected to.
 
@@ -250,6 +251,7 @@ def start_endpoint(
         dtype: compute type; None: the section's own.
         own_ray: whether this process ends its Ray when the endpoint is stopped.
         reranker_scaling: the same of the reranker, if one is served; None: as ``scaling``.
+        search_scaling: replicas that search the corpus; None: the processes that answer HTTP do.
 
     Returns:
         The endpoint, ready to answer.
@@ -261,8 +263,8 @@ def start_endpoint(
     """
     if dtype is not None:
         config = config.model_copy(update={"compute_dtype": dtype})
-    asked = {"serving": config, "scaling": scaling, "reranker_scaling": reranker_scaling}
-    arguments = _arguments(model, model_id, served_name, asked)
+    pools = {"scaling": scaling, "reranker_scaling": reranker_scaling, "search_scaling": search_scaling}
+    arguments = _arguments(model, model_id, served_name, {"serving": config, **pools})
     encoders = _encoder_names(arguments)
     build_application(arguments, encoders)  # checked before anything is opened
     for one in (arguments, *arguments.further.values()):
