@@ -210,4 +210,4 @@ def test_data_stages_of_100_million_documents_by_hand():
     assert whole.estimates["corpus"].seconds == pytest.approx(1e8 / 4250 / cores)
     mining = cut.estimates["mining"]
     (gathering,) = (part for part in mining.parts if part.name == "gathering pairs")
-    assert gathering.seconds == pytest.approx(mining.work.rows / 20_000)
+    assert gathering.seconds == pytest.approx(mining.work.rows / 35_000)
