@@ -243,11 +243,12 @@ def test_the_prompt_of_a_model_whose_transformer_lies_in_a_folder_of_its_own_is_
 def test_a_runs_dev_queries_tune_the_weight_of_hybrid_searches(ray_local, tiny_model, tmp_path):
     texts = [f"text number {n} of shelf {n % 5}" for n in range(30)]
     place = Place(str(tmp_path / "corpus"))
+    writer = ArtefactWriter(place, "corpus", "c", {}, "local")
     documents = [document(f"d{n}", text) for n, text in enumerate(texts)]
     pairs = [pair(f"p{n}", f"number {n}", f"doc-d{n}") for n in range(25)]
     place.write_table("documents/train/part-000000.parquet", table_from_rows("documents", documents))
     place.write_table("pairs/dev/part-000000.parquet", table_from_rows("pairs", pairs))
-    ArtefactWriter(place, "corpus", "c", {}, "local").commit({"rows": 30})
+    writer.commit({"rows": 30})
     done = embed(place.uri, tmp_path / "out", tiny_model, lexical={})
     facts = load_lexical(done.place).facts
     assert done.manifest["details"]["lexical"] == facts and facts["tuned_on"]["queries"] == 25
