@@ -54,6 +54,7 @@ BUDGETS: dict[str, Budget] = {
     "medium": Budget(limit=None, written=2_000, most_steps=1_000, batch=32, tokens=256),
 }
 _USUAL_LEAST = 50  # characters; the default of corpus.min_characters
+_FEWEST_STEPS = 10
 _EPOCHS = 3  # over the pairs, where the budget allows it
 _HELD_OUT_ROWS = 300  # enough for a confidence interval of some +-0.04 nDCG@10
 
@@ -227,7 +228,10 @@ def _training(choices: Choices, budget: Budget, used: int) -> str:
     written = budget.written if choices.generator is not None else 0
     share = round(min(0.5, written / (used + written)), 2)
     mix = f"{{public: {1 - share:g}, synthetic: {share:g}}}" if share else "{public: 1}"
-    steps = max(10, min(budget.most_steps, math.ceil(_EPOCHS * (used + written) / budget.batch)))
+    wanted = math.ceil(_EPOCHS * (used + written) / budget.batch)
+    steps = max(_FEWEST_STEPS, min(budget.most_steps, wanted))
+    # Held-out rows and pairs without negatives drop out: passes count what is left, and many of few would be learnt by heart.
+    length = f"epochs: {_EPOCHS}" if _FEWEST_STEPS <= wanted <= budget.most_steps else f"max_steps: {steps}"
     encoder = choices.base in _ENCODERS
     rate = "6.0e-5" if encoder else "5.0e-5"
     return f"""\
@@ -239,7 +243,7 @@ training:
   freeze_token_embeddings: true
   micro_batch_tokens: 8192
   stages:
-    - {{name: finetune, negatives: 2, global_batch: {budget.batch}, learning_rate: {rate}, max_steps: {steps}, warmup_steps: {max(1, steps // 10)}}}
+    - {{name: finetune, negatives: 2, global_batch: {budget.batch}, learning_rate: {rate}, {length}, warmup_steps: {max(1, steps // 20)}}}
   runs: [{{name: tuned, seed: 1}}]  # several runs are merged into one model
 """
 
