@@ -19,12 +19,12 @@ import json
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
-import ray
 
 SETS = {
     "nq_qed": ("retrieval/nq_qed", "eng"),
@@ -132,7 +132,7 @@ def cluster_of(options: argparse.Namespace) -> dict[str, Any]:
     )
     stages["training"] = {"workers": 1, "cpus": 1, "threads": options.threads}
     return {
-        "version": 1, "ray": {"version": ray.__version__, "python": "3.11", "image": "none:0"}, "auth": {"mode": "token"},
+        "version": 1, "ray": {"version": version("ray"), "python": "3.11", "image": "none:0"}, "auth": {"mode": "token"},
         "profiles": {"local": {"backend": "local", "logical_cpus": 8, "object_store_mib": 512, "stages": stages}},
     }  # fmt: skip
 
@@ -144,7 +144,6 @@ def scored(name: str, folder: Path, run: Path, options: argparse.Namespace) -> d
     from embedloom.config.evaluation import EvaluationConfig
     from embedloom.core.artefacts import ArtefactWriter, fingerprint
     from embedloom.core.storage import Place
-    from embedloom.evaluation.stage import evaluate
 
     models = {"base": run / "encoder", "adapted": run / "training/adapted/finetune"}
     task = {"name": name, "kind": "beir", "path": str(folder), "split": "test"}
@@ -155,6 +154,10 @@ def scored(name: str, folder: Path, run: Path, options: argparse.Namespace) -> d
         writer = ArtefactWriter(place, "evaluation", settings, {}, "local")
         pool = PoolConfig(threads=options.threads)
         with ray_session(Profile(logical_cpus=8, object_store_mib=512), AuthConfig()):
+            from embedloom.evaluation.stage import (
+                evaluate,  # imports Ray, which the session has told how to authenticate
+            )
+
             evaluate(config, None, models, None, pool, writer, "auto", Place(str(options.out / "vectors")))
     kept = {
         "zero_shot": "models/base",
