@@ -196,6 +196,29 @@ def test_nothing_is_overwritten_unless_forced(tmp_path):
     assert yaml.safe_load(path.read_text())["run"]["name"] == "handbook"
 
 
+def test_a_base_with_prompts_keeps_them_and_its_temperature(tmp_path):
+    base = ("--base", "multilingual-e5-small", "--teacher", "multilingual-e5-small")
+    config, told = written(tmp_path, answers(tmp_path / "faq.csv"), *base)
+    assert (config.encoder.template, config.encoder.document_template) == ("query: {text}", "passage: {text}")
+    assert config.training.temperature == 0.02 and "learnt English" not in told
+    stage = config.training.stages[0]
+    assert (stage.max_steps, stage.epochs, stage.learning_rate) == (10, 1.0, 2e-5)  # 40 pairs are few
+
+
+def test_passes_are_over_the_pairs_that_are_left(tmp_path):
+    rows = [
+        {
+            "question": f"Wo liegt die Datei {n}?",
+            "answer": f"Die Datei {n} liegt im Ordner {n * 7}, seit Jahren.",
+        }
+        for n in range(300)
+    ]
+    path = tmp_path / "faq.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config, _ = written(tmp_path, path)
+    assert (config.training.stages[0].max_steps, config.training.stages[0].epochs) == (None, 3)
+
+
 def test_on_a_terminal_it_asks_what_is_not_given(tmp_path, monkeypatch):
     monkeypatch.setattr(cli_init, "on_terminal", lambda: True)
     path = tmp_path / "own.yaml"

@@ -26,6 +26,9 @@ _ENCODERS = {
     ),
 }
 _MULTILINGUAL = "multilingual-e5-small"
+# Learning rate and temperature of those that the usual ones would spoil: cosines of e5 lie between 0.7 and 1, as it was trained at
+# 0.01. On 427 German documents the usual ones took nDCG@10 from .856 to .828 in 93 steps, these in 39 to .861.
+_RATES = {_MULTILINGUAL: ("2.0e-5", "0.02")}
 _SMALL_GENERATORS = ("smollm2-135m", "qwen2.5-coder-0.5b")
 _READS_ENGLISH = ("minilm-l6", "all-mpnet-base-v2", "smollm2-135m")
 
@@ -232,12 +235,13 @@ def _training(choices: Choices, budget: Budget, used: int) -> str:
     steps = max(_FEWEST_STEPS, min(budget.most_steps, wanted))
     # Held-out rows and pairs without negatives drop out: passes count what is left, and many of few would be learnt by heart.
     length = f"epochs: {_EPOCHS}" if _FEWEST_STEPS <= wanted <= budget.most_steps else f"max_steps: {steps}"
-    encoder = choices.base in _ENCODERS
-    rate = "6.0e-5" if encoder else "5.0e-5"
+    rate, temperature = _RATES.get(
+        choices.base, ("6.0e-5" if choices.base in _ENCODERS else "5.0e-5", "0.05")
+    )
     return f"""\
 training:
   loss: qwen3  # compares with the other documents of the batch too; infonce: with the negatives alone
-  temperature: 0.05
+  temperature: {temperature}
   mix: {mix}  # public: the data's own queries
   zero_stage: 1
   freeze_token_embeddings: true
