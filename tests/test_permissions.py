@@ -46,7 +46,7 @@ def test_a_saved_model(tiny_model, tmp_path, umask):
 
 def test_a_converted_gguf(tiny_model, tmp_path, umask, monkeypatch):
     monkeypatch.setattr(
-        gguf, "_convert", lambda source, out: shutil.copytree(tiny_model, out, dirs_exist_ok=True)
+        gguf, "convert", lambda source, out: shutil.copytree(tiny_model, out, dirs_exist_ok=True)
     )
     (tmp_path / "cache").mkdir()
     folder = gguf.convert_once(tmp_path / "any.gguf", tmp_path / "cache/converted")
