@@ -10,7 +10,7 @@ import pytest
 from embedloom.core.storage import Place
 from embedloom.errors import DataError
 from embedloom.report.charts import Bar, bar_chart, line_chart, ticks
-from embedloom.report.page import write_report
+from embedloom.report.page import _losses, write_report
 from embedloom.report.summary import summary_table
 from fakes_run import SCORES, begin, make_run, unfinished_training
 
@@ -222,3 +222,13 @@ def test_the_scorecard_shows_by_which_prompts_a_task_was_scored(tmp_path):
     text = summary_table(summary)
     assert "prompts of folder: published, not what the endpoint sends by default" in text
     assert "prompts of heldout" not in text
+
+
+def test_the_reranker_has_a_chart_of_its_own_beside_the_candidates():
+    curves = {
+        "training/alpha/pretrain": [(1.0, 0.7), (2.0, 0.6)], "training/beta/pretrain": [(1.0, 0.8), (2.0, 0.7)],
+        "reranker/model": [(1.0, 1.7), (2.0, 1.6)],
+    }  # fmt: skip
+    page = _losses(curves)
+    assert [f"<h3>{name}</h3>" in page for name in ("pretrain", "reranker")] == [True, True]
+    assert page.count("<h3>") == 2

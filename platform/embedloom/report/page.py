@@ -350,7 +350,9 @@ def _losses(curves: dict[str, Curve]) -> str:
     """One chart per training stage name, one line a candidate."""
     by_stage: dict[str, dict[str, Curve]] = {}
     for name, points in curves.items():
-        _, candidate, stage = name.split("/", 2)
+        # training/CANDIDATE/STAGE; the reranker has one run of one stage: reranker/model.
+        kind, candidate, *stages = name.split("/", 2)
+        stage = stages[0] if stages else kind
         if points:
             by_stage.setdefault(stage, {})[candidate] = points
     return "\n".join(
