@@ -143,7 +143,8 @@ def test_a_run_trains_scores_and_judges_its_reranker(ray_local, tiny_llama, tiny
     summary = run.place.read_json("summary.json")
     verdict = summary["reranker"]
     assert summary["stages"]["reranker/model"]["steps"] == 3
-    assert summary["stages"]["reranker/evaluation"]["pairs"] == 5 * 18
+    held_out = summary["stages"]["corpus"]["pairs_by_split"]["test"]
+    assert held_out and summary["stages"]["reranker/evaluation"]["pairs"] == 5 * held_out
     assert any(line.startswith("heldout: reranked ") for line in lines)
     assert any(
         line.startswith(f"reranker: merged and reranker against merged: {verdict['verdict']}")
