@@ -50,7 +50,7 @@ def stored(artefact, folder, kind):
 @pytest.fixture
 def tables(tmp_path):
     """60 documents and 40 pairs: a corpus artefact of a run, and Datasets whose columns have other names."""
-    documents = random_documents(60)
+    documents = [{**row, "lang": "eng"} for row in random_documents(60)]
     pairs = [
         pair_row(
             f"n{n}", " ".join(documents[n]["text"].split()[:3]), documents[n]["id"], instruction="Find it"
@@ -206,7 +206,7 @@ class Batches:
 def test_examples_are_the_stage_s_for_the_same_rows(tiny_model, tmp_path, monkeypatch):
     without_ray(monkeypatch)
     monkeypatch.setattr(stages, "_read", lambda place, folder: place.read_tables(folder, "examples"))
-    documents = random_documents(60)
+    documents = [{**row, "lang": "eng"} for row in random_documents(60)]
     pairs = [
         pair_row(f"n{n}", " ".join(documents[n]["text"].split()[:3]), documents[n]["id"]) for n in range(40)
     ]
