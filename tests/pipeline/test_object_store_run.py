@@ -33,7 +33,7 @@ def write_corpus(folder: Path) -> None:
 
 
 @pytest.mark.ray
-@pytest.mark.slow  # every stage starts its actors on a node of its own
+@pytest.mark.drill  # ten minutes: every stage starts its actors on a node of its own
 @pytest.mark.timeout(2400)
 def test_two_nodes_that_share_only_a_bucket(tmp_path: Path, tiny_llama: Path, tiny_model: Path):
     write_corpus(tmp_path / "in" / "corpus")
