@@ -74,6 +74,18 @@ def test_another_contract_and_a_corpus_of_the_old_model_are_refused(tiny_model, 
         successor(request_of(tiny_model), searching, info)
 
 
+def test_in_place_only_versions_whose_vectors_may_meet(tiny_model):
+    from embedloom.serving.rollout.deploy import check_in_place
+
+    live, _ = live_args(tiny_model)
+    check_in_place(request_of(tiny_model), live)
+    with pytest.raises(ConfigError, match="--new-vectors: this endpoint comes from a Serve config file"):
+        check_in_place(request_of(tiny_model, new_vectors=True), live)
+    searching, _ = live_args(tiny_model, corpus="vectors")
+    with pytest.raises(ConfigError, match="--corpus: this endpoint comes from a Serve config file"):
+        check_in_place(request_of(tiny_model), searching)
+
+
 def test_rules_come_from_the_command_line():
     rules, gate = trial_rules(5, ["min_overlap=0.5", "require_gate=false"])
     assert (rules.watch_seconds, rules.min_overlap, gate) == (5, 0.5, False)

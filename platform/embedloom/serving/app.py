@@ -276,6 +276,8 @@ def _bound_encoders(args: ApplicationArgs, model: ModelFolder, name: str = ENCOD
     options["request_router_config"] = RequestRouterConfig(request_router_class=QueuedTokensRouter)
     if shared:
         options["deployment_actors"] = [weights_actor(model.travels, args.compute_dtype, args.scaling.gpus)]
+    # One replica more at a time while Serve replaces them: all of them again would be twice the GPUs.
+    options["max_surge_percent"] = -(-100 // args.scaling.max_replicas)
     encoders = serve.deployment(EncoderReplica, name=name)
     return encoders.options(**options, max_ongoing_requests=args.serving.max_ongoing_requests).bind(
         _model(args, model, shared)

@@ -7,8 +7,10 @@ from typing import Any
 
 from ray import serve
 from ray.serve import Application, RunTarget
+from ray.serve.context import _get_global_client
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
+from ray.serve.schema import ServeApplicationSchema, ServeDeploySchema
 
 from embedloom.errors import ServeError, last_line
 
@@ -43,6 +45,11 @@ def run(application: Application, name: str, route_prefix: str | None, seconds: 
     """
     target = RunTarget(application, name=name, route_prefix=route_prefix, logging_config=QUIET)
     serve.run_many([target], wait_for_applications_running=False)
+    _wait(name, seconds)
+
+
+def _wait(name: str, seconds: float) -> None:
+    """Wait until all of an application is in place; see ``run``."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         found = serve.status().applications.get(name)
@@ -56,6 +63,28 @@ def run(application: Application, name: str, route_prefix: str | None, seconds: 
     raise ServeError(
         f"{name} did not start within {seconds:g} s (serve.start_seconds); is there room for another replica?"
     )
+
+
+def declared() -> ServeDeploySchema | None:
+    """What a Serve config file says, where it is one that started the endpoint; None where a command did."""
+    client = _get_global_client(raise_if_no_controller_running=False)
+    if client is None:
+        return None
+    applications = client.get_serve_details()["applications"]
+    found = [one["deployed_app_config"] for one in applications.values() if one.get("deployed_app_config")]
+    if not any(one["name"] == APPLICATION for one in found):
+        return None
+    return ServeDeploySchema(applications=[ServeApplicationSchema.model_validate(one) for one in found])
+
+
+def declare(content: ServeDeploySchema, seconds: float) -> None:
+    """Give Serve a config as `serve deploy` does, and wait until the endpoint is what it says.
+
+    Raises:
+        ServeError: see ``run``.
+    """
+    _get_global_client().deploy_apps(content)
+    _wait(APPLICATION, seconds)
 
 
 def remove(name: str) -> None:

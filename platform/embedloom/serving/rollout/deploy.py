@@ -12,8 +12,10 @@ from typing import Any
 
 import ray
 from ray import serve
+from ray.serve.schema import ServeDeploySchema
 
 from embedloom.config.base import validate
+from embedloom.config.cluster import ServeScaling
 from embedloom.config.serving import ApplicationArgs
 from embedloom.core.model_folder import ModelFolder
 from embedloom.core.progress import begun, ended, note
@@ -23,6 +25,8 @@ from embedloom.serving.app import build_application, build_encoders, named_model
 from embedloom.serving.applications import (
     APPLICATION,
     ask_ingress,
+    declare,
+    declared,
     ingress_handle,
     remove,
     run,
@@ -122,10 +126,9 @@ def deploy(request: DeployRequest) -> Outcome:
     ingress = ingress_handle()
     blueprint, info, applications = ingress.describe_endpoint.remote().result(timeout_s=_CALL_SECONDS)
     live = validate(ApplicationArgs, blueprint, "the running endpoint")
-    if not live.single and not applications:
-        raise ConfigError(
-            "this endpoint comes from a Serve config file, which would undo a deploy; change model_folder there"
-        )
+    config = declared()
+    if config is not None:
+        check_in_place(request, live)
     new = successor(request, live, info)
     build_application(
         new, applications or None
@@ -136,8 +139,10 @@ def deploy(request: DeployRequest) -> Outcome:
     name = version_name(new.fingerprint)
     begun("deploy", f"starting {request.model.path} beside the live version")
     started = time.monotonic()
+    # What Serve will replace in place is tried with one replica; what takes over as it is needs all of them.
+    tried = new if config is None else new.model_copy(update={"scaling": _smallest(new.scaling)})
     try:
-        run(build_encoders(new), name, None, new.scaling.start_budget)
+        run(build_encoders(tried), name, None, new.scaling.start_budget)
         _golden(new, name, request.model.path)
         ended("deploy", time.monotonic() - started, {}, "started")
         begun("deploy", "watching")
@@ -149,7 +154,10 @@ def deploy(request: DeployRequest) -> Outcome:
     if decision.action != "promote" or request.stay:
         _withdraw(name)
         return Outcome(False, decision.reason, window)
-    _promote(live, new, name, applications)
+    if config is None:
+        _promote(live, new, name, applications)
+    else:
+        _promote_in_place(config, new, name)
     return Outcome(True, decision.reason, window)
 
 
@@ -212,6 +220,50 @@ def _withdraw(name: str) -> None:
     except (ray.exceptions.RayError, ServeError, TimeoutError):
         note("deploy", "the endpoint did not answer; its trial ends by itself")
     remove(name)
+
+
+def check_in_place(request: DeployRequest, live: ApplicationArgs) -> None:
+    """Refuse what cannot bear that both versions answer while Serve replaces one by the other.
+
+    Raises:
+        ConfigError: vectors of both would meet.
+    """
+    what = "--new-vectors" if request.new_vectors else "--corpus" if live.serving.corpus is not None else None
+    if what is not None:
+        raise ConfigError(
+            f"{what}: this endpoint comes from a Serve config file, by which Serve replaces its replicas one by one, so that both "
+            "versions would answer for a while; start a second endpoint, or change model_folder in the file"
+        )
+
+
+def _smallest(scaling: ServeScaling) -> ServeScaling:
+    """One replica of the same kind."""
+    return scaling.model_copy(update={"min_replicas": 1, "max_replicas": 1, "idle_to_zero_seconds": None})
+
+
+def _promote_in_place(config: ServeDeploySchema, new: ApplicationArgs, name: str) -> None:
+    """Have Serve replace the endpoint's replicas, a few at a time; the trial's own goes first, to make room.
+
+    Raises:
+        ServeError: the new version did not come up; Serve was given the old config again.
+    """
+    ask_ingress("end_trial", _CALL_SECONDS)
+    remove(name)
+    stated = new.model_dump(mode="json", exclude_defaults=True)
+    changed = config.model_copy(deep=True)
+    endpoint = next(one for one in changed.applications if one.name == APPLICATION)
+    endpoint.args = stated
+    seconds = new.scaling.start_budget * (1 + new.scaling.max_replicas)
+    try:
+        declare(changed, seconds)
+    except ServeError:
+        declare(config, seconds)
+        raise
+    note(
+        "deploy",
+        f"Serve runs the new version; write model_folder: {new.model_folder} and model_id: {new.model_id} into the Serve config "
+        "file, or its next `serve deploy` brings the old one back",
+    )
 
 
 def _promote(live: ApplicationArgs, new: ApplicationArgs, name: str, applications: dict[str, str]) -> None:
