@@ -10,7 +10,6 @@ from pathlib import Path
 import boto3
 import pyarrow as pa
 import pytest
-from moto.moto_server.threaded_moto_server import ThreadedMotoServer
 from moto.s3.models import S3Backend
 from s3fs import S3FileSystem
 
@@ -20,6 +19,7 @@ from embedloom.core.storage import Place
 from embedloom.corpus.stage import build_corpus
 from embedloom.errors import DataError
 from fakes_corpus import jsonl_source, save_word_tokenizer, sentence, write_jsonl
+from fakes_store import s3_server
 
 BUCKET = "runs"
 PARTED_BYTES = 100 * 2**20  # from here on an upload goes in parts
@@ -27,22 +27,8 @@ PARTED_BYTES = 100 * 2**20  # from here on an upload goes in parts
 
 @pytest.fixture(scope="module")
 def server():
-    started = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    started.start()
-    host, port = started.get_host_and_port()
-    stated = {
-        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
-        "AWS_ACCESS_KEY_ID": "key",
-        "AWS_SECRET_ACCESS_KEY": "secret",
-        "AWS_DEFAULT_REGION": "us-east-1",
-    }
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in stated.items():
-            patch.setenv(name, value)
-        S3FileSystem.clear_instance_cache()
+    with s3_server():
         yield
-        S3FileSystem.clear_instance_cache()
-    started.stop()
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """The small models that PyPI packages ship, by name; their files are read as data, the packages are never imported."""
 
 import importlib.util
+import shutil
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -137,8 +138,7 @@ def _joined(paths: list[Path], whole: Path) -> Path:
     with whole.open("wb") as target:
         for path in paths:
             with path.open("rb") as part:
-                while block := part.read(2**24):
-                    target.write(block)
+                shutil.copyfileobj(part, target)
     return whole
 
 
@@ -157,7 +157,6 @@ def _convert(form: Form, path: Path, out: Path) -> None:
 
 def _unpack(path: Path, out: Path) -> None:
     """A zip file of one model folder; what is above the folder's config.json is left out."""
-    import shutil
     import zipfile
 
     with zipfile.ZipFile(path) as archive:
